@@ -1,0 +1,73 @@
+# Needs only Python 3.10 or newer and make; everything else goes into a virtual environment of its own.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+# On a machine with a GPU the ordinary torch is taken. Elsewhere a version is pinned for which CPU builds exist, and pip
+# prefers such a build wherever it is offered one.
+GPU := $(findstring GPU 0,$(shell nvidia-smi -L 2>/dev/null))
+TORCH ?= $(if $(GPU),torch,torch==2.13.0)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A stamp carries a checksum of the torch requirement, so that another TORCH is installed rather than ignored.
+STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+
+.PHONY: help venv demo test test-unit test-interpret test-compile lint format docs clean
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+help: ## Show this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  TORCH='$(TORCH)'"
+	@echo
+	@echo "  TORCH is the torch to install: any pip requirement, or a wheel file. It was chosen because this machine has"
+	@echo "  $(if $(GPU),a,no) GPU. To choose yourself: make demo TORCH='torch==2.11.0'. If pip is about to fetch CUDA packages on a"
+	@echo "  machine without a GPU, set PIP_EXTRA_INDEX_URL to the index that PyTorch's install page gives for the CPU."
+
+venv: $(STAMP)-core ## Create the virtual environment and install the package into it
+
+demo: venv ## Run the performance matrix: in full on a GPU, at small sizes on a CPU
+	$(BIN)/python -m benchmarks.performance_matrix --demo
+
+test: test-unit test-interpret test-compile ## Run all tests
+
+# The tiers are separate processes, because Triton reads TRITON_INTERPRET when it is imported.
+test-unit: venv ## Run the unit tests, the code blocks of the docs and, where there is one, the GPU tests
+	$(BIN)/python -m pytest tests/unit tests/docs tests/gpu -n $(JOBS) -rs
+
+test-interpret: venv ## Run the generated kernels on the CPU, under Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret -n $(JOBS)
+
+test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and gfx942, without a GPU
+	$(BIN)/python -m pytest tests/compile -n $(JOBS)
+
+lint: $(STAMP)-dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)-dev ## Put the code into the common style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)-docs ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## Remove the virtual environment and everything that was built
+	test ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first: what it satisfies, the second line does not fetch again.
+$(STAMP)-core: pyproject.toml
+	$(PYTHON) -m venv '$(VENV)'
+	$(PIP) install '$(TORCH)'
+	$(PIP) install -e '.[test,bench]'
+	@touch $@
+
+$(STAMP)-docs $(STAMP)-dev: $(STAMP)-%: $(STAMP)-core
+	$(PIP) install --quiet -e '.[$*]'
+	@touch $@

@@ -1,0 +1,107 @@
+"""The rows of the performance matrix: the 60 shapes of the seed table, their labels and their byte counts."""
+
+import csv
+import dataclasses
+import pathlib
+import re
+
+import torch
+
+__all__ = ["Row", "load_rows", "select_rows", "shrink"]
+
+SEED_TABLE = pathlib.Path(__file__).with_name("seed_table.csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One shape of the matrix.
+
+    The field names are the seed table's: `B` sequences, `Mq` query tokens and `Mkv` cached tokens each, `Hq` query
+    heads over `Hkv` key/value heads, head dimension `K`.
+
+    Attributes:
+        dtype: Name of the torch dtype ("float16").
+        total_bytes: The label's figure. The seed table counts 2 bytes an element on its float32 rows too, so it is
+            part of the label only: bandwidths use `compulsory_bytes`.
+        pytorch_us: The seed's own figure for plain PyTorch in microseconds, measured on other hardware; None if absent.
+        optimized_us: The seed's own figure for its best kernel, likewise.
+    """
+
+    B: int
+    Mq: int
+    Mkv: int
+    Hq: int
+    Hkv: int
+    K: int
+    dtype: str
+    total_bytes: int
+    pytorch_us: float | None = None
+    optimized_us: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The row's name, exactly as the seed table prints it."""
+        shape = f"B={self.B} Mq={self.Mq} Mkv={self.Mkv} Hq={self.Hq} Hkv={self.Hkv} K={self.K}"
+        return f"{shape} dtype={self.torch_dtype} TotalBytes={self.total_bytes}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of query, key, value and output."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole key and value cache of the row."""
+        return self.live_kv_bytes(self.Mkv)
+
+    def live_kv_bytes(self, live_keys: int) -> int:
+        """Bytes of key and value when each sequence attends to `live_keys` positions."""
+        return 2 * self.B * self.Hkv * live_keys * self.K * self.torch_dtype.itemsize
+
+    def compulsory_bytes(self, live_keys: int) -> int:
+        """Bytes that any kernel must move: live keys and values, the query, the output."""
+        return self.live_kv_bytes(live_keys) + 2 * self.B * self.Hq * self.Mq * self.K * self.torch_dtype.itemsize
+
+
+def load_rows() -> list[Row]:
+    """Read the 60 rows of `seed_table.csv`, in its order."""
+    with SEED_TABLE.open(newline="") as file:
+        return [_parse(record) for record in csv.DictReader(file)]
+
+
+def _parse(record: dict[str, str]) -> Row:
+    sizes = {name: int(record[name]) for name in ("B", "Mq", "Mkv", "Hq", "Hkv", "K")}
+    reported = {name: float(record[name]) if record[name] else None for name in ("pytorch_us", "optimized_us")}
+    return Row(**sizes, dtype=record["dtype"], total_bytes=int(record["TotalBytes"]), **reported)
+
+
+def shrink(row: Row) -> Row:
+    """The row scaled to a CPU: 1/16 of the tokens of each sequence, half the head dimension.
+
+    The seed's own figures belong to the full shape and are dropped.
+    """
+    small = dataclasses.replace(row, Mkv=row.Mkv // 16, K=row.K // 2, pytorch_us=None, optimized_us=None)
+    half_precision_kv = 2 * small.B * small.Hkv * small.Mkv * small.K * 2
+    return dataclasses.replace(small, total_bytes=half_precision_kv + 2 * small.B * small.Hq * small.Mq * small.K * 2)
+
+
+def select_rows(rows: list[Row], selector: str | None, dtypes: list[str]) -> list[Row]:
+    """Keep the rows of `dtypes` that `selector` names.
+
+    Args:
+        rows: The rows to choose from.
+        selector: None for all, a number ("6": the first six), a range ("6:12"), or a regular expression that is
+            searched for in the label ("Mkv=256 .*Hkv=1").
+        dtypes: Names of dtypes ("float16").
+
+    Raises:
+        ValueError: No row is left.
+    """
+    chosen = [row for row in rows if row.dtype in dtypes]
+    if selector and (span := re.fullmatch(r"(?:(\d+):)?(\d+)", selector)):
+        chosen = chosen[int(span[1] or 0) : int(span[2])]
+    elif selector:
+        chosen = [row for row in chosen if re.search(selector, row.label)]
+    if not chosen:
+        raise ValueError(f"no row of the seed table matches --rows {selector!r} with --dtypes {','.join(dtypes)}")
+    return chosen

@@ -1,0 +1,109 @@
+"""The matrix as text, rendered by `torch.utils.benchmark.Compare` as the seed's tables are."""
+
+from torch.utils import benchmark
+from torch.utils.benchmark.utils.common import TaskSpec
+
+__all__ = ["empty_cells_text", "group_empty_cells", "render_tables"]
+
+SEED_COLUMNS = {"pytorch_us": "seed pytorch*", "optimized_us": "seed optimized*"}
+SEED_NOTE = (
+    "* as reported with the seed table: other hardware, another way of timing (none reported for float32 optimized)."
+)
+
+
+def render_tables(document: dict) -> str:
+    """All tables of a run, one per mod and kind of input, in microseconds.
+
+    Args:
+        document: What `matrix.json` holds.
+    """
+    tables = []
+    for mod, inputs in groups(document):
+        results = [result for result in document["results"] if (result["mod"], result["inputs"]) == (mod, inputs)]
+        label = f"flexdecode performance matrix, mods={mod}, {inputs} inputs"
+        measurements = [m for result in results for m in _measurements(result, document, label)]
+        if measurements:
+            tables.append(_append_ratios(str(benchmark.Compare(measurements)), results))
+    has_seed = any(result["row"][name] for result in document["results"] for name in SEED_COLUMNS)
+    return "\n".join(tables + ([SEED_NOTE] if has_seed else []))
+
+
+def groups(document: dict) -> list[tuple[str, str]]:
+    """The (mod, inputs) pairs of a run, in order of first appearance."""
+    return list(dict.fromkeys((result["mod"], result["inputs"]) for result in document["results"]))
+
+
+def _measurements(result: dict, document: dict, label: str) -> list[benchmark.Measurement]:
+    cells = [(title, result["times_us"].get(name)) for name, title in document["columns"].items()]
+    cells += [("floor", [result["floor_us"]] if result["floor_us"] else None)]
+    seeds = [(title, result["row"][name]) for name, title in SEED_COLUMNS.items()]
+    cells += [(title, [microseconds]) for title, microseconds in seeds if microseconds]
+    return [
+        benchmark.Measurement(
+            number_per_run=1,
+            raw_times=[1e-6 * microseconds for microseconds in times],
+            task_spec=TaskSpec("", "", label=label, sub_label=result["label"], description=title),
+        )
+        for title, times in cells
+        if times
+    ]
+
+
+def _append_ratios(table: str, results: list[dict]) -> str:
+    """Add the two columns that are no times, where a floor was measured: bandwidth, and time over the floor."""
+    extra = {result["label"]: (bandwidth_tbps(result), floor_ratio(result)) for result in results if result["floor_us"]}
+    lines = table.splitlines()
+    width = max(map(len, lines))
+    for index, line in enumerate(lines):
+        name = line.split("  |  ")[0].strip()
+        if index == 1 and extra:
+            lines[index] = f"{line:<{width}}  |  TB/s  |  x floor"
+        elif name in extra:
+            bandwidth, ratio = extra[name]
+            lines[index] = f"{line:<{width}}  |  {_cell(bandwidth, 4)}  |  {_cell(ratio, 7)}"
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, width: int) -> str:
+    return " " * width if value is None else f"{value:{width}.2f}"
+
+
+def median(times: list[float] | None) -> float | None:
+    """Median of some timings in microseconds; None for an empty cell."""
+    if not times:
+        return None
+    ordered = sorted(times)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def floor_ratio(result: dict, column: str = "flexdecode") -> float | None:
+    """A column's time over the practical floor; None where either is missing."""
+    microseconds = median(result["times_us"].get(column))
+    return microseconds / result["floor_us"] if microseconds and result["floor_us"] else None
+
+
+def bandwidth_tbps(result: dict, column: str = "flexdecode") -> float | None:
+    """Live K/V, query and output bytes over a column's time, in TB/s."""
+    microseconds = median(result["times_us"].get(column))
+    return result["compulsory_bytes"] / microseconds / 1e6 if microseconds else None
+
+
+def group_empty_cells(document: dict) -> list[tuple[str, str, list[str]]]:
+    """Empty cells by cause: (column title, reason, the rows concerned)."""
+    causes: dict[tuple[str, str], list[str]] = {}
+    for cell in document["empty_cells"]:
+        title = document["columns"].get(cell["column"], cell["column"])
+        where = f"{cell['label']} ({cell['mod']}, {cell['inputs']})"
+        causes.setdefault((title, cell["reason"]), []).append(where)
+    return [(title, reason, rows) for (title, reason), rows in causes.items()]
+
+
+def empty_cells_text(document: dict) -> str:
+    """Why cells are empty, for the terminal: each reason with its first row; `matrix.json` lists all."""
+    lines = []
+    for title, reason, rows in group_empty_cells(document):
+        lines.append(f"  {title}, {len(rows)} empty cell{'s' * (len(rows) > 1)}: {reason}")
+        lines.append(f"    {rows[0]}" + (" and others" if len(rows) > 1 else ""))
+    lines += [f"  {note}" for note in document["notes"]]
+    return "\n".join(["Empty cells and columns left out:", *lines]) if lines else "No cell is empty."

@@ -1,0 +1,31 @@
+"""Decode attention from two Python functions, generated as split-KV Triton kernels.
+
+    >>> import flexdecode
+    >>> out = flexdecode.flex_decode(query, key, value, score_mod=flexdecode.mods.softcap(50.0))
+"""
+
+from . import mods as mods
+from .api import cache_info as cache_info
+from .api import clear_cache as clear_cache
+from .api import flex_decode as flex_decode
+from .cache import CacheInfo as CacheInfo
+from .errors import CompileError as CompileError
+from .errors import FlexDecodeError as FlexDecodeError
+from .errors import TraceError as TraceError
+from .errors import UnsupportedOpError as UnsupportedOpError
+from .signature import DecodeOptions as DecodeOptions
+from .version import __version__ as __version__
+
+__all__ = [
+    "CacheInfo",
+    "CompileError",
+    "DecodeOptions",
+    "FlexDecodeError",
+    "TraceError",
+    "UnsupportedOpError",
+    "__version__",
+    "cache_info",
+    "clear_cache",
+    "flex_decode",
+    "mods",
+]

@@ -1,0 +1,65 @@
+"""What a graph says about itself: which values depend on kv_idx, and which integers fit into 32 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .graph import Graph, Node
+from .ops import INT_LIMITS, OPS, Interval
+
+MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
+_INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-(1 << 20), MAX_KV_LEN)}
+_INT32 = INT_LIMITS[torch.int32]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about the nodes of one graph.
+
+    Attributes:
+        ranges: integer range of each integer or bool node, of any call.
+        on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
+    """
+
+    ranges: dict[Node, Interval]
+    on_kv: frozenset[Node]
+
+    def fits_int32(self, node: Node) -> bool:
+        low, high = self.ranges[node]
+        return _INT32[0] <= low and high <= _INT32[1]
+
+
+def analyze(graph: Graph, q_idx_given: bool) -> Facts:
+    """Computes the facts of a graph.
+
+    Args:
+        graph: a traced mod.
+        q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+    """
+    ranges: dict[Node, Interval] = {}
+    on_kv: set[Node] = set()
+    for node in graph.nodes():
+        if not node.dtype.is_floating_point:
+            ranges[node] = _range(node, ranges, q_idx_given)
+        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
+            on_kv.add(node)
+    return Facts(ranges, frozenset(on_kv))
+
+
+def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:
+    limits = INT_LIMITS[node.dtype]
+    if node.op == "index" and not (node.attr == "q_idx" and q_idx_given):
+        return _INDEX_RANGES[node.attr]
+    if node.is_const:
+        return int(node.attr), int(node.attr)
+    found = limits
+    if node.op == "cast" and node.args[0] in ranges:
+        found = ranges[node.args[0]]
+    elif node.op in OPS:
+        rule = OPS[node.op].interval
+        if rule is not None and all(a in ranges for a in node.args):
+            found = rule(*(ranges[a] for a in node.args))
+    # Outside its type a value wraps around, so that nothing is known.
+    return found if limits[0] <= found[0] and found[1] <= limits[1] else limits

@@ -1,0 +1,95 @@
+"""`flex_decode`: the pipeline, readable in one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import cache
+from .cache import CacheInfo
+from .captures import pins
+from .identity import forget_graphs, identify
+from .launch import forget_kernels
+from .plan import layout, prepare
+from .signature import DecodeOptions
+
+_plans = cache.Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
+
+
+def flex_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *,
+    kv_lens: torch.Tensor | None = None,
+    q_offset: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    options: DecodeOptions | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attends the newest query tokens to a KV cache, with attention written as two Python functions.
+
+        >>> def alibi(score, b, h, q_idx, kv_idx):
+        ...     return score - slopes[h] * (q_idx - kv_idx)
+        >>> out = flex_decode(query, key, value, score_mod=alibi)
+
+    Args:
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 256.
+        key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence.
+        value: `[B, Hkv, N, Dv]`.
+        score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`. `score` is the scaled logit in natural-log units,
+            `h` the query head; positions are absolute token positions in the sequence.
+        mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, true where the query attends to the key.
+        kv_lens: live keys of each sequence, int32 or int64 `[B]`; by default N.
+        q_offset: position of the first query token, a number or an integer tensor `[B]`; by default
+            `kv_lens[b] - Q`, because the queries are the newest tokens.
+        scale: factor of the dot product; by default `1 / sqrt(D)`.
+        return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
+        out: tensor `[B, Hq, Q, Dv]` to write to, any strides.
+        options: how to execute the call.
+
+    Returns:
+        `[B, Hq, Q, Dv]` in the dtype of `query`, and the log-sum-exp if asked for. A row without a live key is 0 with
+        a log-sum-exp of -inf.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit together.
+        TraceError: a mod cannot be traced; the message has its line and the remedy.
+        UnsupportedOpError: a mod calls an operation that flexdecode does not have.
+    """
+    cache.counters.calls += 1
+    score = identify("score_mod", score_mod)
+    mask = identify("mask_mod", mask_mod)
+    call = (
+        score.identity, mask.identity, layout(query), layout(key), layout(value), layout(out), layout(kv_lens),
+        layout(q_offset), return_lse, options, torch.is_grad_enabled(),
+    )  # fmt: skip
+    found = _plans.get(call)
+    if found is None:
+        plan, score, mask = prepare(
+            query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options
+        )  # fmt: skip
+        kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
+        _plans.add((score.identity, mask.identity, *call[2:]), (plan, kept))
+    else:
+        cache.counters.hits += 1
+        plan = found[0]
+    return plan.run(query, key, value, kv_lens, q_offset, scale, out, score.leaves, mask.leaves)
+
+
+def cache_info() -> CacheInfo:
+    """Counts of what was traced, generated, compiled and found since the start or the last `clear_cache()`."""
+    return cache.snapshot()
+
+
+def clear_cache() -> None:
+    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays."""
+    with cache.lock:
+        _plans.clear()
+        forget_graphs()
+        forget_kernels()
+        cache.reset()

@@ -1,0 +1,106 @@
+"""Builds nodes: PyTorch's type promotion, constant folding and one canonical form, so that equal mods are equal graphs."""
+
+from __future__ import annotations
+
+import torch
+
+from .graph import Node, Source, const, topological
+from .ops import INT_LIMITS, OPS, operand_dtypes
+
+_EXCHANGED = {"gt": "lt", "ge": "le", "greater": "lt", "greater_equal": "le"}
+_ON_BOOLS = {
+    "bitwise_and": "logical_and",
+    "bitwise_or": "logical_or",
+    "bitwise_xor": "logical_xor",
+    "bitwise_not": "logical_not",
+    "mul": "logical_and",
+    "add": "logical_or",
+    "minimum": "logical_and",
+    "maximum": "logical_or",
+}
+_NO_BOOLS = {"sub", "neg", "floor_divide", "remainder", "fmod", "pow", "abs", "sign"}
+
+
+def make(name: str, *nodes: Node) -> Node:
+    """Applies an operation of the table to nodes.
+
+    Raises:
+        TypeError: the operation does not take these types, in PyTorch's own judgement.
+    """
+    if name in _EXCHANGED:
+        name, nodes = _EXCHANGED[name], nodes[::-1]
+    op = OPS[name]
+    in_dtypes, dtype, weak = operand_dtypes(op, nodes)
+    if dtype == torch.bool and not (weak and op.rule == "promote"):
+        if name in _NO_BOOLS:
+            raise TypeError(f"{name} is not defined for two bools; convert one with .int() first")
+        if name in _ON_BOOLS:
+            return make(_ON_BOOLS[name], *nodes)
+    if weak and op.python is not None and all(n.is_const for n in nodes):
+        return const(op.python(*(n.attr for n in nodes)))
+    args = tuple(cast(n, d) for n, d in zip(nodes, in_dtypes, strict=True))
+    if all(n.is_const for n in args):
+        value = op.torch(*(torch.tensor(n.attr, dtype=d) for n, d in zip(args, in_dtypes, strict=True)))
+        return const(value.item(), dtype)
+    shorter = _simplify(name, args)
+    if shorter is not None:
+        return shorter
+    if op.commutative:
+        args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
+    return Node(name, args, dtype, weak=weak)
+
+
+def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
+    """Rules on bools that make `a & True` and `where(True, a, b)` what they are."""
+    if name == "where":
+        condition, a, b = args
+        if condition.is_const:
+            return a if condition.attr else b
+        return a if a == b else None
+    if name in ("logical_and", "logical_or"):
+        for this, other in (args, args[::-1]):
+            if this.is_const:
+                return other if bool(this.attr) == (name == "logical_and") else this
+        return args[0] if args[0] == args[1] else None
+    if name == "logical_not" and args[0].op == "logical_not":
+        return args[0].args[0]
+    return None
+
+
+def cast(node: Node, dtype: torch.dtype) -> Node:
+    """Converts a node; a conversion between equal types is no node."""
+    if node.dtype == dtype:
+        return node
+    if node.is_const:
+        if dtype.is_floating_point and node.weak:
+            # A Python number joins float arithmetic at full precision; rounding happens where it is used.
+            return const(float(node.attr), dtype)
+        return const(torch.tensor(node.attr, dtype=None if node.weak else node.dtype).to(dtype).item(), dtype)
+    if dtype == torch.bool:
+        return Node("ne", (node, const(0, node.dtype)), torch.bool)
+    return Node("cast", (node,), dtype)
+
+
+def remake(node: Node, args: tuple[Node, ...]) -> Node:
+    """Builds `node` again from other operands, folding what has become constant."""
+    if node.op == "cast":
+        return cast(args[0], node.dtype)
+    if node.op in OPS:
+        return make(node.op, *args)
+    return Node(node.op, args, node.dtype, node.attr, node.weak)
+
+
+def sources(node: Node) -> set[Source]:
+    """The captured Python numbers and sizes that a value is computed from."""
+    return {n.attr for n in topological(node) if n.op == "number" and n.weak}
+
+
+def check_constant(value: int | float) -> None:
+    """Refuses a Python integer that no 64-bit type holds.
+
+    Raises:
+        OverflowError: `value` is outside int64.
+    """
+    low, high = INT_LIMITS[torch.int64]
+    if isinstance(value, int) and not low <= value <= high:
+        raise OverflowError(f"the number {value} does not fit into int64")

@@ -1,0 +1,124 @@
+"""Kernels by signature, in memory and on disk, with counters.
+
+On disk lie the generated modules, named by the hash of their text, and an index from what a kernel is generated from
+(graphs, spec, library version) to a module, so that a known signature needs no analysis and no generation. Machine code
+is left to Triton's own cache. Files are published by `os.replace`; a damaged one is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .version import __version__
+
+
+@dataclass
+class CacheInfo:
+    """What happened since the start or the last `clear_cache()`.
+
+    Attributes:
+        calls: calls of `flex_decode`.
+        hits: calls that found everything prepared (mods, shapes and strides seen before).
+        traces: mods traced.
+        generations: modules written from graphs.
+        compilations: kernels compiled or loaded from Triton's cache (a split and its combine pass count once).
+        disk_hits: modules found on disk, with no analysis and no generation.
+    """
+
+    calls: int = 0
+    hits: int = 0
+    traces: int = 0
+    generations: int = 0
+    compilations: int = 0
+    disk_hits: int = 0
+
+
+counters = CacheInfo()
+lock = threading.RLock()
+
+
+def snapshot() -> CacheInfo:
+    """A copy of the counters."""
+    return CacheInfo(**{f.name: getattr(counters, f.name) for f in fields(counters)})
+
+
+def reset() -> None:
+    for f in fields(counters):
+        setattr(counters, f.name, 0)
+
+
+def cache_folder() -> Path:
+    """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder."""
+    chosen = os.environ.get("FLEXDECODE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexdecode"
+
+
+def stored_module(identity: str, generate: Callable[[], str]) -> Path:
+    """The file of the module for `identity`, found on disk or generated and written there.
+
+    Args:
+        identity: everything that the text depends on besides the library itself.
+        generate: makes the text.
+    """
+    entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
+    folder = cache_folder()
+    index = folder / "index" / entry
+    found = _indexed_module(folder, index)
+    if found is not None:
+        counters.disk_hits += 1
+        return found
+    text = generate()
+    counters.generations += 1
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    try:
+        path = _publish(folder / "modules" / f"{name}.py", text)
+        _publish(index, name)
+    except OSError:  # a read-only home: the module lives as long as the machine's temporary files
+        path = _publish(Path(tempfile.gettempdir()) / f"flexdecode-{os.getuid()}" / f"{name}.py", text)
+    return path
+
+
+def _indexed_module(folder: Path, index: Path) -> Path | None:
+    """The module that the index names, if its text is what its name says."""
+    try:
+        name = index.read_text()
+        path = folder / "modules" / f"{name}.py"
+        return path if hashlib.sha256(path.read_bytes()).hexdigest()[:32] == name else None
+    except (OSError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _publish(path: Path, text: str) -> Path:
+    """Writes a file so that another process sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+class Bounded(dict):
+    """A dict that forgets its oldest entries; a lookup is a plain dict lookup."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def add(self, key: Hashable, value: object) -> None:
+        with lock:
+            while len(self) >= self.limit:
+                self.pop(next(iter(self)), None)
+            self[key] = value

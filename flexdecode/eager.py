@@ -1,0 +1,152 @@
+"""The torch backend: runs a traced graph in PyTorch operations, over chunks of the KV cache.
+
+It gives the results and the errors of the generated kernel on any device, with memory for one chunk of scores.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import FlexDecodeError
+from .graph import Graph, Node
+from .ops import OPS
+
+CHUNK_ELEMENTS = 1 << 21  # scores held at a time
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    q_offset: int | torch.Tensor | None,
+    score: tuple[Graph | None, list],
+    mask: tuple[Graph | None, list],
+    scale: float,
+    check_indices: bool = False,
+) -> None:
+    """Computes attention by an online softmax over chunks, in float32.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key, value: [B, Hkv, N, D] and [B, Hkv, N, Dv]; the batch may be 1.
+        out: [B, Hq, Q, Dv], written.
+        lse: float32 [B, Hq, Q], written, or None.
+        kv_lens: [B] or None.
+        q_offset: position of the first query token, a number or [B], or None for the end of the sequence.
+        score, mask: each graph with the leaves of its mod.
+        scale: factor of the dot product.
+        check_indices: raise where an attending pair reads a captured tensor out of range.
+
+    Raises:
+        FlexDecodeError: `check_indices` found an index out of range.
+    """
+    batch, num_q_heads, num_queries, head_dim = query.shape
+    num_kv_heads, max_kv_len = key.shape[1], key.shape[2]
+    device = query.device
+    lens = torch.full((batch,), max_kv_len, device=device) if kv_lens is None else kv_lens.long().clamp(0, max_kv_len)
+    first = lens - num_queries if q_offset is None else torch.as_tensor(q_offset, device=device).long().expand(batch)
+    indices = {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(num_q_heads, device=device).view(1, -1, 1, 1),
+        "q_idx": (first[:, None] + torch.arange(num_queries, device=device)).view(batch, 1, -1, 1),
+    }
+    grouped = (query.float() * scale).reshape(batch, num_kv_heads, -1, head_dim)
+    rows = (batch, num_q_heads, num_queries)
+    m_i = torch.full(rows, -torch.inf, device=device)
+    l_i = torch.zeros(rows, device=device)
+    acc = torch.zeros(*rows, value.shape[3], device=device)
+    end = int(lens.max()) if device.type == "cpu" else max_kv_len
+    step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
+    for start in range(0, end, step):
+        kv = torch.arange(start, min(start + step, end), device=device)
+        indices["kv_idx"] = kv.view(1, 1, 1, -1)
+        live = indices["kv_idx"] < lens.view(-1, 1, 1, 1)
+        chunk = slice(start, start + len(kv))
+        s = (grouped @ key[:, :, chunk].float().transpose(-1, -2)).view(*rows, len(kv))
+        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
+        if score[0] is not None:
+            s = _Evaluation(score, indices, s, live, check_indices).result()
+        s = torch.where(live, s, -torch.inf)
+        v = torch.where((kv < lens[:, None])[:, None, :, None], value[:, :, chunk].float(), 0.0)
+        m_new = torch.maximum(m_i, s.amax(-1))
+        m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
+        p = torch.exp(s - m_safe[..., None])
+        alpha = torch.exp(m_i - m_safe)
+        l_i = l_i * alpha + p.sum(-1)
+        partial = (p.reshape(batch, num_kv_heads, -1, len(kv)) @ v).view_as(acc)
+        acc = acc * alpha[..., None] + partial
+        m_i = m_new
+    out.copy_(acc / torch.where(l_i == 0, 1.0, l_i)[..., None])
+    if lse is not None:
+        lse.copy_(m_i + torch.log(l_i))
+
+
+class _Evaluation:
+    """One run of a graph over broadcast tensors [B, Hq, Q, n]."""
+
+    def __init__(
+        self,
+        mod: tuple[Graph | None, list],
+        indices: dict[str, torch.Tensor],
+        score: torch.Tensor | None,
+        live: torch.Tensor,
+        check_indices: bool,
+    ) -> None:
+        graph, self.leaves = mod
+        assert graph is not None
+        self.graph = graph
+        self.indices = indices
+        self.score = score
+        self.live = live
+        self.check_indices = check_indices
+        self.device = live.device
+
+    def result(self) -> torch.Tensor:
+        values: dict[Node, torch.Tensor] = {}
+        for node in self.graph.nodes():
+            values[node] = self._value(node, [values[a] for a in node.args])
+        return values[self.graph.output]
+
+    def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        if node.op == "score":
+            assert self.score is not None
+            return self.score
+        if node.op == "index":
+            return self.indices[node.attr]
+        if node.op == "const":
+            return torch.tensor(node.attr, dtype=node.dtype, device=self.device)
+        if node.op == "number":
+            return torch.as_tensor(self._number(node), dtype=node.dtype, device=self.device)
+        if node.op == "cast":
+            return args[0].to(node.dtype)
+        if node.op == "load":
+            return self._load(node, args)
+        return OPS[node.op].torch(*args)
+
+    def _number(self, node: Node) -> int | float | torch.Tensor:
+        source = self.graph.numbers[node.attr]
+        leaf = self.leaves[source.leaf]
+        return leaf.shape[source.dim] if source.dim >= 0 else leaf
+
+    def _load(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        """Reads a captured tensor; negative indices count from the end, and out of range reads 0."""
+        leaf = self.graph.tensors[node.attr]
+        tensor = self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
+        inside = torch.ones((), dtype=torch.bool, device=self.device)
+        places = []
+        for index, size in zip(args, tensor.shape, strict=True):
+            place = torch.where(index < 0, index + size, index)
+            inside = inside & (place >= 0) & (place < size)
+            places.append(place.clamp(0, max(size - 1, 0)))
+        if self.check_indices and bool((self.live & ~inside).any()):
+            raise FlexDecodeError(
+                f"a captured tensor of shape {list(tensor.shape)} is indexed out of range at an attending "
+                f"(query, key) pair\n  in the traced mod:\n{self.graph.text}\n  Clamp the index or mask the pair."
+            )
+        if tensor.numel() == 0:
+            return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
+        found = tensor[tuple(places)] if places else tensor
+        return torch.where(inside, found.to(node.dtype), torch.zeros((), dtype=node.dtype, device=self.device))

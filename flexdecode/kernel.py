@@ -1,0 +1,180 @@
+"""Compiles a generated module: argument types, constants and options of the two kernels, for a target.
+
+Kernels are compiled ahead of time from declared types, so no value ever specialises one, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .errors import CompileError
+from .graph import Graph
+from .lower import CaptureLayout
+from .schedule import DeviceFacts, Tiles
+from .signature import UNIT, Signature
+
+TYPE_NAMES = {
+    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+}  # fmt: skip
+COMBINE_BLOCK_S = 32
+
+CaptureTypes = tuple[str, ...]
+
+
+def capture_types(graph: Graph | None) -> CaptureTypes:
+    """Triton types of the `captures` tuple of a graph, in the order of `CaptureLayout`."""
+    if graph is None:
+        return ()
+    types: dict[int, str] = {}
+    for node in graph.nodes():
+        if node.op == "number":
+            types[node.attr] = "fp32" if node.dtype.is_floating_point else "i64"
+    layout = CaptureLayout.of(graph)
+    numbers = [types[i] for i in range(layout.num_numbers)]
+    tensors: list[str] = []
+    for dtype, rank in graph.tensor_types:
+        tensors += ["*" + TYPE_NAMES[dtype], *["i64"] * (2 * rank)]
+    return (*numbers, *tensors)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything besides its text that a kernel is compiled from.
+
+    Attributes:
+        signature: what the inputs look like.
+        tiles: compile-time sizes.
+        score_captures, mask_captures: Triton types of the captured values of each mod.
+        has_mask: whether a mask_mod narrows the live keys.
+    """
+
+    signature: Signature
+    tiles: Tiles
+    score_captures: CaptureTypes
+    mask_captures: CaptureTypes
+    has_mask: bool
+
+
+def load_module(path: Path) -> ModuleType:
+    """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
+    spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def constants(spec: KernelSpec, pdl: bool, combine: bool) -> dict[str, Any]:
+    """The compile-time arguments of a kernel, by name."""
+    signature, tiles = spec.signature, spec.tiles
+    if combine:
+        return {
+            "NUM_QUERIES": signature.num_queries,
+            "V_HEAD_DIM": signature.v_head_dim,
+            "BLOCK_DV": min(tiles.block_dv, 64),
+            "BLOCK_S": COMBINE_BLOCK_S,
+            "PDL": pdl,
+        }
+    return {
+        "GROUP_SIZE": signature.group_size,
+        "NUM_QUERIES": signature.num_queries,
+        "HEAD_DIM": signature.head_dim,
+        "V_HEAD_DIM": signature.v_head_dim,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": tiles.block_d,
+        "BLOCK_DV": tiles.block_dv,
+        "SPLIT": tiles.split,
+        "ALL_CHECKED": spec.has_mask,
+        "PRECISION": "ieee",
+        "PDL": pdl,
+    }
+
+
+def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
+    """The Triton type of each argument; `constexpr` for what is absent or known to be 1."""
+    signature = spec.signature
+    element = "*" + TYPE_NAMES[signature.dtype]
+    offset = signature.q_offset
+    known: dict[str, Any] = {
+        **dict.fromkeys(("query", "key", "value", "out"), element),
+        "lse": "*fp32" if signature.return_lse else "constexpr",
+        "partial_out": "*fp32" if spec.tiles.split else "constexpr",
+        "partial_lse": "*fp32" if spec.tiles.split else "constexpr",
+        "kv_lens": "constexpr" if signature.kv_lens is None else "*" + TYPE_NAMES[signature.kv_lens],
+        "q_offset": "constexpr" if offset is None else "i64" if offset is int else "*" + TYPE_NAMES[offset],
+        "score_captures": spec.score_captures,
+        "mask_captures": spec.mask_captures,
+        "scale": "fp32",
+        **dict.fromkeys(("num_kv_heads", "num_q_heads", "max_kv_len", "num_splits"), "i32"),
+    }
+    for name, stride_class in _strides(signature).items():
+        known[name] = "constexpr" if stride_class == UNIT else "i64"
+    return {name: known.get(name, "constexpr") for name in names}
+
+
+def _strides(signature: Signature) -> dict[str, int]:
+    names = [f"stride_{t}{d}" for t, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd")) for d in dims]
+    return dict(zip(names, signature.strides, strict=True))
+
+
+def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list]:
+    """Divisibility that Triton may rely on, by argument position."""
+    divisors = dict(_strides(spec.signature))
+    if spec.signature.aligned:
+        divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
+    divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)
+    types = argument_types(spec, names)
+    return {
+        (i,): [["tt.divisibility", divisors[name]]]
+        for i, name in enumerate(names)
+        if divisors.get(name, 1) > 1 and types[name] != "constexpr"
+    }
+
+
+def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
+    """Compiles one kernel of a generated module for a device.
+
+    Returns:
+        Triton's compiled kernel.
+
+    Raises:
+        CompileError: Triton could not compile it; the message names the source file.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = module.decode_combine if combine else module.decode_split
+    names = function.arg_names
+    types = argument_types(spec, names)
+    known = constants(spec, facts.has_pdl, combine)
+    known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
+    source = ASTSource(function, types, {(names.index(n),): v for n, v in known.items()}, attributes(spec, names))
+    warp_size = 64 if facts.backend == "hip" else 32
+    options: dict[str, Any] = {"num_warps": 4 if combine else spec.tiles.num_warps, "enable_fp_fusion": True}
+    options["num_stages"] = spec.tiles.num_stages
+    if facts.backend == "cuda":
+        options["launch_pdl"] = facts.has_pdl
+    try:
+        return _compile(source, GPUTarget(facts.backend, facts.arch, warp_size), options)
+    except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
+        raise CompileError(f"{function.__name__} did not compile: {error}\n  source: {module.__file__}") from error
+
+
+def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
+    """Compiles through Triton's own cache; a damaged entry there is compiled again."""
+    import triton
+
+    try:
+        return triton.compile(source, target=target, options=options)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            return triton.compile(source, target=target, options=options)

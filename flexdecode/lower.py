@@ -1,0 +1,227 @@
+"""Writes a graph as the Triton text of its two hooks: what is computed once per row, and what per (row, key) pair."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .analyze import Facts, analyze
+from .graph import Graph, Node
+from .ops import FLOATS, OPS
+
+_TRITON_DTYPES = {
+    torch.bool: "tl.int1", torch.uint8: "tl.uint8", torch.int8: "tl.int8", torch.int16: "tl.int16",
+    torch.int32: "tl.int32", torch.int64: "tl.int64", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
+    torch.float32: "tl.float32", torch.float64: "tl.float64",
+}  # fmt: skip
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CaptureLayout:
+    """Where the captures of one graph stand in the kernel's `captures` tuple.
+
+    First the numbers, then for each tensor its pointer, its sizes and its strides (in elements).
+    """
+
+    num_numbers: int
+    ranks: tuple[int, ...]
+
+    @staticmethod
+    def of(graph: Graph) -> CaptureLayout:
+        return CaptureLayout(len(graph.numbers), tuple(rank for _, rank in graph.tensor_types))
+
+    def pointer(self, slot: int) -> int:
+        return self.num_numbers + sum(1 + 2 * rank for rank in self.ranks[:slot])
+
+    def size(self, slot: int, dim: int) -> int:
+        return self.pointer(slot) + 1 + dim
+
+    def stride(self, slot: int, dim: int) -> int:
+        return self.pointer(slot) + 1 + self.ranks[slot] + dim
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Bodies of the hook functions of one mod, by name, and the elementwise functions that they call."""
+
+    bodies: dict[str, str]
+    functions: frozenset[str]
+
+
+def lower(graph: Graph, kind: str, q_idx_given: bool = False) -> Hooks:
+    """Writes the bodies of `score_row` and `score_mod`, or of `mask_row` and `mask_mod`.
+
+    Args:
+        graph: a traced mod.
+        kind: `score_mod` or `mask_mod`.
+        q_idx_given: whether q_idx may be any int64.
+    """
+    writer = _Writer(graph, analyze(graph, q_idx_given))
+    hoisted = writer.hoisted()
+    row = writer.body(hoisted, {})
+    row.append(f"return ({''.join(writer.names[n] + ', ' for n in hoisted)})")
+    known = {node: f"row[{i}]" for i, node in enumerate(hoisted)}
+    pair = writer.body([graph.output], known)
+    result = writer.names[graph.output]
+    if kind == "score_mod" and Node("score", (), torch.float32) not in graph.nodes():
+        result = f"{result} + tl.zeros_like(score)"  # gives it the shape of the tile
+    pair.append(f"return {result}" if kind == "score_mod" else f"return live & {result}")
+    bodies = {f"{kind.removesuffix('_mod')}_row": "\n".join(row), kind: "\n".join(pair)}
+    return Hooks(bodies, frozenset(writer.functions))
+
+
+class _Writer:
+    """Emits statements in operand order, each node once, in 32-bit integers where that is proven enough."""
+
+    def __init__(self, graph: Graph, facts: Facts) -> None:
+        self.graph = graph
+        self.facts = facts
+        self.layout = CaptureLayout.of(graph)
+        self.functions: set[str] = set()
+        self.names: dict[Node, str] = {}
+
+    def hoisted(self) -> list[Node]:
+        """The computed values that do not depend on kv_idx but are needed next to it."""
+        on_kv = self.facts.on_kv
+        wanted: dict[Node, None] = {}
+        for node in self.graph.nodes():
+            for operand in node.args if node in on_kv else [node] if node is self.graph.output else []:
+                if operand not in on_kv and (operand.args or operand.op == "load"):
+                    wanted[operand] = None
+        return list(wanted)
+
+    def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
+        """Statements that compute `outputs` from the arguments and the already `known` names."""
+        self.names = dict(known)
+        self.lines: list[str] = []
+        needed: list[Node] = []
+        stack = [(n, False) for n in reversed(outputs)]
+        seen = set(known)
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                needed.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack.extend((a, False) for a in reversed(node.args))
+        for node in needed:
+            text = self._text(node)
+            self.names[node] = text if node.op in ("score", "index") else self._assign(text)
+        return self.lines
+
+    def _assign(self, text: str) -> str:
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def _dtype(self, node: Node) -> str:
+        """The Triton type that holds a node: int64 is narrowed to int32 where its range allows."""
+        if node.dtype == torch.int64 and self.facts.fits_int32(node):
+            return "tl.int32"
+        if node.dtype in _HALF:
+            return "tl.float32"  # half types are rounded values held in float32
+        return _TRITON_DTYPES[node.dtype]
+
+    def _as(self, node: Node, dtype: str) -> str:
+        name = self.names[node]
+        return name if self._dtype(node) == dtype else f"{name}.to({dtype})"
+
+    def _text(self, node: Node) -> str:
+        dtype = self._dtype(node)
+        if node.op == "score":
+            return "score"
+        if node.op == "index":
+            # The template hands q_idx over as int64 when the caller chose it, all else as int32.
+            return node.attr
+        if node.op == "const":
+            return f"tl.full((), {_literal(node)}, {dtype})"
+        if node.op == "number":
+            return self._number(node)
+        if node.op == "load":
+            return self._load(node)
+        if node.op == "cast":
+            return self._cast(node)
+        return self._rounded(node, self._operation(node, dtype))
+
+    def _number(self, node: Node) -> str:
+        text = f"captures[{node.attr}]"
+        if node.dtype == torch.bool:
+            return f"{text} != 0"
+        return text if node.dtype in (torch.int64, torch.float32) else f"{text}.to({self._dtype(node)})"
+
+    def _operation(self, node: Node, dtype: str) -> str:
+        op = OPS[node.op]
+        operands = node.args
+        if op.rule == "where":
+            condition, a, b = operands
+            names = [self._as(condition, "tl.int1"), self._as(a, dtype), self._as(b, dtype)]
+        else:
+            common = dtype
+            if op.rule in ("compare", "predicate", "logical") or op.name == "sign":
+                common = self._common(operands)
+            elif node.dtype == torch.int64 and any(self._dtype(a) == "tl.int64" for a in operands):
+                common = "tl.int64"
+            names = [self._as(a, common) for a in operands]
+        integer = not operands[-1].dtype.is_floating_point
+        template = op.triton_int if integer and op.triton_int is not None else op.triton
+        text = template.format(*names)
+        self.functions.update(re.findall(r"(?<![.\w])([a-z]\w*)\(", text))
+        if integer and dtype == "tl.int32" and "tl.int64" in {self._dtype(a) for a in operands}:
+            return f"({text}).to(tl.int32)"
+        return text
+
+    def _common(self, operands: tuple[Node, ...]) -> str:
+        dtypes = {self._dtype(a) for a in operands}
+        return dtypes.pop() if len(dtypes) == 1 else "tl.int64"
+
+    def _rounded(self, node: Node, text: str) -> str:
+        """An operation on half types rounds its result, as in PyTorch."""
+        return f"({text}).to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)" if node.dtype in _HALF else text
+
+    def _cast(self, node: Node) -> str:
+        (source,) = node.args
+        name = self.names[source]
+        if node.dtype in _HALF:
+            return f"{name}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
+        dtype = self._dtype(node)
+        if node.dtype == torch.int64 and source.dtype.is_floating_point:
+            return f"{name}.to(tl.int64)"
+        return name if self._dtype(source) == dtype else f"{name}.to({dtype})"
+
+    def _load(self, node: Node) -> str:
+        """A load that counts negative indices from the end and reads 0 outside the tensor."""
+        slot = node.attr
+        pointer = f"captures[{self.layout.pointer(slot)}]"
+        if not node.args:
+            return self._widened(node, f"tl.load({pointer})")
+        offsets, inside = [], []
+        for dim, operand in enumerate(node.args):
+            size = f"captures[{self.layout.size(slot, dim)}]"
+            index = self._as(operand, "tl.int64")
+            if self.facts.ranges[operand][0] < 0:
+                index = self._assign(f"tl.where({index} < 0, {index} + {size}, {index})")
+                inside.append(f"({index} >= 0)")
+            inside.append(f"({index} < {size})")
+            offsets.append(f"{index} * captures[{self.layout.stride(slot, dim)}]")
+        # `!= 0` changes nothing on a GPU; Triton 3.9's interpreter broadcasts a scalar bool to int32.
+        mask = self._assign(f"({' & '.join(inside)}) != 0")
+        return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}), mask={mask}, other=0)")
+
+    def _widened(self, node: Node, text: str) -> str:
+        dtype, _ = self.graph.tensor_types[node.attr]
+        if dtype == torch.bool:
+            return f"{text} != 0"
+        if dtype in FLOATS:
+            return text if dtype == torch.float32 else f"{text}.to(tl.float32)"
+        return text
+
+
+def _literal(node: Node) -> str:
+    value = node.attr
+    if node.dtype.is_floating_point:
+        return repr(float(value)) if value - value == 0 else f'float("{value}")'
+    return repr(int(value))

@@ -1,0 +1,265 @@
+"""The op table: one row per elementwise operation.
+
+A row says everything that the rest of the package knows about an operation: its type rule, how PyTorch computes it on
+operands of that type, its Triton text, how Python computes it on two numbers, and which integers it can give.
+To add an operation, add a row and a test.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .graph import Node
+
+Interval = tuple[int, int]
+
+INT_LIMITS: dict[torch.dtype, Interval] = {
+    torch.bool: (0, 1),
+    **{
+        dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    },
+}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (*INT_LIMITS, *FLOATS)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One elementwise operation.
+
+    Attributes:
+        name: the op of a `Node`, and the PyTorch function or method that makes it.
+        arity: number of operands.
+        rule: how types go in and out: `promote` (to the common type), `float` (the common type, integers to float32),
+            `integer` (the common type, which must not be floating), `compare` (common type in, bool out),
+            `logical` (bool in, bool out), `where` (bool, then the common type), `predicate` (floating test, bool out).
+        torch: computes it on operands of the type that the rule gives.
+        triton: text for floating operands, with `{0}`, `{1}`, ... for the operands.
+        triton_int: text for integer operands, where it differs.
+        python: computes it on Python numbers, for operators.
+        interval: integer range of the result from those of the operands.
+        commutative: operands may change places.
+        names: other names of the same function in PyTorch.
+    """
+
+    name: str
+    arity: int
+    rule: str
+    torch: Callable[..., torch.Tensor]
+    triton: str
+    triton_int: str | None = None
+    python: Callable | None = None
+    interval: Callable[..., Interval] | None = None
+    commutative: bool = False
+    names: tuple[str, ...] = ()
+
+
+# --- Integer ranges ---------------------------------------------------------------------------------------------------
+
+
+def _hull(candidates: Sequence[int]) -> Interval:
+    return min(candidates), max(candidates)
+
+
+def _mul(a: Interval, b: Interval) -> Interval:
+    return _hull([x * y for x in a for y in b])
+
+
+def _floor_divide(a: Interval, b: Interval) -> Interval:
+    if b[0] <= 0 <= b[1]:
+        bound = max(abs(a[0]), abs(a[1]))
+        return -bound, bound
+    return _hull([x // y for x in a for y in b])
+
+
+def _remainder(a: Interval, b: Interval) -> Interval:
+    if b[0] > 0:
+        return (a[0], a[1]) if a[0] >= 0 and a[1] < b[0] else (0, b[1] - 1)
+    if b[1] < 0:
+        return b[0] + 1, 0
+    bound = max(abs(b[0]), abs(b[1]))
+    return -bound, bound
+
+
+def _abs(a: Interval) -> Interval:
+    return (0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))), max(abs(a[0]), abs(a[1]))
+
+
+def _bits(a: Interval, b: Interval) -> Interval:
+    """Range of `|` and `^`: no bit above the operands' highest one appears."""
+    bits = max(v.bit_length() for v in (*a, *b))
+    return (0 if min(a[0], b[0]) >= 0 else -(1 << bits)), (1 << bits) - 1
+
+
+def _and(a: Interval, b: Interval) -> Interval:
+    if a[0] >= 0 or b[0] >= 0:
+        return 0, min(x[1] for x in (a, b) if x[0] >= 0)
+    return _bits(a, b)
+
+
+def _shift_left(a: Interval, b: Interval) -> Interval:
+    if b[0] < 0 or b[1] > 62:
+        return INT_LIMITS[torch.int64]
+    return _hull([x << y for x in a for y in b])
+
+
+def _shift_right(a: Interval, b: Interval) -> Interval:
+    if b[0] < 0 or b[1] > 63:
+        return INT_LIMITS[torch.int64]
+    return _hull([x >> y for x in a for y in b])
+
+
+def _pow(a: Interval, b: Interval) -> Interval:
+    if b[0] < 0 or b[1] > 63 or max(abs(a[0]), abs(a[1])) ** b[1] >= 1 << 63:
+        return INT_LIMITS[torch.int64]
+    corners = [x**y for x in a for y in b]
+    return _hull([*corners, *(-c for c in corners), 0, 1] if a[0] < 0 else corners)
+
+
+# --- PyTorch twins that need more than one call -----------------------------------------------------------------------
+
+
+def _torch_pow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.pow(a, b if a.dtype.is_floating_point else b.clamp(min=0))
+
+
+
+
+def _row(name: str, arity: int, rule: str, triton: str, **rest) -> Op:
+    function = rest.pop("torch", None) or getattr(torch, name)
+    return Op(name, arity, rule, function, triton, **rest)
+
+
+_TABLE = (
+    # Arithmetic.
+    _row("add", 2, "promote", "{0} + {1}", python=operator.add, commutative=True,
+         interval=lambda a, b: (a[0] + b[0], a[1] + b[1])),
+    _row("sub", 2, "promote", "{0} - {1}", python=operator.sub, names=("subtract",),
+         interval=lambda a, b: (a[0] - b[1], a[1] - b[0])),
+    _row("mul", 2, "promote", "{0} * {1}", python=operator.mul, commutative=True, names=("multiply",), interval=_mul),
+    _row("div", 2, "float", "{0} / {1}", python=operator.truediv, names=("true_divide", "divide", "truediv")),
+    _row("floor_divide", 2, "promote", "floor_divide_float({0}, {1})", triton_int="floor_divide_int({0}, {1})",
+         python=operator.floordiv, interval=_floor_divide, names=("floordiv",)),
+    _row("remainder", 2, "promote", "remainder_float({0}, {1})", triton_int="remainder_int({0}, {1})",
+         python=operator.mod, interval=_remainder, names=("mod",)),
+    _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="{0} % {1}"),
+    _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})", torch=_torch_pow,
+         python=operator.pow, interval=_pow, names=("float_power",)),
+    _row("maximum", 2, "promote", "maximum({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
+         interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    _row("minimum", 2, "promote", "minimum({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
+         interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    _row("neg", 1, "promote", "-{0}", python=operator.neg, names=("negative",), interval=lambda a: (-a[1], -a[0])),
+    _row("abs", 1, "promote", "tl.abs({0})", python=operator.abs, names=("absolute",), interval=_abs),
+    _row("sign", 1, "promote", "sign({0})", triton_int="sign({0})", names=("sgn",),
+         interval=lambda a: (max(-1, min(a[0], 1)), max(-1, min(a[1], 1)))),
+    # Comparison. `gt` and `ge` become `lt` and `le` with the operands exchanged.
+    _row("lt", 2, "compare", "{0} < {1}", python=operator.lt, names=("less",)),
+    _row("le", 2, "compare", "{0} <= {1}", python=operator.le, names=("less_equal",)),
+    _row("eq", 2, "compare", "{0} == {1}", python=operator.eq, commutative=True),
+    _row("ne", 2, "compare", "{0} != {1}", python=operator.ne, commutative=True, names=("not_equal",)),
+    # Logic and bits.
+    _row("logical_and", 2, "logical", "{0} & {1}", commutative=True),
+    _row("logical_or", 2, "logical", "{0} | {1}", commutative=True),
+    _row("logical_xor", 2, "logical", "{0} ^ {1}", commutative=True),
+    _row("logical_not", 1, "logical", "{0} == 0"),
+    _row("bitwise_and", 2, "integer", "{0} & {1}", python=operator.and_, commutative=True, names=("and",),
+         interval=_and),
+    _row("bitwise_or", 2, "integer", "{0} | {1}", python=operator.or_, commutative=True, names=("or",), interval=_bits),
+    _row("bitwise_xor", 2, "integer", "{0} ^ {1}", python=operator.xor, commutative=True, names=("xor",),
+         interval=_bits),
+    _row("bitwise_not", 1, "integer", "~{0}", names=("invert",), python=operator.invert,
+         interval=lambda a: (~a[1], ~a[0])),
+    _row("bitwise_left_shift", 2, "integer", "{0} << {1}", python=operator.lshift, names=("lshift",),
+         interval=_shift_left),
+    _row("bitwise_right_shift", 2, "integer", "{0} >> {1}", python=operator.rshift, names=("rshift",),
+         interval=_shift_right),
+    # Choice.
+    _row("where", 3, "where", "tl.where({0}, {1}, {2})",
+         interval=lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
+    # Functions of a real number.
+    _row("exp", 1, "float", "tl.exp({0})"),
+    _row("exp2", 1, "float", "tl.exp2({0})"),
+    _row("expm1", 1, "float", "expm1({0})"),
+    _row("log", 1, "float", "tl.log({0})"),
+    _row("log2", 1, "float", "tl.log2({0})"),
+    _row("log10", 1, "float", "tl.log2({0}) * 0.30102999566398120"),
+    _row("log1p", 1, "float", "log1p({0})"),
+    _row("sqrt", 1, "float", "tl.sqrt({0})"),
+    _row("rsqrt", 1, "float", "tl.rsqrt({0})"),
+    _row("reciprocal", 1, "float", "1.0 / {0}"),
+    _row("tanh", 1, "float", "tanh({0})"),
+    _row("sigmoid", 1, "float", "1.0 / (1.0 + tl.exp(-{0}))", names=("expit",)),
+    _row("sin", 1, "float", "tl.sin({0})"),
+    _row("cos", 1, "float", "tl.cos({0})"),
+    _row("tan", 1, "float", "tl.sin({0}) / tl.cos({0})"),
+    _row("erf", 1, "float", "tl.erf({0})"),
+    _row("floor", 1, "promote", "tl.floor({0})", triton_int="{0}", interval=lambda a: a),
+    _row("ceil", 1, "promote", "tl.ceil({0})", triton_int="{0}", interval=lambda a: a),
+    _row("round", 1, "promote", "round_half_even({0})", triton_int="{0}", interval=lambda a: a),
+    _row("trunc", 1, "promote", "trunc({0})", triton_int="{0}", interval=lambda a: a, names=("fix",)),
+    _row("isnan", 1, "predicate", "{0} != {0}"),
+    _row("isinf", 1, "predicate", 'tl.abs({0}) == float("inf")'),
+    _row("isfinite", 1, "predicate", 'tl.abs({0}) < float("inf")'),
+)  # fmt: skip
+
+OPS: dict[str, Op] = {row.name: row for row in _TABLE}
+
+# The operations whose second operand becomes a constant of the kernel when it is a captured number: a division by a
+# constant is a multiplication, and its bounds can be solved.
+CONSTANT_SECOND = {"floor_divide", "remainder", "fmod", "pow", "bitwise_left_shift", "bitwise_right_shift"}
+
+
+def _category(dtype: torch.dtype) -> int:
+    return 0 if dtype == torch.bool else 2 if dtype.is_floating_point else 1
+
+
+def common_dtype(nodes: Sequence[Node]) -> tuple[torch.dtype, bool]:
+    """PyTorch's result type for 0-d tensors and Python numbers (which are weak), and whether it is weak."""
+    strong = [n.dtype for n in nodes if not n.weak]
+    weak = max((n.dtype for n in nodes if n.weak), key=_category, default=None)
+    if not strong:
+        assert weak is not None
+        return weak, True
+    dtype = strong[0]
+    for other in strong[1:]:
+        dtype = torch.promote_types(dtype, other)
+    if weak is not None and _category(weak) > _category(dtype):
+        dtype = weak
+    return dtype, False
+
+
+def operand_dtypes(op: Op, nodes: Sequence[Node]) -> tuple[tuple[torch.dtype, ...], torch.dtype, bool]:
+    """Applies a type rule.
+
+    Returns:
+        The type that each operand is cast to, the type of the result, and whether the result is a weak Python number.
+
+    Raises:
+        TypeError: the rule is `integer` and an operand is floating.
+    """
+    if op.rule == "where":
+        dtype, weak = common_dtype(nodes[1:])
+        # torch.where on two Python numbers gives a tensor of the default type.
+        return (torch.bool, dtype, dtype), dtype, False
+    dtype, weak = common_dtype(nodes)
+    if op.rule == "logical":
+        return (torch.bool,) * op.arity, torch.bool, False
+    if op.rule == "float" and not dtype.is_floating_point:
+        dtype = torch.float32
+    if op.rule == "predicate":
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        return (dtype,), torch.bool, False
+    if op.rule == "integer" and dtype.is_floating_point:
+        raise TypeError(f"{op.name} takes integers or bools, got {dtype}")
+    if op.rule == "compare":
+        return (dtype,) * op.arity, torch.bool, weak
+    if dtype == torch.bool and op.rule == "promote":
+        # Arithmetic on two bools: PyTorch keeps bool for + and *, Python numbers become integers.
+        dtype = torch.int64 if weak else torch.bool
+    return (dtype,) * op.arity, dtype, weak

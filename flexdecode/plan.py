@@ -1,0 +1,189 @@
+"""A prepared call: everything that stays the same while mods, shapes, strides and options do."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+from . import eager
+from .captures import leaf_names
+from .graph import Graph
+from .identity import Mod, graph_of
+from .kernel import KernelSpec, capture_types
+from .launch import TritonLauncher, device_facts
+from .schedule import schedule
+from .signature import DEFAULT_OPTIONS, DecodeOptions, check_inputs, check_lens, describe, kernel_strides
+
+
+def layout(tensor: object) -> object:
+    """What a plan depends on in a tensor: all but its contents."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor if tensor is None else type(tensor)
+    place = tensor.data_ptr() & 15
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
+
+
+
+
+class Launcher(Protocol):
+    """Runs one call on given outputs."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        kv_lens: torch.Tensor | None,
+        q_offset: int | torch.Tensor | None,
+        score_leaves: list,
+        mask_leaves: list,
+        scale: float,
+    ) -> None: ...
+
+
+class EagerLauncher:
+    """Runs the traced graphs in PyTorch operations."""
+
+    def __init__(self, score: Graph | None, mask: Graph | None, check_indices: bool = False) -> None:
+        self.score = score
+        self.mask = mask
+        self.check_indices = check_indices
+
+    def __call__(self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale) -> None:  # type: ignore[no-untyped-def]
+        """As in `Launcher`."""
+        score, mask = (self.score, score_leaves), (self.mask, mask_leaves)
+        eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.check_indices)
+
+
+class Plan:
+    """Allocates the outputs of a call and runs it."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        out_shape: tuple[int, int, int, int],
+        head_dim: int,
+        max_kv_len: int,
+        return_lse: bool,
+        check_lens: bool,
+        checker: Launcher | None,
+    ) -> None:
+        self.launcher = launcher
+        self.out_shape = out_shape
+        self.default_scale = 1.0 / math.sqrt(head_dim)
+        self.max_kv_len = max_kv_len
+        self.return_lse = return_lse
+        self.check_lens = check_lens
+        self.checker = checker
+        self.empty = 0 in out_shape
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_lens: torch.Tensor | None,
+        q_offset: int | torch.Tensor | None,
+        scale: float | None,
+        out: torch.Tensor | None,
+        score_leaves: list,
+        mask_leaves: list,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Runs the call on tensors of the layout that the plan was made for."""
+        if out is None:
+            out = query.new_empty(self.out_shape)
+        lse = query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        if self.check_lens:
+            check_lens(kv_lens, self.max_kv_len)
+        if not self.empty:
+            if scale is None:
+                scale = self.default_scale
+            if kv_lens is not None and kv_lens.stride(0) != 1:
+                kv_lens = kv_lens.contiguous()
+            if isinstance(q_offset, torch.Tensor) and q_offset.stride(0) != 1:
+                q_offset = q_offset.contiguous()
+            if self.checker is not None:
+                scratch = torch.empty_like(out)
+                self.checker(
+                    query, key, value, scratch, None, kv_lens, q_offset, score_leaves, mask_leaves, scale
+                )
+            self.launcher(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale)
+        return out if lse is None else (out, lse)
+
+
+def prepare(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: Mod,
+    mask: Mod,
+    kv_lens: torch.Tensor | None,
+    q_offset: int | torch.Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+    out: torch.Tensor | None,
+    options: DecodeOptions | None,
+) -> tuple[Plan, Mod, Mod]:
+    """Checks a call and makes its plan: trace, describe, schedule, and find the kernel.
+
+    Returns:
+        The plan, and both mods with the identities that tracing found.
+
+    Raises:
+        TypeError, ValueError, TraceError: as `flex_decode`.
+    """
+    options = DEFAULT_OPTIONS if options is None else options
+    sizes = check_inputs(query, key, value, kv_lens, q_offset, scale, out, options)
+    score_graph, score = graph_of("score_mod", score, query.device)
+    mask_graph, mask = graph_of("mask_mod", mask, query.device)
+    _check_captures("score_mod", score_graph, score, query.device)
+    _check_captures("mask_mod", mask_graph, mask, query.device)
+    shape = (*query.shape[:3], value.shape[3])
+    sample = query.new_empty(shape) if out is None else out
+    signature = describe(query, key, value, sample, kv_lens, q_offset, return_lse, options)
+    launcher: Launcher
+    if signature.backend == "torch" or 0 in shape:
+        launcher = EagerLauncher(score_graph, mask_graph, options.debug)
+    else:
+        facts = device_facts(query.device)
+        cut = schedule(signature, sizes, facts, options)
+        spec = KernelSpec(
+            signature, cut.tiles, capture_types(score_graph), capture_types(mask_graph), mask_graph is not None
+        )
+        strides = tuple(s for t in (query, key, value, sample) for s in kernel_strides(t, sizes.batch))
+        launcher = TritonLauncher(spec, sizes, cut, strides, facts, score_graph, mask_graph)
+    checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
+    lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
+    plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
+    return plan, score, mask
+
+
+def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device) -> None:
+    """Refuses captured tensors that the kernel cannot read.
+
+    Raises:
+        ValueError: one is on another device, not dense, or requires grad while grad mode is on.
+    """
+    if graph is None or mod.function is None:
+        return
+    for leaf in {*graph.tensors, *(source.leaf for source in graph.numbers)}:
+        tensor = mod.leaves[leaf] if leaf >= 0 else None
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        name = leaf_names(mod.function)[leaf]
+        if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+            raise ValueError(
+                f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "
+                f"there before the call, `{name} = {name}.to(query.device)`"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"the tensor `{name}` captured by {kind} must be dense, got layout {tensor.layout}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"the tensor `{name}` captured by {kind} requires grad, but flex_decode is forward only: call it under "
+                f"torch.no_grad() or capture `{name}.detach()`"
+            )

@@ -1,0 +1,270 @@
+"""The stand-in for a tensor inside a traced mod.
+
+A `Symbol` is a lazy tensor: a shape, and a function from an index to the `Node` of that element. Scores and indices are
+symbols of rank 0; a captured tensor is a symbol whose elements are loads. Views are index arithmetic and elementwise
+operations wait until they are indexed, so nothing of a captured tensor is read or frozen while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from .build import check_constant, sources
+from .errors import TraceError, UnsupportedOpError, at_user_line
+from .graph import Node, Source, const
+from .ops import DTYPES
+
+_NO_BRANCH = (
+    "A mod is traced, so it cannot branch on a value: use torch.where(cond, a, b) for if/else, `&`, `|`, `~` for "
+    "and/or/not, torch.maximum/torch.minimum for max/min, and two comparisons joined by `&` for a < b < c."
+)
+_NO_NUMBER = (
+    "A traced value has no Python number: use the torch function (torch.exp for math.exp), and capture a list, dict or "
+    "numpy array as a tensor to index it."
+)
+
+
+class Consumed(BaseException):  # not an Exception: the user's own `except Exception` must not swallow it
+    """A mod asked for the Python value of captured numbers: they become constants and the trace starts again."""
+
+    def __init__(self, found: set[Source]) -> None:
+        self.sources = frozenset(found)
+
+
+@dataclass
+class TraceContext:
+    """What the symbols of one run share."""
+
+    kind: str
+    leaves: list
+    device: torch.device
+    constants: frozenset[Source]
+    functions: Any  # the module torch_functions, which is built on this one
+    tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
+    frozen: list[torch.Tensor] = field(default_factory=list)
+    own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
+
+    def __post_init__(self) -> None:
+        self._leaf_of = {id(leaf): i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)}
+
+    def do(self, name: str, *args: Any) -> Any:
+        """Calls a function of `torch_functions` on behalf of a symbol."""
+        before, self.own_code = self.own_code, True
+        try:
+            return getattr(self.functions, name)(self, *args)
+        finally:
+            self.own_code = before
+
+    def scalar(self, node: Node) -> Symbol:
+        return Symbol(self, (), lambda _: node, node.dtype)
+
+    def score(self) -> Symbol:
+        return self.scalar(Node("score", (), torch.float32))
+
+    def index(self, name: str) -> Symbol:
+        return self.scalar(Node("index", (), torch.int64, name))
+
+    def number(self, source: Source) -> Symbol:
+        """A captured Python number as a run-time argument."""
+        value = self.leaves[source.leaf]
+        check_constant(value)
+        dtype = torch.float32 if isinstance(value, float) else torch.int64
+        return self.scalar(Node("number", (), dtype, source, weak=True))
+
+    def symbol(self, value: Any) -> Symbol:
+        """Converts anything that PyTorch would take as an operand."""
+        if isinstance(value, Symbol):
+            return value
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value)
+        if isinstance(value, (bool, int, float)):
+            plain = value if isinstance(value, bool) else (int if isinstance(value, int) else float)(value)
+            check_constant(plain)
+            return self.scalar(const(plain))
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            return self.symbol(value.item())
+        raise at_user_line(
+            UnsupportedOpError,
+            f"a {type(value).__name__} cannot be an operand in a {self.kind}",
+            "Capture it as a torch.Tensor outside the mod.",
+        )
+
+    def tensor(self, value: torch.Tensor) -> Symbol:
+        """A captured tensor, read when the kernel runs."""
+        leaf = self._leaf_of.get(id(value))
+        if leaf is None:
+            return self.freeze(value)
+        if value.ndim == 0 and value.device.type == "cpu":
+            dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+            _check_dtype(value.dtype, self.kind)
+            return self.scalar(Node("number", (), dtype, Source(leaf)))
+        return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
+
+    def freeze(self, value: torch.Tensor) -> Symbol:
+        """A tensor that no path from the mod leads to: it stays what it is at trace time."""
+        if value.ndim == 0:
+            return self.scalar(const(value.item(), torch.float32 if value.dtype.is_floating_point else value.dtype))
+        for k, known in enumerate(self.frozen):
+            if known is value or (known.shape == value.shape and known.dtype == value.dtype and known.equal(value)):
+                break
+        else:
+            k = len(self.frozen)
+            self.frozen.append(value.to(self.device))
+        return self._loads(-1 - k, value, tuple(const(n) for n in value.shape))
+
+    def _loads(self, leaf: int, value: torch.Tensor, shape: tuple[Node, ...]) -> Symbol:
+        _check_dtype(value.dtype, self.kind)
+        self.tensor_types[leaf] = (value.dtype, value.ndim)
+        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+        return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype)
+
+    def _size(self, source: Source, size: int) -> Node:
+        if source in self.constants:
+            return const(size)
+        return Node("number", (), torch.int64, source, weak=True)
+
+    def python_int(self, node: Node) -> int:
+        """The value of a size; one that is not constant yet becomes so, in the next run."""
+        if not node.is_const:
+            raise Consumed(sources(node))
+        return int(node.attr)
+
+    def size_value(self, node: Node) -> int | Symbol:
+        """A size as the mod sees it: a number, or a symbol for the size of a captured tensor."""
+        return node.attr if node.is_const else self.scalar(node)
+
+
+def _check_dtype(dtype: torch.dtype, kind: str) -> None:
+    if dtype not in DTYPES:
+        raise at_user_line(
+            UnsupportedOpError,
+            f"a captured tensor of {dtype} cannot be read in a {kind}",
+            "Convert it outside the mod, e.g. with .float() or .long().",
+        )
+
+
+class Symbol:
+    """A lazy tensor inside a traced mod; behaves like the `torch.Tensor` that the mod would get without tracing.
+
+    Attributes:
+        context: the run that it belongs to.
+        sizes: one `Node` per dimension.
+        at: gives the element's node for a tuple of index nodes, one per dimension.
+        dtype: PyTorch's type of the elements.
+    """
+
+    __array_ufunc__ = None  # numpy scalars on the left leave the operation to the symbol
+
+    def __init__(
+        self, context: TraceContext, sizes: tuple[Node, ...], at: Callable[[tuple[Node, ...]], Node], dtype: torch.dtype
+    ) -> None:
+        self.context = context
+        self.sizes = sizes
+        self.at = at
+        self.dtype = dtype
+
+    @property
+    def rank(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def node(self) -> Node:
+        """The value of a symbol of rank 0."""
+        assert not self.sizes
+        return self.at(())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        symbol = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Symbol))
+        return symbol.context.do("dispatch", func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.context.do("attribute", self, name)
+
+    def __repr__(self) -> str:
+        return f"<traced {self.dtype} of rank {self.rank} in a {self.context.kind}>"
+
+    def __getitem__(self, index: Any) -> Symbol:
+        return self.context.do("getitem", self, index)
+
+    def _python_value(self, problem: str, remedy: str) -> NoReturn:
+        """Refuses to become a Python value; a captured number becomes a constant instead."""
+        if self.rank == 0:
+            node = self.node
+            found = sources(node)
+            if node.weak and found:
+                raise Consumed(found)
+        raise at_user_line(TraceError, problem, remedy)
+
+    def __bool__(self) -> bool:
+        self._python_value(f"the truth of a traced value was asked for in a {self.context.kind}", _NO_BRANCH)
+
+    def __index__(self) -> int:
+        self._python_value(f"a traced value was used as a Python integer in a {self.context.kind}", _NO_NUMBER)
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        self._python_value(f"a traced value was used as a Python float in a {self.context.kind}", _NO_NUMBER)
+
+    def __complex__(self) -> complex:
+        self._python_value(f"a traced value was used as a Python number in a {self.context.kind}", _NO_NUMBER)
+
+    def __hash__(self) -> int:
+        self._python_value(f"a traced value was used as a dict key or set member in a {self.context.kind}", _NO_NUMBER)
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        self._python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
+
+    def __len__(self) -> int:
+        if not self.sizes:
+            self._python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
+        return self.context.python_int(self.sizes[0])
+
+    def __iter__(self) -> NoReturn:
+        self._python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
+
+    def __contains__(self, _: Any) -> NoReturn:
+        self._python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
+
+    def __setitem__(self, *_: Any) -> NoReturn:
+        self.context.do("refuse_in_place", "__setitem__")
+
+    def __round__(self, digits: int | None = None) -> Symbol:
+        return self.context.do("dispatch", torch.round, (self,), {} if digits is None else {"decimals": digits})
+
+    def __divmod__(self, other: Any) -> tuple[Symbol, Symbol]:
+        return self // other, self % other
+
+    def __pos__(self) -> Symbol:
+        return self
+
+
+def _operator(name: str, reflected: bool) -> Callable:
+    def apply(self: Symbol, other: Any) -> Any:
+        if not isinstance(other, (Symbol, torch.Tensor, bool, int, float)) and type(other).__module__ != "numpy":
+            return NotImplemented
+        pair = (other, self) if reflected else (self, other)
+        return self.context.do("elementwise", name, *pair)
+
+    return apply
+
+
+for _name, _op in {
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
+    "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "bitwise_left_shift",
+    "rshift": "bitwise_right_shift",
+}.items():  # fmt: skip
+    setattr(Symbol, f"__{_name}__", _operator(_op, reflected=False))
+    setattr(Symbol, f"__r{_name}__", _operator(_op, reflected=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Symbol, f"__{_name}__", _operator(_name, reflected=False))
+for _name, _op in {"neg": "neg", "abs": "abs", "invert": "bitwise_not"}.items():
+    setattr(Symbol, f"__{_name}__", lambda self, _op=_op: self.context.do("elementwise", _op, self))
+

@@ -1,0 +1,643 @@
+"""What PyTorch functions, methods and attributes mean on symbols.
+
+Every row of the op table is a function here under its PyTorch names. Functions that are made of rows (silu, softplus),
+conversions, factories and views are written out below; everything else is refused with a remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from .build import cast, make, sources
+from .errors import TraceError, UnsupportedOpError, at_user_line
+from .graph import Node, const
+from .ops import CONSTANT_SECOND, DTYPES, OPS
+from .symbol import Consumed, Symbol, TraceContext
+
+_REFLECTED = {
+    "rsub": "sub", "rdiv": "div", "rtruediv": "div", "rfloordiv": "floor_divide", "rmod": "remainder", "rpow": "pow",
+    "radd": "add", "rmul": "mul", "rand": "bitwise_and", "ror": "bitwise_or", "rxor": "bitwise_xor",
+    "rlshift": "bitwise_left_shift", "rrshift": "bitwise_right_shift",
+}  # fmt: skip
+_ELEMENTWISE = {name: op.name for op in OPS.values() for name in (op.name, *op.names)}
+_ELEMENTWISE |= {name: name for name in ("gt", "ge", "greater", "greater_equal")}
+
+Handler = Callable[..., Any]
+_HANDLERS: dict[str, Handler] = {}
+
+
+def _handles(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Computes one PyTorch call that involves symbols or captured tensors."""
+    name = _name_of(func)
+    if kwargs.pop("out", None) is not None:
+        refuse_in_place(context, f"{name}(..., out=)")
+    if name in _HANDLERS:
+        return _HANDLERS[name](context, *args, **kwargs)
+    if name in _ELEMENTWISE:
+        if kwargs:
+            args, kwargs = args + tuple(kwargs.pop(k) for k in ("other", "exponent") if k in kwargs), kwargs
+        if kwargs:
+            _refuse(context, f"{name}({', '.join(kwargs)}=)")
+        return elementwise(context, _ELEMENTWISE[name], *args)
+    if name in _REFLECTED:
+        return elementwise(context, _REFLECTED[name], args[1], args[0])
+    if (name.endswith("_") and not name.startswith("__")) or name in ("iadd", "isub", "imul", "setitem", "idiv"):
+        refuse_in_place(context, name)
+    if type(func).__name__ == "method-wrapper" and name in _METADATA:
+        return func(*args, **kwargs)
+    _refuse(context, name)
+
+
+_METADATA = {
+    "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "layout", "is_leaf", "itemsize", "is_sparse",
+    "is_quantized", "is_meta", "names", "grad",
+}  # fmt: skip
+
+
+def _name_of(func: Any) -> str:
+    """`torch.Tensor.__rsub__` is "rsub", the getter of `torch.Tensor.shape` is "shape"."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name in ("__get__", "__set__"):
+        return func.__self__.__name__ if name == "__get__" else "setattr_"
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    return name.removeprefix("special_")
+
+
+def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
+    """A method or attribute of `torch.Tensor` on a symbol."""
+    if name in _PROPERTIES:
+        return _PROPERTIES[name](symbol)
+    if name not in _HANDLERS and name not in _ELEMENTWISE and not hasattr(torch.Tensor, name):
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+    method = getattr(torch.Tensor, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return context.do("dispatch", method, (symbol, *args), kwargs)
+
+    return call
+
+
+def _refuse(context: TraceContext, name: str) -> NoReturn:
+    raise at_user_line(
+        UnsupportedOpError,
+        f"torch.{name} is not supported in {context.kind}",
+        "Compute it outside the mod and capture the result as a tensor.",
+    )
+
+
+def refuse_in_place(context: TraceContext, name: str) -> NoReturn:
+    """Raises the error for a write."""
+    raise at_user_line(
+        UnsupportedOpError,
+        f"{name} writes in place, which a {context.kind} must not do",
+        "Use the operation that returns a new value (x = x + y, torch.where for a masked write).",
+    )
+
+
+# --- Elementwise operations -------------------------------------------------------------------------------------------
+
+
+def elementwise(context: TraceContext, name: str, *operands: Any) -> Symbol:
+    """Applies a row of the op table, with broadcasting over the symbols' remaining dimensions."""
+    symbols = [context.symbol(x) for x in operands]
+    arity = 2 if name not in OPS else OPS[name].arity
+    if len(symbols) != arity:
+        _refuse(context, f"{name} with {len(symbols)} operand(s)")
+    if name in CONSTANT_SECOND and symbols[1].rank == 0:
+        second = symbols[1].node
+        if second.weak and (found := sources(second)):
+            raise Consumed(found)
+    return _broadcast(context, lambda *nodes: _make(context, name, *nodes), *symbols)
+
+
+def _make(context: TraceContext, name: str, *nodes: Node) -> Node:
+    try:
+        return make(name, *nodes)
+    except (TypeError, ZeroDivisionError, ValueError) as error:
+        raise at_user_line(TraceError, f"{name} in a {context.kind}: {error}", "Check the types of its operands.") from None
+
+
+def _broadcast(context: TraceContext, function: Callable[..., Node], *symbols: Symbol) -> Symbol:
+    """Joins symbols of any shapes; two shaped symbols make their sizes constants."""
+    shaped = [s for s in symbols if s.rank]
+    if not shaped:
+        return context.scalar(function(*(s.node for s in symbols)))
+    if len(shaped) == 1:
+        sizes = shaped[0].sizes
+        views = list(symbols)
+    else:
+        shapes = [[context.python_int(n) for n in s.sizes] for s in shaped]
+        try:
+            sizes = tuple(const(n) for n in torch.broadcast_shapes(*shapes))
+        except RuntimeError as error:
+            raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+        views = [_expanded(s, sizes) if s.rank else s for s in symbols]
+    zero = tuple(const(0) for _ in sizes)
+    dtype = function(*(s.at(zero if s.rank else ()) for s in views)).dtype
+    return Symbol(context, sizes, lambda index: function(*(s.at(index if s.rank else ()) for s in views)), dtype)
+
+
+def _expanded(symbol: Symbol, sizes: tuple[Node, ...]) -> Symbol:
+    skip = len(sizes) - symbol.rank
+    fixed = [n.is_const and n.attr == 1 for n in symbol.sizes]
+
+    def at(index: tuple[Node, ...]) -> Node:
+        return symbol.at(tuple(const(0) if one else i for one, i in zip(fixed, index[skip:], strict=True)))
+
+    return Symbol(symbol.context, sizes, at, symbol.dtype)
+
+
+@_handles("where")
+def _where(context: TraceContext, condition: Any, *choices: Any, **kwargs: Any) -> Symbol:
+    choices += tuple(kwargs.pop(k) for k in ("input", "self", "other") if k in kwargs)
+    if len(choices) != 2:
+        _refuse(context, "where with one operand")
+    return elementwise(context, "where", condition, *choices)
+
+
+def _tensor_where(context: TraceContext, x: Any, condition: Any, other: Any) -> Symbol:
+    return elementwise(context, "where", condition, x, other)
+
+
+@_handles("masked_fill")
+def _masked_fill(context: TraceContext, x: Any, mask: Any, value: Any) -> Symbol:
+    x = context.symbol(x)
+    return elementwise(context, "where", mask, _as_dtype(context, context.symbol(value), x.dtype), x)
+
+
+@_handles("clamp", "clip")
+def _clamp(context: TraceContext, x: Any, min: Any = None, max: Any = None) -> Symbol:
+    if min is None and max is None:
+        raise at_user_line(TraceError, "clamp needs `min` or `max`", "Give at least one bound.")
+    if min is not None:
+        x = elementwise(context, "maximum", x, min)
+    return x if max is None else elementwise(context, "minimum", x, max)
+
+
+_HANDLERS["clamp_min"] = lambda context, x, min: elementwise(context, "maximum", x, min)
+_HANDLERS["clamp_max"] = lambda context, x, max: elementwise(context, "minimum", x, max)
+
+
+@_handles("max", "min")
+def _no_reduction(context: TraceContext, *args: Any, **_: Any) -> NoReturn:
+    raise at_user_line(
+        UnsupportedOpError,
+        f"torch.max and torch.min reduce, which a {context.kind} cannot do",
+        "Use torch.maximum(a, b) or torch.minimum(a, b); compute a reduction outside the mod and capture its result.",
+    )
+
+
+@_handles("div", "divide", "true_divide")
+def _div(context: TraceContext, a: Any, b: Any, rounding_mode: str | None = None) -> Symbol:
+    if rounding_mode == "floor":
+        return elementwise(context, "floor_divide", a, b)
+    quotient = elementwise(context, "div", a, b)
+    return quotient if rounding_mode is None else elementwise(context, "trunc", quotient)
+
+
+def _with_alpha(name: str) -> Handler:
+    def apply(context: TraceContext, a: Any, b: Any, alpha: Any = 1) -> Symbol:
+        scaled = b if isinstance(alpha, int) and alpha == 1 else elementwise(context, "mul", b, alpha)
+        return elementwise(context, name, a, scaled)
+
+    return apply
+
+
+_HANDLERS |= {"add": _with_alpha("add"), "sub": _with_alpha("sub"), "subtract": _with_alpha("sub")}
+
+
+@_handles("round")
+def _round(context: TraceContext, x: Any, decimals: int = 0) -> Symbol:
+    if decimals == 0:
+        return elementwise(context, "round", x)
+    factor = 10.0**decimals
+    return elementwise(context, "div", elementwise(context, "round", elementwise(context, "mul", x, factor)), factor)
+
+
+@_handles("square")
+def _square(context: TraceContext, x: Any) -> Symbol:
+    return elementwise(context, "mul", x, x)
+
+
+@_handles("frac")
+def _frac(context: TraceContext, x: Any) -> Symbol:
+    return elementwise(context, "sub", x, elementwise(context, "trunc", x))
+
+
+@_handles("erfc")
+def _erfc(context: TraceContext, x: Any) -> Symbol:
+    return elementwise(context, "sub", 1.0, elementwise(context, "erf", x))
+
+
+# --- torch.nn.functional ----------------------------------------------------------------------------------------------
+
+
+@_handles("relu")
+def _relu(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+    return elementwise(context, "maximum", x, 0)
+
+
+@_handles("relu6")
+def _relu6(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+    return _clamp(context, x, 0.0, 6.0)
+
+
+@_handles("hardtanh")
+def _hardtanh(context: TraceContext, x: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Symbol:
+    return _clamp(context, x, min_val, max_val)
+
+
+@_handles("silu")
+def _silu(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+    return elementwise(context, "mul", x, elementwise(context, "sigmoid", x))
+
+
+@_handles("leaky_relu")
+def _leaky_relu(context: TraceContext, x: Any, negative_slope: Any = 0.01, inplace: bool = False) -> Symbol:
+    x = context.symbol(x)
+    return elementwise(context, "where", x > 0, x, x * negative_slope)
+
+
+@_handles("elu")
+def _elu(context: TraceContext, x: Any, alpha: Any = 1.0, inplace: bool = False) -> Symbol:
+    x = context.symbol(x)
+    return elementwise(context, "where", x > 0, x, alpha * elementwise(context, "expm1", x))
+
+
+@_handles("gelu")
+def _gelu(context: TraceContext, x: Any, approximate: str = "none") -> Symbol:
+    x = context.symbol(x)
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+        return 0.5 * x * (1.0 + elementwise(context, "tanh", inner))
+    return 0.5 * x * (1.0 + elementwise(context, "erf", x * math.sqrt(0.5)))
+
+
+@_handles("softplus")
+def _softplus(context: TraceContext, x: Any, beta: Any = 1.0, threshold: Any = 20.0) -> Symbol:
+    x = context.symbol(x)
+    scaled = x * beta
+    # log(1 + e^t) = max(t, 0) + log1p(e^-|t|) does not overflow.
+    smooth = _clamp(context, scaled, 0.0) + elementwise(context, "log1p", elementwise(context, "exp", -abs(scaled)))
+    return elementwise(context, "where", scaled > threshold, x, smooth / beta)
+
+
+@_handles("logsigmoid", "log_sigmoid")
+def _logsigmoid(context: TraceContext, x: Any) -> Symbol:
+    x = context.symbol(x)
+    return _clamp(context, x, max=0.0) - elementwise(context, "log1p", elementwise(context, "exp", -abs(x)))
+
+
+# --- Types ------------------------------------------------------------------------------------------------------------
+
+
+def _as_dtype(context: TraceContext, x: Symbol, dtype: torch.dtype) -> Symbol:
+    if dtype not in DTYPES:
+        _refuse(context, f"Tensor.to({dtype})")
+    return _broadcast(context, lambda node: _strong(cast(node, dtype)), x)
+
+
+def _strong(node: Node) -> Node:
+    return Node(node.op, node.args, node.dtype, node.attr) if node.weak else node
+
+
+for _name, _dtype in {
+    "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16,
+    "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8, "byte": torch.uint8,
+    "bool": torch.bool,
+}.items():  # fmt: skip
+    _HANDLERS[_name] = lambda context, x, memory_format=None, _dtype=_dtype: _as_dtype(context, context.symbol(x), _dtype)
+
+
+@_handles("to", "type", "type_as")
+def _to(context: TraceContext, x: Any, *args: Any, dtype: Any = None, **_: Any) -> Symbol:
+    x = context.symbol(x)
+    for arg in args:
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, (Symbol, torch.Tensor)):
+            dtype = arg.dtype
+    return x if dtype is None else _as_dtype(context, x, dtype)
+
+
+@_handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive")
+def _same(context: TraceContext, x: Any, *_: Any, **__: Any) -> Symbol:
+    return context.symbol(x)
+
+
+@_handles("is_floating_point")
+def _is_floating_point(context: TraceContext, x: Any) -> bool:
+    return context.symbol(x).dtype.is_floating_point
+
+
+@_handles("is_tensor")
+def _is_tensor(context: TraceContext, x: Any) -> bool:
+    return isinstance(x, (torch.Tensor, Symbol))
+
+
+@_handles("result_type", "promote_types", "can_cast")
+def _result_type(context: TraceContext, a: Any, b: Any) -> torch.dtype:
+    return (context.symbol(a) + context.symbol(b)).dtype
+
+
+@_handles("item", "tolist", "numpy", "float_", "nonzero")
+def _item(context: TraceContext, x: Any, *_: Any, **__: Any) -> NoReturn:
+    raise at_user_line(
+        TraceError,
+        f"the value of a tensor was read in a {context.kind} (.item(), .tolist(), .numpy())",
+        "Use the tensor itself: it is read afresh at every call. A Python number may be captured outside the mod.",
+    )
+
+
+_handles("__bool__", "__int__", "__float__", "__index__")(_item)
+_HANDLERS["index"] = _item
+
+
+@_handles("len")
+def _len(context: TraceContext, x: Any) -> int:
+    return len(context.symbol(x))
+
+
+# --- Factories --------------------------------------------------------------------------------------------------------
+
+
+@_handles("tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor")
+def _tensor(context: TraceContext, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+    data = args[-1]
+    if isinstance(data, (Symbol, torch.Tensor)):
+        x = context.symbol(data)
+        return _as_dtype(context, x, dtype or x.dtype)
+    if isinstance(data, (bool, int, float)):
+        x = context.symbol(data)
+        return context.scalar(_strong(x.node if dtype is None else cast(x.node, dtype)))
+    return context.freeze(torch.tensor(data, dtype=dtype))
+
+
+def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
+    sizes = tuple(
+        context.symbol(n).node for n in ((shape,) if isinstance(shape, (int, Symbol)) else tuple(shape))
+    )
+    x = context.symbol(value)
+    node = _strong(x.node if dtype is None else cast(x.node, dtype))
+    return Symbol(context, sizes, lambda _: node, node.dtype)
+
+
+def _shape_of(args: tuple) -> Any:
+    return args[0] if len(args) == 1 else args
+
+
+_HANDLERS |= {
+    "full": lambda c, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype),
+    "zeros": lambda c, *size, dtype=None, **_: _filled(c, _shape_of(size), 0.0, dtype),
+    "ones": lambda c, *size, dtype=None, **_: _filled(c, _shape_of(size), 1.0, dtype),
+    "new_full": lambda c, x, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype or x.dtype),
+    "new_zeros": lambda c, x, *size, dtype=None, **_: _filled(c, _shape_of(size), 0, dtype or x.dtype),
+    "new_ones": lambda c, x, *size, dtype=None, **_: _filled(c, _shape_of(size), 1, dtype or x.dtype),
+    "full_like": lambda c, x, fill_value, dtype=None, **_: _like(c, x, fill_value, dtype),
+    "zeros_like": lambda c, x, dtype=None, **_: _like(c, x, 0, dtype),
+    "ones_like": lambda c, x, dtype=None, **_: _like(c, x, 1, dtype),
+}
+
+
+def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
+    x = context.symbol(x)
+    node = cast(context.symbol(value).node, dtype or x.dtype)
+    return Symbol(context, x.sizes, lambda _: _strong(node), node.dtype)
+
+
+@_handles("arange")
+def _arange(context: TraceContext, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+    return context.freeze(torch.arange(*args, dtype=dtype))
+
+
+# --- Views and indexing -----------------------------------------------------------------------------------------------
+
+
+def _where_in(index: Node, size: Node) -> Node:
+    """Counts a negative index from the end."""
+    if index.is_const and index.attr >= 0:
+        return index
+    return make("where", make("lt", index, const(0)), make("add", index, size), index)
+
+
+def _slice(context: TraceContext, symbol: Symbol, dim: int, part: slice) -> Symbol:
+    """`x[..., start:stop:step, ...]`; an index outside the slice reads 0, as outside any tensor."""
+    size = symbol.sizes[dim]
+    step = 1 if part.step is None else int(part.step)
+    if step < 1:
+        raise at_user_line(TraceError, "a slice step must be positive", "Flip the tensor outside the mod.")
+
+    def bound(value: Any, default: Node) -> Node:
+        if value is None:
+            return default
+        node = const(int(value))
+        if node.attr < 0:
+            return make("maximum", make("add", size, node), const(0))
+        return make("minimum", node, size)
+
+    start, stop = bound(part.start, const(0)), bound(part.stop, size)
+    length = make("maximum", make("sub", stop, start), const(0))
+    length = make("floor_divide", make("add", length, const(step - 1)), const(step))
+
+    def at(index: tuple[Node, ...]) -> Node:
+        i = _where_in(index[dim], length)
+        inside = make("logical_and", make("le", const(0), i), make("lt", i, length))
+        source = make("add", make("mul", i, const(step)), start)
+        value = symbol.at((*index[:dim], source, *index[dim + 1 :]))
+        return make("where", inside, value, cast(const(0), value.dtype))
+
+    return Symbol(context, (*symbol.sizes[:dim], length, *symbol.sizes[dim + 1 :]), at, symbol.dtype)
+
+
+def _select(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> Symbol:
+    """Indexes one dimension with an integer symbol; a shaped one puts its dimensions in place."""
+
+    def at(rest: tuple[Node, ...]) -> Node:
+        chosen = index.at(rest[dim : dim + index.rank])
+        return symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
+
+    return Symbol(context, (*symbol.sizes[:dim], *index.sizes, *symbol.sizes[dim + 1 :]), at, symbol.dtype)
+
+
+def _unsqueeze(context: TraceContext, symbol: Symbol, dim: int) -> Symbol:
+    sizes = (*symbol.sizes[:dim], const(1), *symbol.sizes[dim:])
+    return Symbol(context, sizes, lambda index: symbol.at((*index[:dim], *index[dim + 1 :])), symbol.dtype)
+
+
+@_handles("getitem")
+def getitem(context: TraceContext, x: Any, index: Any) -> Symbol:
+    """`x[index]` with integers, symbols, slices, None and Ellipsis; a chain of indices may be partial."""
+    symbol = context.symbol(x)
+    items = list(index) if isinstance(index, tuple) else [index]
+    if isinstance(index, list):
+        _refuse_index(context, "a list")
+    given = sum(item is not None and item is not Ellipsis for item in items)
+    if given > symbol.rank:
+        raise at_user_line(
+            TraceError,
+            f"too many indices in a {context.kind}: {given} for a tensor of {symbol.rank} dimension(s)",
+            "Index a captured tensor with at most one index for each of its dimensions.",
+        )
+    dots = [i for i, item in enumerate(items) if item is Ellipsis]
+    if dots:
+        items[dots[0] : dots[0] + 1] = [slice(None)] * (symbol.rank - given)
+    dim = 0
+    for item in items:
+        if item is None:
+            symbol, dim = _unsqueeze(context, symbol, dim), dim + 1
+        elif isinstance(item, slice):
+            if item != slice(None):
+                symbol = _slice(context, symbol, dim, item)
+            dim += 1
+        else:
+            chosen = _index_symbol(context, item)
+            symbol, dim = _select(context, symbol, dim, chosen), dim + chosen.rank
+    return symbol
+
+
+def _index_symbol(context: TraceContext, item: Any) -> Symbol:
+    if isinstance(item, bool):
+        _refuse_index(context, "a bool")
+    if not isinstance(item, (int, Symbol, torch.Tensor)) and getattr(item, "ndim", 1) != 0:
+        _refuse_index(context, f"a {type(item).__name__}")
+    chosen = context.symbol(item)
+    if chosen.dtype == torch.bool or chosen.dtype.is_floating_point:
+        _refuse_index(context, str(chosen.dtype))
+    return _as_dtype(context, chosen, torch.int64)
+
+
+def _refuse_index(context: TraceContext, what: str) -> NoReturn:
+    raise at_user_line(
+        TraceError,
+        f"a captured tensor was indexed with {what} in a {context.kind}",
+        "Index with integers: b, h, q_idx, kv_idx, arithmetic on them (.long() converts), integer tensors, or slices.",
+    )
+
+
+def _dim(symbol: Symbol, dim: int, extra: int = 0) -> int:
+    rank = symbol.rank + extra
+    if not -rank <= dim < rank:
+        raise at_user_line(TraceError, f"dimension {dim} is out of range for rank {symbol.rank}", "Check the dimension.")
+    return dim % rank
+
+
+@_handles("select")
+def _select_method(context: TraceContext, x: Any, dim: int, index: Any) -> Symbol:
+    symbol = context.symbol(x)
+    return _select(context, symbol, _dim(symbol, dim), _index_symbol(context, index))
+
+
+@_handles("narrow")
+def _narrow(context: TraceContext, x: Any, dim: int, start: int, length: int) -> Symbol:
+    symbol = context.symbol(x)
+    return _slice(context, symbol, _dim(symbol, dim), slice(start, start + length))
+
+
+@_handles("unsqueeze")
+def _unsqueeze_method(context: TraceContext, x: Any, dim: int) -> Symbol:
+    symbol = context.symbol(x)
+    return _unsqueeze(context, symbol, _dim(symbol, dim, 1))
+
+
+@_handles("squeeze")
+def _squeeze(context: TraceContext, x: Any, dim: int | None = None) -> Symbol:
+    symbol = context.symbol(x)
+    dims = range(symbol.rank) if dim is None else [_dim(symbol, dim)] if symbol.rank else []
+    for d in reversed(dims):
+        if context.python_int(symbol.sizes[d]) == 1:
+            symbol = _select(context, symbol, d, context.scalar(const(0)))
+    return symbol
+
+
+def _permuted(symbol: Symbol, order: list[int]) -> Symbol:
+    def at(index: tuple[Node, ...]) -> Node:
+        return symbol.at(tuple(index[order.index(d)] for d in range(symbol.rank)))
+
+    return Symbol(symbol.context, tuple(symbol.sizes[d] for d in order), at, symbol.dtype)
+
+
+def _permute(context: TraceContext, x: Any, *dims: Any) -> Symbol:
+    symbol = context.symbol(x)
+    return _permuted(symbol, [_dim(symbol, d) for d in _shape_of(dims)])
+
+
+def _transpose(context: TraceContext, x: Any, dim0: int = -2, dim1: int = -1) -> Symbol:
+    symbol = context.symbol(x)
+    if symbol.rank < 2:
+        return symbol
+    order = list(range(symbol.rank))
+    a, b = _dim(symbol, dim0), _dim(symbol, dim1)
+    order[a], order[b] = order[b], order[a]
+    return _permuted(symbol, order)
+
+
+_HANDLERS |= {"permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _transpose, "T": _transpose}
+_HANDLERS["mT"] = _transpose
+
+
+@_handles("expand", "broadcast_to")
+def _expand(context: TraceContext, x: Any, *sizes: Any) -> Symbol:
+    symbol = context.symbol(x)
+    shape = [context.symbol(n).node for n in _shape_of(sizes)]
+    offset = len(shape) - symbol.rank
+    for n in symbol.sizes:
+        context.python_int(n)
+    for d, n in enumerate(shape):
+        if n.is_const and n.attr == -1:
+            shape[d] = symbol.sizes[d - offset]
+    return _expanded(symbol, tuple(shape))
+
+
+@_handles("expand_as")
+def _expand_as(context: TraceContext, x: Any, other: Any) -> Symbol:
+    return _expand(context, x, *(context.size_value(n) for n in context.symbol(other).sizes))
+
+
+# --- Attributes -------------------------------------------------------------------------------------------------------
+
+
+@_handles("shape")
+def _shape(context: TraceContext, x: Any) -> tuple:
+    return tuple(context.size_value(n) for n in context.symbol(x).sizes)
+
+
+@_handles("size")
+def _size(context: TraceContext, x: Any, dim: int | None = None) -> Any:
+    shape = _shape(context, x)
+    return shape if dim is None else shape[dim]
+
+
+@_handles("numel", "nelement")
+def _numel(context: TraceContext, x: Any) -> Any:
+    return math.prod(_shape(context, x))
+
+
+@_handles("dim", "ndimension", "ndim")
+def _rank(context: TraceContext, x: Any) -> int:
+    return context.symbol(x).rank
+
+
+_PROPERTIES: dict[str, Callable[[Symbol], Any]] = {
+    "shape": lambda x: _shape(x.context, x),
+    "ndim": lambda x: x.rank,
+    "device": lambda x: x.context.device,
+    "requires_grad": lambda x: False,
+    "is_cuda": lambda x: x.context.device.type == "cuda",
+    "T": lambda x: _transpose(x.context, x),
+    "mT": lambda x: _transpose(x.context, x),
+    "data": lambda x: x,
+    "where": lambda x: lambda condition, other: _tensor_where(x.context, x, condition, other),
+}

@@ -1,0 +1,196 @@
+"""Runs a mod once on symbols and records what it computes.
+
+The symbols stand for the score, the four indices and every captured number; a `TorchFunctionMode` catches what happens
+to captured tensors, so that no value of one is ever read while tracing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import torch_functions as tf
+from .build import cast, remake
+from .captures import CannotRebuild, rebuild
+from .errors import FlexDecodeError, TraceError
+from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
+from .symbol import Consumed, Symbol, TraceContext
+
+PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What `trace` found: the graph, and the run-time numbers whose value it depends on."""
+
+    graph: Graph
+    constants: frozenset[Source] = field(default_factory=frozenset)
+
+
+class _TraceMode(TorchFunctionMode):
+    """Sends every PyTorch call inside a mod to the table of `torch_functions`."""
+
+    def __init__(self, context: TraceContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self.context.own_code:
+            return func(*args, **(kwargs or {}))
+        return tf.dispatch(self.context, func, args, kwargs or {})
+
+
+def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Traced:
+    """Traces a mod.
+
+    Args:
+        mod: the user's callable.
+        kind: `score_mod` or `mask_mod`.
+        leaves: captured tensors and numbers, in the order of `captures.walk(mod)`.
+        device: the device that the mod sees as `score.device`.
+
+    Raises:
+        TraceError: the mod cannot be traced; the message has the user's line and the remedy.
+        UnsupportedOpError: it calls an operation that flexdecode does not have.
+        TypeError: the mod takes the wrong number of parameters.
+    """
+    _check_parameters(mod, kind)
+    real = _run(mod, kind, leaves, device, frozenset(), planted=())
+    numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
+    planted, constants = _plant_all(mod, kind, leaves, device, real, numbers)
+    if planted is None:
+        planted, constants = _plant_one_by_one(mod, kind, leaves, device, real, numbers)
+    # What the unplanted run consumed (sizes) is among the constants of the planted one: same control flow.
+    return Traced(planted.graph, constants)
+
+
+@dataclass(frozen=True)
+class _Run:
+    graph: Graph
+    output: Node
+    constants: frozenset[Source]
+
+
+def _run(
+    mod: Callable, kind: str, leaves: list, device: torch.device, constants: frozenset[Source], planted: Iterable[int]
+) -> _Run:
+    """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
+    while True:
+        context = TraceContext(kind, leaves, device, constants, tf)
+        numbers = {i: context.number(Source(i)) for i in planted if Source(i) not in constants}
+        try:
+            output = _call(rebuild(mod, numbers) if numbers else mod, context)
+            return _Run(Graph.build(output, context.tensor_types, context.frozen), output, constants)
+        except Consumed as consumed:
+            constants |= consumed.sources
+
+
+def _call(mod: Callable, context: TraceContext) -> Node:
+    arguments = [context.score()] if context.kind == "score_mod" else []
+    arguments += [context.index(name) for name in INDEX_NAMES]
+    try:
+        with _TraceMode(context):
+            result = mod(*arguments)
+    except (FlexDecodeError, Consumed):
+        raise
+    except Exception as error:  # whatever the user's code raises, with the line that raised it
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+        raise TraceError(
+            f"{context.kind} raised {type(error).__name__}: {error}\n  {where}\n"
+            "  A mod is run once on symbols; it has to work on 0-d tensors of any value."
+        ) from error
+    return _checked_result(result, mod, context)
+
+
+def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
+    """Converts what a mod returned into a float32 score or a bool mask."""
+    kind = context.kind
+    name = getattr(mod, "__name__", type(mod).__name__)
+    if result is None:
+        raise TraceError(f"{kind} {name!r} returned None; it must return the new {_result_word(kind)} (forgot `return`?)")
+    if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
+        raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
+    symbol = context.symbol(result)
+    if symbol.rank:
+        raise TraceError(
+            f"{kind} {name!r} returned a tensor with {symbol.rank} dimension(s); it must return one value for one "
+            "(query, key) pair: index the captured tensor with b, h, q_idx or kv_idx"
+        )
+    is_bool = symbol.dtype == torch.bool
+    if kind == "mask_mod" and not is_bool:
+        raise TraceError(f"mask_mod {name!r} returned {symbol.dtype}; it must return a bool: compare it, e.g. `x != 0`")
+    if kind == "score_mod" and is_bool:
+        raise TraceError(
+            f"score_mod {name!r} returned a bool; it must return a score: use torch.where(condition, score, -inf)"
+        )
+    node = symbol.node
+    return cast(node, torch.bool if kind == "mask_mod" else torch.float32)
+
+
+def _result_word(kind: str) -> str:
+    return "a score (a float)" if kind == "score_mod" else "a bool"
+
+
+def _plant_all(
+    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
+) -> tuple[_Run | None, frozenset[Source]]:
+    """Traces with every number as a symbol; gives None where the mod then takes another way."""
+    try:
+        run = _run(mod, kind, leaves, device, real.constants, numbers)
+    except (CannotRebuild, FlexDecodeError):
+        return None, frozenset()
+    return (run, run.constants) if _same(run, real, leaves) else (None, frozenset())
+
+
+def _plant_one_by_one(
+    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
+) -> tuple[_Run, frozenset[Source]]:
+    """Finds the numbers that decide which way the mod takes, and makes those constants."""
+    kept: list[int] = []
+    run = real
+    for number in numbers:
+        try:
+            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, number])
+        except (CannotRebuild, FlexDecodeError):
+            continue
+        if Source(number) not in attempt.constants and _same(attempt, real, leaves):
+            kept.append(number)
+            run = attempt
+    return run, run.constants | {Source(n) for n in numbers if n not in kept}
+
+
+def _same(planted: _Run, real: _Run, leaves: list) -> bool:
+    """Whether the planted graph, with the numbers' values in it, is the graph of the real values."""
+
+    def substitute(node: Node, args: tuple[Node, ...]) -> Node:
+        if node.op == "number" and node.weak and node.attr.dim < 0:
+            return const(leaves[node.attr.leaf])
+        return remake(node, args)
+
+    return rewrite(planted.output, substitute) == rewrite(real.output, remake)
+
+
+def _check_parameters(mod: Callable, kind: str) -> None:
+    if not callable(mod):
+        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
+    names = PARAMETERS[kind]
+    try:
+        signature = inspect.signature(mod)
+    except (TypeError, ValueError):  # a builtin without a signature: the call itself will tell
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        name = getattr(mod, "__name__", type(mod).__name__)
+        raise TypeError(
+            f"`{kind}` must take {len(names)} positional parameters ({', '.join(names)}), but {name!r} has "
+            f"the signature {signature}"
+        ) from None
+

@@ -1,0 +1,122 @@
+"""Elementwise functions that generated mods call; those that a kernel uses are copied into its module."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_divide_int(a, b):
+    """Integer division rounding to minus infinity, as in Python."""
+    quotient = a // b
+    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def remainder_int(a, b):
+    """Integer remainder with the sign of the divisor, as in Python."""
+    rest = a % b
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def trunc(x):
+    """Rounds towards zero."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def fmod_float(a, b):
+    """Remainder with the sign of the dividend; one step corrects the rounding of the quotient."""
+    rest = tl.abs(a) - trunc(tl.abs(a) / tl.abs(b)) * tl.abs(b)
+    rest = tl.where(rest < 0, rest + tl.abs(b), rest)
+    rest = tl.where(rest >= tl.abs(b), rest - tl.abs(b), rest)
+    return tl.where(a < 0, -rest, rest)
+
+
+@triton.jit
+def remainder_float(a, b):
+    """Remainder with the sign of the divisor, as in Python."""
+    rest = fmod_float(a, b)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def floor_divide_float(a, b):
+    """Division rounding to minus infinity; from the exact remainder, so that 6.0 // 3.0 is 2."""
+    quotient = (a - remainder_float(a, b)) / b
+    return tl.where(b == 0, a / b, tl.floor(quotient + 0.5))
+
+
+@triton.jit
+def pow_float(a, b):
+    """a ** b through exp2 and log2; a negative base takes an integral exponent only."""
+    size = tl.exp2(b * tl.log2(tl.abs(a)))
+    odd = tl.floor(b * 0.5) * 2 != b
+    integral = tl.floor(b) == b
+    signed = tl.where(integral, tl.where(odd, -size, size), float("nan"))
+    power = tl.where(a < 0, signed, size)
+    return tl.where((b == 0) | (a == 1), 1.0, power)
+
+
+@triton.jit
+def pow_int(a, b):
+    """a ** b by squaring for 0 <= b < 64; a negative exponent counts as 0."""
+    result = a * 0 + b * 0 + 1
+    factor = a + b * 0
+    for bit in tl.static_range(6):
+        result = tl.where((b > 0) & ((b >> bit) & 1 == 1), result * factor, result)
+        factor = factor * factor
+    return result
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger value; NaN if either is NaN."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller value; NaN if either is NaN."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1."""
+    return tl.where(x > 0, x * 0 + 1, tl.where(x < 0, x * 0 - 1, x * 0))
+
+
+@triton.jit
+def expm1(x):
+    """e**x - 1; a series where the difference would cancel."""
+    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666667 + x * 0.0083333333))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), exact for small x (Kahan: log(u) * x / (u - 1) with u = 1 + x)."""
+    u = 1.0 + x
+    scaled = tl.log(u) * (x / (u - 1.0))
+    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, scaled))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent from exp, exact to float32 rounding; an odd series near 0, where the quotient would cancel."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - t) / (1.0 + t)
+    y = x * x
+    series = x * (1.0 + y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488))))
+    return tl.where(y < 0.04, series, tl.where(x < 0, -size, tl.where(x == x, size, x)))
+
+
+@triton.jit
+def round_half_even(x):
+    """Rounds to the nearest integer, ties to even; from 2**23 on every float32 is an integer."""
+    nearest = tl.floor(x + 0.5)
+    past = nearest - x
+    odd = tl.floor(nearest * 0.5) * 2 != nearest
+    rounded = tl.where((past > 0.5) | ((past == 0.5) & odd), nearest - 1.0, nearest)
+    return tl.where(tl.abs(x) >= 8388608.0, x, rounded)
