@@ -37,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the matrix; returns 1 if a flexdecode cell is empty (it failed, or was wrong), else 0."""
     options = _parse(arguments)
     device = torch.device(options.device)
-    rows = select_rows(load_rows(), options.rows, options.dtypes)
+    try:
+        rows = select_rows(load_rows(), options.rows, options.dtypes)
+    except ValueError as error:
+        sys.exit(f"performance_matrix: {error}")
     if options.sizes == "small":
         rows = [shrink(row) for row in rows]
     if device.type == "cpu":
@@ -67,7 +70,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dtypes", type=_names(DTYPES, SHORT_DTYPES), default=list(DTYPES), help="of fp16,bf16,fp32 (default: all)"
     )
     parser.add_argument("--inputs", choices=("warm", "cold", "both"), help="default: cold on a GPU, warm on a CPU")
-    parser.add_argument("--rows", help='a number ("6"), a range ("6:12") or a regular expression on the label')
+    parser.add_argument(
+        "--rows", help='a number ("6"), a range ("6:12") or a regular expression on the full-size label'
+    )
     parser.add_argument("--sizes", choices=("full", "small"), help="default: full on a GPU, small on a CPU")
     parser.add_argument(
         "--columns", type=_names(COLUMNS), help=f"of {','.join(COLUMNS)} (default: what the device has)"

@@ -105,6 +105,8 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
     offset = signature.q_offset
     known: dict[str, Any] = {
         **dict.fromkeys(("query", "key", "value", "out"), element),
+        "key_descriptor": _descriptor_type(spec, spec.tiles.block_d),
+        "value_descriptor": _descriptor_type(spec, spec.tiles.block_dv),
         "lse": "*fp32" if signature.return_lse else "constexpr",
         "partial_out": "*fp32" if spec.tiles.split else "constexpr",
         "partial_lse": "*fp32" if spec.tiles.split else "constexpr",
@@ -118,6 +120,12 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
     for name, stride_class in _strides(signature).items():
         known[name] = "constexpr" if stride_class == UNIT else "i64"
     return {name: known.get(name, "constexpr") for name in names}
+
+
+def _descriptor_type(spec: KernelSpec, width: int) -> str:
+    if not spec.tiles.descriptors:
+        return "constexpr"
+    return f"tensordesc<{TYPE_NAMES[spec.signature.dtype]}[{spec.tiles.block_n}, {width}]>"
 
 
 def _strides(signature: Signature) -> dict[str, int]:

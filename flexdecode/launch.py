@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import cache
+from .descriptor import DescriptorMaker, Matrix
 from .graph import Graph, Source
 from .kernel import KernelSpec, capture_types, compile_pass, constants, load_module
 from .lower import lower
@@ -100,16 +101,19 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask:
 def _build(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
     q_idx_given = spec.signature.q_offset is not None
     identity = "\n".join([templates_digest(), f"q_offset {q_idx_given}", *(f"{g.text if g else None}" for g in (score, mask))])
-    path = cache.stored_module(identity, lambda: generate_module(score, mask, q_idx_given))
+    loads = "kv_descriptor.py" if spec.tiles.descriptors else None
+    path = cache.stored_module(f"{loads}\n{identity}", lambda: generate_module(score, mask, q_idx_given, loads))
     kernel = Kernel(load_module(path), path, spec, facts)
     cache.counters.compilations += 1
     return kernel
 
 
-def generate_module(score: Graph | None, mask: Graph | None, q_idx_given: bool = False) -> str:
-    """The text of the module for two graphs."""
+def generate_module(
+    score: Graph | None, mask: Graph | None, q_idx_given: bool = False, loads: str | None = None
+) -> str:
+    """The text of the module for two graphs; `loads` is a template file with other KV loads."""
     hooks = [lower(g, kind, q_idx_given) for g, kind in ((score, "score_mod"), (mask, "mask_mod")) if g is not None]
-    return generate(hooks)
+    return generate(hooks, loads)
 
 
 def forget_kernels() -> None:
@@ -146,6 +150,11 @@ def _number(source: Source, leaves: list) -> int | float:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
+def _addresses(values: tuple) -> tuple:
+    """Replaces tensors by their addresses: the launcher takes numbers without asking the driver about them."""
+    return tuple(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values)
+
+
 class TritonLauncher:
     """Launches a call on tensors of one layout: everything but addresses and captured values is prepared."""
 
@@ -155,6 +164,7 @@ class TritonLauncher:
         sizes: Sizes,
         cut: Schedule,
         strides: tuple[int, ...],
+        matrices: tuple[Matrix | None, Matrix | None],
         facts: DeviceFacts,
         score: Graph | None,
         mask: Graph | None,
@@ -164,6 +174,11 @@ class TritonLauncher:
         self.read_score = CaptureReader(score, self.on_gpu)
         self.read_mask = CaptureReader(mask, self.on_gpu)
         signature = spec.signature
+        self.describe = [
+            DescriptorMaker(matrix, [spec.tiles.block_n, width], signature.dtype)
+            for matrix, width in zip(matrices, (spec.tiles.block_d, spec.tiles.block_dv), strict=True)
+            if spec.tiles.descriptors and matrix is not None
+        ]
         num_q_heads = signature.group_size * sizes.num_kv_heads
         self.num_rows = sizes.batch * num_q_heads * signature.num_queries
         parts = self.num_rows * cut.num_splits if cut.tiles.split else 0
@@ -202,15 +217,20 @@ class TritonLauncher:
         if self.workspace_size:
             workspace = self._workspace(stream)
             partial_lse, partial_out = workspace, workspace[self.lse_size :] if not self.on_gpu else None
-        tensors = (query, key, value, out, lse, partial_out, partial_lse, kv_lens, q_offset)
+        inputs = (query, key, value)
+        outputs = (out, lse, partial_out, partial_lse)
+        lengths = (kv_lens, q_offset)
+        descriptors: tuple = (None, None)
         if self.on_gpu:
-            tensors = tuple(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors)
+            inputs, outputs, lengths = _addresses(inputs), _addresses(outputs), _addresses(lengths)
             if self.workspace_size:
-                tensors = (*tensors[:5], tensors[6] + 4 * self.lse_size, *tensors[6:])
+                outputs = (*outputs[:2], outputs[3] + 4 * self.lse_size, outputs[3])
+            if self.describe:
+                descriptors = (self.describe[0](inputs[1]), self.describe[1](inputs[2]))
         captures = (self.read_score(score_leaves), self.read_mask(mask_leaves))
-        self.kernel.split(self.grid, stream, (*tensors, *captures, scale, *self.strides, *self.sizes))
+        self.kernel.split(self.grid, stream, (*inputs, *descriptors, *outputs, *lengths, *captures, scale, *self.strides, *self.sizes))
         if self.kernel.combine is not None:
-            self.kernel.combine(self.combine_grid, stream, (*tensors[3:7], *self.combine_tail))
+            self.kernel.combine(self.combine_grid, stream, (*outputs, *self.combine_tail))
 
     def _workspace(self, stream: int) -> torch.Tensor:
         """Log-sum-exps and outputs of the partials, float32, kept for the next call on the same stream.

@@ -9,6 +9,7 @@ import torch
 
 from . import eager
 from .captures import leaf_names
+from .descriptor import as_matrix
 from .graph import Graph
 from .identity import Mod, graph_of
 from .kernel import KernelSpec, capture_types
@@ -150,12 +151,13 @@ def prepare(
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
         facts = device_facts(query.device)
-        cut = schedule(signature, sizes, facts, options)
+        matrices = as_matrix(key, sizes.batch), as_matrix(value, sizes.batch)
+        cut = schedule(signature, sizes, facts, options, describable=None not in matrices)
         spec = KernelSpec(
             signature, cut.tiles, capture_types(score_graph), capture_types(mask_graph), mask_graph is not None
         )
         strides = tuple(s for t in (query, key, value, sample) for s in kernel_strides(t, sizes.batch))
-        launcher = TritonLauncher(spec, sizes, cut, strides, facts, score_graph, mask_graph)
+        launcher = TritonLauncher(spec, sizes, cut, strides, matrices, facts, score_graph, mask_graph)
     checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
     plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)

@@ -32,10 +32,18 @@ class DeviceFacts:
         """Whether a kernel can start before the one ahead of it has finished."""
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether the device copies tiles by tensor descriptors."""
+        return self.has_pdl
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """The compile-time half of a schedule; one kernel per value."""
+    """The compile-time half of a schedule; one kernel per value.
+
+    `descriptors` chooses KV loads through tensor descriptors instead of pointers.
+    """
 
     block_m: int
     block_n: int
@@ -44,6 +52,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     split: bool
+    descriptors: bool
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,18 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def schedule(signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions) -> Schedule:
-    """Chooses tiles and splits for the longest sequence that the cache can hold."""
+def schedule(
+    signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions, describable: bool = False
+) -> Schedule:
+    """Chooses tiles and splits for the longest sequence that the cache can hold.
+
+    Args:
+        signature: what the kernel is specialised to.
+        sizes: batch, heads, longest sequence.
+        facts: of the device.
+        options: choices of the caller.
+        describable: whether both caches can be seen through tensor descriptors.
+    """
     rows = signature.group_size * signature.num_queries
     itemsize = signature.dtype.itemsize
     wide = signature.dtype == torch.float32
@@ -85,6 +104,7 @@ def schedule(signature: Signature, sizes: Sizes, facts: DeviceFacts, options: De
         options.num_warps or 4,
         options.num_stages or num_stages,
         split=num_splits > 1,
+        descriptors=facts.has_descriptors and describable,
     )
     return Schedule(tiles, num_items, num_splits)
 

@@ -52,18 +52,26 @@ def generate(hooks: list[Hooks], replacements: str | None = None) -> str:
         hooks: bodies for the hooks of `decode.py`, at most one for each.
         replacements: a template file whose functions take the place of those of the same name (other KV loads).
     """
-    text = read_template("decode.py")
-    if replacements is not None:
-        text = _replace_functions(text, read_template(replacements))
+    template = _functions("decode.py")
+    edits = _whole_functions(template, replacements) if replacements else []
     for hook in hooks:
-        for name, body in hook.bodies.items():
-            text = _replace_body(text, name, body)
+        edits += [_body(template, name, body) for name, body in hook.bodies.items()]
     called = frozenset().union(*(hook.functions for hook in hooks))
-    return _insert_functions(text, called) if called else text
+    start, _ = _lines_of(template["score_row"])
+    edits.append((start, start, _elementwise(called)))
+    lines = read_template("decode.py").splitlines(keepends=True)
+    for start, end, text in sorted(edits, reverse=True):
+        lines[start:end] = [text]
+    return "".join(lines)
 
 
-def _functions(text: str) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+_Edit = tuple[int, int, str]  # lines start:end become the text
+
+
+@functools.cache
+def _functions(name: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a template file."""
+    return {node.name: node for node in ast.parse(read_template(name)).body if isinstance(node, ast.FunctionDef)}
 
 
 def _lines_of(node: ast.FunctionDef) -> tuple[int, int]:
@@ -72,37 +80,38 @@ def _lines_of(node: ast.FunctionDef) -> tuple[int, int]:
     return min(d.lineno for d in node.decorator_list) - 1, node.end_lineno
 
 
+def _source(name: str, node: ast.FunctionDef) -> str:
+    start, end = _lines_of(node)
+    return "".join(read_template(name).splitlines(keepends=True)[start:end])
+
+
 def _parameters(node: ast.FunctionDef) -> tuple[str, ...]:
     return tuple(a.arg for a in node.args.args)
 
 
-def _replace_body(text: str, name: str, body: str) -> str:
+def _body(template: dict[str, ast.FunctionDef], name: str, body: str) -> _Edit:
     """Exchanges what a hook does; its signature and docstring stay."""
-    node = _functions(text).get(name)
+    node = template.get(name)
     if node is None or _parameters(node) != HOOK_PARAMETERS[name]:
         raise ValueError(f"the template has no hook {name}{HOOK_PARAMETERS[name]}")
-    lines = text.splitlines(keepends=True)
-    start, end = node.body[1].lineno - 1, node.end_lineno
-    return "".join([*lines[:start], textwrap.indent(body, "    ") + "\n", *lines[end:]])
+    assert node.end_lineno is not None
+    return node.body[1].lineno - 1, node.end_lineno, textwrap.indent(body, "    ") + "\n"
 
 
-def _replace_functions(text: str, other: str) -> str:
+def _whole_functions(template: dict[str, ast.FunctionDef], other: str) -> list[_Edit]:
     """Exchanges whole functions for those of the same name and parameters in another file."""
-    other_lines = other.splitlines(keepends=True)
+    edits = []
     for name, node in _functions(other).items():
-        old = _functions(text).get(name)
+        old = template.get(name)
         if old is None or _parameters(old) != _parameters(node):
             raise ValueError(f"the template has no hook {name}{_parameters(node)}")
-        (start, end), (new_start, new_end) = _lines_of(old), _lines_of(node)
-        lines = text.splitlines(keepends=True)
-        text = "".join([*lines[:start], *other_lines[new_start:new_end], *lines[end:]])
-    return text
+        edits.append((*_lines_of(old), _source(other, node)))
+    return edits
 
 
-def _insert_functions(text: str, called: frozenset[str]) -> str:
-    """Puts the elementwise functions that the hooks call, and those that these call, before the hooks."""
-    source = read_template("elementwise.py")
-    functions = _functions(source)
+def _elementwise(called: frozenset[str]) -> str:
+    """The elementwise functions that the hooks call, and those that these call."""
+    functions = _functions("elementwise.py")
     wanted: set[str] = set()
     pending = [name for name in called if name in functions]
     while pending:
@@ -111,8 +120,4 @@ def _insert_functions(text: str, called: frozenset[str]) -> str:
             wanted.add(name)
             names = {n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)}
             pending.extend(n for n in names if n in functions)
-    lines = source.splitlines(keepends=True)
-    blocks = ["".join(lines[slice(*_lines_of(node))]) for name, node in functions.items() if name in wanted]
-    start, _ = _lines_of(_functions(text)["score_row"])
-    head = text.splitlines(keepends=True)
-    return "".join([*head[:start], "\n\n".join(blocks), "\n\n" if blocks else "", *head[start:]])
+    return "".join(_source("elementwise.py", node) + "\n\n" for name, node in functions.items() if name in wanted)

@@ -49,14 +49,14 @@ def mask_mod(live, b, h, q_idx, kv_idx, row, captures):
 
 
 @triton.jit
-def kv_origin(base, b, kv_head, stride_b, stride_h, stride_n):
+def kv_origin(base, descriptor, b, kv_head, stride_b, stride_h, stride_n):
     """Where the rows of one KV head start: for pointers, the address of its first row."""
     return base + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
 
 
 @triton.jit
 def load_kv(
-    base, origin, start_n, kv_len, stride_n, stride_d, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    base, descriptor, origin, start_n, kv_len, stride_n, stride_d, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED reads zeros from `kv_len` on."""
@@ -77,12 +77,13 @@ def load_kv(
 @triton.jit
 def attend_block(
     acc, m_i, l_i, q, start_n, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
-    key, key_origin, stride_kn, stride_kd, value, value_origin, stride_vn, stride_vd,
+    key, key_descriptor, key_origin, stride_kn, stride_kd,
+    value, value_descriptor, value_origin, stride_vn, stride_vd,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length."""
-    k = load_kv(key, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED)
+    k = load_kv(key, key_descriptor, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
     score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_captures) * LOG2E
@@ -95,7 +96,7 @@ def attend_block(
     p = tl.exp2(score - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = load_kv(value, value_origin, start_n, kv_len, stride_vn, stride_vd, BLOCK_N, V_HEAD_DIM, BLOCK_DV, CHECKED)
+    v = load_kv(value, value_descriptor, value_origin, start_n, kv_len, stride_vn, stride_vd, BLOCK_N, V_HEAD_DIM, BLOCK_DV, CHECKED)
     acc = acc * alpha[:, None]
     acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return acc, m_new, l_i
@@ -103,7 +104,8 @@ def attend_block(
 
 @triton.jit
 def decode_split(
-    query, key, value, out, lse, partial_out, partial_lse, kv_lens, q_offset, score_captures, mask_captures, scale,
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_offset,
+    score_captures, mask_captures, scale,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
     num_kv_heads, max_kv_len, num_splits,
@@ -149,8 +151,8 @@ def decode_split(
 
     query_row = query + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qm
     q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
-    key_origin = kv_origin(key, b, kv_head, stride_kb, stride_kh, stride_kn)
-    value_origin = kv_origin(value, b, kv_head, stride_vb, stride_vh, stride_vn)
+    key_origin = kv_origin(key, key_descriptor, b, kv_head, stride_kb, stride_kh, stride_kn)
+    value_origin = kv_origin(value, value_descriptor, b, kv_head, stride_vb, stride_vh, stride_vn)
 
     # Splits differ by one block at most; one that gets none contributes weight 0.
     num_blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -169,13 +171,15 @@ def decode_split(
         for block in tl.range(first_block, first_checked):
             acc, m_i, l_i = attend_block(
                 acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
-                mask_captures, key, key_origin, stride_kn, stride_kd, value, value_origin, stride_vn, stride_vd,
+                mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
+                value, value_descriptor, value_origin, stride_vn, stride_vd,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     for block in tl.range(first_checked, last_block):
         acc, m_i, l_i = attend_block(
             acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
-            mask_captures, key, key_origin, stride_kn, stride_kd, value, value_origin, stride_vn, stride_vd,
+            mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
+            value, value_descriptor, value_origin, stride_vn, stride_vd,
             HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
         )  # fmt: skip
 

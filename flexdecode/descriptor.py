@@ -1,0 +1,75 @@
+"""Tensor descriptors of KV caches: which caches have one, and what the launcher needs to encode it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .schedule import next_power_of_2
+
+
+class Matrix(NamedTuple):
+    """A cache seen as a matrix; the KV head (b, h) starts at row `offset // pitch` and column `offset % pitch`.
+
+    Attributes:
+        rows, columns: extent that holds every head.
+        pitch: elements from one row to the next, the distance of two tokens.
+    """
+
+    rows: int
+    columns: int
+    pitch: int
+
+
+def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
+    """Describes `[B, H, N, D]` as a matrix in which every head is a rectangle, or gives None.
+
+    The bulk copy engine asks for a power-of-two D here, a base and a pitch of whole 16 bytes, and unit stride in D.
+    """
+    b, num_heads, num_tokens, head_dim = tensor.shape
+    stride_b, stride_h, pitch, stride_d = tensor.stride()
+    itemsize = tensor.element_size()
+    if tensor.numel() == 0 or stride_d != 1 or pitch < head_dim or head_dim != next_power_of_2(head_dim):
+        return None
+    if tensor.data_ptr() % 16 or pitch * itemsize % 16 or head_dim < 16:
+        return None
+    offsets = [i * (stride_b if b == batch else 0) + j * stride_h for i in (0, b - 1) for j in (0, num_heads - 1)]
+    # Columns repeat with the head (and the sequence) unless the stride is a whole number of rows.
+    steps = [s % pitch for s, n in ((stride_b, b), (stride_h, num_heads)) if n > 1]
+    columns = sum(s * (n - 1) for s, n in zip(steps, [n for n in (b, num_heads) if n > 1], strict=True)) + head_dim
+    rows = max(offsets) // pitch + num_tokens
+    if columns > pitch or rows >= 1 << 31:
+        return None
+    return Matrix(rows, columns, pitch)
+
+
+class _Address:
+    """What Triton's descriptor needs of a tensor, without keeping the tensor alive."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class DescriptorMaker:
+    """Makes Triton's descriptor of one cache layout; that of the last address is kept."""
+
+    def __init__(self, matrix: Matrix, block_shape: list[int], dtype: torch.dtype) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        self.make = TensorDescriptor
+        self.matrix = matrix
+        self.block_shape = block_shape
+        self.dtype = dtype
+        self.last: tuple[int, object] = (0, None)
+
+    def __call__(self, address: int) -> object:
+        if self.last[0] != address:
+            rows, columns, pitch = self.matrix
+            base = _Address(address, self.dtype)
+            self.last = address, self.make(base, [rows, columns], [pitch, 1], self.block_shape)
+        return self.last[1]

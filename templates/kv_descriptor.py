@@ -1,0 +1,29 @@
+"""KV loads through tensor descriptors (the bulk copy engine of Hopper and later): they replace those of `decode.py`.
+
+A descriptor shows the cache as a matrix whose rows are `stride_n` elements apart. One KV head of one sequence is a
+rectangle in it: the element offset of its first row gives the row and the column where it starts. So a contiguous
+`[B, H, N, D]` cache and a `[B, N, H, D]` cache both need one two-dimensional descriptor.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kv_origin(base, descriptor, b, kv_head, stride_b, stride_h, stride_n):
+    """Row and column of the descriptor's matrix where the rows of one KV head start."""
+    offset = b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    return (offset // stride_n).to(tl.int32), (offset % stride_n).to(tl.int32)
+
+
+@triton.jit
+def load_kv(
+    base, descriptor, origin, start_n, kv_len, stride_n, stride_d, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
+    block = descriptor.load([origin[0] + start_n, origin[1]])
+    if CHECKED:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        block = tl.where(offs_n[:, None] < kv_len, block, 0.0)
+    return block
