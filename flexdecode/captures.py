@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import repeat
+from itertools import pairwise, repeat
 from operator import attrgetter
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Generic, Protocol
@@ -96,6 +96,7 @@ def rebuild(fn: Callable, replacements: Mapping[int, object]) -> Callable:
 # --- What the code of a function reads -------------------------------------------------------------------------------
 
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
+_PADDING = {"CACHE", "EXTENDED_ARG"}
 _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
 _REFLECTION = {"getattr()", "vars()", "__dict__", "__getattribute__", "asdict", "asdict()", "astuple", "astuple()"}
 
@@ -130,8 +131,8 @@ def _read_code(code: CodeType) -> _Code:
         inner = pending.pop()
         pending += [const for const in inner.co_consts if isinstance(const, CodeType)]
         strings |= {const for const in inner.co_consts if isinstance(const, str) and const.isidentifier()}
-        steps = [step for step in dis.get_instructions(inner) if step.opname != "CACHE"]
-        for step, after in zip(steps, steps[1:], strict=False):
+        steps = [step for step in dis.get_instructions(inner) if step.opname not in _PADDING]
+        for step, after in pairwise(steps):
             operation, name, bare = step.opname, step.argval, after.opname not in _ATTRIBUTE
             if operation in _GLOBAL:
                 global_names[name] = None
@@ -160,25 +161,27 @@ class _View:
     attributes: tuple[str, ...]
     reflective: bool
     uses_super: bool
+    uses_class: bool
 
 
 @functools.lru_cache(maxsize=MAX_CACHED)
 def _view(names: frozenset[str]) -> _View:
     attributes = tuple(sorted(name for name in names if not name.endswith("()")))
-    return _View(attributes, not names.isdisjoint(_REFLECTION), "super()" in names)
+    uses_class = "type()" in names or "__class__" in names
+    return _View(attributes, not names.isdisjoint(_REFLECTION), "super()" in names, uses_class)
 
 
 @functools.lru_cache(maxsize=MAX_CACHED)
 def _union(names: frozenset[str], more: frozenset[str]) -> frozenset[str]:
-    return names if more <= names else names | more
+    return names | more
 
 
 # --- What a type says about its instances ----------------------------------------------------------------------------
 
 _POINTER = struct.calcsize("P")
 _HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: made by a class statement, and layout
-_SOLID = (object, SimpleNamespace, tuple, torch.Size, list, dict, OrderedDict)
 _SEQUENCES, _DICTS = (tuple, torch.Size, list), (dict, OrderedDict)
+_CONTAINERS = _SEQUENCES + _DICTS
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
@@ -234,7 +237,7 @@ def _read_type(kind: type) -> _Type:
     weak = bool(kind.__weakrefoffset__) and not solid.__weakrefoffset__ and not kind.__flags__ & _MANAGED_WEAKREF
     # Bytes that neither slots nor a `__dict__` explain are state that only C code can see.
     hidden = kind.__basicsize__ - solid.__basicsize__ - _POINTER * (slots + in_dict + weak)
-    transparent = solid in _SOLID and hidden <= 0
+    transparent = solid in (object, SimpleNamespace, *_CONTAINERS) and hidden <= 0
     facts = _Type(
         lineage=mro,
         dicts=tuple(dicts),
@@ -259,6 +262,7 @@ def _plain(value: Any) -> Any:
 
 _CODES: dict[int, _Code] = {}
 _TYPES: dict[type, _Type] = {}
+_DESCRIBE: dict[type, Callable] = {}  # how values of a type are described
 
 
 def _remember(cache: dict, key: Any, facts: Any) -> Any:
@@ -276,11 +280,9 @@ class _Absent:
 
 
 _ABSENT = _Absent()
-_ROOT: _At = ("root", None)
 _FUNC: _At = ("func", None)
 _INDEX: tuple[_At, ...] = tuple(("index", i) for i in range(MAX_ITEMS))
-_METHODS: dict[bool, tuple[_At, ...]] = {bare: (_FUNC, ("self", bare)) for bare in (False, True)}
-_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", *_TABLES}
+_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "static", "super", "module", *_TABLES}
 _CONSTANTS = {bool, str, bytes, type(None), type(...), _Absent, torch.dtype, torch.device, torch.layout}
 _KEY_TYPES = {str, int}
 _LIBRARY: dict[int, ModuleType] = {}  # modules known to be opaque, kept alive
@@ -297,25 +299,22 @@ def _opaque(module: str | None) -> bool:
 
 def _run(fn: Callable, make: Any) -> Any:
     scan = make(frozenset())
-    if type(fn) is FunctionType:  # the common case, spared two calls
-        scan.function(fn, _ROOT)
-    else:
-        _Scan.each(scan, None, (fn,), (_ROOT,))
-    while scan.stale:  # a helper named attributes of an object that was visited before: look again with all names
+    scan.visit(fn, type(fn), _FUNC)
+    while scan.stale:  # a helper names attributes of an object that was visited before: look again with all names
         scan = make(scan.names)
-        _Scan.each(scan, None, (fn,), (_ROOT,))
+        scan.visit(fn, type(fn), _FUNC)
     return scan
 
 
 class _Scan:
-    """One traversal. A visited thing appends a marker and then a number of items that the marker fixes.
+    """One traversal.
 
-    So no two structures make the same key. Visits return the position of the visited function, container or object in
-    the order of first visits, None for other things.
+    What is visited appends a marker and then a number of items that the marker determines, so that no two structures
+    make the same key. `visit` and `each` return the position of the last visited thing with children (a function,
+    container or object) in the order of first visits, None for leaves and constants.
     """
 
     depth = 0
-    count = 0
     looked = False  # whether attributes were looked up with the present names
     stale = False
 
@@ -327,9 +326,9 @@ class _Scan:
         self.seen: dict[int, int] = {}
 
     def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> int | None:
-        """Visits the children of `owner`; returns what the last visit returned."""
+        """Visits the children of `owner`."""
         key, leaves, position = self.key, self.leaves, None
-        for child, at in zip(children, where):  # noqa: B905 (equal lengths; `strict` costs time for each token)
+        for child, at in zip(children, where):  # noqa: B905 (`strict` costs time for each token)
             kind = type(child)
             if kind is _Tensor or kind is _Parameter:
                 key += (child.dtype, child.ndim, child.device, child.requires_grad)
@@ -346,49 +345,26 @@ class _Scan:
         return position
 
     def visit(self, value: Any, kind: type, at: _At) -> int | None:
-        if self.depth >= MAX_DEPTH or self.count >= MAX_OBJECTS:
-            return self.identity(value)
-        handler = _HANDLERS.get(kind) or _remember(_HANDLERS, kind, _handler(kind))
+        describe = _DESCRIBE.get(kind) or _remember(_DESCRIBE, kind, _choose(kind))
+        called = self.is_called(at)
+        # One object is two things: used as a whole, and as a holder of attributes (an odd mark, as ids are even).
+        mark = id(value) if called else id(value) + 1
+        position = self.seen.get(mark)
+        if position is not None:
+            self.key += ("back", position)
+            return position
+        if self.depth >= MAX_DEPTH or len(self.seen) >= MAX_OBJECTS:
+            return _identity(self, value, at, called)
+        parts = describe(self, value, at, called)
+        if parts is None:
+            return None
+        header, children, where = parts
+        position = self.seen[mark] = len(self.seen)
+        self.key += header
         self.depth += 1
-        position = handler(self, value, at)
+        self.each(value, children, where)
         self.depth -= 1
         return position
-
-    def enter(self, mark: int) -> int | None:
-        """Returns None at the first visit; later writes a back reference and returns the position."""
-        position = self.seen.get(mark)
-        if position is None:
-            self.seen[mark] = self.count
-            self.count += 1
-        else:
-            self.key += ("back", position)
-        return position
-
-    def identity(self, value: Any) -> None:
-        self.key += ("id", id(value))
-        self.pins.append(value)
-
-    def representation(self, value: Any, at: _At) -> None:
-        """Of values for which == is not enough: inf and nan, complex numbers, numpy scalars that are not numbers."""
-        self.key += (type(value), "repr", repr(value))
-
-    def tensor(self, value: torch.Tensor, at: _At) -> None:
-        self.key += ("tensor", id(type(value)), value.dtype, value.ndim, value.device, value.requires_grad)
-        self.pins.append(type(value))
-        self.leaves.append(value)
-
-    def numpy_number(self, value: Any, at: _At) -> None:
-        number = int(value) if isinstance(value, numbers.Integral) else float(value)
-        if number - number != 0:
-            return self.representation(value, at)
-        self.key += (type(value), "number")
-        self.leaves.append(number)
-
-    def learn(self, names: frozenset[str]) -> None:
-        union = _union(self.names, names)
-        if union is not self.names:
-            self.names = union
-            self.stale = self.stale or self.looked
 
     def is_called(self, at: _At) -> bool:
         """Whether the code may use more of a thing than attributes that it names: call it, index it, compute with it.
@@ -398,140 +374,189 @@ class _Scan:
         how, name = at
         return name if how == "self" else how not in _NAMED or f"{name}()" in self.names
 
-    def function(self, fn: FunctionType, at: _At) -> int | None:
-        if at[0] in ("global", "module") and _opaque(fn.__module__):
-            # What torch's own `and_masks` returns lives in torch and holds the user's mods.
-            if fn.__closure__ is None or not fn.__module__.startswith("torch.nn.attention"):
-                return self.identity(fn)
-        if id(fn) in self.seen:
-            return self.enter(id(fn))
-        code = fn.__code__
-        facts = _CODES.get(id(code)) or _read_code(code)
-        position = self.seen[id(fn)] = self.count
-        self.count += 1
-        if not self.names:
-            self.names = facts.names
-        elif facts.names is not self.names:
-            self.learn(facts.names)
-        self.key += ("function", id(code))
-        self.pins.append(code)
-        cells, children = fn.__closure__, []
-        if cells:
-            try:
-                children += map(_contents, cells)
-            except ValueError:  # an empty cell
-                children = [_read_cell(cell) for cell in cells]
-        children += map(fn.__globals__.get, facts.global_names, repeat(_ABSENT))
-        where: Sequence[_At] = facts.where
-        if fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__:
-            defaults, keywords, attributes = fn.__defaults__ or (), fn.__kwdefaults__ or {}, fn.__dict__
-            named = [name for name in _view(self.names).attributes if name in attributes]
-            self.looked = self.looked or bool(attributes)
-            self.key.append((len(defaults), *keywords, None, *named))
-            children += [*defaults, *keywords.values(), *[attributes[name] for name in named]]
-            where = [*where, *[("default", i) for i in range(len(defaults))], *[("kwdefault", k) for k in keywords]]
-            where += [("fattr", name) for name in named]
-        self.each(fn, children, where)
-        return position
+    def learn(self, names: frozenset[str]) -> None:
+        """Adds to the attribute names that are looked up on objects."""
+        if not names <= self.names:
+            self.names = _union(self.names, names) if self.names else names
+            self.stale = self.stale or self.looked
 
-    def method(self, method: MethodType, at: _At) -> int | None:
-        position = self.enter(id(method))
-        if position is None:
-            position, function = self.count - 1, method.__func__
-            self.key.append("method")
-            bare = not isinstance(function, FunctionType) or _code(function).uses_self
-            self.each(method, (function, method.__self__), _METHODS[bare])
-        return position
 
-    def partial(self, call: functools.partial, at: _At) -> int | None:
-        position = self.enter(id(call))
-        if position is None:
-            position, keywords = self.count - 1, call.keywords
-            self.key += ("partial", len(call.args), tuple(keywords))
-            where = [_FUNC, *[("argument", i) for i in range(len(call.args))], *[("keyword", k) for k in keywords]]
-            self.each(call, [call.func, *call.args, *keywords.values()], where)
-        return position
+# Functions that describe a value by its part of the key, its children and how these are reached. Those of values without
+# children write to the scan themselves and return None.
+_Parts = tuple[Sequence, Sequence, Sequence[_At]]
+_Describe = Callable[[_Scan, Any, _At, bool], "_Parts | None"]
 
-    def sequence(self, items: Sequence, at: _At) -> int | None:
-        if len(items) > MAX_ITEMS:
-            return self.identity(items)
-        position = self.enter(id(items))
-        if position is None:
-            position = self.count - 1
-            self.key += (type(items), len(items))
-            self.each(items, items, _INDEX)
-        return position
 
-    def dictionary(self, items: Mapping, at: _At) -> int | None:
-        if len(items) > MAX_ITEMS or not _KEY_TYPES.issuperset(map(type, items)):
-            return self.identity(items)
-        position = self.enter(id(items))
-        if position is None:
-            position = self.count - 1
-            self.key += (type(items), tuple(items))
-            self.each(items, [*items.values()], [("item", key) for key in items])
-        return position
+def _identity(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+    scan.key += ("id", id(value))
+    scan.pins.append(value)
 
-    def module(self, module: ModuleType, at: _At) -> int | None:
-        state = vars(module)
-        if _opaque(state.get("__name__")):
-            _LIBRARY[id(module)] = module
-            self.key += (ModuleType, id(module))
-            return None
-        position = self.enter(id(module))
-        if position is None:
-            position, self.looked = self.count - 1, True
-            where = [("module", name) for name in _view(self.names).attributes if name in state]
-            self.pins.append(module)
-            self.key += ("module", id(module), len(where), *where)
-            self.each(module, [state[name] for _, name in where], where)
-        return position
 
-    def class_(self, kind: type, at: _At) -> int | None:
-        if _opaque(kind.__module__) or issubclass(kind, Enum):
-            return self.identity(kind)
-        facts = _type(kind)
-        extra = (*facts.operators, *_CONSTRUCTORS)
-        return self.attributes(kind, kind, facts, {}, extra, at)
+def _representation(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+    """Writes a value for which `==` is not enough: inf and nan, complex numbers, ranges."""
+    scan.key += (type(value), "repr", repr(value))
 
-    def object(self, obj: Any, at: _At) -> int | None:
-        facts = _type(type(obj))
-        state = object.__getattribute__(obj, "__dict__") if facts.has_dict else {}
-        return self.attributes(obj, type(obj), facts, state, facts.operators, at)
 
-    def attributes(
-        self, obj: Any, kind: type, facts: _Type, state: Mapping, operators: tuple[str, ...], at: _At
-    ) -> int | None:
-        """Visits what the code names of an object or class."""
-        mark, called = id(obj), self.is_called(at)
-        # One object is two things: used as a whole, and as a holder of attributes only (odd, as ids are even).
-        position = self.seen.get(mark if called else mark + 1)
-        if position is not None:
-            self.key += ("back", position)
-            return position
-        while True:
-            names, was_called = self.names, called
-            view = _view(names)
-            children, where = _members(obj, facts, state, view, operators if called else ())
-            for child, (how, _) in zip(children, where, strict=True):
-                if type(child) is FunctionType and how in ("class", "super"):
-                    code = _code(child)
-                    self.learn(code.names)
-                    called = called or code.uses_self
-            if names is self.names and called is was_called:
-                break
-        self.looked = True
-        by_identity = facts.dynamic or view.reflective
-        if obj is not kind:
-            by_identity |= _add_items(obj, facts.solid, children, where)
-        position = self.seen[mark + 1] = self.count
-        if called:
-            self.seen[mark] = position
-        self.count += 1
-        self.pins += (obj, kind) if by_identity else (kind,)
-        self.key += ("object", id(kind), obj is kind, id(obj) if by_identity else 0, len(where), *where)
-        self.each(obj, children, where)
-        return position
+def _tensor(scan: _Scan, value: torch.Tensor, at: _At, called: bool) -> None:
+    scan.key += ("tensor", id(type(value)), value.dtype, value.ndim, value.device, value.requires_grad)
+    scan.pins.append(type(value))
+    scan.leaves.append(value)
+
+
+def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if number - number != 0:
+        _representation(scan, value, at, called)
+    else:
+        scan.key += (type(value), "number")
+        scan.leaves.append(number)
+
+
+def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | None:
+    if (
+        at[0] in ("global", "module")
+        and _opaque(fn.__module__)
+        # What torch's own `and_masks` returns lives in torch and holds the user's mods.
+        and not (fn.__closure__ and fn.__module__.startswith("torch.nn.attention"))
+    ):
+        return _identity(scan, fn, at, called)
+    code, cells = fn.__code__, fn.__closure__
+    facts = _CODES.get(id(code)) or _read_code(code)
+    if facts.names is not scan.names:
+        scan.learn(facts.names)
+    scan.pins.append(code)
+    try:
+        children = [*map(_contents, cells)] if cells else []
+    except ValueError:  # an empty cell
+        children = [_read_cell(cell) for cell in cells or ()]
+    children += map(fn.__globals__.get, facts.global_names, repeat(_ABSENT))
+    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__):
+        return ("function", id(code)), children, facts.where
+    defaults, keywords, attributes = fn.__defaults__ or (), fn.__kwdefaults__ or {}, fn.__dict__
+    named = [name for name in _view(scan.names).attributes if name in attributes]
+    scan.looked = scan.looked or bool(attributes)
+    children += [*defaults, *keywords.values(), *[attributes[name] for name in named]]
+    where = [*facts.where, *[("default", i) for i in range(len(defaults))], *[("kwdefault", k) for k in keywords]]
+    where += [("fattr", name) for name in named]
+    return ("function", id(code), (len(defaults), *keywords, None, *named)), children, where
+
+
+def _method(scan: _Scan, method: MethodType, at: _At, called: bool) -> _Parts:
+    function = method.__func__
+    bare = not isinstance(function, FunctionType) or _code(function).uses_self
+    return ("method",), (function, method.__self__), (_FUNC, ("self", bare))
+
+
+def _partial(scan: _Scan, call: functools.partial, at: _At, called: bool) -> _Parts:
+    where = [_FUNC, *[("argument", i) for i in range(len(call.args))], *[("keyword", k) for k in call.keywords]]
+    children = [call.func, *call.args, *call.keywords.values()]
+    return ("partial", len(call.args), tuple(call.keywords)), children, where
+
+
+def _sequence(scan: _Scan, items: Sequence, at: _At, called: bool) -> _Parts | None:
+    if len(items) > MAX_ITEMS:
+        return _identity(scan, items, at, called)
+    return (type(items), len(items)), items, _INDEX
+
+
+def _dictionary(scan: _Scan, items: Mapping, at: _At, called: bool) -> _Parts | None:
+    if len(items) > MAX_ITEMS or not _KEY_TYPES.issuperset(map(type, items)):
+        return _identity(scan, items, at, called)
+    return (type(items), tuple(items)), [*items.values()], [("item", key) for key in items]
+
+
+def _module(scan: _Scan, module: ModuleType, at: _At, called: bool) -> _Parts | None:
+    state = vars(module)
+    if _opaque(state.get("__name__")):
+        _LIBRARY[id(module)] = module
+        scan.key += (ModuleType, id(module))
+        return None
+    where = [("module", name) for name in _view(scan.names).attributes if name in state]
+    scan.looked = True
+    scan.pins.append(module)
+    return ("module", id(module), len(where), *where), [state[name] for _, name in where], where
+
+
+def _class(scan: _Scan, kind: type, at: _At, called: bool) -> _Parts | None:
+    # `super()` holds its class in a cell; what it reaches is found on the object.
+    is_super = at == ("cell", "__class__") and "super()" in scan.names
+    if is_super or _opaque(kind.__module__) or issubclass(kind, Enum):
+        return _identity(scan, kind, at, called)
+    facts = _type(kind)
+    return _attributes(scan, kind, kind, {}, (*facts.operators, *_CONSTRUCTORS) if called else (), called)
+
+
+def _object(scan: _Scan, obj: Any, at: _At, called: bool) -> _Parts:
+    facts = _type(type(obj))
+    state = object.__getattribute__(obj, "__dict__") if facts.has_dict else {}
+    return _attributes(scan, obj, type(obj), state, facts.operators if called else (), called)
+
+
+def _attributes(scan: _Scan, obj: Any, kind: type, state: Mapping, operators: tuple[str, ...], called: bool) -> _Parts:
+    """Describes what the code names of an object or class, with what its methods name in turn."""
+    facts = _type(kind)
+    while True:
+        names = scan.names
+        children, where = _members(obj, facts, state, _view(names), operators)
+        methods = [(_code(c), how) for c, (how, _) in zip(children, where, strict=True) if type(c) is FunctionType]
+        for code, _ in methods:
+            scan.learn(code.names)
+        if not called and any(code.uses_self and how in ("class", "super") for code, how in methods):
+            called, operators = True, facts.operators
+        elif names is scan.names:
+            break
+    scan.looked = True
+    by_identity = facts.dynamic or _view(names).reflective
+    if obj is not kind and facts.solid in _CONTAINERS:
+        by_identity |= _add_items(obj, facts.solid, children, where)
+    scan.pins += (obj, kind) if by_identity else (kind,)
+    return ("object", id(kind), obj is kind, id(obj) if by_identity else 0, len(where), *where), children, where
+
+
+def _members(
+    obj: Any, facts: _Type, state: Mapping, view: _View, operators: tuple[str, ...]
+) -> tuple[list[Any], list[_At]]:
+    """Finds attributes as Python would, without running a property or `__getattr__`."""
+    children: list[Any] = []
+    where: list[_At] = []
+    uses_class, hidden = view.uses_class, {}
+    for name in (*operators, *view.attributes):
+        found = [namespace[name] for namespace in facts.dicts if name in namespace]
+        if found and isinstance(found[0], MemberDescriptorType) and not isinstance(obj, type):
+            children.append(_read_slot(found[0], obj))
+            where.append(("slot", name))
+        elif name in state and not (found and hasattr(type(found[0]), "__set__")):  # properties go before the dict
+            children.append(state[name])
+            where.append(("attr", name))
+            if found:
+                hidden[name] = found[0]
+        elif found:
+            children.append(_plain(found[0]))
+            where.append(("static" if isinstance(found[0], (staticmethod, classmethod)) else "class", name))
+            uses_class = uses_class or isinstance(found[0], classmethod)
+        elif facts.is_module:
+            for table in _TABLES:
+                if name in state.get(table, ()):
+                    children.append(state[table][name])
+                    where.append((table, name))
+                    break
+        if view.uses_super:
+            children += map(_plain, found[1:])
+            where += [("super", name)] * len(found[1:])
+    if uses_class:
+        children += map(_plain, hidden.values())
+        where += [("class", name) for name in hidden]
+    return children, where
+
+
+def _add_items(obj: Any, solid: Any, children: list[Any], where: list[_At]) -> bool:
+    """Adds the items of an instance of a container class; returns whether there are items that cannot be listed."""
+    items = list(solid.__iter__(obj))
+    if len(items) > MAX_ITEMS or (solid in _DICTS and not _KEY_TYPES.issuperset(map(type, items))):
+        return True
+    children += solid.values(obj) if solid in _DICTS else items
+    where += [("item", key) for key in items] if solid in _DICTS else _INDEX[: len(items)]
+    return False
 
 
 def _code(fn: FunctionType) -> _Code:
@@ -557,77 +582,30 @@ def _read_slot(slot: MemberDescriptorType, obj: Any) -> Any:
         return _ABSENT
 
 
-def _members(
-    obj: Any, facts: _Type, state: Mapping, view: _View, operators: tuple[str, ...]
-) -> tuple[list[Any], list[_At]]:
-    """Finds attributes as Python would, without running a property or `__getattr__`."""
-    children: list[Any] = []
-    where: list[_At] = []
-    for name in (*operators, *view.attributes):
-        found = [namespace[name] for namespace in facts.dicts if name in namespace]
-        if found and isinstance(found[0], MemberDescriptorType) and not isinstance(obj, type):
-            children.append(_read_slot(found[0], obj))
-            where.append(("slot", name))
-        elif name in state and not (found and hasattr(type(found[0]), "__set__")):  # properties go before the dict
-            children.append(state[name])
-            where.append(("attr", name))
-        elif found:
-            children.append(_plain(found[0]))
-            where.append(("class", name))
-        elif facts.is_module:
-            for table in _TABLES:
-                if name in state.get(table, ()):
-                    children.append(state[table][name])
-                    where.append((table, name))
-                    break
-        if view.uses_super:
-            children += map(_plain, found[1:])
-            where += [("super", name)] * len(found[1:])
-    return children, where
-
-
-def _add_items(obj: Any, solid: type, children: list[Any], where: list[_At]) -> bool:
-    """Adds the items of an instance of a container class; returns whether there are items that cannot be listed."""
-    if solid not in _SEQUENCES and solid not in _DICTS:
-        return False
-    if len(obj) > MAX_ITEMS or (solid in _DICTS and not _KEY_TYPES.issuperset(map(type, dict.keys(obj)))):
-        return True
-    children += solid.values(obj) if solid in _DICTS else solid.__iter__(obj)  # type: ignore[attr-defined]
-    where += [("item", key) for key in solid.__iter__(obj)] if solid in _DICTS else _INDEX[: len(obj)]  # type: ignore[attr-defined]
-    return False
-
-
-def _identity(scan: _Scan, value: Any, at: _At) -> None:
-    scan.identity(value)
-
-
-def _handler(kind: type) -> Callable[[_Scan, Any, _At], int | None]:
-    """Chooses how values of a type that is not in the table are visited."""
-    if issubclass(kind, torch.Tensor):
-        return _Scan.tensor
-    if issubclass(kind, ModuleType):
-        return _Scan.module
-    if issubclass(kind, type):
-        return _Scan.class_
-    if kind.__module__ == "numpy" and issubclass(kind, numbers.Real):
-        return _Scan.numpy_number
-    if issubclass(kind, Enum) or not (kind.__flags__ & _HEAP or kind in _SOLID):
-        return _identity
-    return _Scan.object
-
-
-_HANDLERS: dict[type, Callable[[_Scan, Any, _At], int | None]] = {
-    FunctionType: _Scan.function,
-    MethodType: _Scan.method,
-    functools.partial: _Scan.partial,
-    tuple: _Scan.sequence,
-    list: _Scan.sequence,
-    torch.Size: _Scan.sequence,
-    dict: _Scan.dictionary,
-    OrderedDict: _Scan.dictionary,
-    float: _Scan.representation,
-    complex: _Scan.representation,
+_TABLE: dict[type, _Describe] = {
+    FunctionType: _function,
+    MethodType: _method,
+    functools.partial: _partial,
+    **dict.fromkeys(_SEQUENCES, _sequence),
+    **dict.fromkeys(_DICTS, _dictionary),
+    **dict.fromkeys((float, complex, range), _representation),
 }
+
+
+def _choose(kind: type) -> _Describe:
+    if kind in _TABLE:
+        return _TABLE[kind]
+    if issubclass(kind, torch.Tensor):
+        return _tensor
+    if issubclass(kind, ModuleType):
+        return _module
+    if issubclass(kind, type):
+        return _class
+    if kind.__module__ == "numpy" and issubclass(kind, numbers.Real):
+        return _numpy_number
+    if issubclass(kind, Enum) or not (kind.__flags__ & _HEAP or kind is SimpleNamespace):
+        return _identity
+    return _object
 
 
 # --- The slow path: names and copies ---------------------------------------------------------------------------------
@@ -646,14 +624,14 @@ class _Node:
 class _Recorder(_Scan):
     """The same traversal, which also keeps what it visited."""
 
-    path = ""
+    path = ("", "")
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__(names)
         self.nodes: list[_Node] = []
         self.leaf_names: list[str] = []
 
-    def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> int | None:
+    def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> None:
         node = _Node(owner, children, where, [])
         self.nodes.append(node)
         path = self.path
@@ -663,31 +641,33 @@ class _Recorder(_Scan):
             position = super().each(owner, (child,), (at,))
             if position is not None:
                 node.refs.append(self.nodes[position])
+            elif len(self.leaves) == leaf:
+                node.refs.append(None)
             else:
-                is_leaf = len(self.leaves) > leaf
-                node.refs.append(leaf if is_leaf else None)
-                self.leaf_names += [self.path] * is_leaf
+                node.refs.append(leaf)
+                base, inside = self.path
+                self.leaf_names.append(f"{base} (in {inside})" if inside else base)
         self.path = path
-        return None
 
 
-def _spell(path: str, owner: Any, at: _At) -> str:
+def _spell(path: tuple[str, str], owner: Any, at: _At) -> tuple[str, str]:
+    """Extends an access path, a pair of `cfg.window` and the functions in which that stands."""
     how, name = at
-    inside = f" (in {path})" if path else ""
+    base, inside = path
     if how == "default":
         code = owner.__code__
         name = code.co_varnames[code.co_argcount - len(owner.__defaults__) + name]
-    if how in ("cell", "global", "default", "kwdefault"):
-        return f"{name}{inside}"
-    if how in ("argument", "keyword"):
-        return f"partial {how} {name!r}{inside}"
+    elif how in ("argument", "keyword"):
+        name = f"partial {how} {name!r}"
+    if how in ("cell", "global", "default", "kwdefault", "argument", "keyword"):
+        return name, ", in ".join(filter(None, path))
     if how in ("index", "item"):
-        return f"{path or 'self'}[{name!r}]"
+        return f"{base or 'self'}[{name!r}]", inside
     if how == "self":
-        return f"{path}.__self__" if path else "self"
+        return f"{base}.__self__" if base else "self", inside
     if how == "func" or name == "forward" or (name.startswith("__") and name.endswith("__")):
         return path  # what runs when the owner is called or used with an operator
-    return f"{path or (owner.__name__ if how == 'fattr' else 'self')}.{name}"
+    return f"{base or (owner.__name__ if how == 'fattr' else 'self')}.{name}", inside
 
 
 class _Rebuilder:
@@ -696,20 +676,24 @@ class _Rebuilder:
     def __init__(self, nodes: list[_Node], replacements: Mapping[int, object]) -> None:
         self.replacements = replacements
         self.done: dict[int, Any] = {}
-        self.changed: dict[int, int] = {}  # by id of the node, a replaced leaf below it
+        self.below: dict[int, int] = {}  # by id of a node, a replaced leaf that can be reached from it
         size = -1
-        while size != len(self.changed):  # until nothing is added: cycles need more than one round
-            size = len(self.changed)
+        while size != len(self.below):  # cycles need more than one round
+            size = len(self.below)
             for node in reversed(nodes):
-                for ref in node.refs:
-                    leaf = self.leaf_below(ref)
-                    if leaf is not None:
-                        self.changed.setdefault(id(node), leaf)
+                for *_, leaf in self.changes(node):
+                    self.below.setdefault(id(node), leaf)
 
     def leaf_below(self, ref: int | _Node | None) -> int | None:
         if isinstance(ref, int):
             return ref if ref in self.replacements else None
-        return None if ref is None else self.changed.get(id(ref))
+        return None if ref is None else self.below.get(id(ref))
+
+    def changes(self, node: _Node) -> list[tuple[str, Any, Any, int | _Node | None, int]]:
+        """Lists the children that change: how each is reached (two items), it, its ref, and a replaced leaf in it."""
+        edges = zip(node.where, node.children, node.refs, strict=False)
+        found = [(how, name, child, ref, self.leaf_below(ref)) for (how, name), child, ref in edges]
+        return [(*edge, leaf) for *edge, leaf in found if leaf is not None]
 
     def build(self, original: Any, ref: int | _Node | None) -> Any:
         leaf = self.leaf_below(ref)
@@ -727,13 +711,11 @@ class _Rebuilder:
     def copy(self, node: _Node, leaf: int) -> Any:
         owner = node.owner
         if isinstance(owner, MethodType):
-            return MethodType(*self.values(node))
+            return MethodType(*map(self.build, node.children, node.refs))
         if type(owner) is functools.partial:
-            function, *values = self.values(node)
-            count = len(owner.args)
-            copied = functools.partial(
-                function, *values[:count], **dict(zip(owner.keywords, values[count:], strict=True))
-            )
+            function, *values = map(self.build, node.children, node.refs)
+            keywords = dict(zip(reversed(owner.keywords), reversed(values), strict=False))
+            copied = functools.partial(function, *values[: len(owner.args)], **{k: keywords[k] for k in owner.keywords})
             vars(copied).update(vars(owner))
             return copied
         if isinstance(owner, FunctionType):
@@ -743,102 +725,89 @@ class _Rebuilder:
                 raise CannotRebuild(leaf, f"module {owner.__name__} has a class of its own")
             module = self.done[id(node)] = ModuleType(owner.__name__)
             vars(module).update(vars(owner))
-            for name, value, _ in self.changes(node):
-                vars(module)[name[1]] = value
+            vars(module).update({name: self.build(child, ref) for _, name, child, ref, _ in self.changes(node)})
             return module
         if isinstance(owner, type):
             kind = self.done[id(node)] = _subclass(owner, leaf)
-            for at, value, changed in self.changes(node):
-                _set_on_class(kind, owner, at, value, changed)
+            for how, name, child, ref, leaf in self.changes(node):
+                _set_on_class(kind, owner, how, name, self.build(child, ref), leaf)
             return kind
         return self.copy_object(node, owner, leaf)
 
-    def values(self, node: _Node) -> list[Any]:
-        return [self.build(child, ref) for child, ref in zip(node.children, node.refs, strict=True)]
-
-    def changes(self, node: _Node) -> list[tuple[_At, Any, int]]:
-        """Lists the children that change: how each is reached, what it becomes, and a leaf in it."""
-        edges = zip(node.where, node.children, node.refs, strict=False)
-        found = [(at, child, ref, self.leaf_below(ref)) for at, child, ref in edges]
-        return [(at, self.build(child, ref), leaf) for at, child, ref, leaf in found if leaf is not None]
-
     def copy_function(self, node: _Node, fn: FunctionType) -> FunctionType:
-        changed = {at: self.leaf_below(ref) for at, ref in zip(node.where, node.refs, strict=True)}
-        leaf = changed.get(("cell", "__class__"))
-        if leaf is not None:
-            raise CannotRebuild(leaf, "`super()` needs the original class")
-        cells = {
-            name: CellType() if changed["cell", name] is not None else cell
-            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        }
-        globals_changed = any(how == "global" and leaf is not None for (how, _), leaf in changed.items())
-        scope = dict(fn.__globals__) if globals_changed else fn.__globals__
+        changes = self.changes(node)
+        changed = {how: {name for other, name, *_ in changes if other == how} for how in ("cell", "global")}
+        old_cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+        cells = {name: CellType() if name in changed["cell"] else cell for name, cell in old_cells.items()}
+        scope = dict(fn.__globals__) if changed["global"] else fn.__globals__
         new = FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells.values()))
         self.done[id(node)] = new  # before its children: it may call itself
         new.__qualname__ = fn.__qualname__
         vars(new).update(vars(fn))
         defaults, keywords = list(fn.__defaults__ or ()), dict(fn.__kwdefaults__ or {})
-        for (how, name), value, _ in self.changes(node):
+        targets = {"global": scope, "default": defaults, "kwdefault": keywords, "fattr": vars(new)}
+        for how, name, child, ref, _ in changes:
+            value = self.build(child, ref)
             if how == "cell":
                 cells[name].cell_contents = value
             else:
-                targets: dict[str, Any] = {"global": scope, "default": defaults, "kwdefault": keywords}
-                targets.get(how, vars(new))[name] = value
+                targets[how][name] = value  # type: ignore[index]
         new.__defaults__, new.__kwdefaults__ = tuple(defaults) or None, keywords or None
         return new
 
     def copy_object(self, node: _Node, obj: Any, leaf: int) -> Any:
-        original = type(obj)
-        facts, kind = _type(original), original
+        facts, kind, changes = _type(type(obj)), type(obj), self.changes(node)
         if not facts.complete:
-            raise CannotRebuild(leaf, f"a {original.__name__} cannot be copied")
-        if any(how in ("class", "super") and self.leaf_below(ref) is not None for (how, _), ref in _edges(node)):
-            # A class of its own, because operators and properties are looked up on the class.
-            kind = _subclass(original, leaf)
-        if issubclass(original, tuple):
-            items = [self.build(c, r) for c, at, r in zip(node.children, node.where, node.refs) if at[0] == "index"]
+            raise CannotRebuild(leaf, f"a {kind.__name__} cannot be copied")
+        if any(how in ("class", "static", "super") for how, *_ in changes):
+            kind = _subclass(kind, leaf)  # operators and properties are looked up on the class
+        if isinstance(obj, tuple):
+            edges = zip(node.where, node.children, node.refs, strict=False)
             try:
-                new = facts.solid.__new__(kind, items)
+                new = facts.solid.__new__(
+                    kind, [self.build(child, ref) for (how, _), child, ref in edges if how == "index"]
+                )
             except TypeError:
-                raise CannotRebuild(leaf, f"a {original.__name__} holds integers only") from None
+                raise CannotRebuild(leaf, f"a {kind.__name__} holds integers only") from None
         else:
             new = facts.solid.__new__(kind)
         self.done[id(node)] = new
-        self.fill(node, obj, new, facts)
-        return new
-
-    def fill(self, node: _Node, obj: Any, new: Any, facts: _Type) -> None:
-        state: MutableMapping = object.__getattribute__(new, "__dict__") if facts.has_dict else {}
-        if facts.has_dict:
-            state.update(object.__getattribute__(obj, "__dict__"))
-        if facts.is_module:
-            state.update({table: dict(state[table]) for table in _TABLES})
-        if facts.solid is list:
-            list.extend(new, obj)
-        elif facts.solid in _DICTS:
-            facts.solid.update(new, obj)
-        slots = {}
-        for namespace in reversed(facts.dicts):
-            slots.update({n: slot for n, slot in namespace.items() if isinstance(slot, MemberDescriptorType)})
-        for slot in slots.values():
-            value = _read_slot(slot, obj)
-            if value is not _ABSENT:
-                slot.__set__(new, value)
-        for (how, name), value, leaf in self.changes(node):
+        state, slots = _copy_state(obj, new, facts)
+        for how, name, child, ref, leaf in changes:
+            value = self.build(child, ref)
             if how == "slot":
                 slots[name].__set__(new, value)
-            elif how in ("class", "super"):
-                _set_on_class(type(new), type(obj), (how, name), value, leaf)
+            elif how in ("class", "static", "super"):
+                _set_on_class(kind, type(obj), how, name, value, leaf)
             elif how in _TABLES:
                 state[how][name] = value
             elif how == "attr":
                 state[name] = value
             elif not isinstance(new, tuple):
                 facts.solid.__setitem__(new, name, value)
+        return new
 
 
-def _edges(node: _Node) -> Any:
-    return zip(node.where, node.refs, strict=False)
+def _copy_state(obj: Any, new: Any, facts: _Type) -> tuple[dict[str, Any], dict[str, MemberDescriptorType]]:
+    """Copies `__dict__`, slots and items, without code of the user's; returns the new `__dict__` and the slots."""
+    state: dict[str, Any] = {}
+    if facts.has_dict:
+        state = object.__getattribute__(new, "__dict__")
+        state.update(object.__getattribute__(obj, "__dict__"))
+    if facts.is_module:
+        state.update({table: dict(state[table]) for table in _TABLES})
+    if facts.solid is list:
+        list.extend(new, obj)
+    elif facts.solid in _DICTS:
+        facts.solid.update(new, obj)
+    slots: dict[str, MemberDescriptorType] = {}
+    for namespace in reversed(facts.dicts):
+        slots.update({name: slot for name, slot in namespace.items() if isinstance(slot, MemberDescriptorType)})
+    for slot in slots.values():
+        value = _read_slot(slot, obj)
+        if value is not _ABSENT:
+            slot.__set__(new, value)
+    return state, slots
 
 
 def _subclass(kind: type, leaf: int) -> type:
@@ -850,8 +819,7 @@ def _subclass(kind: type, leaf: int) -> type:
     return type(kind)(kind.__name__, (kind,), namespace)
 
 
-def _set_on_class(kind: type, original: type, at: _At, value: Any, leaf: int) -> None:
-    how, name = at
+def _set_on_class(kind: type, original: type, how: str, name: str, value: Any, leaf: int) -> None:
     if how == "super":
         raise CannotRebuild(leaf, f"{original.__name__}.{name} is reached through `super()`")
     old = next(vars(base)[name] for base in original.__mro__ if name in vars(base))

@@ -10,16 +10,18 @@ from .schedule import next_power_of_2
 
 
 class Matrix(NamedTuple):
-    """A cache seen as a matrix; the KV head (b, h) starts at row `offset // pitch` and column `offset % pitch`.
+    """A cache seen as a matrix in which every KV head is a rectangle.
 
     Attributes:
         rows, columns: extent that holds every head.
         pitch: elements from one row to the next, the distance of two tokens.
+        steps: rows and columns from one sequence to the next, and from one head to the next.
     """
 
     rows: int
     columns: int
     pitch: int
+    steps: tuple[int, int, int, int]
 
 
 def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
@@ -34,14 +36,12 @@ def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
         return None
     if tensor.data_ptr() % 16 or pitch * itemsize % 16 or head_dim < 16:
         return None
-    offsets = [i * (stride_b if b == batch else 0) + j * stride_h for i in (0, b - 1) for j in (0, num_heads - 1)]
-    # Columns repeat with the head (and the sequence) unless the stride is a whole number of rows.
-    steps = [s % pitch for s, n in ((stride_b, b), (stride_h, num_heads)) if n > 1]
-    columns = sum(s * (n - 1) for s, n in zip(steps, [n for n in (b, num_heads) if n > 1], strict=True)) + head_dim
-    rows = max(offsets) // pitch + num_tokens
-    if columns > pitch or rows >= 1 << 31:
+    sequence = divmod(stride_b if b == batch and b > 1 else 0, pitch)
+    head = divmod(stride_h if num_heads > 1 else 0, pitch)
+    rows, columns = (s * (b - 1) + h * (num_heads - 1) for s, h in zip(sequence, head, strict=True))
+    if columns + head_dim > pitch or rows + num_tokens >= 1 << 31:
         return None
-    return Matrix(rows, columns, pitch)
+    return Matrix(rows + num_tokens, columns + head_dim, pitch, (*sequence, *head))
 
 
 class _Address:
@@ -69,7 +69,7 @@ class DescriptorMaker:
 
     def __call__(self, address: int) -> object:
         if self.last[0] != address:
-            rows, columns, pitch = self.matrix
+            rows, columns, pitch, _ = self.matrix
             base = _Address(address, self.dtype)
             self.last = address, self.make(base, [rows, columns], [pitch, 1], self.block_shape)
         return self.last[1]

@@ -9,7 +9,7 @@ import torch
 
 from .errors import FlexDecodeError
 from .graph import Graph, Node
-from .ops import OPS
+from .ops import HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
 
@@ -116,15 +116,16 @@ class _Evaluation:
             return self.score
         if node.op == "index":
             return self.indices[node.attr]
+        # Half types are rounded values held in float32, as in the kernel: a Python number joins them unrounded.
+        dtype = torch.float32 if node.dtype in HALF else node.dtype
         if node.op == "const":
-            return torch.tensor(node.attr, dtype=node.dtype, device=self.device)
+            return torch.tensor(node.attr, dtype=dtype, device=self.device)
         if node.op == "number":
-            return torch.as_tensor(self._number(node), dtype=node.dtype, device=self.device)
-        if node.op == "cast":
-            return args[0].to(node.dtype)
+            return torch.as_tensor(self._number(node), dtype=dtype, device=self.device)
         if node.op == "load":
             return self._load(node, args)
-        return OPS[node.op].torch(*args)
+        value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
+        return value.to(node.dtype).to(dtype)
 
     def _number(self, node: Node) -> int | float | torch.Tensor:
         source = self.graph.numbers[node.attr]

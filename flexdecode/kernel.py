@@ -23,7 +23,7 @@ TYPE_NAMES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
 }  # fmt: skip
-COMBINE_BLOCK_S = 32
+COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 CaptureTypes = tuple[str, ...]
 
@@ -71,15 +71,26 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants(spec: KernelSpec, pdl: bool, combine: bool) -> dict[str, Any]:
+def combine_block_dv(tiles: Tiles) -> int:
+    """Output columns per program of the combine pass."""
+    return min(tiles.block_dv, max(32, COMBINE_TILE // tiles.block_s))
+
+
+def _precision(dtype: torch.dtype, facts: DeviceFacts) -> str:
+    """How the two products are computed: float32 by three TF32 products each, where the tensor cores have them."""
+    return "tf32x3" if dtype == torch.float32 and facts.backend == "cuda" else "ieee"
+
+
+def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, by name."""
+    pdl = facts.has_pdl
     signature, tiles = spec.signature, spec.tiles
     if combine:
         return {
             "NUM_QUERIES": signature.num_queries,
             "V_HEAD_DIM": signature.v_head_dim,
-            "BLOCK_DV": min(tiles.block_dv, 64),
-            "BLOCK_S": COMBINE_BLOCK_S,
+            "BLOCK_DV": combine_block_dv(tiles),
+            "BLOCK_S": tiles.block_s,
             "PDL": pdl,
         }
     return {
@@ -93,7 +104,7 @@ def constants(spec: KernelSpec, pdl: bool, combine: bool) -> dict[str, Any]:
         "BLOCK_DV": tiles.block_dv,
         "SPLIT": tiles.split,
         "ALL_CHECKED": spec.has_mask,
-        "PRECISION": "ieee",
+        "PRECISION": _precision(signature.dtype, facts),
         "PDL": pdl,
     }
 
@@ -115,6 +126,7 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         "score_captures": spec.score_captures,
         "mask_captures": spec.mask_captures,
         "scale": "fp32",
+        **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if spec.tiles.descriptors else ("i64",) * 2),
         **dict.fromkeys(("num_kv_heads", "num_q_heads", "max_kv_len", "num_splits"), "i32"),
     }
     for name, stride_class in _strides(signature).items():
@@ -140,11 +152,18 @@ def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list
         divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
     divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)
     types = argument_types(spec, names)
-    return {
+    found = {
         (i,): [["tt.divisibility", divisors[name]]]
         for i, name in enumerate(names)
         if divisors.get(name, 1) > 1 and types[name] != "constexpr"
     }
+    if not spec.tiles.descriptors:
+        for steps, tensor in (("key_steps", "k"), ("value_steps", "v")):
+            for element, dim in enumerate("bh"):
+                divisor = divisors[f"stride_{tensor}{dim}"]
+                if steps in names and divisor > 1:
+                    found[names.index(steps), element] = [["tt.divisibility", divisor]]
+    return found
 
 
 def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
@@ -162,11 +181,11 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     function = module.decode_combine if combine else module.decode_split
     names = function.arg_names
     types = argument_types(spec, names)
-    known = constants(spec, facts.has_pdl, combine)
+    known = constants(spec, facts, combine)
     known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
     source = ASTSource(function, types, {(names.index(n),): v for n, v in known.items()}, attributes(spec, names))
     warp_size = 64 if facts.backend == "hip" else 32
-    options: dict[str, Any] = {"num_warps": 4 if combine else spec.tiles.num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": 1 if combine else spec.tiles.num_warps, "enable_fp_fusion": True}
     options["num_stages"] = spec.tiles.num_stages
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl

@@ -14,7 +14,7 @@ import torch
 from . import cache
 from .descriptor import DescriptorMaker, Matrix
 from .graph import Graph, Source
-from .kernel import KernelSpec, capture_types, compile_pass, constants, load_module
+from .kernel import KernelSpec, capture_types, combine_block_dv, compile_pass, constants, load_module
 from .lower import lower
 from .schedule import DeviceFacts, Schedule
 from .signature import Sizes
@@ -67,8 +67,10 @@ class Kernel:
         self.split = self._pass(module, spec, combine=False)
         self.combine = self._pass(module, spec, combine=True) if spec.tiles.split else None
 
+        self.combine_block_dv = combine_block_dv(spec.tiles)
+
     def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Callable[[tuple, int, tuple], None]:
-        known = constants(spec, self.facts.has_pdl, combine)
+        known = constants(spec, self.facts, combine)
         if self.facts.backend == "cpu":
             function = module.decode_combine if combine else module.decode_split
             return lambda grid, _, arguments: function[grid](*arguments, **known)
@@ -186,10 +188,14 @@ class TritonLauncher:
         self.workspace_size = self.lse_size + parts * signature.v_head_dim
         self.device = signature.device
         self.sizes = (sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits)
-        self.strides = strides
+        key_steps, value_steps = strides[4:6], strides[8:10]
+        if spec.tiles.descriptors:
+            assert matrices[0] is not None and matrices[1] is not None
+            key_steps, value_steps = matrices[0].steps, matrices[1].steps
+        self.strides = (*strides[:4], key_steps, *strides[6:8], value_steps, *strides[10:])
         self.combine_tail = (*strides[12:], num_q_heads, cut.num_splits)
         self.grid = (cut.num_items, cut.num_splits)
-        self.combine_grid = (self.num_rows, -(-signature.v_head_dim // min(spec.tiles.block_dv, 64)))
+        self.combine_grid = (self.num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
 
     def __call__(
         self,

@@ -9,14 +9,13 @@ import torch
 
 from .analyze import Facts, analyze
 from .graph import Graph, Node
-from .ops import FLOATS, OPS
+from .ops import FLOATS, HALF, OPS
 
 _TRITON_DTYPES = {
     torch.bool: "tl.int1", torch.uint8: "tl.uint8", torch.int8: "tl.int8", torch.int16: "tl.int16",
     torch.int32: "tl.int32", torch.int64: "tl.int64", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
     torch.float32: "tl.float32", torch.float64: "tl.float64",
 }  # fmt: skip
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class _Writer:
         """The Triton type that holds a node: int64 is narrowed to int32 where its range allows."""
         if node.dtype == torch.int64 and self.facts.fits_int32(node):
             return "tl.int32"
-        if node.dtype in _HALF:
+        if node.dtype in HALF:
             return "tl.float32"  # half types are rounded values held in float32
         return _TRITON_DTYPES[node.dtype]
 
@@ -180,12 +179,12 @@ class _Writer:
 
     def _rounded(self, node: Node, text: str) -> str:
         """An operation on half types rounds its result, as in PyTorch."""
-        return f"({text}).to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)" if node.dtype in _HALF else text
+        return f"({text}).to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)" if node.dtype in HALF else text
 
     def _cast(self, node: Node) -> str:
         (source,) = node.args
         name = self.names[source]
-        if node.dtype in _HALF:
+        if node.dtype in HALF:
             return f"{name}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
         if node.dtype == torch.int64 and source.dtype.is_floating_point:

@@ -25,6 +25,7 @@ INT_LIMITS: dict[torch.dtype, Interval] = {
     },
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*INT_LIMITS, *FLOATS)
 
 

@@ -152,7 +152,8 @@ def prepare(
     else:
         facts = device_facts(query.device)
         matrices = as_matrix(key, sizes.batch), as_matrix(value, sizes.batch)
-        cut = schedule(signature, sizes, facts, options, describable=None not in matrices)
+        # Where a mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+        cut = schedule(signature, sizes, facts, options, describable=mask_graph is None and None not in matrices)
         spec = KernelSpec(
             signature, cut.tiles, capture_types(score_graph), capture_types(mask_graph), mask_graph is not None
         )

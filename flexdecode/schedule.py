@@ -9,6 +9,8 @@ import torch
 from .signature import DecodeOptions, Signature, Sizes
 
 MAX_SPLITS = 1024
+BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
+COMBINE_US = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class DeviceFacts:
 class Tiles:
     """The compile-time half of a schedule; one kernel per value.
 
-    `descriptors` chooses KV loads through tensor descriptors instead of pointers.
+    `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
+    loads through tensor descriptors instead of pointers.
     """
 
     block_m: int
@@ -53,6 +56,7 @@ class Tiles:
     num_stages: int
     split: bool
     descriptors: bool
+    block_s: int
 
 
 @dataclass(frozen=True)
@@ -87,40 +91,72 @@ def schedule(
         describable: whether both caches can be seen through tensor descriptors.
     """
     rows = signature.group_size * signature.num_queries
-    itemsize = signature.dtype.itemsize
-    wide = signature.dtype == torch.float32
-    block_m = min(max(16, next_power_of_2(rows)), 32 if wide else 64)
+    is_float32 = signature.dtype == torch.float32
+    block_m = min(max(16, next_power_of_2(rows)), 32 if is_float32 else 64)
     block_d, block_dv = max(16, next_power_of_2(signature.head_dim)), max(16, next_power_of_2(signature.v_head_dim))
     num_items = sizes.batch * sizes.num_kv_heads * -(-rows // block_m)
-    block_n, num_stages = _pipeline(block_d + block_dv, itemsize, facts)
-    block_n = options.block_n or block_n
-    num_blocks = max(1, -(-sizes.max_kv_len // block_n))
-    num_splits = options.num_splits or _num_splits(num_items, num_blocks, facts.num_sms)
+    kv_bytes = (block_d + block_dv) * signature.dtype.itemsize
+    total_bytes = num_items * sizes.max_kv_len * kv_bytes
+    longest = -(-sizes.max_kv_len // (options.block_n or 64))
+    num_splits = options.num_splits or _num_splits(num_items, longest, total_bytes, facts.num_sms)
+    crowded = num_items * num_splits > facts.num_sms
+    # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
+    descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
+    row_bytes = block_m * (kv_bytes + 4 * 128)
+    block_n, num_stages = _pipeline(kv_bytes, row_bytes, is_float32, crowded, descriptors, facts)
     tiles = Tiles(
         block_m,
-        block_n,
+        options.block_n or block_n,
         block_d,
         block_dv,
         options.num_warps or 4,
         options.num_stages or num_stages,
         split=num_splits > 1,
-        descriptors=facts.has_descriptors and describable,
+        descriptors=descriptors,
+        block_s=next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
     )
     return Schedule(tiles, num_items, num_splits)
 
 
-def _pipeline(width: int, itemsize: int, facts: DeviceFacts) -> tuple[int, int]:
-    """Keys per step and pipeline depth: the largest that leave shared memory for the rest."""
-    stages = 3 if facts.backend == "cuda" else 2
-    budget = facts.shared_memory - 16 * 1024
-    block_n = 128
-    while block_n > 16 and block_n * width * itemsize * stages > budget:
+def _pipeline(
+    kv_bytes: int, row_bytes: int, is_float32: bool, crowded: bool, descriptors: bool, facts: DeviceFacts
+) -> tuple[int, int]:
+    """Keys per step and pipeline depth.
+
+    With at most one program per multiprocessor, a deep pipeline keeps enough bytes in flight; with more programs, a
+    small footprint lets two of them share a multiprocessor and hide one another's start and end.
+
+    Args:
+        kv_bytes: bytes of one key and its value.
+        row_bytes: bytes of shared memory besides the pipeline.
+        is_float32: whether the inputs are float32.
+        crowded: more programs than multiprocessors.
+        descriptors: KV loads through tensor descriptors.
+        facts: of the device.
+    """
+    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32)) else 3
+    block_n = 64 if crowded and not descriptors else 128
+    # Triton keeps stages - 1 tiles for pointer loads, half a tile more for descriptors.
+    tiles_kept = stages - 1 + (0.5 if descriptors else 0.0)
+    while block_n > 16 and block_n * kv_bytes * tiles_kept + row_bytes > facts.shared_memory:
         block_n //= 2
     return block_n, stages
 
 
-def _num_splits(num_items: int, num_blocks: int, num_sms: int) -> int:
-    """Splits that give every multiprocessor about one program, and no program less than one block."""
-    if num_items == 0 or num_items >= num_sms:
+def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int) -> int:
+    """Splits that minimise a model of the time: bytes over the bandwidth that so many programs reach, plus a combine.
+
+    Up to one program per multiprocessor the bandwidth grows with the programs; above, programs run in waves of two per
+    multiprocessor, and an unfilled last wave is lost.
+    """
+    if num_items == 0:
         return 1
-    return max(1, min(num_sms // num_items, num_blocks, MAX_SPLITS))
+
+    def cost(num_splits: int) -> float:
+        programs = num_items * num_splits
+        waves = programs / (2 * num_sms)
+        reached = programs / num_sms if programs <= num_sms else 0.95 * waves / max(1, -(-programs // (2 * num_sms)))
+        return total_bytes / BYTES_PER_US / min(reached, 1.0) + (COMBINE_US if num_splits > 1 else 0.0)
+
+    most = max(1, min(num_blocks, MAX_SPLITS, 8 * num_sms // num_items + 1))
+    return min(range(1, most + 1), key=lambda s: (cost(s), s))

@@ -49,9 +49,9 @@ def mask_mod(live, b, h, q_idx, kv_idx, row, captures):
 
 
 @triton.jit
-def kv_origin(base, descriptor, b, kv_head, stride_b, stride_h, stride_n):
-    """Where the rows of one KV head start: for pointers, the address of its first row."""
-    return base + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+def kv_origin(base, b, kv_head, steps):
+    """Where the rows of one KV head start, from `steps` (stride_b, stride_h): the address of its first row."""
+    return base + b.to(tl.int64) * steps[0] + kv_head.to(tl.int64) * steps[1]
 
 
 @triton.jit
@@ -106,8 +106,8 @@ def attend_block(
 def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_offset,
     score_captures, mask_captures, scale,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
+    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od,
     num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -133,6 +133,9 @@ def decode_split(
     token = rows % NUM_QUERIES
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    query_row = query + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qm
+    key_origin = kv_origin(key, b, kv_head, key_steps)
+    value_origin = kv_origin(value, b, kv_head, value_steps)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -149,17 +152,16 @@ def decode_split(
     score_rows = score_row(b, h, q_idx, score_captures)
     mask_rows = mask_row(b, h, q_idx, mask_captures)
 
-    query_row = query + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qm
     q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
-    key_origin = kv_origin(key, key_descriptor, b, kv_head, stride_kb, stride_kh, stride_kn)
-    value_origin = kv_origin(value, value_descriptor, b, kv_head, stride_vb, stride_vh, stride_vn)
 
-    # Splits differ by one block at most; one that gets none contributes weight 0.
-    num_blocks = tl.cdiv(kv_len, BLOCK_N)
-    share = num_blocks // num_splits
-    extra = num_blocks % num_splits
-    first_block = split * share + tl.minimum(split, extra)
-    last_block = first_block + share + tl.where(split < extra, 1, 0)
+    first_block = 0
+    last_block = tl.cdiv(kv_len, BLOCK_N)
+    if SPLIT:
+        # Splits differ by one block at most; one that gets none contributes weight 0.
+        share = last_block // num_splits
+        extra = last_block % num_splits
+        first_block = split * share + tl.minimum(split, extra)
+        last_block = first_block + share + tl.where(split < extra, 1, 0)
     first_checked = first_block
     if not ALL_CHECKED:
         first_checked = tl.maximum(tl.minimum(last_block, kv_len // BLOCK_N), first_block)
@@ -175,13 +177,14 @@ def decode_split(
                 value, value_descriptor, value_origin, stride_vn, stride_vd,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
-    for block in tl.range(first_checked, last_block):
-        acc, m_i, l_i = attend_block(
-            acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
-            mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
-            value, value_descriptor, value_origin, stride_vn, stride_vd,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
-        )  # fmt: skip
+    if first_checked < last_block:
+        for block in tl.range(first_checked, last_block):
+            acc, m_i, l_i = attend_block(
+                acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
+                mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
+                value, value_descriptor, value_origin, stride_vn, stride_vd,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
+            )  # fmt: skip
 
     # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
@@ -209,6 +212,10 @@ def decode_combine(
     flat_row = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    b = flat_row // (num_q_heads * NUM_QUERIES)
+    head = flat_row // NUM_QUERIES % num_q_heads
+    token = flat_row % NUM_QUERIES
+    out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
     first = flat_row.to(tl.int64) * num_splits
     if PDL:
         gdc_wait()
@@ -233,10 +240,6 @@ def decode_combine(
         acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         m_i = m_new
 
-    b = flat_row // (num_q_heads * NUM_QUERIES)
-    head = flat_row // NUM_QUERIES % num_q_heads
-    token = flat_row % NUM_QUERIES
-    out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
     merged = acc / tl.where(l_i == 0.0, 1.0, l_i)
     tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
     if lse is not None:

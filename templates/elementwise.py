@@ -26,10 +26,13 @@ def trunc(x):
 
 @triton.jit
 def fmod_float(a, b):
-    """Remainder with the sign of the dividend; one step corrects the rounding of the quotient."""
-    rest = tl.abs(a) - trunc(tl.abs(a) / tl.abs(b)) * tl.abs(b)
-    rest = tl.where(rest < 0, rest + tl.abs(b), rest)
-    rest = tl.where(rest >= tl.abs(b), rest - tl.abs(b), rest)
+    """Remainder with the sign of the dividend, exact for quotients below 2**29: their product needs 53 bits."""
+    dividend = tl.abs(a).to(tl.float64)
+    divisor = tl.abs(b).to(tl.float64)
+    rest = dividend - tl.floor(dividend / divisor) * divisor
+    # One step corrects the rounding of the quotient; a small dividend stays, whatever the divisor.
+    rest = tl.where(rest < 0, rest + divisor, tl.where(rest >= divisor, rest - divisor, rest))
+    rest = tl.where(dividend < divisor, dividend, rest).to(tl.float32)
     return tl.where(a < 0, -rest, rest)
 
 
@@ -42,9 +45,8 @@ def remainder_float(a, b):
 
 @triton.jit
 def floor_divide_float(a, b):
-    """Division rounding to minus infinity; from the exact remainder, so that 6.0 // 3.0 is 2."""
-    quotient = (a - remainder_float(a, b)) / b
-    return tl.where(b == 0, a / b, tl.floor(quotient + 0.5))
+    """Division rounding to minus infinity; from the exact remainder, so that 1.0 // 0.2 is 4.0, as in Python."""
+    return tl.where(b == 0, a / b, round_half_even((a - remainder_float(a, b)) / b))
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def pow_float(a, b):
     integral = tl.floor(b) == b
     signed = tl.where(integral, tl.where(odd, -size, size), float("nan"))
     power = tl.where(a < 0, signed, size)
-    return tl.where((b == 0) | (a == 1), 1.0, power)
+    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, power))
 
 
 @triton.jit
@@ -83,14 +85,15 @@ def minimum(a, b):
 
 @triton.jit
 def sign(x):
-    """-1, 0 or 1."""
-    return tl.where(x > 0, x * 0 + 1, tl.where(x < 0, x * 0 - 1, x * 0))
+    """-1, 0 or 1; 0 for NaN, as in PyTorch."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
 
 @triton.jit
 def expm1(x):
-    """e**x - 1; a series where the difference would cancel."""
-    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666667 + x * 0.0083333333))))
+    """e**x - 1; where the difference would cancel, the series, whose next term is below 2**-29 of the result."""
+    tail = 0.041666667 + x * (0.0083333333 + x * (0.0013888889 + x * 0.00019841270))
+    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * tail)))
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
 
 

@@ -1,7 +1,7 @@
 """KV loads through tensor descriptors (the bulk copy engine of Hopper and later): they replace those of `decode.py`.
 
 A descriptor shows the cache as a matrix whose rows are `stride_n` elements apart. One KV head of one sequence is a
-rectangle in it: the element offset of its first row gives the row and the column where it starts. So a contiguous
+rectangle in it, and the host divides the strides by `stride_n` to find where it starts. So a contiguous
 `[B, H, N, D]` cache and a `[B, N, H, D]` cache both need one two-dimensional descriptor.
 """
 
@@ -10,10 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def kv_origin(base, descriptor, b, kv_head, stride_b, stride_h, stride_n):
-    """Row and column of the descriptor's matrix where the rows of one KV head start."""
-    offset = b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
-    return (offset // stride_n).to(tl.int32), (offset % stride_n).to(tl.int32)
+def kv_origin(base, b, kv_head, steps):
+    """Row and column where the rows of one KV head start; `steps` are the rows and columns per b, then per head."""
+    return b * steps[0] + kv_head * steps[2], b * steps[1] + kv_head * steps[3]
 
 
 @triton.jit

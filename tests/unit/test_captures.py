@@ -241,13 +241,13 @@ def test_function_attributes():
 
 
 def test_recursion():
-    depth = 3
+    step = 3
 
     def fn(n):
-        return n if n > depth else fn(n + 1)
+        return n if n > 5 else fn(n + step)
 
     assert leaves(fn) == [3]
-    assert check_rebuild(fn, 0) == (4, 1004)
+    assert check_rebuild(fn, 0) == (6, 1003)
 
 
 def test_mutual_recursion():
@@ -289,7 +289,7 @@ def test_library_functions_are_opaque_as_globals_but_walked_in_closures():
     fn = lambda q: torch.nn.functional.silu(q) + math.pi + operator.neg(q)
     assert leaves(fn) == []
     assert key(fn) == key(fn)
-    assert leaves(make_closure(and_masks(make_closure(3)))) == [3, 0, 0]
+    assert leaves(make_closure(and_masks(make_closure(3, None)), None)) == [3]
 
 
 def test_a_global_made_by_and_masks_is_walked():
@@ -318,7 +318,7 @@ def test_and_masks_and_or_masks():
     assert key(mask(3)) == key(mask(4))
     assert key(mask(3)) != key(and_masks(causal, or_masks(window(3), causal)))
     assert leaves(mask(3)) == [3]
-    assert leaf_names(mask(3)) == ["size (in mask_mods[1]: mask_mods[0])"] or len(leaf_names(mask(3))) == 1
+    assert leaf_names(mask(3)) == ["size (in mask_mods[0], in mask_mods[1])"]
     zero, five = torch.tensor(0), torch.tensor(5)
     fn = and_masks(causal, window(3))
     assert not fn(zero, zero, five, zero)
@@ -435,6 +435,24 @@ def test_type_of_self_sees_the_replacement():
             return q + type(self).window
 
     assert check_rebuild(Mod(), 1) == (5, 1005)
+
+
+def test_a_class_attribute_behind_an_attribute_of_the_instance():
+    class Mod:
+        window = 4
+
+        def __init__(self):
+            self.window = 5
+
+        def __call__(self, q):
+            return q + self.window + self.of_class()
+
+        @classmethod
+        def of_class(cls):
+            return cls.window
+
+    assert sorted(leaves(Mod())) == [4, 5]
+    assert check_rebuild(Mod(), 1) == (10, 1 + 1004 + 1005)
 
 
 def test_operators_of_captured_objects():
@@ -565,7 +583,8 @@ def test_shared_things_stay_shared():
     fn = lambda: (shared, [shared], bias, (bias,))
     other = [1]
     assert key(fn) != key((lambda one, two: lambda: (one, two))(shared, other))
-    a, b, _, _ = rebuild(fn, {leaves(fn).index(1): 5})()
+    a, b, _, _ = rebuild(fn, {leaf_names(fn).index("shared[0]"): 5})()
+    assert (a, b) == ([5], [[5]])
     assert a is b[0]
     assert shared == [1]
     two = make_closure((bias,), bias)
@@ -596,6 +615,16 @@ def test_an_attribute_that_only_a_helper_names():
     cfg.window = 30
     assert walk(fn) == (before[0], [30])
     assert check_rebuild(fn, 1) == (31, 1031)
+
+
+def test_an_attribute_that_is_named_after_the_object_was_visited():
+    cfg = types.SimpleNamespace(window=3)
+
+    def fn(q, config=cfg, read=lambda config: config.window):
+        return q + read(config)
+
+    assert leaves(fn) == [3]
+    assert check_rebuild(fn, 1) == (4, 1004)
 
 
 def test_an_attribute_read_by_getattr():
@@ -641,7 +670,7 @@ class Relative(torch.nn.Module):
         self.inner = Inner()
 
     def forward(self, q):
-        return float(self.weight[q] + self.offset[0]) + self.cap + self.inner(q)
+        return float(self.weight.detach()[q] + self.offset[0]) + self.cap + self.inner(q)
 
 
 class Inner(torch.nn.Module):
@@ -711,7 +740,7 @@ def test_super():
             return super().__call__(q) + GLOBAL_WINDOW
 
     fn = Derived()
-    assert sorted(set(leaves(fn))) == [3, 7]
+    assert sorted(leaves(fn)) == [3, 7]
     window = leaf_names(fn).index("GLOBAL_WINDOW")
     assert rebuild(fn, {window: 1000})(1) == 1004
     before = key(fn)
@@ -825,11 +854,10 @@ def test_cannot_rebuild_what_super_reaches():
             return super().__call__(q)
 
     fn = Derived()
-    assert set(leaves(fn)) == {7}
-    for index in range(len(leaves(fn))):
-        with pytest.raises(CannotRebuild) as error:
-            rebuild(fn, {index: 1})
-        assert error.value.index == index
+    assert leaves(fn) == [7]
+    with pytest.raises(CannotRebuild, match=r"through `super\(\)`") as error:
+        rebuild(fn, {0: 1})
+    assert error.value.index == 0
 
 
 def test_an_object_with_state_in_c_cannot_be_rebuilt():
