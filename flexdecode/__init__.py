@@ -1,7 +1,7 @@
 """Decode attention from two Python functions, generated as split-KV Triton kernels.
 
-    >>> import flexdecode
-    >>> out = flexdecode.flex_decode(query, key, value, score_mod=flexdecode.mods.softcap(50.0))
+>>> import flexdecode
+>>> out = flexdecode.flex_decode(query, key, value, score_mod=flexdecode.mods.softcap(50.0))
 """
 
 from . import mods as mods

@@ -27,6 +27,7 @@ class Facts:
     on_kv: frozenset[Node]
 
     def fits_int32(self, node: Node) -> bool:
+        """Whether a 32-bit integer always holds the value of an integer node."""
         low, high = self.ranges[node]
         return _INT32[0] <= low and high <= _INT32[1]
 

@@ -9,8 +9,9 @@ import torch
 from . import cache
 from .cache import CacheInfo
 from .captures import pins
+from .compiled import forget_kernels
 from .identity import forget_graphs, identify
-from .launch import forget_kernels
+from .launch import forget_workspaces
 from .plan import layout, prepare
 from .signature import DecodeOptions
 
@@ -92,4 +93,5 @@ def clear_cache() -> None:
         _plans.clear()
         forget_graphs()
         forget_kernels()
+        forget_workspaces()
         cache.reset()

@@ -1,4 +1,7 @@
-"""Builds nodes: PyTorch's type promotion, constant folding and one canonical form, so that equal mods are equal graphs."""
+"""Builds nodes: PyTorch's type promotion, constant folding and one canonical form.
+
+Equal mods become equal graphs, whatever callable they came from.
+"""
 
 from __future__ import annotations
 

@@ -49,6 +49,7 @@ def snapshot() -> CacheInfo:
 
 
 def reset() -> None:
+    """Sets every counter to zero."""
     for f in fields(counters):
         setattr(counters, f.name, 0)
 
@@ -118,6 +119,7 @@ class Bounded(dict):
         self.limit = limit
 
     def add(self, key: Hashable, value: object) -> None:
+        """Stores a value; the oldest entries make room."""
         with lock:
             while len(self) >= self.limit:
                 self.pop(next(iter(self)), None)

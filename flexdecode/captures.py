@@ -23,7 +23,7 @@ import numbers
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise, repeat
@@ -280,6 +280,7 @@ class _Absent:
 
 
 _ABSENT = _Absent()
+_NO_NAMES: frozenset[str] = frozenset()
 _FUNC: _At = ("func", None)
 _INDEX: tuple[_At, ...] = tuple(("index", i) for i in range(MAX_ITEMS))
 _NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "static", "super", "module", *_TABLES}
@@ -298,11 +299,18 @@ def _opaque(module: str | None) -> bool:
 
 
 def _run(fn: Callable, make: Any) -> Any:
-    scan = make(frozenset())
-    scan.visit(fn, type(fn), _FUNC)
-    while scan.stale:  # a helper names attributes of an object that was visited before: look again with all names
-        scan = make(scan.names)
-        scan.visit(fn, type(fn), _FUNC)
+    scan, names = None, _NO_NAMES
+    while scan is None or scan.stale:  # a helper names attributes of an object that was visited before: look again
+        scan = make(names)
+        parts = _function(scan, fn, _FUNC, True) if type(fn) is FunctionType else None
+        if parts is None:
+            scan.visit(fn, type(fn), _FUNC)
+        else:  # the common case, without what matters only further down
+            header, children, where = parts
+            scan.seen[id(fn)] = 0
+            scan.key += header
+            scan.each(fn, children, where)
+        names = scan.names
     return scan
 
 
@@ -346,7 +354,7 @@ class _Scan:
 
     def visit(self, value: Any, kind: type, at: _At) -> int | None:
         describe = _DESCRIBE.get(kind) or _remember(_DESCRIBE, kind, _choose(kind))
-        called = self.is_called(at)
+        called = (describe is not _object and describe is not _class) or self.is_called(at)
         # One object is two things: used as a whole, and as a holder of attributes (an odd mark, as ids are even).
         mark = id(value) if called else id(value) + 1
         position = self.seen.get(mark)
@@ -354,7 +362,7 @@ class _Scan:
             self.key += ("back", position)
             return position
         if self.depth >= MAX_DEPTH or len(self.seen) >= MAX_OBJECTS:
-            return _identity(self, value, at, called)
+            describe = _identity
         parts = describe(self, value, at, called)
         if parts is None:
             return None
@@ -381,15 +389,16 @@ class _Scan:
             self.stale = self.stale or self.looked
 
 
-# Functions that describe a value by its part of the key, its children and how these are reached. Those of values without
-# children write to the scan themselves and return None.
+# Functions that describe a value by its part of the key, its children and how these are reached. For a value without
+# children they write to the scan and return None.
 _Parts = tuple[Sequence, Sequence, Sequence[_At]]
 _Describe = Callable[[_Scan, Any, _At, bool], "_Parts | None"]
 
 
-def _identity(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+def _identity(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
     scan.key += ("id", id(value))
     scan.pins.append(value)
+    return None
 
 
 def _representation(scan: _Scan, value: Any, at: _At, called: bool) -> None:
@@ -414,7 +423,8 @@ def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
 
 def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | None:
     if (
-        at[0] in ("global", "module")
+        at is not _FUNC
+        and at[0] in ("global", "module")
         and _opaque(fn.__module__)
         # What torch's own `and_masks` returns lives in torch and holds the user's mods.
         and not (fn.__closure__ and fn.__module__.startswith("torch.nn.attention"))
@@ -423,7 +433,10 @@ def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | 
     code, cells = fn.__code__, fn.__closure__
     facts = _CODES.get(id(code)) or _read_code(code)
     if facts.names is not scan.names:
-        scan.learn(facts.names)
+        if scan.seen:
+            scan.learn(facts.names)
+        else:  # the root
+            scan.names = scan.names or facts.names
     scan.pins.append(code)
     try:
         children = [*map(_contents, cells)] if cells else []

@@ -31,12 +31,14 @@ def decode(
 
     Args:
         query: [B, Hq, Q, D].
-        key, value: [B, Hkv, N, D] and [B, Hkv, N, Dv]; the batch may be 1.
+        key: [B, Hkv, N, D]; the batch may be 1.
+        value: [B, Hkv, N, Dv]; the batch may be 1.
         out: [B, Hq, Q, Dv], written.
         lse: float32 [B, Hq, Q], written, or None.
         kv_lens: [B] or None.
         q_offset: position of the first query token, a number or [B], or None for the end of the sequence.
-        score, mask: each graph with the leaves of its mod.
+        score: graph of the score_mod with the leaves of its captures.
+        mask: the same of the mask_mod.
         scale: factor of the dot product.
         check_indices: raise where an attending pair reads a captured tensor out of range.
 

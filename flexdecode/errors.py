@@ -8,6 +8,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from types import FrameType
 
 import torch
 
@@ -32,7 +33,7 @@ class CompileError(FlexDecodeError):
 
 def user_line() -> str:
     """Returns the innermost line of the user's code on the stack, as `file:line, in function: text`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_HIDDEN) and not name.startswith("<frozen"):

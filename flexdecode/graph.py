@@ -54,6 +54,7 @@ class Node:
 
     @property
     def is_const(self) -> bool:
+        """Whether the value is known."""
         return self.op == "const"
 
 
@@ -153,6 +154,7 @@ class Graph:
         return graph
 
     def nodes(self) -> list[Node]:
+        """Every node, operands first."""
         return topological(self.output)
 
     def _canonical_text(self) -> str:

@@ -63,8 +63,9 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
         key, _ = walk(mod.function)
         known = _constants.get((kind, key), ())
         _constants.add((kind, key), tuple(sorted(traced.constants.union(known))))
+        kept = pins(mod.function)
         mod = identify(kind, mod.function)
-        _graphs.add((kind, device, mod.identity), (traced.graph, pins(mod.function)))
+        _graphs.add((kind, device, mod.identity), (traced.graph, kept))
     return traced.graph, mod
 
 

@@ -122,7 +122,11 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         "partial_out": "*fp32" if spec.tiles.split else "constexpr",
         "partial_lse": "*fp32" if spec.tiles.split else "constexpr",
         "kv_lens": "constexpr" if signature.kv_lens is None else "*" + TYPE_NAMES[signature.kv_lens],
-        "q_offset": "constexpr" if offset is None else "i64" if offset is int else "*" + TYPE_NAMES[offset],
+        "q_offset": "constexpr"
+        if offset is None
+        else "*" + TYPE_NAMES[offset]
+        if isinstance(offset, torch.dtype)
+        else "i64",
         "score_captures": spec.score_captures,
         "mask_captures": spec.mask_captures,
         "scale": "fp32",
@@ -152,7 +156,7 @@ def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list
         divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
     divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)
     types = argument_types(spec, names)
-    found = {
+    found: dict[tuple[int, ...], list] = {
         (i,): [["tt.divisibility", divisors[name]]]
         for i, name in enumerate(names)
         if divisors.get(name, 1) > 1 and types[name] != "constexpr"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .analyze import Facts, analyze
-from .graph import Graph, Node
+from .graph import INDEX_NAMES, Graph, Node
 from .ops import FLOATS, HALF, OPS
 
 _TRITON_DTYPES = {
@@ -30,15 +30,19 @@ class CaptureLayout:
 
     @staticmethod
     def of(graph: Graph) -> CaptureLayout:
+        """The layout of a graph."""
         return CaptureLayout(len(graph.numbers), tuple(rank for _, rank in graph.tensor_types))
 
     def pointer(self, slot: int) -> int:
+        """Position of a tensor's address."""
         return self.num_numbers + sum(1 + 2 * rank for rank in self.ranks[:slot])
 
     def size(self, slot: int, dim: int) -> int:
+        """Position of a size."""
         return self.pointer(slot) + 1 + dim
 
     def stride(self, slot: int, dim: int) -> int:
+        """Position of a stride."""
         return self.pointer(slot) + 1 + self.ranks[slot] + dim
 
 
@@ -79,6 +83,10 @@ class _Writer:
         self.graph = graph
         self.facts = facts
         self.layout = CaptureLayout.of(graph)
+        self.scalars: set[Node] = set()  # one value for the whole tile: what depends on no index but b
+        for node in graph.nodes():
+            if node.op != "score" and node.attr not in INDEX_NAMES[1:] and self.scalars.issuperset(node.args):
+                self.scalars.add(node)
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
 
@@ -171,6 +179,8 @@ class _Writer:
         self.functions.update(re.findall(r"(?<![.\w])([a-z]\w*)\(", text))
         if integer and dtype == "tl.int32" and "tl.int64" in {self._dtype(a) for a in operands}:
             return f"({text}).to(tl.int32)"
+        if op.rule in ("compare", "predicate") and node in self.scalars and not integer:
+            return _scalar_condition(text)
         return text
 
     def _common(self, operands: tuple[Node, ...]) -> str:
@@ -206,8 +216,7 @@ class _Writer:
                 inside.append(f"({index} >= 0)")
             inside.append(f"({index} < {size})")
             offsets.append(f"{index} * captures[{self.layout.stride(slot, dim)}]")
-        # `!= 0` changes nothing on a GPU; Triton 3.9's interpreter broadcasts a scalar bool to int32.
-        mask = self._assign(f"({' & '.join(inside)}) != 0")
+        mask = self._assign(_scalar_condition(" & ".join(inside)))
         return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}), mask={mask}, other=0)")
 
     def _widened(self, node: Node, text: str) -> str:
@@ -217,6 +226,14 @@ class _Writer:
         if dtype in FLOATS:
             return text if dtype == torch.float32 else f"{text}.to(tl.float32)"
         return text
+
+
+def _scalar_condition(text: str) -> str:
+    """Makes a bool that may be a scalar one that broadcasts.
+
+    `!= 0` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
+    """
+    return f"({text}) != 0"
 
 
 def _literal(node: Node) -> str:

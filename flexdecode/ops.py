@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -129,9 +130,7 @@ def _torch_pow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.pow(a, b if a.dtype.is_floating_point else b.clamp(min=0))
 
 
-
-
-def _row(name: str, arity: int, rule: str, triton: str, **rest) -> Op:
+def _row(name: str, arity: int, rule: str, triton: str, **rest: Any) -> Op:
     function = rest.pop("torch", None) or getattr(torch, name)
     return Op(name, arity, rule, function, triton, **rest)
 

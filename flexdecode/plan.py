@@ -9,11 +9,12 @@ import torch
 
 from . import eager
 from .captures import leaf_names
-from .descriptor import as_matrix
+from .descriptor import as_matrices
+from .device import device_facts
 from .graph import Graph
 from .identity import Mod, graph_of
 from .kernel import KernelSpec, capture_types
-from .launch import TritonLauncher, device_facts
+from .launch import TritonLauncher
 from .schedule import schedule
 from .signature import DEFAULT_OPTIONS, DecodeOptions, check_inputs, check_lens, describe, kernel_strides
 
@@ -24,8 +25,6 @@ def layout(tensor: object) -> object:
         return tensor if tensor is None else type(tensor)
     place = tensor.data_ptr() & 15
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
-
-
 
 
 class Launcher(Protocol):
@@ -43,7 +42,9 @@ class Launcher(Protocol):
         score_leaves: list,
         mask_leaves: list,
         scale: float,
-    ) -> None: ...
+    ) -> None:
+        """Writes `out` [B, Hq, Q, Dv] and, unless it is None, `lse` [B, Hq, Q]."""
+        ...
 
 
 class EagerLauncher:
@@ -98,7 +99,7 @@ class Plan:
         if out is None:
             out = query.new_empty(self.out_shape)
         lse = query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
-        if self.check_lens:
+        if self.check_lens and kv_lens is not None:
             check_lens(kv_lens, self.max_kv_len)
         if not self.empty:
             if scale is None:
@@ -109,9 +110,7 @@ class Plan:
                 q_offset = q_offset.contiguous()
             if self.checker is not None:
                 scratch = torch.empty_like(out)
-                self.checker(
-                    query, key, value, scratch, None, kv_lens, q_offset, score_leaves, mask_leaves, scale
-                )
+                self.checker(query, key, value, scratch, None, kv_lens, q_offset, score_leaves, mask_leaves, scale)
             self.launcher(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale)
         return out if lse is None else (out, lse)
 
@@ -151,9 +150,10 @@ def prepare(
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
         facts = device_facts(query.device)
-        matrices = as_matrix(key, sizes.batch), as_matrix(value, sizes.batch)
         # Where a mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        cut = schedule(signature, sizes, facts, options, describable=mask_graph is None and None not in matrices)
+        matrices = as_matrices(key, value, sizes.batch) if mask_graph is None else None
+        cut = schedule(signature, sizes, facts, options, describable=matrices is not None)
+        matrices = matrices if cut.tiles.descriptors else None
         spec = KernelSpec(
             signature, cut.tiles, capture_types(score_graph), capture_types(mask_graph), mask_graph is not None
         )

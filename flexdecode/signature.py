@@ -126,7 +126,7 @@ def check_inputs(
             raise ValueError(
                 f"the head dimension of `{name}` must be between {MIN_HEAD_DIM} and {MAX_HEAD_DIM}, got {size}"
             )
-    if num_kv_heads == 0 and num_q_heads or num_kv_heads and num_q_heads % num_kv_heads:
+    if (num_kv_heads == 0 and num_q_heads) or (num_kv_heads and num_q_heads % num_kv_heads):
         raise ValueError(
             f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}"
         )

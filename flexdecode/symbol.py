@@ -60,12 +60,15 @@ class TraceContext:
             self.own_code = before
 
     def scalar(self, node: Node) -> Symbol:
+        """A symbol of rank 0."""
         return Symbol(self, (), lambda _: node, node.dtype)
 
     def score(self) -> Symbol:
+        """The scaled logit."""
         return self.scalar(Node("score", (), torch.float32))
 
     def index(self, name: str) -> Symbol:
+        """One of b, h, q_idx, kv_idx."""
         return self.scalar(Node("index", (), torch.int64, name))
 
     def number(self, source: Source) -> Symbol:
@@ -108,13 +111,11 @@ class TraceContext:
         """A tensor that no path from the mod leads to: it stays what it is at trace time."""
         if value.ndim == 0:
             return self.scalar(const(value.item(), torch.float32 if value.dtype.is_floating_point else value.dtype))
-        for k, known in enumerate(self.frozen):
-            if known is value or (known.shape == value.shape and known.dtype == value.dtype and known.equal(value)):
-                break
-        else:
-            k = len(self.frozen)
+        alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]
+        if not alike:
+            alike = [len(self.frozen)]
             self.frozen.append(value.to(self.device))
-        return self._loads(-1 - k, value, tuple(const(n) for n in value.shape))
+        return self._loads(-1 - alike[0], value, tuple(const(n) for n in value.shape))
 
     def _loads(self, leaf: int, value: torch.Tensor, shape: tuple[Node, ...]) -> Symbol:
         _check_dtype(value.dtype, self.kind)
@@ -169,6 +170,7 @@ class Symbol:
 
     @property
     def rank(self) -> int:
+        """Number of dimensions."""
         return len(self.sizes)
 
     @property
@@ -233,7 +235,7 @@ class Symbol:
     def __contains__(self, _: Any) -> NoReturn:
         self._python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
 
-    def __setitem__(self, *_: Any) -> NoReturn:
+    def __setitem__(self, *_: Any) -> None:
         self.context.do("refuse_in_place", "__setitem__")
 
     def __round__(self, digits: int | None = None) -> Symbol:
@@ -267,4 +269,3 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reflected=False))
 for _name, _op in {"neg": "neg", "abs": "abs", "invert": "bitwise_not"}.items():
     setattr(Symbol, f"__{_name}__", lambda self, _op=_op: self.context.do("elementwise", _op, self))
-

@@ -127,7 +127,9 @@ def _make(context: TraceContext, name: str, *nodes: Node) -> Node:
     try:
         return make(name, *nodes)
     except (TypeError, ZeroDivisionError, ValueError) as error:
-        raise at_user_line(TraceError, f"{name} in a {context.kind}: {error}", "Check the types of its operands.") from None
+        raise at_user_line(
+            TraceError, f"{name} in a {context.kind}: {error}", "Check the types of its operands."
+        ) from None
 
 
 def _broadcast(context: TraceContext, function: Callable[..., Node], *symbols: Symbol) -> Symbol:
@@ -280,10 +282,11 @@ def _elu(context: TraceContext, x: Any, alpha: Any = 1.0, inplace: bool = False)
 @_handles("gelu")
 def _gelu(context: TraceContext, x: Any, approximate: str = "none") -> Symbol:
     x = context.symbol(x)
+    one: Any = 1.0
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
-        return 0.5 * x * (1.0 + elementwise(context, "tanh", inner))
-    return 0.5 * x * (1.0 + elementwise(context, "erf", x * math.sqrt(0.5)))
+        return 0.5 * x * (one + elementwise(context, "tanh", inner))
+    return 0.5 * x * (one + elementwise(context, "erf", x * math.sqrt(0.5)))
 
 
 @_handles("softplus")
@@ -319,7 +322,9 @@ for _name, _dtype in {
     "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8, "byte": torch.uint8,
     "bool": torch.bool,
 }.items():  # fmt: skip
-    _HANDLERS[_name] = lambda context, x, memory_format=None, _dtype=_dtype: _as_dtype(context, context.symbol(x), _dtype)
+    _HANDLERS[_name] = lambda context, x, memory_format=None, _dtype=_dtype: _as_dtype(
+        context, context.symbol(x), _dtype
+    )
 
 
 @_handles("to", "type", "type_as")
@@ -350,7 +355,7 @@ def _is_tensor(context: TraceContext, x: Any) -> bool:
 
 @_handles("result_type", "promote_types", "can_cast")
 def _result_type(context: TraceContext, a: Any, b: Any) -> torch.dtype:
-    return (context.symbol(a) + context.symbol(b)).dtype
+    return elementwise(context, "add", a, b).dtype
 
 
 @_handles("item", "tolist", "numpy", "float_", "nonzero")
@@ -387,9 +392,7 @@ def _tensor(context: TraceContext, *args: Any, dtype: torch.dtype | None = None,
 
 
 def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
-    sizes = tuple(
-        context.symbol(n).node for n in ((shape,) if isinstance(shape, (int, Symbol)) else tuple(shape))
-    )
+    sizes = tuple(context.symbol(n).node for n in ((shape,) if isinstance(shape, (int, Symbol)) else tuple(shape)))
     x = context.symbol(value)
     node = _strong(x.node if dtype is None else cast(x.node, dtype))
     return Symbol(context, sizes, lambda _: node, node.dtype)
@@ -530,7 +533,9 @@ def _refuse_index(context: TraceContext, what: str) -> NoReturn:
 def _dim(symbol: Symbol, dim: int, extra: int = 0) -> int:
     rank = symbol.rank + extra
     if not -rank <= dim < rank:
-        raise at_user_line(TraceError, f"dimension {dim} is out of range for rank {symbol.rank}", "Check the dimension.")
+        raise at_user_line(
+            TraceError, f"dimension {dim} is out of range for rank {symbol.rank}", "Check the dimension."
+        )
     return dim % rank
 
 

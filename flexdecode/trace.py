@@ -114,7 +114,9 @@ def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
     kind = context.kind
     name = getattr(mod, "__name__", type(mod).__name__)
     if result is None:
-        raise TraceError(f"{kind} {name!r} returned None; it must return the new {_result_word(kind)} (forgot `return`?)")
+        raise TraceError(
+            f"{kind} {name!r} returned None; it must return the new {_result_word(kind)} (forgot `return`?)"
+        )
     if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
         raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
     symbol = context.symbol(result)
@@ -193,4 +195,3 @@ def _check_parameters(mod: Callable, kind: str) -> None:
             f"`{kind}` must take {len(names)} positional parameters ({', '.join(names)}), but {name!r} has "
             f"the signature {signature}"
         ) from None
-

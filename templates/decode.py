@@ -83,7 +83,9 @@ def attend_block(
     BLOCK_DV: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length."""
-    k = load_kv(key, key_descriptor, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED)
+    k = load_kv(
+        key, key_descriptor, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED
+    )  # fmt: skip
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
     score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_captures) * LOG2E
@@ -96,7 +98,10 @@ def attend_block(
     p = tl.exp2(score - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = load_kv(value, value_descriptor, value_origin, start_n, kv_len, stride_vn, stride_vd, BLOCK_N, V_HEAD_DIM, BLOCK_DV, CHECKED)
+    v = load_kv(
+        value, value_descriptor, value_origin, start_n, kv_len, stride_vn, stride_vd, BLOCK_N, V_HEAD_DIM, BLOCK_DV,
+        CHECKED,
+    )  # fmt: skip
     acc = acc * alpha[:, None]
     acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return acc, m_new, l_i

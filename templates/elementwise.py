@@ -51,11 +51,12 @@ def floor_divide_float(a, b):
 
 @triton.jit
 def pow_float(a, b):
-    """a ** b through exp2 and log2; a negative base takes an integral exponent only."""
+    """a ** b through exp2 and log2; a finite negative base takes an integral exponent only."""
     size = tl.exp2(b * tl.log2(tl.abs(a)))
     odd = tl.floor(b * 0.5) * 2 != b
     integral = tl.floor(b) == b
-    signed = tl.where(integral, tl.where(odd, -size, size), float("nan"))
+    root = tl.where(tl.abs(a) == float("inf"), size, float("nan"))
+    signed = tl.where(integral, tl.where(odd, -size, size), root)
     power = tl.where(a < 0, signed, size)
     return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, power))
 
@@ -74,13 +75,13 @@ def pow_int(a, b):
 @triton.jit
 def maximum(a, b):
     """The larger value; NaN if either is NaN."""
-    return tl.where((a > b) | (a != a), a, b)
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def minimum(a, b):
     """The smaller value; NaN if either is NaN."""
-    return tl.where((a < b) | (a != a), a, b)
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

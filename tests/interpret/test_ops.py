@@ -111,8 +111,8 @@ def test_binary_of_infinities_and_nan(name):
 
 @pytest.mark.parametrize("name", BINARY)
 def test_binary_with_a_scalar(name):
-    """One value for the whole tile, from a captured tensor or a captured number, beside one per key."""
-    function, scalar, number = getattr(torch, name), torch.tensor([[2.0]]), 0.75
+    """One value for the whole tile, from a captured tensor or a captured 0-d tensor, beside one per key."""
+    function, scalar, number = getattr(torch, name), torch.tensor([[2.0]]), torch.tensor(0.75)
     check(lambda i, zero: function(scalar[0, 0], FLOATS[i + zero]), function(scalar[0], FLOATS), 2 * PRECISION)
     check(lambda i, zero: function(FLOATS[i + zero], number), function(FLOATS, number), 2 * PRECISION)
     check(lambda i, zero: function(scalar[0, 0], number), function(scalar[0], number).expand(3), 2 * PRECISION)

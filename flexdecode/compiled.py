@@ -1,0 +1,91 @@
+"""Compiled kernels by spec and graphs: found in memory, made of a module on disk, or generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from . import cache
+from .descriptor import encoded_descriptors
+from .graph import Graph
+from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_module
+from .lower import lower
+from .schedule import DeviceFacts
+from .template import generate, templates_digest
+
+
+class Kernel:
+    """The two compiled kernels of one spec.
+
+    Attributes:
+        path: the generated module.
+        split, combine: run one pass: `run(grid, stream, arguments)`.
+        combine_block_dv: output columns per program of the combine pass.
+        encode_descriptors: makes launch arguments of Triton's two tensor descriptors; see `encoded_descriptors`.
+    """
+
+    def __init__(self, module: ModuleType, path: Path, spec: KernelSpec, facts: DeviceFacts) -> None:
+        self.path = path
+        self.facts = facts
+        self.encode_descriptors: Callable[[object, object], tuple] = lambda key, value: (key, value)
+        self.split = self._pass(module, spec, combine=False)
+        self.combine = self._pass(module, spec, combine=True) if spec.tiles.split else None
+        self.combine_block_dv = combine_block_dv(spec.tiles)
+
+    def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Callable[[tuple, int, tuple], None]:
+        known = constants(spec, self.facts, combine)
+        if self.facts.backend == "cpu":
+            function = module.decode_combine if combine else module.decode_split
+            return lambda grid, _, arguments: function[grid](*arguments, **known)
+        compiled = compile_pass(module, spec, self.facts, combine)
+        run = compiled.run  # loads the machine code
+        if spec.tiles.descriptors and not combine:
+            self.encode_descriptors = encoded_descriptors(run) or self.encode_descriptors
+        function, metadata, tail = compiled.function, compiled.packed_metadata, (None,) * len(known)
+
+        def launch(grid: tuple, stream: int, arguments: tuple) -> None:
+            run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *arguments, *tail)
+
+        return launch
+
+
+_kernels = cache.Bounded(limit=512)
+
+
+def find_kernel(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
+    """The kernel for a spec and two graphs: from memory, from a module on disk, or generated."""
+    key = (spec, facts, score and score.text, mask and mask.text)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with cache.lock:
+            kernel = _kernels.get(key)
+            if kernel is None:
+                kernel = _build(spec, facts, score, mask)
+                _kernels.add(key, kernel)
+    return kernel
+
+
+def _build(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
+    q_idx_given = spec.signature.q_offset is not None
+    identity = "\n".join(
+        [templates_digest(), f"q_offset {q_idx_given}", *(f"{g.text if g else None}" for g in (score, mask))]
+    )
+    loads = "kv_descriptor.py" if spec.tiles.descriptors else None
+    path = cache.stored_module(f"{loads}\n{identity}", lambda: generate_module(score, mask, q_idx_given, loads))
+    kernel = Kernel(load_module(path), path, spec, facts)
+    cache.counters.compilations += 1
+    return kernel
+
+
+def generate_module(
+    score: Graph | None, mask: Graph | None, q_idx_given: bool = False, loads: str | None = None
+) -> str:
+    """The text of the module for two graphs; `loads` is a template file with other KV loads."""
+    hooks = [lower(g, kind, q_idx_given) for g, kind in ((score, "score_mod"), (mask, "mask_mod")) if g is not None]
+    return generate(hooks, loads)
+
+
+def forget_kernels() -> None:
+    """Drops every kernel in memory."""
+    _kernels.clear()
