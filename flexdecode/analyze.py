@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .graph import Graph, Node
+from .graph import Node, topological
 from .ops import INT_LIMITS, OPS, Interval
 
 MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
@@ -19,10 +20,12 @@ class Facts:
     """Facts about the nodes of one graph.
 
     Attributes:
+        nodes: all of them, operands first.
         ranges: integer range of each integer or bool node, of any call.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
     """
 
+    nodes: list[Node]
     ranges: dict[Node, Interval]
     on_kv: frozenset[Node]
 
@@ -32,21 +35,22 @@ class Facts:
         return _INT32[0] <= low and high <= _INT32[1]
 
 
-def analyze(graph: Graph, q_idx_given: bool) -> Facts:
-    """Computes the facts of a graph.
+def analyze(outputs: Sequence[Node], q_idx_given: bool) -> Facts:
+    """Computes the facts of the nodes below `outputs`.
 
     Args:
-        graph: a traced mod.
+        outputs: nodes of one graph.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
     """
     ranges: dict[Node, Interval] = {}
     on_kv: set[Node] = set()
-    for node in graph.nodes():
+    nodes = topological(*outputs)
+    for node in nodes:
         if not node.dtype.is_floating_point:
             ranges[node] = _range(node, ranges, q_idx_given)
         if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
             on_kv.add(node)
-    return Facts(ranges, frozenset(on_kv))
+    return Facts(nodes, ranges, frozenset(on_kv))
 
 
 def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:

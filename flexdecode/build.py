@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .graph import Node, Source, const, topological
-from .ops import INT_LIMITS, OPS, operand_dtypes
+from .ops import CONSTANT_SECOND, INT_LIMITS, OPS, operand_dtypes
 
 _EXCHANGED = {"gt": "lt", "ge": "le", "greater": "lt", "greater_equal": "le"}
 _ON_BOOLS = {
@@ -21,7 +21,10 @@ _ON_BOOLS = {
     "minimum": "logical_and",
     "maximum": "logical_or",
 }
-_NO_BOOLS = {"sub", "neg", "floor_divide", "remainder", "fmod", "pow", "abs", "sign"}
+_NO_BOOLS = {
+    "sub", "neg", "floor_divide", "remainder", "fmod", "pow", "abs", "bitwise_left_shift", "bitwise_right_shift",
+    "floor", "ceil", "round", "trunc",
+}  # fmt: skip
 
 
 def make(name: str, *nodes: Node) -> Node:
@@ -29,6 +32,8 @@ def make(name: str, *nodes: Node) -> Node:
 
     Raises:
         TypeError: the operation does not take these types, in PyTorch's own judgement.
+        ZeroDivisionError: an integer is divided by the constant 0.
+        ValueError: an integer is raised to a constant negative power.
     """
     if name in _EXCHANGED:
         name, nodes = _EXCHANGED[name], nodes[::-1]
@@ -36,11 +41,15 @@ def make(name: str, *nodes: Node) -> Node:
     in_dtypes, dtype, weak = operand_dtypes(op, nodes)
     if dtype == torch.bool and not (weak and op.rule == "promote"):
         if name in _NO_BOOLS:
-            raise TypeError(f"{name} is not defined for two bools; convert one with .int() first")
+            raise TypeError(f"{name} is not defined for bools; convert one with .int() first")
+        if name == "sign":
+            return nodes[0]
         if name in _ON_BOOLS:
             return make(_ON_BOOLS[name], *nodes)
     if weak and op.python is not None and all(n.is_const for n in nodes):
         return const(op.python(*(n.attr for n in nodes)))
+    if name in CONSTANT_SECOND and not dtype.is_floating_point and nodes[1].is_const:
+        _check_second(name, nodes[1])
     args = tuple(cast(n, d) for n, d in zip(nodes, in_dtypes, strict=True))
     if all(n.is_const for n in args):
         value = op.torch(*(torch.tensor(n.attr, dtype=d) for n, d in zip(args, in_dtypes, strict=True)))
@@ -51,6 +60,14 @@ def make(name: str, *nodes: Node) -> Node:
     if op.commutative:
         args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
     return Node(name, args, dtype, weak=weak)
+
+
+def _check_second(name: str, second: Node) -> None:
+    """Refuses what PyTorch refuses for integers, where it is known while tracing."""
+    if name in ("floor_divide", "remainder", "fmod") and second.attr == 0:
+        raise ZeroDivisionError("an integer is divided by zero")
+    if name == "pow" and second.weak and second.attr < 0:
+        raise ValueError("integers to negative integer powers are not allowed; convert one with .float() first")
 
 
 def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:

@@ -10,8 +10,8 @@ containers, objects and the user's own modules. Tensors and finite numbers are *
     >>> leaves
     [128]
 
-Not seen, hence frozen at the first call: attributes whose name the code does not spell (`getattr(cfg, name)`, `vars`,
-a class with `__getattr__`; such objects count by identity), modules imported inside a mod, what C objects (numpy
+Not seen, hence frozen at the first call: attributes whose name the code does not spell (`getattr(cfg, name)`, `vars`;
+such objects count by identity), modules imported inside a mod, what C objects (numpy
 arrays, `lru_cache`, sets) hold, and containers of more than 64 entries.
 """
 
@@ -203,6 +203,7 @@ class _Type:
     Attributes:
         lineage: the `__mro__` that the facts were read from.
         dicts: live namespaces of the classes in which named attributes are looked up.
+        getters: `__getattr__` and `__getattribute__`, which run when an attribute is read.
         operators: methods that syntax alone reaches: `__call__`, `__getitem__`, ..., and `forward` of a module.
         solid: the built-in class that determines the layout.
         has_dict: whether instances have a `__dict__`.
@@ -213,6 +214,7 @@ class _Type:
 
     lineage: tuple[type, ...]
     dicts: tuple[Mapping[str, Any], ...]
+    getters: tuple[str, ...]
     operators: tuple[str, ...]
     solid: Any
     has_dict: bool
@@ -227,7 +229,7 @@ def _read_type(kind: type) -> _Type:
     dicts = [vars(base) for base in mro if base.__flags__ & _HEAP and base not in library]
     solid: type = next(base for base in mro if not base.__flags__ & _HEAP and base is not Generic)
     is_module = issubclass(kind, torch.nn.Module)
-    operators = set(("forward", *_HOOKS) if is_module else ())
+    operators = {"forward"} if is_module else set()
     for namespace in dicts:
         skipped = _NOT_OPERATORS | (_GENERATED if "__dataclass_fields__" in namespace else set())
         named = [name for name, value in namespace.items() if isinstance(_plain(value), FunctionType)]
@@ -237,18 +239,25 @@ def _read_type(kind: type) -> _Type:
     weak = bool(kind.__weakrefoffset__) and not solid.__weakrefoffset__ and not kind.__flags__ & _MANAGED_WEAKREF
     # Bytes that neither slots nor a `__dict__` explain are state that only C code can see.
     hidden = kind.__basicsize__ - solid.__basicsize__ - _POINTER * (slots + in_dict + weak)
+    getters = sorted(operators & {"__getattr__", "__getattribute__"})
     transparent = solid in (object, SimpleNamespace, *_CONTAINERS) and hidden <= 0
     facts = _Type(
         lineage=mro,
         dicts=tuple(dicts),
+        getters=tuple(getters),
         operators=tuple(sorted(operators)),
         solid=solid,
         has_dict=bool(kind.__dictoffset__),
         is_module=is_module,
-        dynamic=not transparent or not operators.isdisjoint({"__getattr__", "__getattribute__"}),
+        dynamic=not transparent or bool(getters),
         complete=transparent and not hasattr(kind, "__del__"),  # a copy would be finalised, too
     )
     return _remember(_TYPES, kind, facts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a class attribute is data or takes `self`, not a static or class method or a descriptor of the user's."""
+    return isinstance(value, (FunctionType, property, functools.cached_property)) or not hasattr(type(value), "__get__")
 
 
 def _plain(value: Any) -> Any:
@@ -283,7 +292,7 @@ _ABSENT = _Absent()
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNC: _At = ("func", None)
 _INDEX: tuple[_At, ...] = tuple(("index", i) for i in range(MAX_ITEMS))
-_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "static", "super", "module", *_TABLES}
+_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", *_TABLES}
 _CONSTANTS = {bool, str, bytes, type(None), type(...), _Absent, torch.dtype, torch.device, torch.layout}
 _KEY_TYPES = {str, int}
 _LIBRARY: dict[int, ModuleType] = {}  # modules known to be opaque, kept alive
@@ -496,26 +505,28 @@ def _class(scan: _Scan, kind: type, at: _At, called: bool) -> _Parts | None:
     if is_super or _opaque(kind.__module__) or issubclass(kind, Enum):
         return _identity(scan, kind, at, called)
     facts = _type(kind)
-    return _attributes(scan, kind, kind, {}, (*facts.operators, *_CONSTRUCTORS) if called else (), called)
+    return _attributes(scan, kind, kind, facts, {}, _CONSTRUCTORS, called)
 
 
 def _object(scan: _Scan, obj: Any, at: _At, called: bool) -> _Parts:
     facts = _type(type(obj))
     state = object.__getattribute__(obj, "__dict__") if facts.has_dict else {}
-    return _attributes(scan, obj, type(obj), state, facts.operators if called else (), called)
+    hooks = [name for name in _HOOKS if state.get(name)] if facts.is_module else ()
+    return _attributes(scan, obj, type(obj), facts, state, hooks, called)
 
 
-def _attributes(scan: _Scan, obj: Any, kind: type, state: Mapping, operators: tuple[str, ...], called: bool) -> _Parts:
+def _attributes(
+    scan: _Scan, obj: Any, kind: type, facts: _Type, state: Mapping, extra: Sequence[str], called: bool
+) -> _Parts:
     """Describes what the code names of an object or class, with what its methods name in turn."""
-    facts = _type(kind)
     while True:
-        names = scan.names
+        names, operators = scan.names, (*facts.operators, *extra) if called else facts.getters
         children, where = _members(obj, facts, state, _view(names), operators)
         methods = [(_code(c), how) for c, (how, _) in zip(children, where, strict=True) if type(c) is FunctionType]
         for code, _ in methods:
             scan.learn(code.names)
         if not called and any(code.uses_self and how in ("class", "super") for code, how in methods):
-            called, operators = True, facts.operators
+            called = True
         elif names is scan.names:
             break
     scan.looked = True
@@ -545,7 +556,7 @@ def _members(
                 hidden[name] = found[0]
         elif found:
             children.append(_plain(found[0]))
-            where.append(("static" if isinstance(found[0], (staticmethod, classmethod)) else "class", name))
+            where.append(("class" if _is_plain(found[0]) else "descriptor", name))
             uses_class = uses_class or isinstance(found[0], classmethod)
         elif facts.is_module:
             for table in _TABLES:
@@ -727,8 +738,9 @@ class _Rebuilder:
             return MethodType(*map(self.build, node.children, node.refs))
         if type(owner) is functools.partial:
             function, *values = map(self.build, node.children, node.refs)
-            keywords = dict(zip(reversed(owner.keywords), reversed(values), strict=False))
-            copied = functools.partial(function, *values[: len(owner.args)], **{k: keywords[k] for k in owner.keywords})
+            count = len(owner.args)
+            keywords = dict(zip(owner.keywords, values[count:], strict=True))
+            copied = functools.partial(function, *values[:count], **keywords)
             vars(copied).update(vars(owner))
             return copied
         if isinstance(owner, FunctionType):
@@ -772,7 +784,7 @@ class _Rebuilder:
         facts, kind, changes = _type(type(obj)), type(obj), self.changes(node)
         if not facts.complete:
             raise CannotRebuild(leaf, f"a {kind.__name__} cannot be copied")
-        if any(how in ("class", "static", "super") for how, *_ in changes):
+        if any(how in ("class", "descriptor", "super") for how, *_ in changes):
             kind = _subclass(kind, leaf)  # operators and properties are looked up on the class
         if isinstance(obj, tuple):
             edges = zip(node.where, node.children, node.refs, strict=False)
@@ -790,7 +802,7 @@ class _Rebuilder:
             value = self.build(child, ref)
             if how == "slot":
                 slots[name].__set__(new, value)
-            elif how in ("class", "static", "super"):
+            elif how in ("class", "descriptor", "super"):
                 _set_on_class(kind, type(obj), how, name, value, leaf)
             elif how in _TABLES:
                 state[how][name] = value

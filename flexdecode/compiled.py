@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 from . import cache
+from .bounds import find_bounds
 from .descriptor import encoded_descriptors
 from .graph import Graph
 from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_module
-from .lower import lower
+from .lower import lower, lower_bounds
 from .schedule import DeviceFacts
 from .template import generate, templates_digest
 
@@ -82,7 +83,9 @@ def generate_module(
     score: Graph | None, mask: Graph | None, q_idx_given: bool = False, loads: str | None = None
 ) -> str:
     """The text of the module for two graphs; `loads` is a template file with other KV loads."""
-    hooks = [lower(g, kind, q_idx_given) for g, kind in ((score, "score_mod"), (mask, "mask_mod")) if g is not None]
+    bounds = find_bounds(score, mask, q_idx_given)
+    hooks = [lower_bounds(bounds, score, mask, q_idx_given)]
+    hooks += [lower(g, kind, q_idx_given) for g, kind in ((score, "score_mod"), (mask, "mask_mod")) if g is not None]
     return generate(hooks, loads)
 
 

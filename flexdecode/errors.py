@@ -8,7 +8,8 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from types import FrameType
+from traceback import walk_stack, walk_tb
+from types import TracebackType
 
 import torch
 
@@ -31,16 +32,19 @@ class CompileError(FlexDecodeError):
     """The generated kernel did not compile; the message names the source file."""
 
 
-def user_line() -> str:
-    """Returns the innermost line of the user's code on the stack, as `file:line, in function: text`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+def user_line(traceback: TracebackType | None = None) -> str:
+    """Returns the innermost line of the user's code, as `file:line, in function: text`.
+
+    Args:
+        traceback: where an exception came from; by default the stack of the caller.
+    """
+    steps = walk_stack(sys._getframe(1)) if traceback is None else reversed(list(walk_tb(traceback)))
+    for frame, line in steps:
         name = frame.f_code.co_filename
         if not name.startswith(_HIDDEN) and not name.startswith("<frozen"):
-            text = linecache.getline(name, frame.f_lineno).strip()
-            where = f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
+            text = linecache.getline(name, line).strip()
+            where = f"{name}:{line}, in {frame.f_code.co_name}"
             return f"{where}: {text}" if text else where
-        frame = frame.f_back
     return "<unknown line>"
 
 

@@ -52,14 +52,16 @@ class KernelSpec:
         signature: what the inputs look like.
         tiles: compile-time sizes.
         score_captures, mask_captures: Triton types of the captured values of each mod.
-        has_mask: whether a mask_mod narrows the live keys.
+        num_live: intervals of kv_idx that can attend.
+        num_full: intervals in which no mask is needed.
     """
 
     signature: Signature
     tiles: Tiles
     score_captures: CaptureTypes
     mask_captures: CaptureTypes
-    has_mask: bool
+    num_live: int
+    num_full: int
 
 
 def load_module(path: Path) -> ModuleType:
@@ -103,7 +105,8 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "BLOCK_D": tiles.block_d,
         "BLOCK_DV": tiles.block_dv,
         "SPLIT": tiles.split,
-        "ALL_CHECKED": spec.has_mask,
+        "NUM_LIVE": spec.num_live,
+        "NUM_FULL": spec.num_full,
         "PRECISION": _precision(signature.dtype, facts),
         "PDL": pdl,
     }

@@ -57,7 +57,8 @@ def _number(source: Source, leaves: list) -> int | float:
     value = leaves[source.leaf]
     if source.dim >= 0:
         return value.shape[source.dim]
-    return value.item() if isinstance(value, torch.Tensor) else value
+    # `+` makes a bool an int: the kernel takes it as an integer.
+    return +value.item() if isinstance(value, torch.Tensor) else value
 
 
 class TritonLauncher:

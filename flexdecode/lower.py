@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .analyze import Facts, analyze
-from .graph import INDEX_NAMES, Graph, Node
+from .bounds import Bounds, nodes_of
+from .graph import Graph, Node
+from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
 from .ops import FLOATS, HALF, OPS
 
 _TRITON_DTYPES = {
@@ -62,7 +64,7 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False) -> Hooks:
         kind: `score_mod` or `mask_mod`.
         q_idx_given: whether q_idx may be any int64.
     """
-    writer = _Writer(graph, analyze(graph, q_idx_given))
+    writer = _Writer(graph, analyze([graph.output], q_idx_given))
     hoisted = writer.hoisted()
     row = writer.body(hoisted, {})
     row.append(f"return ({''.join(writer.names[n] + ', ' for n in hoisted)})")
@@ -76,16 +78,60 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False) -> Hooks:
     return Hooks(bodies, frozenset(writer.functions))
 
 
+def lower_bounds(bounds: Bounds, score: Graph | None, mask: Graph | None, q_idx_given: bool = False) -> Hooks:
+    """Writes the body of `kv_bounds`: live and full intervals of kv_idx, each bound int64, as one flat tuple.
+
+    Args:
+        bounds: the intervals.
+        score: graph of the score_mod, whose nodes `bounds.score_live` is in.
+        mask: graph of the mask_mod.
+        q_idx_given: whether q_idx may be any int64.
+    """
+    lines: list[str] = []
+    functions: set[str] = set()
+
+    def texts(graph: Graph | None, regions: list[Region], kind: str) -> list[list[tuple[str, str]]]:
+        """Bounds of each region as text, after the statements that compute them."""
+        if graph is None:
+            return [[(_BELOW, _ABOVE) for _ in region] for region in regions]
+        outputs = list(dict.fromkeys(node for region in regions for node in nodes_of(region)))
+        writer = _Writer(graph, analyze(outputs, q_idx_given), f"{kind}_captures", kind[0])
+        lines.extend(writer.body(outputs, {}))
+        functions.update(writer.functions)
+        names = {node: f"({writer.names[node]}).to(tl.int64)" for node in outputs}
+        return [
+            [(names[lo] if lo else _BELOW, names[hi] if hi else _ABOVE) for lo, hi in region] for region in regions
+        ]
+
+    live, full = texts(mask, [bounds.mask_live, bounds.mask_full], "mask")
+    (score_live,) = texts(score, [bounds.score_live], "score")
+    if mask is None:
+        live = score_live
+    elif bounds.score_live != EVERYWHERE:
+        lo, hi = score_live[0] if score_live else (_ABOVE, _BELOW)
+        live = [(f"tl.maximum({a}, {lo})", f"tl.minimum({b}, {hi})") for a, b in live]
+    for region in (live, full):
+        region += [(_ABOVE, _BELOW)] * (MAX_INTERVALS - len(region))
+    flat = [bound for region in (live, full) for interval in region for bound in interval]
+    lines.append(f"return ({', '.join(flat)})")
+    return Hooks({"kv_bounds": "\n".join(lines)}, frozenset(functions))
+
+
+_BELOW, _ABOVE = f"tl.full((), {-FAR}, tl.int64)", f"tl.full((), {FAR}, tl.int64)"
+
+
 class _Writer:
     """Emits statements in operand order, each node once, in 32-bit integers where that is proven enough."""
 
-    def __init__(self, graph: Graph, facts: Facts) -> None:
+    def __init__(self, graph: Graph, facts: Facts, captures: str = "captures", prefix: str = "v") -> None:
         self.graph = graph
         self.facts = facts
+        self.captures = captures
+        self.prefix = prefix
         self.layout = CaptureLayout.of(graph)
-        self.scalars: set[Node] = set()  # one value for the whole tile: what depends on no index but b
-        for node in graph.nodes():
-            if node.op != "score" and node.attr not in INDEX_NAMES[1:] and self.scalars.issuperset(node.args):
+        self.scalars: set[Node] = set()  # may be one value for the whole tile: no h, no kv_idx in it
+        for node in facts.nodes:
+            if node.op != "score" and node.attr not in ("h", "kv_idx") and self.scalars.issuperset(node.args):
                 self.scalars.add(node)
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
@@ -121,7 +167,7 @@ class _Writer:
         return self.lines
 
     def _assign(self, text: str) -> str:
-        name = f"v{len(self.lines)}"
+        name = f"{self.prefix}{len(self.lines)}"
         self.lines.append(f"{name} = {text}")
         return name
 
@@ -155,7 +201,7 @@ class _Writer:
         return self._rounded(node, self._operation(node, dtype))
 
     def _number(self, node: Node) -> str:
-        text = f"captures[{node.attr}]"
+        text = f"{self.captures}[{node.attr}]"
         if node.dtype == torch.bool:
             return f"{text} != 0"
         return text if node.dtype in (torch.int64, torch.float32) else f"{text}.to({self._dtype(node)})"
@@ -194,8 +240,8 @@ class _Writer:
     def _cast(self, node: Node) -> str:
         (source,) = node.args
         name = self.names[source]
-        if node.dtype in HALF:
-            return f"{name}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
+        if node.dtype in HALF:  # by way of float32, as in PyTorch; Triton's interpreter has no other way to bfloat16
+            return f"{self._as(source, 'tl.float32')}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
         if node.dtype == torch.int64 and source.dtype.is_floating_point:
             return f"{name}.to(tl.int64)"
@@ -204,18 +250,18 @@ class _Writer:
     def _load(self, node: Node) -> str:
         """A load that counts negative indices from the end and reads 0 outside the tensor."""
         slot = node.attr
-        pointer = f"captures[{self.layout.pointer(slot)}]"
+        pointer = f"{self.captures}[{self.layout.pointer(slot)}]"
         if not node.args:
             return self._widened(node, f"tl.load({pointer})")
         offsets, inside = [], []
         for dim, operand in enumerate(node.args):
-            size = f"captures[{self.layout.size(slot, dim)}]"
+            size = f"{self.captures}[{self.layout.size(slot, dim)}]"
             index = self._as(operand, "tl.int64")
             if self.facts.ranges[operand][0] < 0:
                 index = self._assign(f"tl.where({index} < 0, {index} + {size}, {index})")
                 inside.append(f"({index} >= 0)")
             inside.append(f"({index} < {size})")
-            offsets.append(f"{index} * captures[{self.layout.stride(slot, dim)}]")
+            offsets.append(f"{index} * {self.captures}[{self.layout.stride(slot, dim)}]")
         mask = self._assign(_scalar_condition(" & ".join(inside)))
         return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}), mask={mask}, other=0)")
 

@@ -126,8 +126,15 @@ def _pow(a: Interval, b: Interval) -> Interval:
 # --- PyTorch twins that need more than one call -----------------------------------------------------------------------
 
 
-def _torch_pow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.pow(a, b if a.dtype.is_floating_point else b.clamp(min=0))
+def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An integer divided by 0 gives 0, as in the kernel; on a CPU PyTorch would raise, also for pairs that are masked."""
+
+    def divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype.is_floating_point:
+            return function(a, b)
+        return torch.where(b == 0, torch.zeros_like(b), function(a, torch.where(b == 0, torch.ones_like(b), b)))
+
+    return divide
 
 
 def _row(name: str, arity: int, rule: str, triton: str, **rest: Any) -> Op:
@@ -144,12 +151,14 @@ _TABLE = (
     _row("mul", 2, "promote", "{0} * {1}", python=operator.mul, commutative=True, names=("multiply",), interval=_mul),
     _row("div", 2, "float", "{0} / {1}", python=operator.truediv, names=("true_divide", "divide", "truediv")),
     _row("floor_divide", 2, "promote", "floor_divide_float({0}, {1})", triton_int="floor_divide_int({0}, {1})",
-         python=operator.floordiv, interval=_floor_divide, names=("floordiv",)),
+         torch=_zero_by_zero(torch.floor_divide), python=operator.floordiv, interval=_floor_divide,
+         names=("floordiv",)),
     _row("remainder", 2, "promote", "remainder_float({0}, {1})", triton_int="remainder_int({0}, {1})",
-         python=operator.mod, interval=_remainder, names=("mod",)),
-    _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="{0} % {1}"),
-    _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})", torch=_torch_pow,
-         python=operator.pow, interval=_pow, names=("float_power",)),
+         torch=_zero_by_zero(torch.remainder), python=operator.mod, interval=_remainder, names=("mod",)),
+    _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="fmod_int({0}, {1})",
+         torch=_zero_by_zero(torch.fmod)),
+    _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})",
+         python=operator.pow, interval=_pow),
     _row("maximum", 2, "promote", "maximum({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
          interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
     _row("minimum", 2, "promote", "minimum({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
@@ -175,9 +184,9 @@ _TABLE = (
          interval=_bits),
     _row("bitwise_not", 1, "integer", "~{0}", names=("invert",), python=operator.invert,
          interval=lambda a: (~a[1], ~a[0])),
-    _row("bitwise_left_shift", 2, "integer", "{0} << {1}", python=operator.lshift, names=("lshift",),
+    _row("bitwise_left_shift", 2, "integer", "shift_left({0}, {1})", python=operator.lshift, names=("lshift",),
          interval=_shift_left),
-    _row("bitwise_right_shift", 2, "integer", "{0} >> {1}", python=operator.rshift, names=("rshift",),
+    _row("bitwise_right_shift", 2, "integer", "shift_right({0}, {1})", python=operator.rshift, names=("rshift",),
          interval=_shift_right),
     # Choice.
     _row("where", 3, "where", "tl.where({0}, {1}, {2})",

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from . import eager
+from .bounds import find_bounds
 from .captures import leaf_names
 from .descriptor import as_matrices
 from .device import device_facts
@@ -150,12 +151,18 @@ def prepare(
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
         facts = device_facts(query.device)
-        # Where a mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        matrices = as_matrices(key, value, sizes.batch) if mask_graph is None else None
+        bounds = find_bounds(score_graph, mask_graph, q_offset is not None)
+        # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+        matrices = as_matrices(key, value, sizes.batch) if bounds.mask_full else None
         cut = schedule(signature, sizes, facts, options, describable=matrices is not None)
         matrices = matrices if cut.tiles.descriptors else None
         spec = KernelSpec(
-            signature, cut.tiles, capture_types(score_graph), capture_types(mask_graph), mask_graph is not None
+            signature,
+            cut.tiles,
+            capture_types(score_graph),
+            capture_types(mask_graph),
+            num_live=bounds.num_live,
+            num_full=len(bounds.mask_full),
         )
         strides = tuple(s for t in (query, key, value, sample) for s in kernel_strides(t, sizes.batch))
         launcher = TritonLauncher(spec, sizes, cut, strides, matrices, facts, score_graph, mask_graph)

@@ -121,7 +121,7 @@ class TraceContext:
         _check_dtype(value.dtype, self.kind)
         self.tensor_types[leaf] = (value.dtype, value.ndim)
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
-        return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype)
+        return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
 
     def _size(self, source: Source, size: int) -> Node:
         if source in self.constants:
@@ -156,17 +156,25 @@ class Symbol:
         sizes: one `Node` per dimension.
         at: gives the element's node for a tuple of index nodes, one per dimension.
         dtype: PyTorch's type of the elements.
+        guarded: per dimension, whether `at` itself gives 0 for an index outside.
     """
 
+    __slots__ = ("at", "context", "dtype", "guarded", "sizes")
     __array_ufunc__ = None  # numpy scalars on the left leave the operation to the symbol
 
     def __init__(
-        self, context: TraceContext, sizes: tuple[Node, ...], at: Callable[[tuple[Node, ...]], Node], dtype: torch.dtype
+        self,
+        context: TraceContext,
+        sizes: tuple[Node, ...],
+        at: Callable[[tuple[Node, ...]], Node],
+        dtype: torch.dtype,
+        guarded: tuple[bool, ...] | None = None,
     ) -> None:
         self.context = context
         self.sizes = sizes
         self.at = at
         self.dtype = dtype
+        self.guarded = (False,) * len(sizes) if guarded is None else guarded
 
     @property
     def rank(self) -> int:
@@ -195,7 +203,7 @@ class Symbol:
     def __getitem__(self, index: Any) -> Symbol:
         return self.context.do("getitem", self, index)
 
-    def _python_value(self, problem: str, remedy: str) -> NoReturn:
+    def python_value(self, problem: str, remedy: str) -> NoReturn:
         """Refuses to become a Python value; a captured number becomes a constant instead."""
         if self.rank == 0:
             node = self.node
@@ -205,35 +213,35 @@ class Symbol:
         raise at_user_line(TraceError, problem, remedy)
 
     def __bool__(self) -> bool:
-        self._python_value(f"the truth of a traced value was asked for in a {self.context.kind}", _NO_BRANCH)
+        self.python_value(f"the truth of a traced value was asked for in a {self.context.kind}", _NO_BRANCH)
 
     def __index__(self) -> int:
-        self._python_value(f"a traced value was used as a Python integer in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value was used as a Python integer in a {self.context.kind}", _NO_NUMBER)
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        self._python_value(f"a traced value was used as a Python float in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value was used as a Python float in a {self.context.kind}", _NO_NUMBER)
 
     def __complex__(self) -> complex:
-        self._python_value(f"a traced value was used as a Python number in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value was used as a Python number in a {self.context.kind}", _NO_NUMBER)
 
     def __hash__(self) -> int:
-        self._python_value(f"a traced value was used as a dict key or set member in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value was used as a dict key or set member in a {self.context.kind}", _NO_NUMBER)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        self._python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
 
     def __len__(self) -> int:
         if not self.sizes:
-            self._python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
+            self.python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
         return self.context.python_int(self.sizes[0])
 
     def __iter__(self) -> NoReturn:
-        self._python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
+        self.python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
 
     def __contains__(self, _: Any) -> NoReturn:
-        self._python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
+        self.python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
 
     def __setitem__(self, *_: Any) -> None:
         self.context.do("refuse_in_place", "__setitem__")
@@ -246,6 +254,9 @@ class Symbol:
 
     def __pos__(self) -> Symbol:
         return self
+
+
+Symbol.__name__ = "Tensor"  # Python's own messages then say what users wrote: unsupported operand types 'Tensor' and ...
 
 
 def _operator(name: str, reflected: bool) -> Callable:

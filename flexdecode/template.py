@@ -15,6 +15,7 @@ from pathlib import Path
 from .lower import Hooks
 
 HOOK_PARAMETERS = {
+    "kv_bounds": ("b", "h", "q_idx", "score_captures", "mask_captures"),
     "score_row": ("b", "h", "q_idx", "captures"),
     "score_mod": ("score", "b", "h", "q_idx", "kv_idx", "row", "captures"),
     "mask_row": ("b", "h", "q_idx", "captures"),
@@ -57,7 +58,7 @@ def generate(hooks: list[Hooks], replacements: str | None = None) -> str:
     for hook in hooks:
         edits += [_body(template, name, body) for name, body in hook.bodies.items()]
     called = frozenset().union(*(hook.functions for hook in hooks))
-    start, _ = _lines_of(template["score_row"])
+    start, _ = _lines_of(template["kv_bounds"])
     edits.append((start, start, _elementwise(called)))
     lines = read_template("decode.py").splitlines(keepends=True)
     for start, end, text in sorted(edits, reverse=True):

@@ -7,7 +7,7 @@ conversions, factories and views are written out below; everything else is refus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,9 +19,10 @@ from .ops import CONSTANT_SECOND, DTYPES, OPS
 from .symbol import Consumed, Symbol, TraceContext
 
 _REFLECTED = {
-    "rsub": "sub", "rdiv": "div", "rtruediv": "div", "rfloordiv": "floor_divide", "rmod": "remainder", "rpow": "pow",
-    "radd": "add", "rmul": "mul", "rand": "bitwise_and", "ror": "bitwise_or", "rxor": "bitwise_xor",
-    "rlshift": "bitwise_left_shift", "rrshift": "bitwise_right_shift",
+    "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div", "__rfloordiv__": "floor_divide",
+    "__rmod__": "remainder", "__rpow__": "pow", "__radd__": "add", "__rmul__": "mul", "__rand__": "bitwise_and",
+    "__ror__": "bitwise_or", "__rxor__": "bitwise_xor", "__rlshift__": "bitwise_left_shift",
+    "__rrshift__": "bitwise_right_shift",
 }  # fmt: skip
 _ELEMENTWISE = {name: op.name for op in OPS.values() for name in (op.name, *op.names)}
 _ELEMENTWISE |= {name: name for name in ("gt", "ge", "greater", "greater_equal")}
@@ -41,8 +42,11 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any:
     """Computes one PyTorch call that involves symbols or captured tensors."""
     name = _name_of(func)
-    if kwargs.pop("out", None) is not None:
-        refuse_in_place(context, f"{name}(..., out=)")
+    for option in ("out", "inplace"):
+        if kwargs.pop(option, None) not in (None, False):
+            refuse_in_place(context, f"{name}(..., {option}=)")
+    if name != "where":
+        args = tuple(kwargs.pop(k) for k in ("input", "self") if k in kwargs) + args
     if name in _HANDLERS:
         return _HANDLERS[name](context, *args, **kwargs)
     if name in _ELEMENTWISE:
@@ -53,7 +57,7 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
         return elementwise(context, _ELEMENTWISE[name], *args)
     if name in _REFLECTED:
         return elementwise(context, _REFLECTED[name], args[1], args[0])
-    if (name.endswith("_") and not name.startswith("__")) or name in ("iadd", "isub", "imul", "setitem", "idiv"):
+    if name.endswith("_") or name.startswith("__i") or name == "setitem":
         refuse_in_place(context, name)
     if type(func).__name__ == "method-wrapper" and name in _METADATA:
         return func(*args, **kwargs)
@@ -67,12 +71,18 @@ _METADATA = {
 
 
 def _name_of(func: Any) -> str:
-    """`torch.Tensor.__rsub__` is "rsub", the getter of `torch.Tensor.shape` is "shape"."""
+    """`torch.Tensor.__sub__` is "sub", the getter of `torch.Tensor.shape` is "shape".
+
+    Only what no function of PyTorch may be taken for keeps its underscores: `torch.rand` is not `__rand__`.
+    """
     name = getattr(func, "__name__", type(func).__name__)
+    if func is torch.Tensor.where:
+        return "Tensor.where"
     if name in ("__get__", "__set__"):
         return func.__self__.__name__ if name == "__get__" else "setattr_"
     if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
+        kept = name in _HANDLERS or name in _REFLECTED or (name.startswith("__i") and name != "__invert__")
+        return name if kept else name[2:-2]
     return name.removeprefix("special_")
 
 
@@ -83,6 +93,8 @@ def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
     if name not in _HANDLERS and name not in _ELEMENTWISE and not hasattr(torch.Tensor, name):
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
     method = getattr(torch.Tensor, name)
+    if not callable(method):
+        _refuse(context, f"Tensor.{name}")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return context.do("dispatch", method, (symbol, *args), kwargs)
@@ -94,7 +106,7 @@ def _refuse(context: TraceContext, name: str) -> NoReturn:
     raise at_user_line(
         UnsupportedOpError,
         f"torch.{name} is not supported in {context.kind}",
-        "Compute it outside the mod and capture the result as a tensor.",
+        "Write it with supported operations, or compute it outside the mod and capture the result as a tensor.",
     )
 
 
@@ -128,7 +140,7 @@ def _make(context: TraceContext, name: str, *nodes: Node) -> Node:
         return make(name, *nodes)
     except (TypeError, ZeroDivisionError, ValueError) as error:
         raise at_user_line(
-            TraceError, f"{name} in a {context.kind}: {error}", "Check the types of its operands."
+            TraceError, f"{name} in a {context.kind}: {error}", "Check its operands and their types."
         ) from None
 
 
@@ -149,7 +161,19 @@ def _broadcast(context: TraceContext, function: Callable[..., Node], *symbols: S
         views = [_expanded(s, sizes) if s.rank else s for s in symbols]
     zero = tuple(const(0) for _ in sizes)
     dtype = function(*(s.at(zero if s.rank else ()) for s in views)).dtype
-    return Symbol(context, sizes, lambda index: function(*(s.at(index if s.rank else ()) for s in views)), dtype)
+    guarded = shaped[0].guarded if len(shaped) == 1 and _keeps_zero(function, symbols) else None
+    return Symbol(
+        context, sizes, lambda index: function(*(s.at(index if s.rank else ()) for s in views)), dtype, guarded
+    )
+
+
+def _keeps_zero(function: Callable[..., Node], symbols: Sequence[Symbol]) -> bool:
+    """Whether a zero that a read outside of a tensor gives is still zero after the function."""
+    try:
+        result = function(*(cast(const(0), s.dtype) if s.rank else s.node for s in symbols))
+    except TraceError:  # zero is not in its domain
+        return False
+    return result.is_const and result.attr == 0
 
 
 def _expanded(symbol: Symbol, sizes: tuple[Node, ...]) -> Symbol:
@@ -159,7 +183,8 @@ def _expanded(symbol: Symbol, sizes: tuple[Node, ...]) -> Symbol:
     def at(index: tuple[Node, ...]) -> Node:
         return symbol.at(tuple(const(0) if one else i for one, i in zip(fixed, index[skip:], strict=True)))
 
-    return Symbol(symbol.context, sizes, at, symbol.dtype)
+    guarded = (*[False] * skip, *(g and not one for g, one in zip(symbol.guarded, fixed, strict=True)))
+    return Symbol(symbol.context, sizes, at, symbol.dtype, guarded)
 
 
 @_handles("where")
@@ -170,6 +195,7 @@ def _where(context: TraceContext, condition: Any, *choices: Any, **kwargs: Any) 
     return elementwise(context, "where", condition, *choices)
 
 
+@_handles("Tensor.where")
 def _tensor_where(context: TraceContext, x: Any, condition: Any, other: Any) -> Symbol:
     return elementwise(context, "where", condition, x, other)
 
@@ -203,22 +229,35 @@ def _no_reduction(context: TraceContext, *args: Any, **_: Any) -> NoReturn:
 
 
 @_handles("div", "divide", "true_divide")
-def _div(context: TraceContext, a: Any, b: Any, rounding_mode: str | None = None) -> Symbol:
+def _div(context: TraceContext, x: Any, other: Any, rounding_mode: str | None = None) -> Symbol:
+    if rounding_mode is None:
+        return elementwise(context, "div", x, other)
     if rounding_mode == "floor":
-        return elementwise(context, "floor_divide", a, b)
-    quotient = elementwise(context, "div", a, b)
-    return quotient if rounding_mode is None else elementwise(context, "trunc", quotient)
+        return elementwise(context, "floor_divide", x, other)
+    if rounding_mode != "trunc":
+        _refuse(context, f"div(rounding_mode={rounding_mode!r})")
+    quotient = elementwise(context, "div", x, other)
+    integer = elementwise(context, "fmod", x, other)
+    if integer.dtype.is_floating_point:
+        return elementwise(context, "trunc", quotient)
+    return elementwise(context, "floor_divide", elementwise(context, "sub", x, integer), other)
 
 
 def _with_alpha(name: str) -> Handler:
-    def apply(context: TraceContext, a: Any, b: Any, alpha: Any = 1) -> Symbol:
-        scaled = b if isinstance(alpha, int) and alpha == 1 else elementwise(context, "mul", b, alpha)
-        return elementwise(context, name, a, scaled)
+    def apply(context: TraceContext, x: Any, other: Any, alpha: Any = 1) -> Symbol:
+        scaled = other if isinstance(alpha, int) and alpha == 1 else elementwise(context, "mul", other, alpha)
+        return elementwise(context, name, x, scaled)
 
     return apply
 
 
 _HANDLERS |= {"add": _with_alpha("add"), "sub": _with_alpha("sub"), "subtract": _with_alpha("sub")}
+_HANDLERS["rsub"] = lambda context, x, other, alpha=1: _HANDLERS["sub"](context, other, x, alpha)
+
+
+@_handles("float_power")
+def _float_power(context: TraceContext, x: Any, exponent: Any) -> Symbol:
+    return elementwise(context, "pow", _as_dtype(context, context.symbol(x), torch.float64), exponent)
 
 
 @_handles("round")
@@ -248,33 +287,33 @@ def _erfc(context: TraceContext, x: Any) -> Symbol:
 
 
 @_handles("relu")
-def _relu(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+def _relu(context: TraceContext, x: Any) -> Symbol:
     return elementwise(context, "maximum", x, 0)
 
 
 @_handles("relu6")
-def _relu6(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+def _relu6(context: TraceContext, x: Any) -> Symbol:
     return _clamp(context, x, 0.0, 6.0)
 
 
 @_handles("hardtanh")
-def _hardtanh(context: TraceContext, x: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Symbol:
+def _hardtanh(context: TraceContext, x: Any, min_val: Any = -1.0, max_val: Any = 1.0) -> Symbol:
     return _clamp(context, x, min_val, max_val)
 
 
 @_handles("silu")
-def _silu(context: TraceContext, x: Any, inplace: bool = False) -> Symbol:
+def _silu(context: TraceContext, x: Any) -> Symbol:
     return elementwise(context, "mul", x, elementwise(context, "sigmoid", x))
 
 
 @_handles("leaky_relu")
-def _leaky_relu(context: TraceContext, x: Any, negative_slope: Any = 0.01, inplace: bool = False) -> Symbol:
+def _leaky_relu(context: TraceContext, x: Any, negative_slope: Any = 0.01) -> Symbol:
     x = context.symbol(x)
     return elementwise(context, "where", x > 0, x, x * negative_slope)
 
 
 @_handles("elu")
-def _elu(context: TraceContext, x: Any, alpha: Any = 1.0, inplace: bool = False) -> Symbol:
+def _elu(context: TraceContext, x: Any, alpha: Any = 1.0) -> Symbol:
     x = context.symbol(x)
     return elementwise(context, "where", x > 0, x, alpha * elementwise(context, "expm1", x))
 
@@ -338,7 +377,7 @@ def _to(context: TraceContext, x: Any, *args: Any, dtype: Any = None, **_: Any) 
     return x if dtype is None else _as_dtype(context, x, dtype)
 
 
-@_handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive")
+@_handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive", "pos")
 def _same(context: TraceContext, x: Any, *_: Any, **__: Any) -> Symbol:
     return context.symbol(x)
 
@@ -353,22 +392,20 @@ def _is_tensor(context: TraceContext, x: Any) -> bool:
     return isinstance(x, (torch.Tensor, Symbol))
 
 
-@_handles("result_type", "promote_types", "can_cast")
+@_handles("result_type")
 def _result_type(context: TraceContext, a: Any, b: Any) -> torch.dtype:
     return elementwise(context, "add", a, b).dtype
 
 
-@_handles("item", "tolist", "numpy", "float_", "nonzero")
+@_handles("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__")
+@_handles("__format__", "__repr__", "__contains__")
 def _item(context: TraceContext, x: Any, *_: Any, **__: Any) -> NoReturn:
     raise at_user_line(
         TraceError,
-        f"the value of a tensor was read in a {context.kind} (.item(), .tolist(), .numpy())",
-        "Use the tensor itself: it is read afresh at every call. A Python number may be captured outside the mod.",
+        f"the value of a tensor was read in a {context.kind} (.item(), .tolist(), .numpy(), float(), `if`)",
+        "Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be captured "
+        "outside the mod.",
     )
-
-
-_handles("__bool__", "__int__", "__float__", "__index__")(_item)
-_HANDLERS["index"] = _item
 
 
 @_handles("len")
@@ -388,27 +425,38 @@ def _tensor(context: TraceContext, *args: Any, dtype: torch.dtype | None = None,
     if isinstance(data, (bool, int, float)):
         x = context.symbol(data)
         return context.scalar(_strong(x.node if dtype is None else cast(x.node, dtype)))
+    _check_data(data)
     return context.freeze(torch.tensor(data, dtype=dtype))
 
 
+def _check_data(data: Any) -> None:
+    """Refuses traced values in a list."""
+    if isinstance(data, Symbol):
+        data.python_value("a list of traced values became a tensor", "Use torch.where to choose between values.")
+    for item in data if isinstance(data, (list, tuple)) else ():
+        _check_data(item)
+
+
 def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
-    sizes = tuple(context.symbol(n).node for n in ((shape,) if isinstance(shape, (int, Symbol)) else tuple(shape)))
+    sizes = tuple(context.symbol(n).node for n in shape)
     x = context.symbol(value)
     node = _strong(x.node if dtype is None else cast(x.node, dtype))
     return Symbol(context, sizes, lambda _: node, node.dtype)
 
 
-def _shape_of(args: tuple) -> Any:
-    return args[0] if len(args) == 1 else args
+def _unpacked(args: tuple, given: Any = None) -> Any:
+    """Sizes or dimensions, passed one by one, as one sequence, or by keyword."""
+    args = args if given is None else (given,)
+    return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 
 _HANDLERS |= {
     "full": lambda c, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype),
-    "zeros": lambda c, *size, dtype=None, **_: _filled(c, _shape_of(size), 0.0, dtype),
-    "ones": lambda c, *size, dtype=None, **_: _filled(c, _shape_of(size), 1.0, dtype),
+    "zeros": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0.0, dtype),
+    "ones": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1.0, dtype),
     "new_full": lambda c, x, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype or x.dtype),
-    "new_zeros": lambda c, x, *size, dtype=None, **_: _filled(c, _shape_of(size), 0, dtype or x.dtype),
-    "new_ones": lambda c, x, *size, dtype=None, **_: _filled(c, _shape_of(size), 1, dtype or x.dtype),
+    "new_zeros": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0, dtype or x.dtype),
+    "new_ones": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1, dtype or x.dtype),
     "full_like": lambda c, x, fill_value, dtype=None, **_: _like(c, x, fill_value, dtype),
     "zeros_like": lambda c, x, dtype=None, **_: _like(c, x, 0, dtype),
     "ones_like": lambda c, x, dtype=None, **_: _like(c, x, 1, dtype),
@@ -422,8 +470,8 @@ def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) 
 
 
 @_handles("arange")
-def _arange(context: TraceContext, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
-    return context.freeze(torch.arange(*args, dtype=dtype))
+def _arange(context: TraceContext, *args: Any, device: Any = None, **kwargs: Any) -> Symbol:
+    return context.freeze(torch.arange(*args, **kwargs))
 
 
 # --- Views and indexing -----------------------------------------------------------------------------------------------
@@ -457,12 +505,16 @@ def _slice(context: TraceContext, symbol: Symbol, dim: int, part: slice) -> Symb
 
     def at(index: tuple[Node, ...]) -> Node:
         i = _where_in(index[dim], length)
-        inside = make("logical_and", make("le", const(0), i), make("lt", i, length))
         source = make("add", make("mul", i, const(step)), start)
-        value = symbol.at((*index[:dim], source, *index[dim + 1 :]))
-        return make("where", inside, value, cast(const(0), value.dtype))
+        return _zero_outside(i, length, symbol.at((*index[:dim], source, *index[dim + 1 :])))
 
-    return Symbol(context, (*symbol.sizes[:dim], length, *symbol.sizes[dim + 1 :]), at, symbol.dtype)
+    sizes = (*symbol.sizes[:dim], length, *symbol.sizes[dim + 1 :])
+    return Symbol(context, sizes, at, symbol.dtype, (*symbol.guarded[:dim], True, *symbol.guarded[dim + 1 :]))
+
+
+def _zero_outside(index: Node, size: Node, value: Node) -> Node:
+    inside = make("logical_and", make("le", const(0), index), make("lt", index, size))
+    return make("where", inside, value, cast(const(0), value.dtype))
 
 
 def _select(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> Symbol:
@@ -470,14 +522,22 @@ def _select(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> S
 
     def at(rest: tuple[Node, ...]) -> Node:
         chosen = index.at(rest[dim : dim + index.rank])
-        return symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
+        if symbol.guarded[dim]:
+            return symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
+        chosen = _where_in(chosen, symbol.sizes[dim])
+        return _zero_outside(
+            chosen, symbol.sizes[dim], symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
+        )
 
-    return Symbol(context, (*symbol.sizes[:dim], *index.sizes, *symbol.sizes[dim + 1 :]), at, symbol.dtype)
+    sizes = (*symbol.sizes[:dim], *index.sizes, *symbol.sizes[dim + 1 :])
+    guarded = (*symbol.guarded[:dim], *[False] * index.rank, *symbol.guarded[dim + 1 :])
+    return Symbol(context, sizes, at, symbol.dtype, guarded)
 
 
 def _unsqueeze(context: TraceContext, symbol: Symbol, dim: int) -> Symbol:
     sizes = (*symbol.sizes[:dim], const(1), *symbol.sizes[dim:])
-    return Symbol(context, sizes, lambda index: symbol.at((*index[:dim], *index[dim + 1 :])), symbol.dtype)
+    guarded = (*symbol.guarded[:dim], False, *symbol.guarded[dim:])
+    return Symbol(context, sizes, lambda index: symbol.at((*index[:dim], *index[dim + 1 :])), symbol.dtype, guarded)
 
 
 @_handles("getitem")
@@ -497,7 +557,7 @@ def getitem(context: TraceContext, x: Any, index: Any) -> Symbol:
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
     if dots:
         items[dots[0] : dots[0] + 1] = [slice(None)] * (symbol.rank - given)
-    dim = 0
+    dim = tables = 0
     for item in items:
         if item is None:
             symbol, dim = _unsqueeze(context, symbol, dim), dim + 1
@@ -507,8 +567,16 @@ def getitem(context: TraceContext, x: Any, index: Any) -> Symbol:
             dim += 1
         else:
             chosen = _index_symbol(context, item)
+            tables += chosen.rank > 0
+            if tables > 1:
+                _refuse_index(context, "two index tensors that have dimensions")
             symbol, dim = _select(context, symbol, dim, chosen), dim + chosen.rank
     return symbol
+
+
+@_handles("embedding")
+def _embedding(context: TraceContext, x: Any, weight: Any, *_: Any, **__: Any) -> Symbol:
+    return getitem(context, weight, x)
 
 
 def _index_symbol(context: TraceContext, item: Any) -> Symbol:
@@ -571,39 +639,46 @@ def _permuted(symbol: Symbol, order: list[int]) -> Symbol:
     def at(index: tuple[Node, ...]) -> Node:
         return symbol.at(tuple(index[order.index(d)] for d in range(symbol.rank)))
 
-    return Symbol(symbol.context, tuple(symbol.sizes[d] for d in order), at, symbol.dtype)
+    sizes, guarded = (tuple(x[d] for d in order) for x in (symbol.sizes, symbol.guarded))
+    return Symbol(symbol.context, sizes, at, symbol.dtype, guarded)
 
 
-def _permute(context: TraceContext, x: Any, *dims: Any) -> Symbol:
+@_handles("permute")
+def _permute(context: TraceContext, x: Any, *order: Any, dims: Any = None) -> Symbol:
     symbol = context.symbol(x)
-    return _permuted(symbol, [_dim(symbol, d) for d in _shape_of(dims)])
+    order = tuple(_dim(symbol, d) for d in _unpacked(order, dims))
+    if sorted(order) != list(range(symbol.rank)):
+        raise at_user_line(
+            TraceError, f"permute{order} of a tensor of rank {symbol.rank}", "Name every dimension once."
+        )
+    return _permuted(symbol, list(order))
 
 
+@_handles("transpose", "swapaxes", "swapdims", "mT")
 def _transpose(context: TraceContext, x: Any, dim0: int = -2, dim1: int = -1) -> Symbol:
     symbol = context.symbol(x)
-    if symbol.rank < 2:
-        return symbol
     order = list(range(symbol.rank))
     a, b = _dim(symbol, dim0), _dim(symbol, dim1)
     order[a], order[b] = order[b], order[a]
     return _permuted(symbol, order)
 
 
-_HANDLERS |= {"permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _transpose, "T": _transpose}
-_HANDLERS["mT"] = _transpose
+@_handles("T", "t")
+def _reversed(context: TraceContext, x: Any) -> Symbol:
+    symbol = context.symbol(x)
+    return _permuted(symbol, list(range(symbol.rank))[::-1])
 
 
 @_handles("expand", "broadcast_to")
-def _expand(context: TraceContext, x: Any, *sizes: Any) -> Symbol:
+def _expand(context: TraceContext, x: Any, *sizes: Any, size: Any = None) -> Symbol:
     symbol = context.symbol(x)
-    shape = [context.symbol(n).node for n in _shape_of(sizes)]
-    offset = len(shape) - symbol.rank
-    for n in symbol.sizes:
-        context.python_int(n)
-    for d, n in enumerate(shape):
-        if n.is_const and n.attr == -1:
-            shape[d] = symbol.sizes[d - offset]
-    return _expanded(symbol, tuple(shape))
+    shape = [context.python_int(context.symbol(n).node) for n in _unpacked(sizes, size)]
+    old = [context.python_int(n) for n in symbol.sizes]
+    try:
+        shape = list(torch.empty(old, device="meta").expand(shape).shape)
+    except RuntimeError as error:
+        raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+    return _expanded(symbol, tuple(const(n) for n in shape))
 
 
 @_handles("expand_as")
@@ -641,8 +716,11 @@ _PROPERTIES: dict[str, Callable[[Symbol], Any]] = {
     "device": lambda x: x.context.device,
     "requires_grad": lambda x: False,
     "is_cuda": lambda x: x.context.device.type == "cuda",
-    "T": lambda x: _transpose(x.context, x),
+    "is_cpu": lambda x: x.context.device.type == "cpu",
+    "layout": lambda x: torch.strided,
+    "itemsize": lambda x: x.dtype.itemsize,
+    "T": lambda x: _reversed(x.context, x),
     "mT": lambda x: _transpose(x.context, x),
     "data": lambda x: x,
-    "where": lambda x: lambda condition, other: _tensor_where(x.context, x, condition, other),
+    "real": lambda x: x,
 }

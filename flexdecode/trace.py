@@ -7,7 +7,6 @@ to captured tensors, so that no value of one is ever read while tracing.
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from . import torch_functions as tf
 from .build import cast, remake
 from .captures import CannotRebuild, rebuild
-from .errors import FlexDecodeError, TraceError
+from .errors import FlexDecodeError, TraceError, user_line
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .symbol import Consumed, Symbol, TraceContext
 
@@ -100,11 +99,10 @@ def _call(mod: Callable, context: TraceContext) -> Node:
     except (FlexDecodeError, Consumed):
         raise
     except Exception as error:  # whatever the user's code raises, with the line that raised it
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
         raise TraceError(
-            f"{context.kind} raised {type(error).__name__}: {error}\n  {where}\n"
-            "  A mod is run once on symbols; it has to work on 0-d tensors of any value."
+            f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
+            "  A mod is run once on symbols that stand for 0-d tensors of any value: use PyTorch's functions and operators "
+            "on tensors and numbers, and compute everything else outside the mod."
         ) from error
     return _checked_result(result, mod, context)
 
@@ -115,7 +113,7 @@ def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
     name = getattr(mod, "__name__", type(mod).__name__)
     if result is None:
         raise TraceError(
-            f"{kind} {name!r} returned None; it must return the new {_result_word(kind)} (forgot `return`?)"
+            f"{kind} {name!r} returned None; it must return {_result_word(kind)} (forgot `return`?)"
         )
     if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
         raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
@@ -172,8 +170,8 @@ def _same(planted: _Run, real: _Run, leaves: list) -> bool:
     """Whether the planted graph, with the numbers' values in it, is the graph of the real values."""
 
     def substitute(node: Node, args: tuple[Node, ...]) -> Node:
-        if node.op == "number" and node.weak and node.attr.dim < 0:
-            return const(leaves[node.attr.leaf])
+        if node.op == "number" and node.attr.dim < 0 and not isinstance(leaves[node.attr.leaf], torch.Tensor):
+            return const(leaves[node.attr.leaf], None if node.weak else node.dtype)
         return remake(node, args)
 
     return rewrite(planted.output, substitute) == rewrite(real.output, remake)

@@ -25,8 +25,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def kv_bounds(b, h, q_idx, score_captures, mask_captures):
+    """Four intervals of kv_idx that hold every attending key, then four in which no mask is needed: lo, hi, lo, hi, ...
+
+    Bounds are int64 and may lie outside the sequence; an interval with lo >= hi is empty.
+    """
+    far = tl.full((), 1 << 62, tl.int64)
+    return (-far, far, far, -far, far, -far, far, -far, -far, far, far, -far, far, -far, far, -far)
+
+
+@triton.jit
 def score_row(b, h, q_idx, captures):
-    """Values that score_mod needs and that do not depend on kv_idx; b is a scalar, h and q_idx are [BLOCK_M, 1]."""
+    """Values that score_mod needs and that do not depend on kv_idx.
+
+    b is a scalar; h and q_idx are [BLOCK_M, 1], but q_idx is a scalar if there is one query token.
+    """
     return ()
 
 
@@ -69,6 +82,79 @@ def load_kv(
         return tl.load(pointers, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     else:
         return tl.load(pointers)
+
+
+# --- KV ranges --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def live_blocks(lo, hi, kv_len, BLOCK_N: tl.constexpr):
+    """The blocks that meet [lo, hi) in any row of the tile, as a half-open range; (0, 0) if none does."""
+    lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
+    hi = tl.minimum(hi, kv_len)
+    if len((lo + hi).shape) > 0:
+        # A row that attends nowhere must not stretch the range.
+        hi = tl.where(lo < hi, hi, 0)
+        lo = tl.min(tl.where(lo < hi, lo, 1 << 30))
+        hi = tl.max(hi)
+    start = tl.where(lo < hi, lo, 0).to(tl.int32) // BLOCK_N
+    return start, tl.cdiv(tl.where(lo < hi, hi, 0).to(tl.int32), BLOCK_N)
+
+
+@triton.jit
+def full_blocks(lo, hi, kv_len, BLOCK_N: tl.constexpr):
+    """The blocks that lie inside [lo, hi) and the sequence in every row of the tile."""
+    lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
+    hi = tl.maximum(tl.minimum(hi, kv_len), 0)
+    if len(lo.shape) > 0:
+        lo = tl.max(lo)
+    if len(hi.shape) > 0:
+        hi = tl.min(hi)
+    return tl.cdiv(lo.to(tl.int32), BLOCK_N), hi.to(tl.int32) // BLOCK_N
+
+
+@triton.jit
+def order(a_start, a_end, b_start, b_end):
+    """Two ranges, the one that starts first in front."""
+    swap = b_start < a_start
+    return (
+        tl.where(swap, b_start, a_start), tl.where(swap, b_end, a_end),
+        tl.where(swap, a_start, b_start), tl.where(swap, a_end, b_end),
+    )  # fmt: skip
+
+
+@triton.jit
+def longer_part(best_start, best_end, start, end, lo, hi):
+    """The longer of a best piece so far and what [lo, hi) has inside [start, end)."""
+    lo = tl.maximum(lo, start)
+    hi = tl.minimum(hi, end)
+    longer = hi - lo > best_end - best_start
+    return tl.where(longer, lo, best_start), tl.where(longer, hi, best_end)
+
+
+@triton.jit
+def full_part(start, end, bound, kv_len, BLOCK_N: tl.constexpr, NUM_FULL: tl.constexpr):
+    """The longest piece that one of the full intervals has inside [start, end); empty at `start` if there is none."""
+    best_start = start
+    best_end = start
+    if NUM_FULL > 0:
+        lo, hi = full_blocks(bound[8], bound[9], kv_len, BLOCK_N)
+        best_start, best_end = longer_part(best_start, best_end, start, end, lo, hi)
+    if NUM_FULL > 1:
+        lo, hi = full_blocks(bound[10], bound[11], kv_len, BLOCK_N)
+        best_start, best_end = longer_part(best_start, best_end, start, end, lo, hi)
+    if NUM_FULL > 2:
+        lo, hi = full_blocks(bound[12], bound[13], kv_len, BLOCK_N)
+        best_start, best_end = longer_part(best_start, best_end, start, end, lo, hi)
+        lo, hi = full_blocks(bound[14], bound[15], kv_len, BLOCK_N)
+        best_start, best_end = longer_part(best_start, best_end, start, end, lo, hi)
+    return best_start, best_end
+
+
+@triton.jit
+def next_run(block, end, start):
+    """Continues at `start` with what goes past `end`."""
+    return tl.where(block < end, block, block - end + start)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -116,13 +202,14 @@ def decode_split(
     num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SPLIT: tl.constexpr, ALL_CHECKED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits).
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [B * Hq * Q, num_splits, Dv] and partial_lse [B * Hq * Q, num_splits] (base 2), kv_lens [B] or None,
-    q_offset a number, a [B] pointer or None. ALL_CHECKED evaluates the mask in every block.
+    q_offset a number, a [B] pointer or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask
+    is evaluated in every block that is not proven full.
     """
     NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
     NUM_TILES: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
@@ -148,42 +235,84 @@ def decode_split(
     kv_len = max_kv_len
     if kv_lens is not None:
         kv_len = tl.maximum(tl.minimum(tl.load(kv_lens + b), max_kv_len), 0).to(tl.int32)
-    q_idx = kv_len - NUM_QUERIES + token
+    # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
+    offset = token[:, None] if NUM_QUERIES > 1 else 0
+    q_idx = kv_len - NUM_QUERIES + offset
     if q_offset is not None:
-        first = tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset
-        q_idx = first.to(tl.int64) + token
-    q_idx = q_idx[:, None]
+        first_token = tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset
+        q_idx = first_token.to(tl.int64) + offset
     h = head[:, None]
     score_rows = score_row(b, h, q_idx, score_captures)
     mask_rows = mask_row(b, h, q_idx, mask_captures)
 
     q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
 
-    first_block = 0
-    last_block = tl.cdiv(kv_len, BLOCK_N)
+    # Live ranges of blocks, disjoint and ascending. Each is a run of partial blocks, one of full and one of partial.
+    bound = kv_bounds(b, h, q_idx, score_captures, mask_captures)
+    s0, e0 = live_blocks(bound[0], bound[1], kv_len, BLOCK_N)
+    a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
+    num_full = z0 - a0
+    num_partial = e0 - s0 - num_full
+    if NUM_LIVE > 1:
+        s1, e1 = live_blocks(bound[2], bound[3], kv_len, BLOCK_N)
+        s2, e2 = live_blocks(bound[4], bound[5], kv_len, BLOCK_N)
+        s3, e3 = live_blocks(bound[6], bound[7], kv_len, BLOCK_N)
+        s0, e0, s1, e1 = order(s0, e0, s1, e1)
+        if NUM_LIVE > 2:
+            s2, e2, s3, e3 = order(s2, e2, s3, e3)
+            s0, e0, s2, e2 = order(s0, e0, s2, e2)
+            s1, e1, s3, e3 = order(s1, e1, s3, e3)
+            s1, e1, s2, e2 = order(s1, e1, s2, e2)
+        s1 = tl.maximum(s1, e0)
+        e1 = tl.maximum(s1, e1)
+        s2 = tl.maximum(s2, e1)
+        e2 = tl.maximum(s2, e2)
+        s3 = tl.maximum(s3, e2)
+        e3 = tl.maximum(s3, e3)
+        a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
+        a1, z1 = full_part(s1, e1, bound, kv_len, BLOCK_N, NUM_FULL)
+        a2, z2 = full_part(s2, e2, bound, kv_len, BLOCK_N, NUM_FULL)
+        a3, z3 = full_part(s3, e3, bound, kv_len, BLOCK_N, NUM_FULL)
+        num_full = z0 - a0 + z1 - a1 + z2 - a2 + z3 - a3
+        num_partial = e0 - s0 + e1 - s1 + e2 - s2 + e3 - s3 - num_full
+
+    # The work of an item is its full blocks, then its partial ones; splits get shares that differ by one block at most.
+    first = 0
+    last = num_full + num_partial
     if SPLIT:
-        # Splits differ by one block at most; one that gets none contributes weight 0.
-        share = last_block // num_splits
-        extra = last_block % num_splits
-        first_block = split * share + tl.minimum(split, extra)
-        last_block = first_block + share + tl.where(split < extra, 1, 0)
-    first_checked = first_block
-    if not ALL_CHECKED:
-        first_checked = tl.maximum(tl.minimum(last_block, kv_len // BLOCK_N), first_block)
+        share = last // num_splits
+        extra = last % num_splits
+        first = split * share + tl.minimum(split, extra)
+        last = first + share + tl.where(split < extra, 1, 0)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if not ALL_CHECKED:
-        for block in tl.range(first_block, first_checked):
+    if NUM_FULL > 0:
+        for place in tl.range(tl.minimum(first, num_full), tl.minimum(last, num_full)):
+            block = a0 + place
+            if NUM_LIVE > 1:
+                block = next_run(block, z0, a1)
+                block = next_run(block, z1, a2)
+                block = next_run(block, z2, a3)
             acc, m_i, l_i = attend_block(
                 acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
                 mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
                 value, value_descriptor, value_origin, stride_vn, stride_vd,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
-    if first_checked < last_block:
-        for block in tl.range(first_checked, last_block):
+    first = tl.maximum(first - num_full, 0)
+    last = tl.maximum(last - num_full, 0)
+    if first < last:
+        for place in tl.range(first, last):
+            block = next_run(s0 + place, a0, z0)
+            if NUM_LIVE > 1:
+                block = next_run(block, e0, s1)
+                block = next_run(block, a1, z1)
+                block = next_run(block, e1, s2)
+                block = next_run(block, a2, z2)
+                block = next_run(block, e2, s3)
+                block = next_run(block, a3, z3)
             acc, m_i, l_i = attend_block(
                 acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
                 mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,

@@ -6,16 +6,38 @@ import triton.language as tl
 
 @triton.jit
 def floor_divide_int(a, b):
-    """Integer division rounding to minus infinity, as in Python."""
-    quotient = a // b
-    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+    """Integer division rounding to minus infinity, as in Python; by zero it gives 0."""
+    divisor = b + (b == 0).to(b.dtype)
+    quotient = a // divisor
+    quotient = tl.where((a % divisor != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+    return tl.where(b == 0, quotient * 0, quotient)
 
 
 @triton.jit
 def remainder_int(a, b):
-    """Integer remainder with the sign of the divisor, as in Python."""
-    rest = a % b
+    """Integer remainder with the sign of the divisor, as in Python; by zero it gives 0."""
+    rest = fmod_int(a, b)
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def fmod_int(a, b):
+    """Integer remainder with the sign of the dividend; by zero it gives 0."""
+    return a % (b + (b == 0).to(b.dtype))
+
+
+@triton.jit
+def shift_left(a, b):
+    """a << b; an amount that is negative or not less than the width gives 0, as in PyTorch."""
+    inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
+    return tl.where(inside, a << tl.where(inside, b, b * 0), a * 0)
+
+
+@triton.jit
+def shift_right(a, b):
+    """a >> b; an amount that is negative or not less than the width leaves the sign, as in PyTorch."""
+    inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
+    return tl.where(inside, a >> tl.where(inside, b, b * 0), a * 0 - (a < 0).to(a.dtype))
 
 
 @triton.jit
@@ -63,13 +85,15 @@ def pow_float(a, b):
 
 @triton.jit
 def pow_int(a, b):
-    """a ** b by squaring for 0 <= b < 64; a negative exponent counts as 0."""
+    """a ** b by squaring, modulo the width; a negative exponent gives 0 but for 1 and -1, as in PyTorch."""
+    # Past 63 anything but 0, 1 and -1 overflows, and for those the parity decides.
+    exponent = tl.where((b < 0) | (b > 63), 62 + (b & 1), b)
     result = a * 0 + b * 0 + 1
     factor = a + b * 0
     for bit in tl.static_range(6):
-        result = tl.where((b > 0) & ((b >> bit) & 1 == 1), result * factor, result)
+        result = tl.where((exponent >> bit) & 1 == 1, result * factor, result)
         factor = factor * factor
-    return result
+    return tl.where((b < 0) & (tl.abs(a) > 1), result * 0, result)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 import traceback
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,16 +103,21 @@ def error_text(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def fresh_process():
-    """What a page finds when a reader runs it in a new process: empty counters, and a kernel cache of its own."""
+    """What a reader has who runs a page in a new process: a module, empty counters, and an empty kernel cache.
+
+    Yields the namespace of the module, which can be imported (FlexAttention imports the module of a mod).
+    """
     import flexdecode
 
     before = os.environ.get("FLEXDECODE_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="flexdecode-docs-") as folder:
         os.environ["FLEXDECODE_CACHE_DIR"] = folder
         flexdecode.clear_cache()
+        module = sys.modules["example"] = types.ModuleType("example")
         try:
-            yield
+            yield vars(module)
         finally:
+            del sys.modules["example"]
             flexdecode.clear_cache()
             if before is None:
                 del os.environ["FLEXDECODE_CACHE_DIR"]
@@ -121,8 +127,7 @@ def fresh_process():
 
 def run_page(page: Path, gpu: bool) -> None:
     """Runs a page and compares what it prints and raises with what it says."""
-    namespace: dict = {"__name__": "example"}
-    with fresh_process():
+    with fresh_process() as namespace:
         for step in read_steps(page):
             if step.code.mark == "gpu" and not gpu:
                 continue
@@ -140,9 +145,8 @@ def run_page(page: Path, gpu: bool) -> None:
 
 def write_outputs(page: Path, gpu: bool) -> None:
     """Puts into a page what its blocks print and raise now."""
-    namespace: dict = {"__name__": "example"}
     replacements: list[tuple[Block, str]] = []
-    with fresh_process():
+    with fresh_process() as namespace:
         for step in read_steps(page):
             if step.code.mark == "gpu" and not gpu:
                 continue

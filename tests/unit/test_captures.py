@@ -797,6 +797,29 @@ def test_a_class_with_getattr_counts_by_identity():
     one, other = Renamed(3), Renamed(4)
     fn = lambda config: lambda q: q + config.window
     assert key(fn(one)) != key(fn(other))
+    one.values["width"] = 5
+    assert leaves(fn(one)) == [5]
+    assert check_rebuild(fn(one), 1) == (6, 1006)
+
+
+def test_descriptors_of_the_user():
+    class Scaled:
+        scale = 3
+
+        def __get__(self, obj, kind):
+            return types.SimpleNamespace(value=obj.base * self.scale)
+
+    class Mod:
+        scaled = Scaled()
+
+        def __init__(self):
+            self.base = 2
+
+        def __call__(self, q):
+            return q + self.scaled.value
+
+    assert sorted(leaves(Mod())) == [2, 3]
+    assert check_rebuild(Mod(), 1) == (7, 1 + 1002 * 1003)
 
 
 def test_pins_hold_the_code():

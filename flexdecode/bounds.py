@@ -1,0 +1,59 @@
+"""The KV bounds of a call: the intervals of its mask and of its score, joined for one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .analyze import analyze
+from .graph import Graph, Node
+from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a call can attend, before the length of the sequence.
+
+    Attributes:
+        mask_live: intervals of the mask, in nodes of its graph.
+        mask_full: intervals in which the mask is true everywhere.
+        score_live: intervals of the score, in nodes of its graph; at most one beside a mask.
+    """
+
+    mask_live: Region = EVERYWHERE
+    mask_full: Region = EVERYWHERE
+    score_live: Region = EVERYWHERE
+
+    @property
+    def num_live(self) -> int:
+        """Intervals that a kernel walks over."""
+        return max(1, len(self.score_live if self.mask_live == EVERYWHERE else self.mask_live))
+
+
+def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
+    """Solves both graphs of a call.
+
+    Args:
+        score: graph of the score_mod.
+        mask: graph of the mask_mod.
+        q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+    """
+    mask_live = mask_full = score_live = EVERYWHERE
+    if mask is not None:
+        extent = solve_mask(mask.output, analyze([mask.output], q_idx_given))
+        mask_live, mask_full = extent.live, extent.full
+    if score is not None:
+        score_live = solve_score(score.output, analyze([score.output], q_idx_given))
+        if len(score_live) > 1 and mask is not None:
+            score_live = (_span(score_live),)
+    return Bounds(mask_live, mask_full, score_live)
+
+
+def _span(region: Region) -> Interval:
+    """One interval over all, as far as it is bounded on a side by the same nodes; else unbounded there."""
+    los, his = {i.lo for i in region}, {i.hi for i in region}
+    return Interval(los.pop() if len(los) == 1 else None, his.pop() if len(his) == 1 else None)
+
+
+def nodes_of(region: Region) -> list[Node]:
+    """The bounds in a region."""
+    return [bound for interval in region for bound in interval if bound is not None]

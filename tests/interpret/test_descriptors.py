@@ -1,0 +1,118 @@
+"""KV loads through tensor descriptors, which the interpreter has too: where each head lies, and what is read past it."""
+
+import pytest
+import torch
+from interpret.decoding import check_decode
+from support import make_inputs
+
+import flexdecode
+from flexdecode.compiled import Kernel
+from flexdecode.descriptor import as_matrices
+from flexdecode.schedule import DeviceFacts
+
+B, HQ, HKV, Q, N, D = 3, 4, 2, 2, 37, 16
+DTYPE = torch.float16  # the schedule may prefer pointers for float32
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Makes the interpreted kernels load by descriptors; gives the list of launches that did."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    seen = []
+    plain_pass = Kernel._pass
+
+    def with_descriptors(kernel, module, spec, combine):
+        run = plain_pass(kernel, module, spec, combine)
+        if combine or not spec.tiles.descriptors:
+            return run
+
+        def launch(grid, stream, arguments):
+            query, key, value, _, _, *rest = arguments
+            descriptors = [
+                TensorDescriptor(cache, [matrix.rows, matrix.columns], [matrix.pitch, 1], [spec.tiles.block_n, width])
+                for cache, matrix, width in zip(
+                    (key, value),
+                    as_matrices(key, value, query.shape[0]),
+                    (spec.tiles.block_d, spec.tiles.block_dv),
+                    strict=True,
+                )
+            ]
+            seen.append(grid)
+            run(grid, stream, (query, key, value, *descriptors, *rest))
+
+        return launch
+
+    monkeypatch.setattr(DeviceFacts, "has_descriptors", property(lambda facts: True))
+    monkeypatch.setattr(Kernel, "_pass", with_descriptors)
+    flexdecode.clear_cache()
+    yield seen
+    flexdecode.clear_cache()
+
+
+def heads_of_a_larger_cache(x):
+    """The heads from 1 on of twice as many, two columns of tokens apart."""
+    b, h, n, d = x.shape
+    return x.new_full((b, 2 * h + 1, n + 5, 2 * d), torch.nan)[:, 1 : h + 1, :n, d:].copy_(x)
+
+
+CACHES = {
+    "bhnd": lambda x: x.contiguous(),
+    "bnhd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "nbhd": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "hbnd": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads_of_a_larger_cache": heads_of_a_larger_cache,
+    "one_for_all_sequences": lambda x: x[:1],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+def position_score(score, b, h, q_idx, kv_idx):
+    return score + torch.sin(0.7 * b + 1.3 * h + 2.1 * q_idx + 3.7 * kv_idx)
+
+
+@pytest.mark.parametrize("kv_lens", [None, torch.tensor([37, 0, 18])], ids=["full", "ragged"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches(cache, kv_lens, launches):
+    query, key, value = make_inputs(B, HQ, HKV, Q, N, D, 2 * D, dtype=DTYPE)
+    key, value = CACHES[cache](key), CACHES[cache](value)
+    check_decode(query, key, value, position_score, num_splits=2, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+def test_key_and_value_interleaved_in_one_tensor(launches):
+    query, key, value = make_inputs(B, HQ, HKV, Q, N, D, dtype=DTYPE)
+    cache = torch.stack([key, value], dim=2)
+    check_decode(query, cache[:, :, 0], cache[:, :, 1], position_score)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_past_the_length_is_not_seen(num_splits, launches):
+    """A block also reads the rows of other heads and of other sequences."""
+    query, key, value = make_inputs(B, HQ, HKV, Q, N, D, layout="bnhd", dtype=DTYPE)
+    kv_lens = torch.tensor([21, 0, 36])
+    for b, length in enumerate(kv_lens):
+        key[b, :, length:] = torch.nan
+        value[b, :, length:] = torch.nan
+    check_decode(query, key, value, num_splits=num_splits, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+UNFIT = {
+    "odd head dim": lambda key, value: (key[..., :17], value),
+    "odd address": lambda key, value: (key.flatten()[1:].as_strided(key.shape, key.stride()), value),
+    "odd pitch": lambda key, value: (key, value.new_empty(*value.shape[:3], 33)[..., :32].copy_(value)),
+    "strided columns": lambda key, value: (key, value.mT.contiguous().mT),
+    "heads inside one another": lambda key, value: (key.as_strided(key.shape, (*key.stride()[:2], 16, 1)), value),
+}
+
+
+@pytest.mark.parametrize("cache", UNFIT)
+def test_caches_without_a_descriptor_are_read_by_pointers(cache, launches):
+    query, key, value = make_inputs(B, HQ, HKV, Q, N, 32, dtype=DTYPE)
+    room = torch.zeros(key.numel() + 1, dtype=DTYPE)
+    room[:-1] = key.flatten()
+    key, value = UNFIT[cache](room[:-1].view_as(key), value)
+    check_decode(query[..., : key.shape[3]], key, value)
+    assert not launches
