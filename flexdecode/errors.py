@@ -32,6 +32,10 @@ class CompileError(FlexDecodeError):
     """The generated kernel did not compile; the message names the source file."""
 
 
+class SharedMemoryError(CompileError):
+    """A compiled kernel needs more shared memory than the device gives one program."""
+
+
 def user_line(traceback: TracebackType | None = None) -> str:
     """Returns the innermost line of the user's code, as `file:line, in function: text`.
 

@@ -247,9 +247,9 @@ class _Solver:
     def _linear(self, node: Node) -> _Form:
         """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
         form = self._apart(node)
-        if node in self.facts.on_kv and node not in form.terms:
-            if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
-                raise _Unsolved
+        taken_apart = node in self.facts.on_kv and node not in form.terms
+        if taken_apart and (self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node)):
+            raise _Unsolved
         return form
 
     def _proven(self, node: Node) -> bool:
@@ -451,6 +451,7 @@ def _guarded(extent: Extent, guards: list[Node]) -> Extent:
         return Interval(make("where", small, lo, _integer(FAR)), interval.hi)
 
     live = tuple(Interval(opened(i.lo, -FAR), opened(i.hi, FAR)) for i in extent.live)
-    return Extent(live or (Interval(make("where", small, _integer(FAR), _integer(-FAR)), None),), tuple(
-        closed(i) for i in extent.full
-    ))
+    return Extent(
+        live or (Interval(make("where", small, _integer(FAR), _integer(-FAR)), None),),
+        tuple(closed(i) for i in extent.full),
+    )

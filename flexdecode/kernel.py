@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import CompileError
+from .errors import CompileError, SharedMemoryError
 from .graph import Graph
 from .lower import CaptureLayout
 from .schedule import DeviceFacts, Tiles
@@ -181,6 +181,7 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
 
     Raises:
         CompileError: Triton could not compile it; the message names the source file.
+        SharedMemoryError: it needs more shared memory than the device has.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -197,9 +198,16 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
     try:
-        return _compile(source, GPUTarget(facts.backend, facts.arch, warp_size), options)
+        compiled = _compile(source, GPUTarget(facts.backend, facts.arch, warp_size), options)
     except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
         raise CompileError(f"{function.__name__} did not compile: {error}\n  source: {module.__file__}") from error
+    if compiled.metadata.shared > facts.shared_memory:
+        raise SharedMemoryError(
+            f"{function.__name__} needs {compiled.metadata.shared} bytes of shared memory, more than the "
+            f"{facts.shared_memory} of the device\n  source: {module.__file__}\n"
+            "  Choose a smaller `options.block_n` or `options.num_stages`."
+        )
+    return compiled
 
 
 def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:

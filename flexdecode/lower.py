@@ -99,9 +99,7 @@ def lower_bounds(bounds: Bounds, score: Graph | None, mask: Graph | None, q_idx_
         lines.extend(writer.body(outputs, {}))
         functions.update(writer.functions)
         names = {node: f"({writer.names[node]}).to(tl.int64)" for node in outputs}
-        return [
-            [(names[lo] if lo else _BELOW, names[hi] if hi else _ABOVE) for lo, hi in region] for region in regions
-        ]
+        return [[(names[lo] if lo else _BELOW, names[hi] if hi else _ABOVE) for lo, hi in region] for region in regions]
 
     live, full = texts(mask, [bounds.mask_live, bounds.mask_full], "mask")
     (score_live,) = texts(score, [bounds.score_live], "score")

@@ -127,7 +127,7 @@ def _pow(a: Interval, b: Interval) -> Interval:
 
 
 def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """An integer divided by 0 gives 0, as in the kernel; on a CPU PyTorch would raise, also for pairs that are masked."""
+    """An integer divided by 0 gives 0, as in the kernel; on a CPU PyTorch would raise, even for masked pairs."""
 
     def divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.dtype.is_floating_point:

@@ -12,12 +12,22 @@ from .bounds import find_bounds
 from .captures import leaf_names
 from .descriptor import as_matrices
 from .device import device_facts
+from .errors import SharedMemoryError
 from .graph import Graph
 from .identity import Mod, graph_of
 from .kernel import KernelSpec, capture_types
 from .launch import TritonLauncher
-from .schedule import schedule
-from .signature import DEFAULT_OPTIONS, DecodeOptions, check_inputs, check_lens, describe, kernel_strides
+from .schedule import schedule, smaller
+from .signature import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    Signature,
+    Sizes,
+    check_inputs,
+    check_lens,
+    describe,
+    kernel_strides,
+)
 
 
 def layout(tensor: object) -> object:
@@ -150,26 +160,45 @@ def prepare(
     if signature.backend == "torch" or 0 in shape:
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
-        facts = device_facts(query.device)
-        bounds = find_bounds(score_graph, mask_graph, q_offset is not None)
-        # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        matrices = as_matrices(key, value, sizes.batch) if bounds.mask_full else None
-        cut = schedule(signature, sizes, facts, options, describable=matrices is not None)
-        matrices = matrices if cut.tiles.descriptors else None
-        spec = KernelSpec(
-            signature,
-            cut.tiles,
-            capture_types(score_graph),
-            capture_types(mask_graph),
-            num_live=bounds.num_live,
-            num_full=len(bounds.mask_full),
-        )
-        strides = tuple(s for t in (query, key, value, sample) for s in kernel_strides(t, sizes.batch))
-        launcher = TritonLauncher(spec, sizes, cut, strides, matrices, facts, score_graph, mask_graph)
+        launcher = _triton_launcher(signature, sizes, (query, key, value, sample), score_graph, mask_graph, options)
     checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
     plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
     return plan, score, mask
+
+
+def _triton_launcher(
+    signature: Signature,
+    sizes: Sizes,
+    tensors: tuple[torch.Tensor, ...],
+    score: Graph | None,
+    mask: Graph | None,
+    options: DecodeOptions,
+) -> TritonLauncher:
+    """Solves the bounds, chooses a schedule and finds the kernel; a kernel too large for the device is cut smaller."""
+    facts = device_facts(signature.device)
+    bounds = find_bounds(score, mask, signature.q_offset is not None)
+    # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
+    cut = schedule(signature, sizes, facts, options, describable=matrices is not None)
+    matrices = matrices if cut.tiles.descriptors else None
+    strides = tuple(s for t in tensors for s in kernel_strides(t, sizes.batch))
+    while True:
+        spec = KernelSpec(
+            signature,
+            cut.tiles,
+            capture_types(score),
+            capture_types(mask),
+            num_live=bounds.num_live,
+            num_full=len(bounds.mask_full),
+        )
+        try:
+            return TritonLauncher(spec, sizes, cut, strides, matrices, facts, score, mask)
+        except SharedMemoryError:
+            next_cut = None if options.block_n else smaller(cut)
+            if next_cut is None:
+                raise
+            cut = next_cut
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,8 +103,7 @@ def schedule(
     crowded = num_items * num_splits > facts.num_sms
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
-    row_bytes = block_m * (kv_bytes + 4 * 128)
-    block_n, num_stages = _pipeline(kv_bytes, row_bytes, is_float32, crowded, descriptors, facts)
+    block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, descriptors, facts)
     tiles = Tiles(
         block_m,
         options.block_n or block_n,
@@ -119,8 +118,15 @@ def schedule(
     return Schedule(tiles, num_items, num_splits)
 
 
+def smaller(cut: Schedule) -> Schedule | None:
+    """The schedule with half as many keys per step, for a kernel that needs too much shared memory; None at the end."""
+    if cut.tiles.block_n <= 16:
+        return None
+    return replace(cut, tiles=replace(cut.tiles, block_n=cut.tiles.block_n // 2))
+
+
 def _pipeline(
-    kv_bytes: int, row_bytes: int, is_float32: bool, crowded: bool, descriptors: bool, facts: DeviceFacts
+    block_m: int, kv_bytes: int, is_float32: bool, crowded: bool, descriptors: bool, facts: DeviceFacts
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth.
 
@@ -128,8 +134,8 @@ def _pipeline(
     small footprint lets two of them share a multiprocessor and hide one another's start and end.
 
     Args:
+        block_m: rows of a tile.
         kv_bytes: bytes of one key and its value.
-        row_bytes: bytes of shared memory besides the pipeline.
         is_float32: whether the inputs are float32.
         crowded: more programs than multiprocessors.
         descriptors: KV loads through tensor descriptors.
@@ -137,9 +143,14 @@ def _pipeline(
     """
     stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32)) else 3
     block_n = 64 if crowded and not descriptors else 128
-    # Triton keeps stages - 1 tiles for pointer loads, half a tile more for descriptors.
-    tiles_kept = stages - 1 + (0.5 if descriptors else 0.0)
-    while block_n > 16 and block_n * kv_bytes * tiles_kept + row_bytes > facts.shared_memory:
+    # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
+    # descriptors, and per row the query, the output and a few values per key.
+    tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
+    per_key = 8 if is_float32 else 2 if descriptors else 6
+    while block_n > 16:
+        needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
+        if needed <= facts.shared_memory:
+            break
         block_n //= 2
     return block_n, stages
 

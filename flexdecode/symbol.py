@@ -256,7 +256,7 @@ class Symbol:
         return self
 
 
-Symbol.__name__ = "Tensor"  # Python's own messages then say what users wrote: unsupported operand types 'Tensor' and ...
+Symbol.__name__ = "Tensor"  # in Python's own messages: "unsupported operand types: 'Tensor' and 'list'"
 
 
 def _operator(name: str, reflected: bool) -> Callable:

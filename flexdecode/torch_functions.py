@@ -43,7 +43,8 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
     """Computes one PyTorch call that involves symbols or captured tensors."""
     name = _name_of(func)
     for option in ("out", "inplace"):
-        if kwargs.pop(option, None) not in (None, False):
+        value = kwargs.pop(option, None)
+        if value is not None and value is not False:
             refuse_in_place(context, f"{name}(..., {option}=)")
     if name != "where":
         args = tuple(kwargs.pop(k) for k in ("input", "self") if k in kwargs) + args
@@ -403,8 +404,8 @@ def _item(context: TraceContext, x: Any, *_: Any, **__: Any) -> NoReturn:
     raise at_user_line(
         TraceError,
         f"the value of a tensor was read in a {context.kind} (.item(), .tolist(), .numpy(), float(), `if`)",
-        "Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be captured "
-        "outside the mod.",
+        "Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be "
+        "captured outside the mod.",
     )
 
 
@@ -525,9 +526,7 @@ def _select(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> S
         if symbol.guarded[dim]:
             return symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
         chosen = _where_in(chosen, symbol.sizes[dim])
-        return _zero_outside(
-            chosen, symbol.sizes[dim], symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :]))
-        )
+        return _zero_outside(chosen, symbol.sizes[dim], symbol.at((*rest[:dim], chosen, *rest[dim + index.rank :])))
 
     sizes = (*symbol.sizes[:dim], *index.sizes, *symbol.sizes[dim + 1 :])
     guarded = (*symbol.guarded[:dim], *[False] * index.rank, *symbol.guarded[dim + 1 :])
@@ -639,8 +638,8 @@ def _permuted(symbol: Symbol, order: list[int]) -> Symbol:
     def at(index: tuple[Node, ...]) -> Node:
         return symbol.at(tuple(index[order.index(d)] for d in range(symbol.rank)))
 
-    sizes, guarded = (tuple(x[d] for d in order) for x in (symbol.sizes, symbol.guarded))
-    return Symbol(symbol.context, sizes, at, symbol.dtype, guarded)
+    sizes = tuple(symbol.sizes[d] for d in order)
+    return Symbol(symbol.context, sizes, at, symbol.dtype, tuple(symbol.guarded[d] for d in order))
 
 
 @_handles("permute")

@@ -101,8 +101,8 @@ def _call(mod: Callable, context: TraceContext) -> Node:
     except Exception as error:  # whatever the user's code raises, with the line that raised it
         raise TraceError(
             f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
-            "  A mod is run once on symbols that stand for 0-d tensors of any value: use PyTorch's functions and operators "
-            "on tensors and numbers, and compute everything else outside the mod."
+            "  A mod is run once on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
+            "operators on tensors and numbers, and compute everything else outside the mod."
         ) from error
     return _checked_result(result, mod, context)
 
@@ -112,9 +112,7 @@ def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
     kind = context.kind
     name = getattr(mod, "__name__", type(mod).__name__)
     if result is None:
-        raise TraceError(
-            f"{kind} {name!r} returned None; it must return {_result_word(kind)} (forgot `return`?)"
-        )
+        raise TraceError(f"{kind} {name!r} returned None; it must return {_result_word(kind)} (forgot `return`?)")
     if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
         raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
     symbol = context.symbol(result)

@@ -75,7 +75,9 @@ def read_steps(page: Path) -> list[Step]:
             assert block.mark in ("", "gpu"), f"{page.name}:{block.start}: unknown mark {block.mark!r}"
             steps.append(Step(block, None, None))
         elif block.mark:
-            assert steps and block.mark in ("output", "error"), f"{page.name}:{block.start}: unknown mark {block.mark!r}"
+            assert steps and block.mark in ("output", "error"), (
+                f"{page.name}:{block.start}: unknown mark {block.mark!r}"
+            )
             assert getattr(steps[-1], block.mark) is None, f"{page.name}:{block.start}: a second {block.mark} block"
             steps[-1] = Step(**{**vars(steps[-1]), block.mark: block})
     return steps
@@ -131,7 +133,7 @@ def run_page(page: Path, gpu: bool) -> None:
         for step in read_steps(page):
             if step.code.mark == "gpu" and not gpu:
                 continue
-            where = f"{page.relative_to(ROOT)}, the block at line {step.code.start + 1}"
+            where = f"{page.name}, the block at line {step.code.start + 1}"
             printed, error = run_step(step, namespace)
             if error is not None and step.error is None:
                 lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -183,6 +185,16 @@ def test_code_blocks_do_what_the_page_says(page):
 @pytest.mark.parametrize("page", WITH_GPU_CODE, ids=_names(WITH_GPU_CODE))
 def test_code_blocks_with_those_for_a_gpu(page):
     run_page(page, gpu=True)
+
+
+def test_a_page_that_says_something_else_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1 + 1)\n```\n<!-- output -->\n```text\n3\n```\n")
+    with pytest.raises(AssertionError, match="printed something else"):
+        run_page(page, gpu=False)
+    write_outputs(page, gpu=False)
+    run_page(page, gpu=False)
+    assert page.read_text().splitlines()[5] == "2"
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
