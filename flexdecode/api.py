@@ -69,7 +69,10 @@ def flex_decode(
         score.identity, mask.identity, layout(query), layout(key), layout(value), layout(out), layout(kv_lens),
         layout(q_offset), return_lse, options, torch.is_grad_enabled(),
     )  # fmt: skip
-    found = _plans.get(call)
+    try:
+        found = _plans.get(call)
+    except TypeError:  # options that are no DecodeOptions: the checks of inputs say so
+        found = None
     if found is None:
         plan, score, mask = prepare(
             query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options

@@ -24,6 +24,12 @@ class Bounds:
     score_live: Region = EVERYWHERE
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether every interval has both ends, so that the live keys may be few in a long cache."""
+        regions = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
+        return all(lo is not None and hi is not None for lo, hi in regions)
+
+    @property
     def num_live(self) -> int:
         """Intervals that a kernel walks over."""
         return max(1, len(self.score_live if self.mask_live == EVERYWHERE else self.mask_live))

@@ -54,12 +54,10 @@ def make(name: str, *nodes: Node) -> Node:
     if all(n.is_const for n in args):
         value = op.torch(*(torch.tensor(n.attr, dtype=d) for n, d in zip(args, in_dtypes, strict=True)))
         return const(value.item(), dtype)
-    shorter = _simplify(name, args)
-    if shorter is not None:
-        return shorter
     if op.commutative:
         args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
-    return Node(name, args, dtype, weak=weak)
+    shorter = _simplify(name, args)
+    return shorter if shorter is not None else Node(name, args, dtype, weak=weak)
 
 
 def _check_second(name: str, second: Node) -> None:
@@ -71,7 +69,7 @@ def _check_second(name: str, second: Node) -> None:
 
 
 def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
-    """Rules on bools that make `a & True` and `where(True, a, b)` what they are."""
+    """Rules that make `a & True`, `where(True, a, b)` and `x + 0` what they are."""
     if name == "where":
         condition, a, b = args
         if condition.is_const:
@@ -84,6 +82,14 @@ def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
         return args[0] if args[0] == args[1] else None
     if name == "logical_not" and args[0].op == "logical_not":
         return args[0].args[0]
+    if len(args) == 2 and args[1].is_const and not args[0].dtype.is_floating_point:
+        value = args[1].attr
+        if args[0].weak and not args[1].weak:  # the result is no longer a Python number
+            return None
+        if (name in ("add", "sub") and value == 0) or (name in ("mul", "floor_divide") and value == 1):
+            return args[0]
+        if name == "mul" and value == -1:
+            return make("neg", args[0])
     return None
 
 

@@ -34,7 +34,7 @@ def layout(tensor: object) -> object:
     """What a plan depends on in a tensor: all but its contents."""
     if not isinstance(tensor, torch.Tensor):
         return tensor if tensor is None else type(tensor)
-    place = tensor.data_ptr() & 15
+    place = tensor.data_ptr() & 15 if tensor.layout == torch.strided else None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
 
 
@@ -113,8 +113,7 @@ class Plan:
         if self.check_lens and kv_lens is not None:
             check_lens(kv_lens, self.max_kv_len)
         if not self.empty:
-            if scale is None:
-                scale = self.default_scale
+            scale = self.default_scale if scale is None else float(scale)
             if kv_lens is not None and kv_lens.stride(0) != 1:
                 kv_lens = kv_lens.contiguous()
             if isinstance(q_offset, torch.Tensor) and q_offset.stride(0) != 1:
@@ -180,7 +179,7 @@ def _triton_launcher(
     bounds = find_bounds(score, mask, signature.q_offset is not None)
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
-    cut = schedule(signature, sizes, facts, options, describable=matrices is not None)
+    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded)
     matrices = matrices if cut.tiles.descriptors else None
     strides = tuple(s for t in tensors for s in kernel_strides(t, sizes.batch))
     while True:

@@ -80,7 +80,12 @@ def next_power_of_2(n: int) -> int:
 
 
 def schedule(
-    signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions, describable: bool = False
+    signature: Signature,
+    sizes: Sizes,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    describable: bool = False,
+    is_bounded: bool = False,
 ) -> Schedule:
     """Chooses tiles and splits for the longest sequence that the cache can hold.
 
@@ -90,6 +95,7 @@ def schedule(
         facts: of the device.
         options: choices of the caller.
         describable: whether both caches can be seen through tensor descriptors.
+        is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
     """
     rows = signature.group_size * signature.num_queries
     is_float32 = signature.dtype == torch.float32
@@ -104,6 +110,7 @@ def schedule(
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, descriptors, facts)
+    block_n = min(block_n, 64) if is_bounded else block_n
     tiles = Tiles(
         block_m,
         options.block_n or block_n,

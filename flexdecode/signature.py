@@ -6,6 +6,7 @@ This is the only place where inputs are checked.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,12 +115,14 @@ def check_inputs(
         TypeError: an argument has the wrong type.
         ValueError: shapes, dtypes or devices do not fit together; the message says what was expected.
     """
+    if not isinstance(options, DecodeOptions):
+        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor, query)
     batch, num_q_heads, num_queries, head_dim = query.shape
-    _check_shape("key", key, (batch, None, None, head_dim), "[B, Hkv, N, D]", f"D = {head_dim}")
+    _check_shape("key", key, (batch, None, None, head_dim), "[B, Hkv, N, D]", f"D = {head_dim} (from query)")
     _, num_kv_heads, max_kv_len, _ = key.shape
-    _check_shape("value", value, (batch, num_kv_heads, max_kv_len, None), "[B, Hkv, N, Dv]", "Hkv and N as in `key`")
+    _check_shape("value", value, (batch, num_kv_heads, max_kv_len, None), "[B, Hkv, N, Dv]", f"Hkv = {num_kv_heads} and N = {max_kv_len} (from key)")
     v_head_dim = value.shape[3]
     for name, size in (("query", head_dim), ("value", v_head_dim)):
         if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
@@ -128,7 +131,8 @@ def check_inputs(
             )
     if (num_kv_heads == 0 and num_q_heads) or (num_kv_heads and num_q_heads % num_kv_heads):
         raise ValueError(
-            f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}"
+            f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}; "
+            "a [B, N, H, D] cache is passed as its view `cache.transpose(1, 2)`"
         )
     if max_kv_len >= MAX_KV_LEN:
         raise ValueError(f"`key` must have fewer than {MAX_KV_LEN} positions, got N = {max_kv_len}")
@@ -143,15 +147,13 @@ def check_inputs(
         raise TypeError(f"`q_offset` must be an int or an integer tensor [B], got {type(q_offset).__name__}")
     if isinstance(q_offset, torch.Tensor):
         _check_per_sequence("q_offset", q_offset, query)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"`scale` must be a number or None, got {type(scale).__name__}")
     if out is not None:
         _check_tensor("out", out, query)
         if out.shape != (batch, num_q_heads, num_queries, v_head_dim):
             expected = [batch, num_q_heads, num_queries, v_head_dim]
             raise ValueError(f"`out` must have shape [B, Hq, Q, Dv] = {expected}, got {list(out.shape)}")
-    if not isinstance(options, DecodeOptions):
-        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     return Sizes(batch, num_kv_heads, max_kv_len)
 
 
@@ -178,7 +180,7 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple, form: str, so
     batch, *rest = expected
     fits = all(want is None or want == got for want, got in zip(rest, tensor.shape[1:], strict=True))
     if not fits:
-        raise ValueError(f"`{name}` must have shape {form} with {source} (from query), got {list(tensor.shape)}")
+        raise ValueError(f"`{name}` must have shape {form} with {source}, got {list(tensor.shape)}")
     if tensor.shape[0] not in (batch, 1):
         raise ValueError(
             f"`{name}` must have shape {form} with B = {batch} (from query) or 1 to broadcast, got {list(tensor.shape)}"

@@ -20,7 +20,7 @@ from .ops import DTYPES
 
 _NO_BRANCH = (
     "A mod is traced, so it cannot branch on a value: use torch.where(cond, a, b) for if/else, `&`, `|`, `~` for "
-    "and/or/not, torch.maximum/torch.minimum for max/min, and two comparisons joined by `&` for a < b < c."
+    "and/or/not, torch.maximum/torch.minimum for max/min, and (a < b) & (b < c) with its brackets for a < b < c."
 )
 _NO_NUMBER = (
     "A traced value has no Python number: use the torch function (torch.exp for math.exp), and capture a list, dict or "

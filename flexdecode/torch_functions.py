@@ -388,11 +388,6 @@ def _is_floating_point(context: TraceContext, x: Any) -> bool:
     return context.symbol(x).dtype.is_floating_point
 
 
-@_handles("is_tensor")
-def _is_tensor(context: TraceContext, x: Any) -> bool:
-    return isinstance(x, (torch.Tensor, Symbol))
-
-
 @_handles("result_type")
 def _result_type(context: TraceContext, a: Any, b: Any) -> torch.dtype:
     return elementwise(context, "add", a, b).dtype

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from flexdecode import mods
+from flexdecode import eager, mods
+from flexdecode.captures import walk
 from flexdecode.reference import evaluate_mod, reference_decode
+from flexdecode.trace import trace
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,53 @@ def _assert_small_error(name, actual, expected, measure):
 def _where(mask):
     places = mask.nonzero().tolist()
     return f"{places[:4]}{' ...' if len(places) > 4 else ''} ({len(places)} in all)"
+
+
+# --- Traced mods ------------------------------------------------------------------------------------------------------
+
+
+def trace_mod(mod, kind="score_mod"):
+    """Gives the graph of a mod and the leaves of its captures."""
+    _, leaves = walk(mod)
+    return trace(mod, kind, leaves, torch.device("cpu")).graph, leaves
+
+
+def evaluate_graph(graph, leaves, score, b, h, q_idx, kv_idx):
+    """Computes a graph by the op table's torch column, on tensors that broadcast."""
+    indices = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
+    return eager._Evaluation((graph, leaves), indices, score, torch.tensor(True), check_indices=False).result()
+
+
+# Score, b, h, q_idx and kv_idx of some (query, key) pairs, with what floats and decoding have in stock.
+POINTS = [
+    (0.3, 0, 0, 5, 3),
+    (-2.5, 1, 3, 36, 0),
+    (1.5, 0, 2, 0, 17),
+    (0.5, 1, 1, -2, 5),
+    (-0.0, 0, 3, 7, 7),
+    (100.0, 1, 0, -1, 1),
+    (-100.0, 0, 1, 900, 899),
+    (3e38, 0, 0, 1, 2),
+    (float("inf"), 1, 2, 3, 4),
+    (float("-inf"), 0, 1, 2, 9),
+    (float("nan"), 1, 3, 8, 6),
+]
+
+
+def assert_same_as_pytorch(mod, points=POINTS):
+    """Asserts that the graph of a score_mod gives what the mod itself gives on 0-d tensors, to the last bit.
+
+    Captured half-precision tensors are no subject here: a mod sees them widened to float32.
+    """
+    graph, leaves = trace_mod(mod)
+    for point in points:
+        tensors = [torch.tensor(x) for x in point]
+        expected = torch.as_tensor(mod(*tensors)).to(torch.float32)
+        actual = evaluate_graph(graph, leaves, *tensors)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual.nan_to_num(123.0), expected.nan_to_num(123.0)) and actual.isnan() == expected.isnan(), (
+            f"at {point}: {actual.item()!r} instead of {expected.item()!r}, by\n{graph.text}"
+        )
 
 
 # --- Families of mods -------------------------------------------------------------------------------------------------

@@ -1,0 +1,210 @@
+"""What the code of a function reads, and what a type says about its instances: found once, kept by id."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import CodeType, FunctionType, MemberDescriptorType, SimpleNamespace
+from typing import Any, Generic, Protocol
+
+import torch
+
+MAX_ITEMS = 64  # larger containers are data, not parameters of a mod
+MAX_DEPTH = 64  # keeps far away from Python's recursion limit
+MAX_OBJECTS = 1024  # a mod that reaches more has run into some framework's internals
+MAX_CACHED = 4096
+
+_At = tuple[str, Any]  # how a child is reached from its owner: ("cell", "W"), ("attr", "slope"), ("index", 0), ...
+
+
+# --- What the code of a function reads -------------------------------------------------------------------------------
+
+_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
+_PADDING = {"CACHE", "EXTENDED_ARG"}
+_ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
+_REFLECTION = {"getattr()", "vars()", "__dict__", "__getattribute__", "asdict", "asdict()", "astuple", "astuple()"}
+
+
+@dataclass(slots=True)
+class _Code:
+    """Static facts about a code object and the code nested in it.
+
+    Attributes:
+        code: the code object, kept alive because the facts are found by its id.
+        global_names: the globals that it reads.
+        names: attributes that it reads, as `slope`, and variables and attributes of which it uses more than an
+            attribute (calls, indexes or passes them on), as `slope()`.
+        uses_self: whether it uses more than attributes of its first parameter.
+        where: how each closure cell and global is reached.
+    """
+
+    code: CodeType
+    global_names: tuple[str, ...]
+    names: frozenset[str]
+    uses_self: bool
+    where: tuple[_At, ...]
+
+
+def _read_code(code: CodeType) -> _Code:
+    global_names: dict[str, None] = {}  # a dict for its order
+    names: set[str] = set()
+    uses_self = False
+    first = code.co_varnames[0] if code.co_varnames else ""
+    pending, strings = [code], set()
+    while pending:
+        inner = pending.pop()
+        pending += [const for const in inner.co_consts if isinstance(const, CodeType)]
+        strings |= {const for const in inner.co_consts if isinstance(const, str) and const.isidentifier()}
+        steps = [step for step in dis.get_instructions(inner) if step.opname not in _PADDING]
+        for step, after in pairwise(steps):
+            operation, name, bare = step.opname, step.argval, after.opname not in _ATTRIBUTE
+            if operation in _GLOBAL:
+                global_names[name] = None
+            elif operation in _ATTRIBUTE:
+                names.add(name)
+            elif "LOAD" in operation and "DEREF" in operation:
+                uses_self |= bare and name == first
+            else:
+                if "LOAD_FAST" in operation and inner is code and first not in code.co_cellvars:
+                    loaded = name if isinstance(name, tuple) else (name,)
+                    uses_self |= first in loaded[:-1] or (bare and first == loaded[-1])
+                continue
+            if bare:
+                names.add(name + "()")
+    if "getattr()" in names:
+        names |= strings | {f"{name}()" for name in strings}
+    where = [("cell", name) for name in code.co_freevars] + [("global", name) for name in global_names]
+    facts = _Code(code, tuple(global_names), frozenset(names), uses_self, tuple(where))
+    return _remember(_CODES, id(code), facts)
+
+
+@dataclass(slots=True)
+class _View:
+    """A set of `_Code.names`, prepared for looking up attributes."""
+
+    attributes: tuple[str, ...]
+    reflective: bool
+    uses_super: bool
+    uses_class: bool
+
+
+@functools.lru_cache(maxsize=MAX_CACHED)
+def _view(names: frozenset[str]) -> _View:
+    attributes = tuple(sorted(name for name in names if not name.endswith("()")))
+    uses_class = "type()" in names or "__class__" in names
+    return _View(attributes, not names.isdisjoint(_REFLECTION), "super()" in names, uses_class)
+
+
+@functools.lru_cache(maxsize=MAX_CACHED)
+def _union(names: frozenset[str], more: frozenset[str]) -> frozenset[str]:
+    return names | more
+
+
+# --- What a type says about its instances ----------------------------------------------------------------------------
+
+_POINTER = struct.calcsize("P")
+_HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: made by a class statement, and layout
+_SEQUENCES, _DICTS = (tuple, torch.Size, list), (dict, OrderedDict)
+_CONTAINERS = _SEQUENCES + _DICTS
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
+# Methods that neither an operator nor a call inside a mod runs.
+_NOT_OPERATORS = {
+    *_CONSTRUCTORS,
+    *("__del__", "__repr__", "__str__", "__format__", "__init_subclass__", "__class_getitem__", "__subclasshook__"),
+    *("__set_name__", "__setattr__", "__delattr__", "__setitem__", "__delitem__", "__getstate__", "__setstate__"),
+    *("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__", "__replace__", "__getnewargs__", "__dir__"),
+    *("__sizeof__", "__annotate__", "__annotate_func__"),
+}
+_GENERATED = {"__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"}  # by dataclasses: they name all fields
+
+
+@dataclass(slots=True)
+class _Type:
+    """Static facts about a class; what its attributes *are* is looked up in `dicts` at every walk.
+
+    Attributes:
+        lineage: the `__mro__` that the facts were read from.
+        dicts: live namespaces of the classes in which named attributes are looked up.
+        getters: `__getattr__` and `__getattribute__`, which run when an attribute is read.
+        operators: methods that syntax alone reaches: `__call__`, `__getitem__`, ..., and `forward` of a module.
+        solid: the built-in class that determines the layout.
+        has_dict: whether instances have a `__dict__`.
+        is_module: whether it is an `nn.Module`.
+        dynamic: whether named attributes may not tell everything, so that instances count by identity.
+        complete: whether an instance is its `__dict__`, slots and items, so that it can be copied.
+    """
+
+    lineage: tuple[type, ...]
+    dicts: tuple[Mapping[str, Any], ...]
+    getters: tuple[str, ...]
+    operators: tuple[str, ...]
+    solid: Any
+    has_dict: bool
+    is_module: bool
+    dynamic: bool
+    complete: bool
+
+
+def _read_type(kind: type) -> _Type:
+    mro = kind.__mro__
+    library = (torch.nn.Module, Generic, Protocol)  # their methods read nothing of the user's that is not walked
+    dicts = [vars(base) for base in mro if base.__flags__ & _HEAP and base not in library]
+    solid: type = next(base for base in mro if not base.__flags__ & _HEAP and base is not Generic)
+    is_module = issubclass(kind, torch.nn.Module)
+    operators = {"forward"} if is_module else set()
+    for namespace in dicts:
+        skipped = _NOT_OPERATORS | (_GENERATED if "__dataclass_fields__" in namespace else set())
+        named = [name for name, value in namespace.items() if isinstance(_plain(value), FunctionType)]
+        operators |= {name for name in named if name.startswith("__") and name.endswith("__")} - skipped
+    slots = sum(isinstance(value, MemberDescriptorType) for namespace in dicts for value in namespace.values())
+    in_dict = bool(kind.__dictoffset__) and not solid.__dictoffset__ and not kind.__flags__ & _MANAGED_DICT
+    weak = bool(kind.__weakrefoffset__) and not solid.__weakrefoffset__ and not kind.__flags__ & _MANAGED_WEAKREF
+    # Bytes that neither slots nor a `__dict__` explain are state that only C code can see.
+    hidden = kind.__basicsize__ - solid.__basicsize__ - _POINTER * (slots + in_dict + weak)
+    getters = sorted(operators & {"__getattr__", "__getattribute__"})
+    transparent = solid in (object, SimpleNamespace, *_CONTAINERS) and hidden <= 0
+    facts = _Type(
+        lineage=mro,
+        dicts=tuple(dicts),
+        getters=tuple(getters),
+        operators=tuple(sorted(operators)),
+        solid=solid,
+        has_dict=bool(kind.__dictoffset__),
+        is_module=is_module,
+        dynamic=not transparent or bool(getters),
+        complete=transparent and not hasattr(kind, "__del__"),  # a copy would be finalised, too
+    )
+    return _remember(_TYPES, kind, facts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a class attribute is data or takes `self`, not a static or class method or a descriptor of the user's."""
+    return isinstance(value, (FunctionType, property, functools.cached_property)) or not hasattr(type(value), "__get__")
+
+
+def _plain(value: Any) -> Any:
+    """Returns what runs when a class attribute is read: the function in a property, static or class method."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, (staticmethod, classmethod)):
+        return value.__func__
+    return value.func if isinstance(value, functools.cached_property) else value
+
+
+_CODES: dict[int, _Code] = {}
+_TYPES: dict[type, _Type] = {}
+_DESCRIBE: dict[type, Callable] = {}  # how values of a type are described
+
+
+def _remember(cache: dict, key: Any, facts: Any) -> Any:
+    if len(cache) >= MAX_CACHED:  # classes and code made in a loop: start over, the facts are cheap to find again
+        cache.clear()
+    cache[key] = facts
+    return facts
