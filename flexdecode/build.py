@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .graph import Node, Source, const, topological
-from .ops import CONSTANT_SECOND, INT_LIMITS, OPS, operand_dtypes
+from .ops import CONSTANT_SECOND, HALF, INT_LIMITS, OPS, operand_dtypes
 
 _EXCHANGED = {"gt": "lt", "ge": "le", "greater": "lt", "greater_equal": "le"}
 _ON_BOOLS = {
@@ -94,23 +94,36 @@ def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
 
 
 def cast(node: Node, dtype: torch.dtype) -> Node:
-    """Converts a node; a conversion between equal types is no node."""
+    """Converts a node; a conversion between equal types is no node.
+
+    A Python number joins arithmetic in a half type unrounded, as in PyTorch: the result stays weak, and means that.
+    """
     if node.dtype == dtype:
         return node
+    unrounded = node.weak and dtype in HALF
     if node.is_const:
         if dtype.is_floating_point and node.weak:
-            # A Python number joins float arithmetic at full precision; rounding happens where it is used.
-            return const(float(node.attr), dtype)
+            return Node("const", (), dtype, float(node.attr), weak=unrounded)
         return const(torch.tensor(node.attr, dtype=None if node.weak else node.dtype).to(dtype).item(), dtype)
     if dtype == torch.bool:
         return Node("ne", (node, const(0, node.dtype)), torch.bool)
-    return Node("cast", (node,), dtype)
+    return Node("cast", (node,), dtype, weak=unrounded)
+
+
+def strong(node: Node) -> Node:
+    """Makes a tensor of a Python number."""
+    if not node.weak:
+        return node
+    if node.is_const and node.dtype in HALF:
+        return const(torch.tensor(node.attr, dtype=node.dtype).item(), node.dtype)
+    return Node(node.op, node.args, node.dtype, node.attr)
 
 
 def remake(node: Node, args: tuple[Node, ...]) -> Node:
     """Builds `node` again from other operands, folding what has become constant."""
     if node.op == "cast":
-        return cast(args[0], node.dtype)
+        again = cast(args[0], node.dtype)
+        return again if node.weak else strong(again)
     if node.op in OPS:
         return make(node.op, *args)
     return Node(node.op, args, node.dtype, node.attr, node.weak)

@@ -127,7 +127,7 @@ class _Evaluation:
         if node.op == "load":
             return self._load(node, args)
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
-        return value.to(node.dtype).to(dtype)
+        return value.to(dtype) if node.weak else value.to(node.dtype).to(dtype)
 
     def _number(self, node: Node) -> int | float | torch.Tensor:
         source = self.graph.numbers[node.attr]

@@ -11,13 +11,13 @@ bound says nothing. What cannot be solved is live everywhere and full nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .analyze import MAX_KV_LEN, Facts
+from .analyze import Facts
 from .build import make
 from .graph import Node, const
 from .ops import INT_LIMITS
@@ -149,22 +149,31 @@ def _complement(region: Region, reduce: _Reduce) -> Region:
 
 @dataclass(frozen=True)
 class _Form:
-    """`constant + sum(coefficient * node)`, over the integers."""
+    """`constant + sum(coefficient * node)`, over the integers while every one of `guards` is small.
+
+    A guard stays when its term cancels: in `q + kv < q` the sum on the left may overflow, though the difference cannot.
+    """
 
     constant: int
     terms: dict[Node, int]
+    guards: tuple[Node, ...] = ()
 
     def plus(self, other: _Form, factor: int = 1) -> _Form:
         terms = dict(self.terms)
         for node, coefficient in other.terms.items():
             terms[node] = terms.get(node, 0) + factor * coefficient
-        return _Form(self.constant + factor * other.constant, {n: c for n, c in terms.items() if c})
+        kept = {n: c for n, c in terms.items() if c}
+        return _Form(self.constant + factor * other.constant, kept, _union(self.guards, other.guards))
 
     def times(self, factor: int) -> _Form:
         return _Form(0, {}).plus(self, factor)
 
-    def without(self, node: Node) -> _Form:
-        return _Form(self.constant, {n: c for n, c in self.terms.items() if n != node})
+    def without(self, *nodes: Node) -> _Form:
+        return _Form(self.constant, {n: c for n, c in self.terms.items() if n not in nodes}, self.guards)
+
+
+def _union(*guards: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(dict.fromkeys(node for some in guards for node in some))
 
 
 def _integer(value: int) -> Node:
@@ -180,6 +189,8 @@ class _Solver:
         self.facts = facts
         self.cases = 0
         self.known: dict[Node, Extent] = {}
+        self.forms: dict[Node, _Form] = {}
+        self.reaches: dict[Node, tuple[int, tuple[Node, ...]]] = {}
 
     def extent(self, node: Node) -> Extent:
         """Extent of a bool node."""
@@ -246,10 +257,14 @@ class _Solver:
 
     def _linear(self, node: Node) -> _Form:
         """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
-        form = self._apart(node)
-        taken_apart = node in self.facts.on_kv and node not in form.terms
-        if taken_apart and (self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node)):
-            raise _Unsolved
+        form = self.forms.get(node)
+        if form is None:
+            form = self._apart(node)
+            if node in self.facts.on_kv and node not in form.terms:
+                if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
+                    raise _Unsolved
+                form = _Form(form.constant, form.terms, self._guards(form))
+            self.forms[node] = form
         return form
 
     def _proven(self, node: Node) -> bool:
@@ -259,11 +274,11 @@ class _Solver:
         return limits[0] < low and high < limits[1]
 
     def _apart(self, node: Node) -> _Form:
-        whole = _Form(0, {node: 1})
         if node.is_const:
             return _Form(int(node.attr), {})
+        whole = _Form(0, {node: 1})
         if node not in self.facts.on_kv:
-            return whole
+            return _Form(0, {node: 1}, self._reach(node)[1])
         args = node.args
         if node.op == "add":
             return self._linear(args[0]).plus(self._linear(args[1]))
@@ -297,22 +312,31 @@ class _Solver:
             return self._linear(dividend).plus(_Form(0, {quotient: 1}), -by)
         return None
 
-    def _magnitude(self, node: Node) -> int:
-        """A bound of |node|, under the guards."""
-        if node.is_const:
-            return abs(int(node.attr))
-        if node in self.facts.ranges and max(map(abs, self.facts.ranges[node])) <= LIMIT:
-            return max(map(abs, self.facts.ranges[node]))
+    def _reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
+        """A bound of |node|, and the values that must be small for it to hold."""
+        found = self.reaches.get(node)
+        if found is None:
+            found = self.reaches[node] = self._find_reach(node)
+        return found
+
+    def _find_reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
+        known = abs(int(node.attr)) if node.is_const else max(map(abs, self.facts.ranges.get(node, (FAR, FAR))))
+        if node.is_const or known <= LIMIT:
+            return known, ()
         if not self._on_kv(node):
-            return LIMIT
-        if node.op == "index":
-            return MAX_KV_LEN
+            return LIMIT, (node,)
         if node.op in ("maximum", "minimum", "abs", "floor_divide", "where"):
-            return max(self._size(self._linear(a)) for a in node.args if a.dtype != torch.bool)
+            forms = [self._linear(a) for a in node.args if a.dtype != torch.bool]
+            return max(map(self._size, forms)), _union(*map(self._guards, forms))
         raise _Unsolved
 
     def _size(self, form: _Form) -> int:
-        return abs(form.constant) + sum(abs(c) * self._magnitude(n) for n, c in form.terms.items())
+        """A bound of |form|, under its guards."""
+        return abs(form.constant) + sum(abs(c) * self._reach(n)[0] for n, c in form.terms.items())
+
+    def _guards(self, form: _Form) -> tuple[Node, ...]:
+        """What must be small for the form to be within its size; also what its min, max and quotients hold."""
+        return _union(form.guards, *(self._reach(n)[1] for n in form.terms))
 
     def _on_kv(self, node: Node) -> bool:
         """Also of nodes made here, which the facts do not list."""
@@ -333,7 +357,7 @@ class _Solver:
             if cases is not None:
                 return cases
         if not bent:
-            return self._bound(form, _integer(0), [])
+            return self._bound(form, _integer(0))
         if any(node.op != "floor_divide" or not node.args[1].is_const or node.args[1].attr <= 0 for node in bent):
             raise _Unsolved
         coefficient_of_kv = sum(c for n, c in form.terms.items() if n.op == "index" and n.attr == "kv_idx")
@@ -363,22 +387,21 @@ class _Solver:
     def _quotient(self, node: Node, c: int, rest: _Form) -> Extent:
         """`c * (x // d) + rest < 0`: `x // d < e` is `x < d * e`, and `x // d >= e` is `x >= d * e`."""
         inner, d = self._linear(node.args[0]), int(node.args[1].attr)
-        whole, guards = self._sum(rest)
-        quotient = make("floor_divide", whole, _integer(abs(c)))
+        quotient = make("floor_divide", self._sum(rest), _integer(abs(c)))
         # c > 0: x // d < ceil(-rest / c).  c < 0: x // d >= floor(rest / -c) + 1.
         edge = make("neg", quotient) if c > 0 else make("add", quotient, _integer(1))
         if self._size(rest) // abs(c) + 1 >= _EXACT // (4 * d):
             raise _Unsolved
         product = make("mul", edge, _integer(d))
         form = inner if c > 0 else inner.times(-1).plus(_Form(-1, {}))
-        return self._bound(form, product if c < 0 else make("neg", product), guards)
+        return _guarded(self._bound(form, product if c < 0 else make("neg", product)), rest.guards)
 
     def _relaxed(self, form: _Form, bent: list[Node], lower: bool) -> _Form:
         """A multiple of a form below (or above) `form`, without `//`: x // d is between (x - d + 1) / d and x / d."""
         scale = 1
         for node in bent:
             scale *= int(node.args[1].attr)
-        result = _Form(form.constant, {n: c for n, c in form.terms.items() if n not in bent}).times(scale)
+        result = form.without(*bent).times(scale)
         for node in bent:
             c, d = form.terms[node], int(node.args[1].attr)
             inner = self._linear(node.args[0])
@@ -387,19 +410,15 @@ class _Solver:
             result = result.plus(inner, c * (scale // d))
         return result
 
-    def _bound(self, form: _Form, extra: Node, guards: list[Node]) -> Extent:
+    def _bound(self, form: _Form, extra: Node) -> Extent:
         """Extent of `form + extra < 0`, where `extra` does not depend on kv_idx."""
         if any(self._on_kv(n) and n.op != "index" for n in form.terms):
             if extra.is_const:
                 return self._negative(form.plus(_Form(int(extra.attr), {})))
-            # `extra` joins the form as one term; it is within the guards' reach, as its caller has checked.
-            self.facts.ranges[extra] = (-LIMIT, LIMIT)
-            guards = [*guards, extra]
-            return _guarded(self._negative(form.plus(_Form(0, {extra: 1}))), guards)
+            return self._negative(form.plus(_Form(0, {extra: 1}, (extra,))))
         kv = [n for n in form.terms if n.op == "index" and n.attr == "kv_idx"]
         a = form.terms[kv[0]] if kv else 0
-        rest, more = self._sum(form.without(kv[0]) if kv else form)
-        rest = make("add", rest, extra)
+        rest = make("add", self._sum(form.without(*kv)), extra)
         if a == 0:
             found = _when(make("lt", rest, _integer(0)))
         else:
@@ -408,19 +427,15 @@ class _Solver:
                 found = _exactly(Interval(None, make("neg", quotient)))
             else:  # kv > rest / -a
                 found = _exactly(Interval(make("add", quotient, _integer(1)), None))
-        return _guarded(found, [*guards, *more])
+        return _guarded(found, form.guards)
 
-    def _sum(self, form: _Form) -> tuple[Node, list[Node]]:
-        """A form without kv_idx as a node, and the values in it that need a guard."""
+    def _sum(self, form: _Form) -> Node:
+        """A form without kv_idx as a node."""
         total = _integer(form.constant)
-        guards = []
         for node, coefficient in form.terms.items():
             value = node if node.dtype == torch.int64 else Node("cast", (node,), torch.int64)
             total = make("add", total, value if coefficient == 1 else make("mul", value, _integer(coefficient)))
-            known = self.facts.ranges.get(node)
-            if known is None or max(map(abs, known)) > LIMIT:
-                guards.append(value)
-        return total, guards
+        return total
 
 
 def _exactly(interval: Interval) -> Extent:
@@ -434,7 +449,7 @@ def _when(condition: Node) -> Extent:
     return _exactly(Interval(make("where", condition, _integer(-FAR), _integer(FAR)), None))
 
 
-def _guarded(extent: Extent, guards: list[Node]) -> Extent:
+def _guarded(extent: Extent, guards: Sequence[Node]) -> Extent:
     """The extent while every guarded value is small; else nothing is known."""
     if not guards:
         return extent

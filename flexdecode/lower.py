@@ -239,7 +239,8 @@ class _Writer:
         (source,) = node.args
         name = self.names[source]
         if node.dtype in HALF:  # by way of float32, as in PyTorch; Triton's interpreter has no other way to bfloat16
-            return f"{self._as(source, 'tl.float32')}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
+            text = self._as(source, "tl.float32")
+            return text if node.weak else f"{text}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
         if node.dtype == torch.int64 and source.dtype.is_floating_point:
             return f"{name}.to(tl.int64)"

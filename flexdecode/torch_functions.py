@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .build import cast, make, sources
+from .build import cast, make, sources, strong
 from .errors import TraceError, UnsupportedOpError, at_user_line
 from .graph import Node, const
 from .ops import CONSTANT_SECOND, DTYPES, OPS
@@ -350,11 +350,7 @@ def _logsigmoid(context: TraceContext, x: Any) -> Symbol:
 def _as_dtype(context: TraceContext, x: Symbol, dtype: torch.dtype) -> Symbol:
     if dtype not in DTYPES:
         _refuse(context, f"Tensor.to({dtype})")
-    return _broadcast(context, lambda node: _strong(cast(node, dtype)), x)
-
-
-def _strong(node: Node) -> Node:
-    return Node(node.op, node.args, node.dtype, node.attr) if node.weak else node
+    return _broadcast(context, lambda node: strong(cast(node, dtype)), x)
 
 
 for _name, _dtype in {
@@ -412,17 +408,21 @@ def _len(context: TraceContext, x: Any) -> int:
 # --- Factories --------------------------------------------------------------------------------------------------------
 
 
-@_handles("tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor")
-def _tensor(context: TraceContext, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
-    data = args[-1]
+@_handles("tensor", "as_tensor", "asarray", "scalar_tensor")
+def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Symbol:
     if isinstance(data, (Symbol, torch.Tensor)):
         x = context.symbol(data)
         return _as_dtype(context, x, dtype or x.dtype)
     if isinstance(data, (bool, int, float)):
         x = context.symbol(data)
-        return context.scalar(_strong(x.node if dtype is None else cast(x.node, dtype)))
+        return context.scalar(strong(x.node if dtype is None else cast(x.node, dtype)))
     _check_data(data)
     return context.freeze(torch.tensor(data, dtype=dtype))
+
+
+@_handles("new_tensor")
+def _new_tensor(context: TraceContext, x: Any, data: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+    return _tensor(context, data, dtype or x.dtype)
 
 
 def _check_data(data: Any) -> None:
@@ -436,7 +436,7 @@ def _check_data(data: Any) -> None:
 def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     sizes = tuple(context.symbol(n).node for n in shape)
     x = context.symbol(value)
-    node = _strong(x.node if dtype is None else cast(x.node, dtype))
+    node = strong(x.node if dtype is None else cast(x.node, dtype))
     return Symbol(context, sizes, lambda _: node, node.dtype)
 
 
@@ -462,7 +462,7 @@ _HANDLERS |= {
 def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     x = context.symbol(x)
     node = cast(context.symbol(value).node, dtype or x.dtype)
-    return Symbol(context, x.sizes, lambda _: _strong(node), node.dtype)
+    return Symbol(context, x.sizes, lambda _: strong(node), node.dtype)
 
 
 @_handles("arange")

@@ -162,8 +162,8 @@ POINTS = [
 ]
 
 
-def assert_same_as_pytorch(mod, points=POINTS):
-    """Asserts that the graph of a score_mod gives what the mod itself gives on 0-d tensors, to the last bit.
+def assert_same_as_pytorch(mod, points=POINTS, rtol=0.0):
+    """Asserts that the graph of a score_mod gives what the mod itself gives on 0-d tensors, by default to the last bit.
 
     Captured half-precision tensors are no subject here: a mod sees them widened to float32.
     """
@@ -173,7 +173,7 @@ def assert_same_as_pytorch(mod, points=POINTS):
         expected = torch.as_tensor(mod(*tensors)).to(torch.float32)
         actual = evaluate_graph(graph, leaves, *tensors)
         assert actual.dtype == torch.float32
-        assert torch.equal(actual.nan_to_num(123.0), expected.nan_to_num(123.0)) and actual.isnan() == expected.isnan(), (
+        assert torch.isclose(actual, expected, rtol=rtol, atol=0.0, equal_nan=True), (
             f"at {point}: {actual.item()!r} instead of {expected.item()!r}, by\n{graph.text}"
         )
 

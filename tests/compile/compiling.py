@@ -1,15 +1,17 @@
 """Compiles what a call would launch on a device that is not there."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import triton
 
-from flexdecode import compiled, plan
+from flexdecode import DecodeOptions, compiled, plan
 from flexdecode.identity import identify
 from flexdecode.kernel import KernelSpec, compile_pass
 from flexdecode.schedule import DeviceFacts
@@ -20,6 +22,11 @@ DEVICES = {
     "sm_100": DeviceFacts("cuda", 100, num_sms=148, shared_memory=227 * 1024),
     "gfx942": DeviceFacts("hip", "gfx942", num_sms=304, shared_memory=64 * 1024),
 }
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FULL = os.environ.get("FLEXDECODE_FULL") == "1"  # the whole cross product in place of a covering part of it
+
+
+_compiled = {}  # what this process compiled already
 
 
 class Compiled(NamedTuple):
@@ -32,11 +39,11 @@ class Compiled(NamedTuple):
 
     @property
     def passes(self):
-        return [x for x in (self.split, self.combine) if x is not None]
+        return [kernel for kernel in (self.split, self.combine) if kernel is not None]
 
 
 def meta_inputs(B, Hq, Hkv, Q, N, D, Dv=None, dtype=torch.float16, layout="bhnd"):
-    """Tensors of any size without memory, hence aligned."""
+    """Query, key and value of any size: they take no memory, and count as aligned."""
 
     def make(H, length, width):
         if layout == "bnhd":
@@ -46,33 +53,45 @@ def meta_inputs(B, Hq, Hkv, Q, N, D, Dv=None, dtype=torch.float16, layout="bhnd"
     return make(Hq, Q, D), make(Hkv, N, D), make(Hkv, N, D if Dv is None else Dv)
 
 
+def meta_lengths(B, dtype=torch.int32):
+    return torch.empty(B, dtype=dtype, device="meta")
+
+
 def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None, **arguments):
     """Prepares a call as `flex_decode` does, for a device of `DEVICES`, and compiles its kernels."""
     found = {}
 
     def compile_only(kernel, module, spec, combine):
-        found[combine] = compile_pass(module, spec, kernel.facts, combine)
-        found["spec"], found["path"] = spec, kernel.path
+        key = kernel.path, spec, kernel.facts, combine
+        if key not in _compiled:
+            _compiled[key] = compile_pass(module, spec, kernel.facts, combine)
+        found["spec"], found["path"], found[combine] = spec, kernel.path, _compiled[key]
 
     compiled.forget_kernels()
-    given = dict.fromkeys(("kv_lens", "q_offset", "scale", "out"), None) | {"return_lse": True} | arguments
-    options = plan.DecodeOptions(backend="triton") if options is None else options
+    given = dict.fromkeys(("kv_lens", "q_offset", "scale", "out")) | {"return_lse": True} | arguments
     with (
         mock.patch.object(plan, "device_facts", lambda _: DEVICES[device]),
         mock.patch.object(compiled.Kernel, "_pass", compile_only),
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
-        plan.prepare(*inputs, *mods, **given, options=options)
+        plan.prepare(*inputs, *mods, **given, options=options or DecodeOptions(backend="triton"))
     return Compiled(found["spec"], found["path"], found[False], found.get(True))
 
 
 def resources(kernel):
-    """Registers per thread, and bytes of local memory (spills and stack) per thread."""
+    """Registers of a thread, and bytes of local memory (spills and stack) of a thread."""
     if "amdgcn" in kernel.asm:
-        count = {key: int(n) for key, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
-        return count["vgpr_count"], 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
+        count = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"])}
+        return count["vgpr_count"], count["private_segment_fixed_size"]
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = Path(kernel.metadata_group[f"{kernel.name}.cubin"])
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump beside its compiler")
+    cubin = kernel.metadata_group[f"{kernel.name}.cubin"]
     report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     count = {key: int(n) for key, n in re.findall(r"\b([A-Z]+):(\d+)", report)}
     return count["REG"], count["STACK"] + count["LOCAL"]
+
+
+def assembly(kernel):
+    """The text nearest to the machine that Triton keeps."""
+    return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else kernel.asm["ptx"]

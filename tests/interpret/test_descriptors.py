@@ -1,4 +1,4 @@
-"""KV loads through tensor descriptors, which the interpreter has too: where each head lies, and what is read past it."""
+"""KV loads through tensor descriptors, which the interpreter has too: where a head lies, and what is read past it."""
 
 import pytest
 import torch

@@ -84,15 +84,14 @@ SOLVED = [
 def test_dead_blocks_are_not_read(mods, num_queries):
     """NaN in all blocks where no row of the tile attends leaves no trace; a read would, because 0 * NaN is NaN."""
     query, key, value = make_inputs(B, HQ, HKV, num_queries, N, D)
-    made = (make(B, HQ, N, num_queries, "cpu") for make in (mods.make_score_mod, mods.make_mask_mod))
-    score_mod, mask_mod = made
+    score_mod, mask_mod = (make(B, HQ, N, num_queries, "cpu") for make in (mods.make_score_mod, mods.make_mask_mod))
     q_offset = 60
     grid = torch.arange(B), torch.arange(HQ), q_offset + torch.arange(num_queries), torch.arange(N)
     if mask_mod is None:
         live = evaluate_mod(score_mod, grid, torch.zeros(B, HQ, num_queries, N)) > -torch.inf
     else:
         live = evaluate_mod(mask_mod, grid)
-    live = live.view(B, HKV, -1, N).any(dim=2)
+    live = live.reshape(B, HKV, -1, N).any(dim=2)
     blocks = torch.nn.functional.pad(live, (0, -N % BLOCK_N)).unflatten(-1, (-1, BLOCK_N)).any(-1)
     assert not blocks.all(), "this mask has no dead block"
 

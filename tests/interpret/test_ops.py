@@ -123,7 +123,7 @@ def test_logic_of_a_scalar_condition():
     scale = torch.tensor([0.5])
     row = torch.arange(5) % 2 == 0
     for limit in (0.4, 0.6):
-        on = torch.tensor(0.5 > limit)
+        on = torch.tensor(limit < 0.5)
         check(lambda i, zero: (scale[0] > limit) & (i % 2 == 0), on & row)
         check(lambda i, zero: ((i + zero) % 2 == 0) | (scale[0] > limit), row | on)
         check(lambda i, zero: ((i + zero) % 2 == 0) ^ scale[0].isfinite() ^ (limit < scale[0]), row ^ True ^ on)
@@ -133,9 +133,9 @@ def test_logic_of_a_scalar_condition():
 @pytest.mark.parametrize("dtypes", [(torch.int64, torch.int64), (torch.int32, torch.int64), (torch.int8, torch.int32)])
 def test_binary_of_integers(name, dtypes):
     function = getattr(torch, name)
-    no_zero = name in ("floor_divide", "remainder", "fmod", "div")
-    a, b = (x.to(dtype) for x, dtype in zip(pairs(INTEGERS, INTEGERS[1:] if no_zero else INTEGERS), dtypes, strict=True))
-    b = torch.where(b == 0, 3, b) if no_zero else b  # 0 again, after the conversion
+    a, b = (x.to(dtype) for x, dtype in zip(pairs(INTEGERS, INTEGERS), dtypes, strict=True))
+    if name in ("floor_divide", "remainder", "fmod"):
+        b = torch.where(b == 0, 3, b)  # where PyTorch raises
     check(mod_of(function, a, b), function(a, b))
 
 
@@ -183,6 +183,22 @@ def test_where():
     check(mod_of(torch.where, condition, FLOATS, -2.0 * FLOATS), torch.where(condition, FLOATS, -2.0 * FLOATS))
     check(lambda i, zero: torch.where(condition[i], 1, 2.5), torch.where(condition, 1.0, 2.5))
     check(lambda i, zero: torch.where(condition[i + zero], INTEGERS[0], i), torch.where(condition, 0, torch.arange(19)))
+
+
+@pytest.mark.parametrize("name", ["floor_divide", "remainder", "fmod"])
+def test_an_integer_divided_by_zero_gives_zero(name):
+    """PyTorch raises on a CPU; positions that do not attend must be free to divide by zero."""
+    zeros = torch.zeros_like(INTEGERS)
+    check(mod_of(getattr(torch, name), INTEGERS, zeros), zeros)
+
+
+@pytest.mark.parametrize("name", ["bitwise_left_shift", "bitwise_right_shift"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_shifts_by_any_amount(name, dtype):
+    function = getattr(torch, name)
+    a, b = pairs(torch.tensor([0, 1, 5, 100]), torch.tensor([0, 1, 7, 8, 31, 32, 63, 64, 100]))
+    a, b = a.to(dtype), b.to(dtype)
+    check(mod_of(function, a, b), function(a, b))
 
 
 # --- Functions made of several rows -----------------------------------------------------------------------------------

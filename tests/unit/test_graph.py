@@ -18,7 +18,7 @@ def load(leaf, *indices, dtype=torch.float32):
 
 
 def build(output, types=None, frozen=()):
-    types = {leaf: (torch.float32, 1) for leaf in range(-3, 9)} if types is None else types
+    types = dict.fromkeys(range(-3, 9), (torch.float32, 1)) if types is None else types
     return Graph.build(output, types, list(frozen))
 
 

@@ -1,0 +1,230 @@
+"""Simplifies intervals with integer bounds and writes them as text.
+
+The algebra is sympy's. It takes a third of a second to import, so that is left until a text is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .graph import INDEX_NAMES, Node
+from .intervals import FAR, LIMIT
+
+_SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
+
+
+class Parts(NamedTuple):
+    """The interval `max(0, *los) <= kv < min(kv_len, *his)`, which is there if every condition holds.
+
+    Attributes:
+        los, his: integer nodes, without overflow guards; beyond +-FAR is no bound.
+        conditions: bool nodes, each with the value that it must have.
+    """
+
+    los: list[Node]
+    his: list[Node]
+    conditions: list[tuple[Node, bool]]
+
+
+class _Span(NamedTuple):
+    lo: Any
+    hi: Any
+    conditions: tuple[str, ...]
+
+
+def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node], str]) -> list[str]:
+    """Writes intervals as `kv in [lo, hi) if condition`, without those that are empty or inside of another one.
+
+    Args:
+        parts: the intervals.
+        opaque: text of a node that this algebra does not take apart.
+    """
+    algebra = _Algebra(opaque)
+    spans: list[_Span] = []
+    for span in filter(None, map(algebra.span, parts)):
+        if not any(algebra.holds(other, span) for other in spans):
+            spans = [other for other in spans if not algebra.holds(span, other)] + [span]
+    texts = []
+    for lo, hi, conditions in spans:
+        when = f" if {' and '.join(conditions)}" if conditions else ""
+        texts.append((lo != 0, f"kv in [{algebra.text(lo)}, {algebra.text(hi)}){when}"))
+    return [text for _, text in sorted(texts)]
+
+
+class _Algebra:
+    def __init__(self, opaque: Callable[[Node], str]) -> None:
+        import sympy
+
+        self.sympy = sympy
+        self.opaque = opaque
+
+    def span(self, parts: Parts) -> _Span | None:
+        """An interval in expressions; None if it is surely empty."""
+        lo = self._extreme("Max", [self.sympy.Integer(0), *map(self.convert, parts.los)])
+        hi = self._extreme("Min", [self.sympy.oo, *map(self.convert, parts.his)])
+        conditions = [self._condition(*condition) for condition in parts.conditions]
+        if "" in conditions or self._at_most(hi, lo):
+            return None
+        return _Span(lo, hi, tuple(dict.fromkeys(c for c in conditions if c)))
+
+    def holds(self, outer: _Span, inner: _Span) -> bool:
+        """Whether one interval is surely inside of another."""
+        always = set(outer.conditions) <= set(inner.conditions)
+        return always and self._at_most(outer.lo, inner.lo) and self._at_most(inner.hi, outer.hi)
+
+    # --- Nodes to expressions -----------------------------------------------------------------------------------------
+
+    def convert(self, node: Node) -> Any:
+        """The expression of an integer node; what is no arithmetic becomes a symbol with its text as the name."""
+        s = self.sympy
+        if node.is_const:
+            return s.oo * (1 if node.attr > 0 else -1) if abs(node.attr) >= FAR else s.Integer(int(node.attr))
+        if node.op == "where":
+            condition, a, b = node.args
+            chosen = f"({self.text(self.convert(a))} if {self.opaque(condition)} else {self.text(self.convert(b))})"
+            return s.Symbol(chosen, integer=True)
+        if node.op == "cast" and _is_integer(node.args[0]):
+            return self.convert(node.args[0])
+        if node.op in ("add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"):
+            args = [self.convert(a) for a in node.args]
+            if node.op not in ("floor_divide", "remainder") or args[1] != 0:
+                return self._apply(node.op, args)
+        return s.Symbol(self.opaque(node), integer=True)
+
+    def _apply(self, op: str, args: list[Any]) -> Any:
+        s = self.sympy
+        if op in ("maximum", "minimum"):
+            return self._extreme("Max" if op == "maximum" else "Min", args)
+        if op == "floor_divide":
+            return s.floor(args[0] / args[1])
+        if op in ("remainder", "abs"):
+            return s.Mod(*args) if op == "remainder" else s.Abs(*args)
+        value = s.expand({"add": s.Add, "sub": lambda a, b: a - b, "mul": s.Mul, "neg": lambda a: -a}[op](*args))
+        number, rest = value.as_coeff_Add()
+        if abs(number) >= LIMIT // 2 and all(symbol.name in INDEX_NAMES for symbol in rest.free_symbols):
+            return s.oo * number  # no position comes near: a window of sys.maxsize
+        return value
+
+    # --- Simplification -----------------------------------------------------------------------------------------------
+
+    def _extreme(self, kind: str, values: list[Any]) -> Any:
+        """Max or Min, without the values that another one makes needless."""
+        kept = list(dict.fromkeys(values))
+        for value in list(kept):
+            others = [v for v in kept if v != value]
+            if any(self._at_most(*((value, other) if kind == "Max" else (other, value))) for other in others):
+                kept = others
+        return getattr(self.sympy, kind)(*kept)
+
+    def _at_most(self, a: Any, b: Any) -> bool:
+        """Whether a <= b whatever the symbols are, as far as constants and `d * (x // d) = x - x % d` show it."""
+        s = self.sympy
+        if isinstance(a, s.Max) or isinstance(b, s.Min):
+            return all(self._at_most(x, y) for x in _operands(a, s.Max) for y in _operands(b, s.Min))
+        if isinstance(a, s.Min) or isinstance(b, s.Max):
+            return any(self._at_most(x, y) for x in _operands(a, s.Min) for y in _operands(b, s.Max))
+        if a in (s.oo, -s.oo) or b in (s.oo, -s.oo):
+            return bool(a == -s.oo or b == s.oo)
+        least = s.Integer(0)
+        for term in s.Add.make_args(s.expand((b - a).replace(s.floor, self._by_remainder))):
+            coefficient, rest = term.as_coeff_Mul()
+            if rest == 1:
+                least += coefficient
+            elif isinstance(rest, s.Mod) and rest.args[1].is_positive:
+                least += min(s.Integer(0), coefficient) * (rest.args[1] - 1)
+            else:
+                return False
+        return bool(least >= 0)
+
+    def _by_remainder(self, quotient: Any) -> Any:
+        dividend, divisor = self._fraction(quotient)
+        return (dividend - self.sympy.Mod(dividend, divisor)) / divisor
+
+    def _fraction(self, quotient: Any) -> tuple[Any, Any]:
+        numerator, denominator = self.sympy.together(quotient).as_numer_denom()
+        return self.sympy.expand(numerator), denominator
+
+    def _condition(self, node: Node, wanted: bool) -> str | None:
+        """A condition as text: None if it always holds, empty if it never does."""
+        if node.op not in ("lt", "le") or not all(map(_is_integer, node.args)):
+            text = self.opaque(node)
+            return text if wanted else f"not ({text})"
+        s = self.sympy
+        a, b = map(self.convert, node.args if wanted else node.args[::-1])
+        if (node.op == "lt") == wanted:
+            a = a + 1
+        if self._at_most(a, b) or self._at_most(b + 1, a):
+            return None if self._at_most(a, b) else ""
+        number, rest = s.expand(b - a).as_coeff_Add()
+        factor, rest = rest.as_content_primitive()
+        number = s.floor(number / factor)
+        terms = s.Add.make_args(s.expand(rest))
+        less = [-t for t in terms if t.as_coeff_Mul()[0] < 0]
+        more = [t for t in terms if t.as_coeff_Mul()[0] > 0]
+        strict = number < 0  # `a < b` reads better than `a <= b - 1`
+        (more if number + strict > 0 else less).append(abs(number + strict))
+        return f"{self.text(s.Add(*less))} {'<' if strict else '<='} {self.text(s.Add(*more))}"
+
+    # --- Expressions to text ------------------------------------------------------------------------------------------
+
+    def text(self, value: Any, level: int = _SUM) -> str:
+        """An expression in Python's notation; infinities are the ends of the sequence."""
+        text, own = self._write(value)
+        return text if own >= level else f"({text})"
+
+    def _write(self, value: Any) -> tuple[str, int]:
+        s = self.sympy
+        if value in (s.oo, -s.oo):
+            return ("kv_len" if value == s.oo else "0"), _ATOM
+        if isinstance(value, s.Add):
+            return self._sum(value), _SUM
+        if isinstance(value, s.Mul):
+            coefficient, rest = value.as_coeff_Mul()
+            if coefficient == -1 and isinstance(rest, s.floor):  # -x // d would be another number
+                numerator, denominator = self._fraction(-rest.args[0])
+                return f"ceil({self.text(numerator, _PRODUCT)} / {self.text(denominator, _POWER)})", _ATOM
+            if coefficient < 0:
+                return f"-{self.text(-value, _POWER if coefficient == -1 else _PRODUCT)}", _SUM
+            factors = s.Mul.make_args(rest) if coefficient == 1 else (coefficient, *s.Mul.make_args(rest))
+            return " * ".join(self.text(f, _POWER) for f in factors), _PRODUCT
+        if isinstance(value, (s.Max, s.Min)):
+            args = sorted(value.args, key=lambda a: (not a.is_number, *self._reading_order(a)))
+            return f"{type(value).__name__.lower()}({', '.join(map(self.text, args))})", _ATOM
+        if isinstance(value, (s.floor, s.Mod)):
+            sign, pair = ("//", self._fraction(value.args[0])) if isinstance(value, s.floor) else ("%", value.args)
+            return f" {sign} ".join(self.text(x, _POWER) for x in pair), _PRODUCT
+        if isinstance(value, s.Abs):
+            return f"abs({self.text(value.args[0])})", _ATOM
+        if isinstance(value, s.Pow):
+            return " ** ".join(self.text(x, _ATOM) for x in value.args), _POWER
+        return str(value), _ATOM if not value.is_number or value >= 0 else _SUM
+
+    def _sum(self, value: Any) -> str:
+        """Positive terms first, numbers last: `q_idx - window + 1`."""
+        number, rest = value.as_coeff_Add()
+        terms = sorted(self.sympy.Add.make_args(rest), key=self._sum_order)
+        if number != 0:
+            terms.insert(0 if terms[0].as_coeff_Mul()[0] < 0 < number else len(terms), number)
+        text = self.text(terms[0])
+        for term in terms[1:]:
+            negative = term.as_coeff_Mul()[0] < 0
+            text += f" - {self.text(-term, _PRODUCT)}" if negative else f" + {self.text(term, _PRODUCT)}"
+        return text
+
+    def _sum_order(self, term: Any) -> tuple[bool, int, str]:
+        return bool(term.as_coeff_Mul()[0] < 0), *self._reading_order(term)
+
+    def _reading_order(self, value: Any) -> tuple[int, str]:
+        names = {symbol.name for symbol in value.free_symbols}
+        return (0 if names <= set(INDEX_NAMES) else 1), self.text(value)
+
+
+def _is_integer(node: Node) -> bool:
+    return node.dtype != torch.bool and not node.dtype.is_floating_point
+
+
+def _operands(value: Any, kind: Any) -> tuple:
+    return value.args if isinstance(value, kind) else (value,)

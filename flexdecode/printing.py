@@ -1,0 +1,255 @@
+"""Graphs as people write them: a mod in infix form, and the intervals of its live keys.
+
+    (kv_idx <= q_idx) & (q_idx - kv_idx < window)
+    kv in [max(0, q_idx - window + 1), q_idx + 1)
+
+The text of a mod is the mod as it was traced. Bounds are put together by the solver, so they are simplified, and their
+overflow guards are left out: the text of bounds holds for captured integers up to 2**40.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .algebra import Parts, interval_texts
+from .graph import Graph, Node, const, rewrite, topological
+from .intervals import FAR, LIMIT, Region
+from .ops import OPS, operand_dtypes
+
+# How tightly an operator binds, as in Python.
+_COMPARE, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _UNARY, _POWER, _ATOM = range(10)
+_OPERATORS = {
+    "lt": ("<", _COMPARE), "le": ("<=", _COMPARE), "eq": ("==", _COMPARE), "ne": ("!=", _COMPARE),
+    "logical_or": ("|", _OR), "logical_xor": ("^", _XOR), "logical_and": ("&", _AND),
+    "bitwise_or": ("|", _OR), "bitwise_xor": ("^", _XOR), "bitwise_and": ("&", _AND),
+    "bitwise_left_shift": ("<<", _SHIFT), "bitwise_right_shift": (">>", _SHIFT),
+    "add": ("+", _SUM), "sub": ("-", _SUM),
+    "mul": ("*", _PRODUCT), "div": ("/", _PRODUCT), "floor_divide": ("//", _PRODUCT), "remainder": ("%", _PRODUCT),
+    "pow": ("**", _POWER),
+}  # fmt: skip
+_PREFIXES = {"neg": "-", "logical_not": "~", "bitwise_not": "~"}
+_FUNCTIONS = {"maximum": "max", "minimum": "min"}
+_TURNED = {"lt": ">", "le": ">=", "eq": "==", "ne": "!="}
+_LONG = 40  # characters from which a repeated subexpression gets a name
+
+
+class Names(NamedTuple):
+    """What the captures of a graph are called: the number slots, then the tensor slots."""
+
+    numbers: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+def name_captures(graph: Graph, leaf_names: Sequence[str]) -> Names:
+    """Gives each capture the name that its mod has for it, short enough for a formula and different from the others."""
+    taken: dict[str, int] = {}
+    by_leaf: dict[int, str] = {}
+
+    def name(leaf: int) -> str:
+        if leaf < 0:
+            return f"constant_{-1 - leaf}"
+        if leaf not in by_leaf:
+            short = re.sub(r"[^\w.\[\]']+", "_", leaf_names[leaf].partition(" (in ")[0]).strip("_")
+            taken[short] = taken.get(short, 0) + 1
+            by_leaf[leaf] = short if taken[short] == 1 else f"{short}_{taken[short]}"
+        return by_leaf[leaf]
+
+    tensors = tuple(name(leaf) for leaf in graph.tensors)
+    numbers = tuple(name(s.leaf) + (f".shape[{s.dim}]" if s.dim >= 0 else "") for s in graph.numbers)
+    return Names(numbers, tensors)
+
+
+# --- Mods -------------------------------------------------------------------------------------------------------------
+
+
+def formula(output: Node, names: Names) -> str:
+    """A node in infix form; long subexpressions that occur more than once stand in lines before it."""
+    writer = _Infix(names, output)
+    text = writer.text(output.args[0] if output.op == "cast" else output)
+    return "\n".join([*(f"{name} = {value}" for name, value in writer.shared), text])
+
+
+class _Infix:
+    def __init__(self, names: Names, output: Node | None = None) -> None:
+        self.names = names
+        self.shared: list[tuple[str, str]] = []
+        self.done: dict[Node, tuple[str, int]] = {}
+        self.on_score: set[Node] = set()
+        self.on_kv: set[Node] = set()
+        self.uses: dict[Node, int] = {}
+        for node in topological(output) if output is not None else ():
+            for operand in node.args:
+                self.uses[operand] = self.uses.get(operand, 0) + 1
+
+    def text(self, node: Node) -> str:
+        """The text of a node."""
+        for needed in topological(node):
+            if needed in self.done:
+                continue
+            for found, leaf in ((self.on_score, "score"), (self.on_kv, "kv_idx")):
+                if leaf in (needed.op, needed.attr) or not found.isdisjoint(needed.args):
+                    found.add(needed)
+            text, level = self._write(needed)
+            if self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
+                self.shared.append((f"t{len(self.shared)}", text))
+                text, level = self.shared[-1][0], _ATOM
+            self.done[needed] = text, level
+        return self.done[node][0]
+
+    def _at(self, node: Node, level: int) -> str:
+        text, own = self.done[node]
+        return text if own >= level else f"({text})"
+
+    def _list(self, nodes: Sequence[Node]) -> str:
+        return ", ".join(self.done[node][0] for node in nodes)
+
+    def _write(self, node: Node) -> tuple[str, int]:
+        op = node.op
+        if op in ("score", "index"):
+            return node.attr or "score", _ATOM
+        if op == "const":
+            return _number(node), _ATOM if node.attr >= 0 else _UNARY
+        if op == "number":
+            return self.names.numbers[node.attr], _ATOM
+        if op == "load":
+            indices = [a.args[0] if a.op == "cast" else a for a in node.args]
+            return f"{self.names.tensors[node.attr]}[{self._list(indices)}]", _ATOM
+        if op == "cast":
+            return f"{str(node.dtype).removeprefix('torch.')}({self._list(node.args)})", _ATOM
+        operands = _unconverted(node)
+        if op in _PREFIXES:
+            return f"{_PREFIXES[op]}{self._at(operands[0], _UNARY)}", _UNARY
+        if op == "minimum" and (clamped := self._clamp(*operands)):
+            return clamped, _ATOM
+        if op in ("logical_and", "logical_or"):
+            return self._logical(node), _OPERATORS[op][1]
+        if OPS[op].commutative:
+            operands.sort(key=lambda operand: self._reading_order(op, operand))
+        if op not in _OPERATORS:
+            return f"{_FUNCTIONS.get(op, op)}({self._list(operands)})", _ATOM
+        return self._binary(op, *operands)
+
+    def _reading_order(self, op: str, operand: Node) -> tuple:
+        """The graph has operands that may change places in any order: the score and what is simple go first."""
+        number_last = operand.is_const == (op in ("add", "eq", "ne"))
+        return number_last, op == "add" and operand not in self.on_score, self._simplicity(operand)
+
+    def _simplicity(self, node: Node) -> tuple:
+        return len(self.done[node][0]) if node.op not in ("score", "index") else 0, self.done[node][0]
+
+    def _binary(self, op: str, a: Node, b: Node) -> tuple[str, int]:
+        sign, level = _OPERATORS[op]
+        if op == "add" and (b.op == "neg" or (b.is_const and b.attr < 0)):
+            taken = self._at(b.args[0], _PRODUCT) if b.op == "neg" else _number(b).removeprefix("-")
+            return f"{self._at(a, level)} - {taken}", level
+        if op in _TURNED and b in self.on_kv and a not in self.on_kv:
+            sign, a, b = _TURNED[op], b, a
+        # Comparisons do not chain here, and `a ** b ** c` is `a ** (b ** c)`.
+        left = level + 1 if level in (_COMPARE, _POWER) else level
+        right = level if op in ("add", "mul") and b.op == op else level + 1
+        if level in (_AND, _OR, _XOR, _SHIFT):  # nobody should have to know how these bind
+            left = right = _UNARY
+        return f"{self._at(a, left)} {sign} {self._at(b, right)}", level
+
+    def _logical(self, node: Node) -> str:
+        """`a & b & c`, however it is nested."""
+        operands: dict[Node, None] = {}
+        pending = list(node.args)
+        while pending:
+            operand = pending.pop()
+            if operand.op == node.op and self.done[operand][1] != _ATOM:
+                pending.extend(operand.args)
+            else:
+                operands[operand] = None
+        ordered = sorted(operands, key=self._simplicity)
+        return f" {_OPERATORS[node.op][0]} ".join(self._at(operand, _UNARY) for operand in ordered)
+
+    def _clamp(self, *operands: Node) -> str | None:
+        """`min(max(x, low), high)`, if only x depends on the position."""
+        for inner, high in (operands, operands[::-1]):
+            if inner.op == "maximum" and high not in self.on_kv and self.done[inner][1] == _ATOM:
+                for x, low in (inner.args, inner.args[::-1]):
+                    if x in self.on_kv and low not in self.on_kv:
+                        return f"clamp({self._list((x, low, high))})"
+        return None
+
+
+def _unconverted(node: Node) -> list[Node]:
+    """The operands without the conversions that PyTorch makes by itself."""
+    operands = list(node.args)
+    for i, operand in enumerate(node.args):
+        if operand.op == "cast":
+            plain = [*operands[:i], operand.args[0], *operands[i + 1 :]]
+            if operand_dtypes(OPS[node.op], plain)[:2] == (tuple(a.dtype for a in node.args), node.dtype):
+                operands = plain
+    return operands
+
+
+def _number(node: Node) -> str:
+    """The shortest text that gives the constant again."""
+    value = node.attr
+    if not isinstance(value, float) or value - value != 0 or value == int(value):
+        return repr(value)
+    exact = torch.tensor(value, dtype=torch.float32).item()
+    digits = next(d for d in range(1, 18) if torch.tensor(float(f"{value:.{d}g}")).item() == exact)
+    return f"{value:.{digits}g}"
+
+
+# --- Bounds -----------------------------------------------------------------------------------------------------------
+
+
+def region_text(region: Region, names: Names, present: Sequence[int | float] | None = None) -> list[str]:
+    """The intervals of a region, as `kv in [lo, hi)` within `0 <= kv < kv_len`; none is no key.
+
+    Args:
+        region: bounds in nodes of one graph.
+        names: of its captures.
+        present: values for its number slots, to be put in their place.
+    """
+
+    def plain(node: Node, args: tuple[Node, ...]) -> Node:
+        if node.op == "number" and present is not None:
+            return const(present[node.attr], node.dtype)
+        inner = _guarded(node, args)
+        return inner if inner is not None else Node(node.op, args, node.dtype, node.attr, node.weak)
+
+    intervals = []
+    for interval in region:
+        conditions: list[tuple[Node, bool]] = []
+        ends: list[list[Node]] = []
+        for bound, op in zip(interval, ("maximum", "minimum"), strict=True):
+            parts = _parts(rewrite(bound, plain), op) if bound is not None else []
+            switches = [p for p in parts if p.op == "where" and all(a.is_const and abs(a.attr) == FAR for a in p.args[1:])]
+            # `where(c, -FAR, FAR)` among lower bounds: there is an interval where c is true.
+            conditions += [(p.args[0], (p.args[1].attr < 0) == (op == "maximum")) for p in switches]
+            ends.append([p for p in parts if p not in switches])
+        intervals.append(Parts(*ends, conditions))
+    return interval_texts(intervals, lambda node: _Infix(names).text(node))
+
+
+def is_guarded(region: Region) -> bool:
+    """Whether a bound holds only for captured values up to 2**40."""
+    nodes = topological(*(bound for interval in region for bound in interval if bound is not None))
+    return any(_guarded(node, node.args) is not None for node in nodes)
+
+
+def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
+    """What stands under an overflow guard if `node` is one: `min(max(x, -LIMIT), LIMIT)`, `where(|x| <= LIMIT, ...)`."""
+    if node.op == "minimum" and args[1].is_const and args[1].attr == LIMIT and args[0].op == "maximum":
+        inner, low = args[0].args
+        return inner if low.is_const and low.attr == -LIMIT else None
+    return args[1] if node.op == "where" and _is_guard(args[0]) else None
+
+
+def _is_guard(condition: Node) -> bool:
+    if condition.op == "logical_and":
+        return all(_is_guard(a) for a in condition.args)
+    return condition.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in condition.args)
+
+
+def _parts(node: Node, op: str) -> list[Node]:
+    return [p for a in node.args for p in _parts(a, op)] if node.op == op else [node]
