@@ -104,11 +104,11 @@ def _flex_attention(row: Row, case: ModCase, device: torch.device) -> Attention:
         return inner_score_mod(score, b, h, q_idx + offset, kv_idx)
 
     def mask_mod(b, h, q_idx, kv_idx):
-        return inner_mask_mod(b, h, q_idx + offset, kv_idx)
+        return inner_mask_mod(b, h, q_idx + offset, kv_idx) if inner_mask_mod else kv_idx >= 0
 
-    keywords = {"enable_gqa": True, "score_mod": score_mod if inner_score_mod else None}
-    if inner_mask_mod:
-        keywords["block_mask"] = create_block_mask(mask_mod, None, None, row.Mq, row.Mkv, device=device)
+    # Without a BlockMask it takes the cache for one block, which it cannot split over the multiprocessors.
+    block_mask = create_block_mask(mask_mod, None, None, row.Mq, row.Mkv, device=device)
+    keywords = {"enable_gqa": True, "score_mod": score_mod if inner_score_mod else None, "block_mask": block_mask}
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda query, key, value: compiled(query, key, value, **keywords)
 

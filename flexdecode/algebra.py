@@ -83,9 +83,13 @@ class _Algebra:
         if node.is_const:
             return s.oo * (1 if node.attr > 0 else -1) if abs(node.attr) >= FAR else s.Integer(int(node.attr))
         if node.op == "where":
-            condition, a, b = node.args
-            chosen = f"({self.text(self.convert(a))} if {self.opaque(condition)} else {self.text(self.convert(b))})"
-            return s.Symbol(chosen, integer=True)
+            return self._choice(node.args[0], *map(self.convert, node.args[1:]))
+        if node.op in ("maximum", "minimum"):
+            for switch, other in (node.args, node.args[::-1]):
+                if is_switch(switch):  # one of its values leaves the other operand, the other one is the result
+                    neutral = -1 if node.op == "maximum" else 1
+                    ends = [self.convert(other if a.attr * neutral > 0 else a) for a in switch.args[1:]]
+                    return self._choice(switch.args[0], *ends)
         if node.op == "cast" and _is_integer(node.args[0]):
             return self.convert(node.args[0])
         if node.op in ("add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"):
@@ -93,6 +97,12 @@ class _Algebra:
             if node.op not in ("floor_divide", "remainder") or args[1] != 0:
                 return self._apply(node.op, args)
         return s.Symbol(self.opaque(node), integer=True)
+
+    def _choice(self, condition: Node, a: Any, b: Any) -> Any:
+        when = self._condition(condition, True)
+        if not when:
+            return a if when is None else b
+        return self.sympy.Symbol(f"({self.text(a)} if {when} else {self.text(b)})", integer=True)
 
     def _apply(self, op: str, args: list[Any]) -> Any:
         s = self.sympy
@@ -164,7 +174,7 @@ class _Algebra:
         terms = s.Add.make_args(s.expand(rest))
         less = [-t for t in terms if t.as_coeff_Mul()[0] < 0]
         more = [t for t in terms if t.as_coeff_Mul()[0] > 0]
-        strict = number < 0  # `a < b` reads better than `a <= b - 1`
+        strict = bool(number < 0)  # `a < b` reads better than `a <= b - 1`
         (more if number + strict > 0 else less).append(abs(number + strict))
         return f"{self.text(s.Add(*less))} {'<' if strict else '<='} {self.text(s.Add(*more))}"
 
@@ -220,6 +230,11 @@ class _Algebra:
     def _reading_order(self, value: Any) -> tuple[int, str]:
         names = {symbol.name for symbol in value.free_symbols}
         return (0 if names <= set(INDEX_NAMES) else 1), self.text(value)
+
+
+def is_switch(bound: Node) -> bool:
+    """Whether a bound is `where(condition, -FAR, FAR)` or the opposite: it says when there is an interval at all."""
+    return bound.op == "where" and all(a.is_const and abs(a.attr) == FAR for a in bound.args[1:])
 
 
 def _is_integer(node: Node) -> bool:

@@ -125,7 +125,11 @@ def remake(node: Node, args: tuple[Node, ...]) -> Node:
         again = cast(args[0], node.dtype)
         return again if node.weak else strong(again)
     if node.op in OPS:
-        return make(node.op, *args)
+        python = OPS[node.op].python
+        if node.weak and python is not None and all(a.is_const for a in args):
+            return const(python(*(a.attr for a in args)))
+        again = make(node.op, *args)
+        return again if node.weak else strong(again)
     return Node(node.op, args, node.dtype, node.attr, node.weak)
 
 

@@ -68,15 +68,19 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask:
 
 
 def _build(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
-    q_idx_given = spec.signature.q_offset is not None
-    identity = "\n".join(
-        [templates_digest(), f"q_offset {q_idx_given}", *(f"{g.text if g else None}" for g in (score, mask))]
-    )
-    loads = "kv_descriptor.py" if spec.tiles.descriptors else None
-    path = cache.stored_module(f"{loads}\n{identity}", lambda: generate_module(score, mask, q_idx_given, loads))
+    path = module_path(score, mask, spec.signature.q_offset is not None, spec.tiles.descriptors)
     kernel = Kernel(load_module(path), path, spec, facts)
     cache.counters.compilations += 1
     return kernel
+
+
+def module_path(score: Graph | None, mask: Graph | None, q_idx_given: bool, descriptors: bool) -> Path:
+    """The file of the module for two graphs, found on disk or written there."""
+    identity = "\n".join(
+        [templates_digest(), f"q_offset {q_idx_given}", *(f"{g.text if g else None}" for g in (score, mask))]
+    )
+    loads = "kv_descriptor.py" if descriptors else None
+    return cache.stored_module(f"{loads}\n{identity}", lambda: generate_module(score, mask, q_idx_given, loads))
 
 
 def generate_module(

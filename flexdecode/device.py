@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 
-from .schedule import DeviceFacts
+from .schedule import BYTES_PER_US, DeviceFacts
 
 _facts: dict[torch.device, DeviceFacts] = {}
 
@@ -39,3 +40,53 @@ def _ask_device(device: torch.device) -> DeviceFacts:
     arch = properties.major * 10 + properties.minor
     shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return DeviceFacts("cuda", arch, properties.multi_processor_count, shared_memory)
+
+
+# --- Devices that are not at hand -------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What a call is explained for.
+
+    Attributes:
+        name: the device in words.
+        facts: of the device; None where no kernel is launched.
+        bytes_per_us: its read bandwidth; None where that is not known.
+    """
+
+    name: str
+    facts: DeviceFacts | None
+    bytes_per_us: float | None
+
+
+KNOWN_DEVICES = {"H200": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232448), BYTES_PER_US)}
+
+
+def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | None) -> Target:
+    """Finds what a call would run on.
+
+    Args:
+        device: of the tensors.
+        backend: `triton` or `torch`.
+        chosen: another device, by its name or by its facts.
+
+    Raises:
+        ValueError: there is no such device, or it is not known for what device the call is meant.
+    """
+    if isinstance(chosen, str) and chosen not in KNOWN_DEVICES:
+        names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)
+        raise ValueError(f"`device` must be {names} or a flexdecode.schedule.DeviceFacts, got {chosen!r}")
+    if backend == "torch":
+        return Target(f"{device}, by PyTorch operations", None, None)
+    if chosen is None and device.type == "meta":
+        raise ValueError('`query` is on the meta device: say for which GPU, e.g. `device="H200"`')
+    name = "Triton's interpreter"
+    if isinstance(chosen, str):
+        name, facts = chosen, KNOWN_DEVICES[chosen][0]
+    elif chosen is not None:
+        name, facts = "given by its facts", chosen
+    else:
+        facts = device_facts(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    bandwidth = next((speed for known, (_, speed) in KNOWN_DEVICES.items() if known in name), None)
+    return Target(f"{name}: {facts.backend} {facts.arch}, {facts.num_sms} multiprocessors", facts, bandwidth)

@@ -5,10 +5,12 @@ It gives the results and the errors of the generated kernel on any device, with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .errors import FlexDecodeError
-from .graph import Graph, Node
+from .graph import Graph, Node, topological
 from .ops import HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
@@ -86,6 +88,14 @@ def decode(
         lse.copy_(m_i + torch.log(l_i))
 
 
+def evaluate(
+    outputs: Sequence[Node], graph: Graph, leaves: list, indices: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Computes nodes in the captures of a graph, such as the bounds of a mask, on index tensors that broadcast."""
+    anywhere = torch.ones((), dtype=torch.bool, device=indices["b"].device)
+    return _Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
+
+
 class _Evaluation:
     """One run of a graph over broadcast tensors [B, Hq, Q, n]."""
 
@@ -107,10 +117,13 @@ class _Evaluation:
         self.device = live.device
 
     def result(self) -> torch.Tensor:
+        return self.values([self.graph.output])[0]
+
+    def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
         values: dict[Node, torch.Tensor] = {}
-        for node in self.graph.nodes():
+        for node in topological(*outputs):
             values[node] = self._value(node, [values[a] for a in node.args])
-        return values[self.graph.output]
+        return [values[output] for output in outputs]
 
     def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         if node.op == "score":

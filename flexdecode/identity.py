@@ -69,6 +69,11 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     return traced.graph, mod
 
 
+def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
+    """The captured numbers of a traced mod whose value is a constant of its graph."""
+    return () if mod.function is None else _constants.get((kind, walk(mod.function)[0]), ())
+
+
 def forget_graphs() -> None:
     """Drops every trace."""
     _constants.clear()

@@ -12,12 +12,14 @@ bound says nothing. What cannot be solved is live everywhere and full nowhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
-from .analyze import Facts
+from .analyze import MAX_KV_LEN, Facts
 from .build import make
 from .graph import Node, const
 from .ops import INT_LIMITS
@@ -106,18 +108,28 @@ def _cut(a: Interval, b: Interval) -> Interval:
 
 
 def _is_empty(i: Interval) -> bool:
-    return i.lo is not None and i.hi is not None and i.lo.is_const and i.hi.is_const and i.lo.attr >= i.hi.attr
+    lo, hi = _constants(i)
+    return (MAX_KV_LEN if hi is None else hi) <= (0 if lo is None else lo)
+
+
+def _constants(i: Interval) -> tuple[int | None, int | None]:
+    """The bounds as far as they are known; positions are from 0 to MAX_KV_LEN - 1."""
+    lo = 0 if i.lo is None else i.lo.attr if i.lo.is_const else None
+    hi = MAX_KV_LEN if i.hi is None else i.hi.attr if i.hi.is_const else None
+    return lo, hi
 
 
 def _tidy(intervals: Region, reduce: _Reduce) -> Region:
-    """Joins intervals that share a bound, which is exact, and then the last ones until few enough are left."""
+    """Joins intervals that share a bound, which is exact, and then the closest ones until few enough are left."""
     kept: list[Interval] = []
     for interval in intervals:
         if _is_empty(interval):
             continue
         for i, other in enumerate(kept):
-            # [a, x) and [a, y) make [a, max(x, y)) whatever x and y are, also when one of them is empty.
-            if interval.lo == other.lo or interval.hi == other.hi:
+            # Whatever their bounds are, [a, x) and [a, y) make [a, max(x, y)), and [a, x) and [x, y) make
+            # [min(a, x), max(x, y)), also when one of them is empty.
+            touch = (interval.lo and interval.lo == other.hi) or (interval.hi and interval.hi == other.lo)
+            if touch or interval.lo == other.lo or interval.hi == other.hi:
                 kept[i] = _hull(interval, other)
                 break
         else:
@@ -125,9 +137,22 @@ def _tidy(intervals: Region, reduce: _Reduce) -> Region:
     if len(kept) < len(intervals) and len(kept) > 1:
         return _tidy(tuple(kept), reduce)
     while len(kept) > MAX_INTERVALS:
-        last = kept.pop()
-        kept[-1] = reduce(kept[-1], last)
+        i, j = _closest(kept)
+        kept[i] = reduce(kept[i], kept.pop(j))
     return tuple(kept)
+
+
+def _closest(intervals: list[Interval]) -> tuple[int, int]:
+    """The pair of constant intervals with the smallest gap; the last pair where there is none."""
+    constants = [_constants(i) for i in intervals]
+
+    def gap(pair: tuple[int, int]) -> int:
+        (a_lo, a_hi), (b_lo, b_hi) = constants[pair[0]], constants[pair[1]]
+        if a_lo is None or a_hi is None or b_lo is None or b_hi is None:
+            return FAR
+        return max(a_lo, b_lo) - min(a_hi, b_hi)
+
+    return min(reversed([*combinations(range(len(intervals)), 2)]), key=gap)
 
 
 def _intersect(a: Region, b: Region, reduce: _Reduce) -> Region:
@@ -191,6 +216,17 @@ class _Solver:
         self.known: dict[Node, Extent] = {}
         self.forms: dict[Node, _Form] = {}
         self.reaches: dict[Node, tuple[int, tuple[Node, ...]]] = {}
+        for node in facts.nodes:  # operands first, so that no recursion below is as deep as the graph
+            self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        if node.dtype == torch.bool:
+            self.extent(node)
+        elif node.dtype.is_floating_point:
+            self.finite(node)
+        elif node in self.facts.on_kv:
+            with suppress(_Unsolved):
+                self._size(self._linear(node))
 
     def extent(self, node: Node) -> Extent:
         """Extent of a bool node."""
@@ -201,6 +237,12 @@ class _Solver:
 
     def finite(self, node: Node) -> Extent:
         """Extent of `node > -inf` for a score, as far as constant branches show it."""
+        found = self.known.get(node)
+        if found is None:
+            found = self.known[node] = self._finite(node)
+        return found
+
+    def _finite(self, node: Node) -> Extent:
         if node.op == "where":
             condition = self.extent(node.args[0])
             chosen = condition.both(self.finite(node.args[1]))
@@ -226,6 +268,9 @@ class _Solver:
         if node.op == "logical_xor" or (node.op in ("eq", "ne") and args[0].dtype == torch.bool):
             differ = self._choose(args[0], self.extent(args[1]).negated(), self.extent(args[1]))
             return differ.negated() if node.op == "eq" else differ
+        if node.op in ("lt", "le") and args[0].dtype == torch.bool:
+            a, b = self.extent(args[0]).negated(), self.extent(args[1])
+            return a.both(b) if node.op == "lt" else a.either(b)
         if node.op in ("lt", "le", "eq", "ne") and not args[0].dtype.is_floating_point:
             return self._compare(node.op, *args)
         return UNKNOWN
@@ -372,7 +417,7 @@ class _Solver:
         if node.op in ("maximum", "minimum"):
             a, b = (self._negative(rest.plus(self._linear(x), c)) for x in node.args)
             return a.both(b) if (node.op == "maximum") == (c > 0) else a.either(b)
-        if node.op == "abs":
+        if node.op == "abs" and (node.dtype == torch.int64 or self._proven(node)):
             inner = self._linear(node.args[0])
             a, b = self._negative(rest.plus(inner, c)), self._negative(rest.plus(inner, -c))
             return a.both(b) if c > 0 else a.either(b)
@@ -387,14 +432,14 @@ class _Solver:
     def _quotient(self, node: Node, c: int, rest: _Form) -> Extent:
         """`c * (x // d) + rest < 0`: `x // d < e` is `x < d * e`, and `x // d >= e` is `x >= d * e`."""
         inner, d = self._linear(node.args[0]), int(node.args[1].attr)
-        quotient = make("floor_divide", self._sum(rest), _integer(abs(c)))
-        # c > 0: x // d < ceil(-rest / c).  c < 0: x // d >= floor(rest / -c) + 1.
-        edge = make("neg", quotient) if c > 0 else make("add", quotient, _integer(1))
         if self._size(rest) // abs(c) + 1 >= _EXACT // (4 * d):
             raise _Unsolved
-        product = make("mul", edge, _integer(d))
-        form = inner if c > 0 else inner.times(-1).plus(_Form(-1, {}))
-        return _guarded(self._bound(form, product if c < 0 else make("neg", product)), rest.guards)
+        product = make("mul", self._edge(rest, c, _integer(0)), _integer(d))
+        if c > 0:
+            found = self._bound(inner, make("neg", product))
+        else:
+            found = self._bound(inner.times(-1).plus(_Form(-1, {})), product)
+        return _guarded(found, rest.guards)
 
     def _relaxed(self, form: _Form, bent: list[Node], lower: bool) -> _Form:
         """A multiple of a form below (or above) `form`, without `//`: x // d is between (x - d + 1) / d and x / d."""
@@ -417,29 +462,38 @@ class _Solver:
                 return self._negative(form.plus(_Form(int(extra.attr), {})))
             return self._negative(form.plus(_Form(0, {extra: 1}, (extra,))))
         kv = [n for n in form.terms if n.op == "index" and n.attr == "kv_idx"]
-        a = form.terms[kv[0]] if kv else 0
-        rest = make("add", self._sum(form.without(*kv)), extra)
-        if a == 0:
-            found = _when(make("lt", rest, _integer(0)))
+        rest = form.without(*kv)
+        if not kv:
+            found = _when(make("lt", make("add", self._sum(rest), extra), _integer(0)))
         else:
-            quotient = make("floor_divide", rest, _integer(abs(a)))
-            if a > 0:  # kv < -rest / a
-                found = _exactly(Interval(None, make("neg", quotient)))
-            else:  # kv > rest / -a
-                found = _exactly(Interval(make("add", quotient, _integer(1)), None))
+            edge = self._edge(rest, form.terms[kv[0]], extra)
+            found = _exactly(Interval(None, edge) if form.terms[kv[0]] > 0 else Interval(edge, None))
         return _guarded(found, form.guards)
 
+    def _edge(self, rest: _Form, a: int, extra: Node) -> Node:
+        """`a * x + rest + extra < 0` is `x < edge` where a > 0, and `x >= edge` where a < 0."""
+        if a > 0:  # the next integer from -(rest + extra) / a on
+            total = make("sub", self._sum(rest.times(-1).plus(_Form(a - 1, {}))), extra)
+        else:  # the first integer above (rest + extra) / -a
+            total = make("add", self._sum(rest.plus(_Form(-a, {}))), extra)
+        return make("floor_divide", total, _integer(abs(a)))
+
     def _sum(self, form: _Form) -> Node:
-        """A form without kv_idx as a node."""
+        """A form without kv_idx as a node; equal forms give equal nodes."""
         total = _integer(form.constant)
-        for node, coefficient in form.terms.items():
+        for node, coefficient in sorted(form.terms.items(), key=lambda term: term[0].digest):
             value = node if node.dtype == torch.int64 else Node("cast", (node,), torch.int64)
             total = make("add", total, value if coefficient == 1 else make("mul", value, _integer(coefficient)))
         return total
 
 
 def _exactly(interval: Interval) -> Extent:
-    return Extent((interval,), (interval,))
+    """An interval without the bounds that no position reaches."""
+    lo, hi = _constants(interval)
+    lo_node = None if lo is not None and lo <= 0 else interval.lo
+    hi_node = None if hi is not None and hi >= MAX_KV_LEN else interval.hi
+    region = NOWHERE if _is_empty(interval) else (Interval(lo_node, hi_node),)
+    return Extent(region, region)
 
 
 def _when(condition: Node) -> Extent:

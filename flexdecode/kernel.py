@@ -213,10 +213,18 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
 def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
     """Compiles through Triton's own cache; a damaged entry there is compiled again."""
     import triton
+    from triton.runtime.cache import FileCacheManager
 
     try:
         return triton.compile(source, target=target, options=options)
+    except RuntimeError:
+        # For AMD, Triton 3.6 cannot pipeline some reads of captured tensors ("failed to translate module").
+        if target.backend != "hip" or options["num_stages"] == 1:
+            raise
+        return _compile(source, target, options | {"num_stages": 1})
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        with triton.knobs.compilation.scope():
-            triton.knobs.compilation.always_compile = True
+        manager: Any = triton.knobs.cache.manager_class or FileCacheManager
+        overwriting = type("Overwriting", (manager,), {"get_group": lambda self, filename: None})
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.manager_class = overwriting
             return triton.compile(source, target=target, options=options)

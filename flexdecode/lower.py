@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +47,18 @@ class CaptureLayout:
     def stride(self, slot: int, dim: int) -> int:
         """Position of a stride."""
         return self.pointer(slot) + 1 + self.ranks[slot] + dim
+
+
+class IndexCheck(NamedTuple):
+    """What a load checks of one index; what it does not check is proven."""
+
+    below: bool
+    above: bool
+
+
+def index_checks(load: Node, facts: Facts) -> list[IndexCheck]:
+    """The checks of each index of a load."""
+    return [IndexCheck(below=facts.ranges[index][0] < 0, above=True) for index in load.args]
 
 
 @dataclass(frozen=True)
@@ -253,16 +266,17 @@ class _Writer:
         if not node.args:
             return self._widened(node, f"tl.load({pointer})")
         offsets, inside = [], []
-        for dim, operand in enumerate(node.args):
+        for dim, (operand, check) in enumerate(zip(node.args, index_checks(node, self.facts), strict=True)):
             size = f"{self.captures}[{self.layout.size(slot, dim)}]"
             index = self._as(operand, "tl.int64")
-            if self.facts.ranges[operand][0] < 0:
+            if check.below:
                 index = self._assign(f"tl.where({index} < 0, {index} + {size}, {index})")
                 inside.append(f"({index} >= 0)")
-            inside.append(f"({index} < {size})")
+            if check.above:
+                inside.append(f"({index} < {size})")
             offsets.append(f"{index} * {self.captures}[{self.layout.stride(slot, dim)}]")
-        mask = self._assign(_scalar_condition(" & ".join(inside)))
-        return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}), mask={mask}, other=0)")
+        guard = f", mask={self._assign(_scalar_condition(' & '.join(inside)))}, other=0" if inside else ""
+        return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}){guard})")
 
     def _widened(self, node: Node, text: str) -> str:
         dtype, _ = self.graph.tensor_types[node.attr]

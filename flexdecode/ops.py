@@ -223,6 +223,9 @@ OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 # constant is a multiplication, and its bounds can be solved.
 CONSTANT_SECOND = {"floor_divide", "remainder", "fmod", "pow", "bitwise_left_shift", "bitwise_right_shift"}
 
+# Steps of Python floats: in float32 a captured number might fall on the other side (0.3 // 0.1 is 2.0 in Python).
+STEPS = {"floor_divide", "remainder", "fmod", "round"}
+
 
 def _category(dtype: torch.dtype) -> int:
     return 0 if dtype == torch.bool else 2 if dtype.is_floating_point else 1

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 
 from . import eager
-from .bounds import find_bounds
+from .bounds import Bounds, find_bounds
 from .captures import leaf_names
-from .descriptor import as_matrices
+from .descriptor import Matrix, as_matrices
 from .device import device_facts
 from .errors import SharedMemoryError
 from .graph import Graph
 from .identity import Mod, graph_of
 from .kernel import KernelSpec, capture_types
 from .launch import TritonLauncher
-from .schedule import schedule, smaller
+from .schedule import DeviceFacts, Schedule, schedule, smaller
 from .signature import (
     DEFAULT_OPTIONS,
     DecodeOptions,
@@ -150,8 +150,8 @@ def prepare(
     sizes = check_inputs(query, key, value, kv_lens, q_offset, scale, out, options)
     score_graph, score = graph_of("score_mod", score, query.device)
     mask_graph, mask = graph_of("mask_mod", mask, query.device)
-    _check_captures("score_mod", score_graph, score, query.device)
-    _check_captures("mask_mod", mask_graph, mask, query.device)
+    check_captures("score_mod", score_graph, score, query.device)
+    check_captures("mask_mod", mask_graph, mask, query.device)
     shape = (*query.shape[:3], value.shape[3])
     sample = query.new_empty(shape) if out is None else out
     signature = describe(query, key, value, sample, kv_lens, q_offset, return_lse, options)
@@ -177,10 +177,7 @@ def _triton_launcher(
     """Solves the bounds, chooses a schedule and finds the kernel; a kernel too large for the device is cut smaller."""
     facts = device_facts(signature.device)
     bounds = find_bounds(score, mask, signature.q_offset is not None)
-    # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
-    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded)
-    matrices = matrices if cut.tiles.descriptors else None
+    cut, matrices = cut_call(signature, sizes, tensors, bounds, facts, options)
     strides = tuple(s for t in tensors for s in kernel_strides(t, sizes.batch))
     while True:
         spec = KernelSpec(
@@ -200,8 +197,23 @@ def _triton_launcher(
             cut = next_cut
 
 
-def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device) -> None:
-    """Refuses captured tensors that the kernel cannot read.
+def cut_call(
+    signature: Signature,
+    sizes: Sizes,
+    tensors: tuple[torch.Tensor, ...],
+    bounds: Bounds,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
+    """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors."""
+    # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
+    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded)
+    return cut, matrices if cut.tiles.descriptors else None
+
+
+def check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:
+    """Refuses captured tensors that the kernel cannot read; they may be anywhere if `device` is None.
 
     Raises:
         ValueError: one is on another device, not dense, or requires grad while grad mode is on.
@@ -213,7 +225,7 @@ def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.devi
         if not isinstance(tensor, torch.Tensor):
             continue
         name = leaf_names(mod.function)[leaf]
-        if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+        if device not in (None, tensor.device) and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
             raise ValueError(
                 f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "
                 f"there before the call, `{name} = {name}.to(query.device)`"

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from .algebra import Parts, interval_texts
-from .graph import Graph, Node, const, rewrite, topological
-from .intervals import FAR, LIMIT, Region
+from .algebra import Parts, interval_texts, is_switch
+from .graph import Graph, Node, Source, const, rewrite, topological
+from .intervals import LIMIT, Region
 from .ops import OPS, operand_dtypes
 
 # How tightly an operator binds, as in Python.
@@ -38,14 +38,21 @@ _LONG = 40  # characters from which a repeated subexpression gets a name
 
 
 class Names(NamedTuple):
-    """What the captures of a graph are called: the number slots, then the tensor slots."""
+    """What the captures of a graph are called: its number slots, its tensor slots, and the constants."""
 
     numbers: tuple[str, ...]
     tensors: tuple[str, ...]
+    constants: tuple[str, ...] = ()
 
 
-def name_captures(graph: Graph, leaf_names: Sequence[str]) -> Names:
-    """Gives each capture the name that its mod has for it, short enough for a formula and different from the others."""
+def name_captures(graph: Graph, leaf_names: Sequence[str], constants: Sequence[Source] = ()) -> Names:
+    """Gives each capture the name that its mod has for it, short enough for a formula and different from the others.
+
+    Args:
+        graph: a traced mod.
+        leaf_names: of all leaves of the mod.
+        constants: captured numbers whose values are in the graph.
+    """
     taken: dict[str, int] = {}
     by_leaf: dict[int, str] = {}
 
@@ -58,9 +65,11 @@ def name_captures(graph: Graph, leaf_names: Sequence[str]) -> Names:
             by_leaf[leaf] = short if taken[short] == 1 else f"{short}_{taken[short]}"
         return by_leaf[leaf]
 
-    tensors = tuple(name(leaf) for leaf in graph.tensors)
-    numbers = tuple(name(s.leaf) + (f".shape[{s.dim}]" if s.dim >= 0 else "") for s in graph.numbers)
-    return Names(numbers, tensors)
+    def number(source: Source) -> str:
+        return name(source.leaf) + (f".shape[{source.dim}]" if source.dim >= 0 else "")
+
+    tensors = tuple(map(name, graph.tensors))
+    return Names(tuple(map(number, graph.numbers)), tensors, tuple(map(number, constants)))
 
 
 # --- Mods -------------------------------------------------------------------------------------------------------------
@@ -220,14 +229,14 @@ def region_text(region: Region, names: Names, present: Sequence[int | float] | N
     intervals = []
     for interval in region:
         conditions: list[tuple[Node, bool]] = []
-        ends: list[list[Node]] = []
+        los_and_his: list[list[Node]] = []
         for bound, op in zip(interval, ("maximum", "minimum"), strict=True):
             parts = _parts(rewrite(bound, plain), op) if bound is not None else []
-            switches = [p for p in parts if p.op == "where" and all(a.is_const and abs(a.attr) == FAR for a in p.args[1:])]
+            switches = [p for p in parts if is_switch(p)]
             # `where(c, -FAR, FAR)` among lower bounds: there is an interval where c is true.
             conditions += [(p.args[0], (p.args[1].attr < 0) == (op == "maximum")) for p in switches]
-            ends.append([p for p in parts if p not in switches])
-        intervals.append(Parts(*ends, conditions))
+            los_and_his.append([p for p in parts if p not in switches])
+        intervals.append(Parts(los_and_his[0], los_and_his[1], conditions))
     return interval_texts(intervals, lambda node: _Infix(names).text(node))
 
 
@@ -238,7 +247,7 @@ def is_guarded(region: Region) -> bool:
 
 
 def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
-    """What stands under an overflow guard if `node` is one: `min(max(x, -LIMIT), LIMIT)`, `where(|x| <= LIMIT, ...)`."""
+    """What stands under an overflow guard, `min(max(x, -LIMIT), LIMIT)` or `where(|x| <= LIMIT, ...)`, if it is one."""
     if node.op == "minimum" and args[1].is_const and args[1].attr == LIMIT and args[0].op == "maximum":
         inner, low = args[0].args
         return inner if low.is_const and low.attr == -LIMIT else None

@@ -14,8 +14,8 @@ import torch
 
 from .build import cast, make, sources, strong
 from .errors import TraceError, UnsupportedOpError, at_user_line
-from .graph import Node, const
-from .ops import CONSTANT_SECOND, DTYPES, OPS
+from .graph import Node, Source, const
+from .ops import CONSTANT_SECOND, DTYPES, OPS, STEPS
 from .symbol import Consumed, Symbol, TraceContext
 
 _REFLECTED = {
@@ -60,7 +60,7 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
         return elementwise(context, _REFLECTED[name], args[1], args[0])
     if name.endswith("_") or name.startswith("__i") or name == "setitem":
         refuse_in_place(context, name)
-    if type(func).__name__ == "method-wrapper" and name in _METADATA:
+    if name == "_set_grad_enabled" or (type(func).__name__ == "method-wrapper" and name in _METADATA):
         return func(*args, **kwargs)
     _refuse(context, name)
 
@@ -129,11 +129,20 @@ def elementwise(context: TraceContext, name: str, *operands: Any) -> Symbol:
     arity = 2 if name not in OPS else OPS[name].arity
     if len(symbols) != arity:
         _refuse(context, f"{name} with {len(symbols)} operand(s)")
-    if name in CONSTANT_SECOND and symbols[1].rank == 0:
-        second = symbols[1].node
-        if second.weak and (found := sources(second)):
-            raise Consumed(found)
+    consumed = _consumed(name, symbols)
+    if consumed:
+        raise Consumed(consumed)
     return _broadcast(context, lambda *nodes: _make(context, name, *nodes), *symbols)
+
+
+def _consumed(name: str, symbols: list[Symbol]) -> set[Source]:
+    """The captured numbers that this operation needs as constants."""
+    if name in STEPS and not any(s.rank for s in symbols):
+        nodes = [s.node for s in symbols]
+        if all(n.weak for n in nodes) and any(n.dtype.is_floating_point for n in nodes):
+            return set().union(*map(sources, nodes))
+    last = symbols[-1]
+    return sources(last.node) if name in CONSTANT_SECOND and last.rank == 0 and last.node.weak else set()
 
 
 def _make(context: TraceContext, name: str, *nodes: Node) -> Node:

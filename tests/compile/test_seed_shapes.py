@@ -1,12 +1,10 @@
 """The 60 shapes of the seed table on every device: what they need of it."""
 
-import itertools
-
 import pytest
 import torch
-from benchmarks.rows import load_rows
 from compile.compiling import DEVICES, DTYPES, FULL, assembly, compile_call, meta_inputs, resources
 
+from benchmarks.rows import load_rows
 from flexdecode import mods
 
 # Bytes of local memory per thread. Half types must not spill; three TF32 products per float32 product need more
@@ -15,7 +13,13 @@ SPILLS = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 64}
 # Registers per thread of the first pass; the combine pass has one warp and may use more.
 REGISTERS = {torch.float16: 208, torch.bfloat16: 208, torch.float32: 256}
 MODS = {"none": (None, None), "alibi_and_window": (mods.alibi(16, device="meta"), mods.sliding_window(1024))}
-CASES = [case for i, case in enumerate(itertools.product(DEVICES, DTYPES, MODS)) if FULL or (i + i // 6) % 2 == 0]
+CASES = [
+    (device, dtype, mod)
+    for i, device in enumerate(DEVICES)
+    for j, dtype in enumerate(DTYPES)
+    for k, mod in enumerate(MODS)
+    if FULL or ((i + j + k) % 2 == 0 and (dtype != torch.bfloat16 or device == "sm_90"))
+]
 
 
 def kernels_of(device, dtype, score_mod=None, mask_mod=None):
@@ -37,7 +41,9 @@ def test_resources(device, dtype, mod):
             what = f"{kernel.name} of {label} with {call.spec.tiles}"
             assert kernel.metadata.shared <= DEVICES[device].shared_memory, what
             assert spilled <= SPILLS[dtype], f"{spilled} bytes spilled in {what}"
-            assert registers <= (256 if kernel is call.combine else REGISTERS[dtype]), f"{registers} registers in {what}"
+            assert registers <= (256 if kernel is call.combine else REGISTERS[dtype]), (
+                f"{registers} registers in {what}"
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -57,15 +57,13 @@ class Example:
         return "\n".join(["", self.graph.text, f"captures {used}", *tables, f"q_idx_given {self.q_idx_given}"])
 
     def evaluate(self, *outputs):
-        """Values of the nodes below `outputs`, each broadcasting to [R, K]."""
+        """Values of all nodes below `outputs`, by node, each broadcasting to [R, K]."""
         queries = _FAR_QUERIES if self.q_idx_given else _NEAR_QUERIES
         indices = {"b": _BATCHES, "h": _HEADS, "q_idx": queries, "kv_idx": KEYS}
         score = torch.linspace(-3.0, 3.0, NUM_ROWS * KEYS.numel()).view(NUM_ROWS, -1)
         run = eager._Evaluation((self.graph, self.leaves), indices, score, torch.tensor(True), check_indices=False)
-        values = {}
-        for node in topological(*outputs):
-            values[node] = run._value(node, [values[a] for a in node.args])
-        return values
+        nodes = topological(*outputs)
+        return dict(zip(nodes, run.values(nodes), strict=True))
 
 
 def masks():
@@ -102,6 +100,8 @@ class _Generator:
 
     def call(self, name, *nodes):
         """Applies an operation, or gives its first operand where PyTorch refuses these operands."""
+        if name in ("pow", "bitwise_left_shift") and all(node.is_const for node in nodes):
+            return nodes[0]  # Python would count on without end
         try:
             node = make(name, *nodes)
             if node.weak and node.is_const and not -(2**63) <= node.attr < 2**63:
@@ -313,4 +313,6 @@ class _Generator:
         return cast(x, torch.float32)
 
 
-_UNARY_AND_BINARY = tuple(name for name, op in OPS.items() if op.arity < 3 and op.rule in ("promote", "integer", "float"))
+_UNARY_AND_BINARY = tuple(
+    name for name, op in OPS.items() if op.arity < 3 and op.rule in ("promote", "integer", "float")
+)

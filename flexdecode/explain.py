@@ -1,0 +1,292 @@
+"""`explain`: what a call reads, checks and launches, as a report for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .blocks import DEAD, FULL, PARTIAL, Step, find_step
+from .bounds import Bounds, find_bounds
+from .compiled import module_path
+from .device import find_target
+from .graph import Graph
+from .identity import Mod, graph_of, identify
+from .mod_report import ModReport, report_mod
+from .plan import check_captures, cut_call
+from .schedule import BYTES_PER_US, DeviceFacts, Schedule
+from .signature import DEFAULT_OPTIONS, DecodeOptions, Signature, Sizes, check_inputs, check_lens, describe
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of `flex_decode` does; `print` it for the report.
+
+    Attributes:
+        shapes: of query, key and value.
+        score_mod, mask_mod: what is known of each mod; None where the call has none.
+        device: what the call runs on, in words.
+        signature: what the kernel is specialised to.
+        schedule: tiles and programs; None where no kernel is launched.
+        step: the blocks that one decode step reads; None where they are not known.
+        unknown: why `step` is None, else empty.
+        cache_bytes: size of key and value.
+        used_bytes: of the keys within `kv_lens` and their values; None where the lengths are not known.
+        read_bytes: of the keys and values that one decode step reads, in whole blocks; None where not known.
+        floor_us: microseconds in which the device can read that; None where its bandwidth is not known.
+        source: file of the generated Triton module; None where no kernel is launched.
+    """
+
+    shapes: str
+    score_mod: ModReport | None
+    mask_mod: ModReport | None
+    device: str
+    signature: Signature
+    schedule: Schedule | None
+    step: Step | None
+    unknown: str
+    cache_bytes: int
+    used_bytes: int | None
+    read_bytes: int | None
+    floor_us: float | None
+    source: Path | None
+
+    def __str__(self) -> str:
+        mods = [str(mod) for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        sections = [self.shapes, *(mods or ["no mods: plain attention"]), self._memory(), self._schedule()]
+        return "\n\n".join([*sections, *([f"source\n  {self.source}"] if self.source is not None else [])])
+
+    def _memory(self) -> str:
+        lines = ["KV bytes of one decode step", f"  cache     {_size(self.cache_bytes)}"]
+        if self.used_bytes is not None:
+            lines.append(f"  in use    {_size(self.used_bytes)}")
+        if self.read_bytes is None:
+            return "\n".join([*lines, f"  read      not known: {self.unknown}"])
+        share = f", {100 * self.read_bytes / self.used_bytes:.1f}% of what is in use" if self.used_bytes else ""
+        lines.append(f"  read      {_size(self.read_bytes)}{share}")
+        if self.step is None:
+            lines.append(f"            {self.unknown}")
+        else:
+            counts = self.step.counts
+            kinds = f"{counts[FULL]} full, {counts[PARTIAL]} partial (checked key by key), {counts[DEAD]} dead"
+            lines.append(f"  blocks    of {self.step.block_n} keys: {kinds} (never loaded)")
+        if self.floor_us is not None:
+            lines.append(f"  floor     {self.floor_us:.1f} us at {BYTES_PER_US / 1e6:.1f} TB/s")
+        return "\n".join(lines)
+
+    def _schedule(self) -> str:
+        if self.schedule is None:
+            return f"schedule\n  device    {self.device}"
+        cut, tiles, signature = self.schedule, self.schedule.tiles, self.signature
+        heads, tokens = signature.group_size, signature.num_queries
+        item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
+        used = f"{heads} query head{'s' * (heads > 1)} x {tokens} token{'s' * (tokens > 1)}"
+        programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_items * cut.num_splits}"
+        rows = [
+            ("device", self.device),
+            ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
+            ("", f"{tiles.num_warps} warps, {tiles.num_stages} stages"),
+            ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}"),
+            ("programs", programs + (_shares(self.step) if self.step is not None else "")),
+            ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
+        ]
+        return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
+
+    def save_picture(self, path: str | PathLike[str]) -> None:
+        """Draws the blocks of one decode step as a PNG: full, partial and dead, by split.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: the blocks are not known.
+        """
+        if self.step is None:
+            raise ValueError(f"there are no blocks to draw: {self.unknown}")
+        from .picture import draw
+
+        names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        draw(self.step, " and ".join(names) or "plain attention", Path(path))
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *,
+    kv_lens: torch.Tensor | None = None,
+    q_offset: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    options: DecodeOptions | None = None,
+    device: str | DeviceFacts | None = None,
+) -> Explanation:
+    """Says what `flex_decode` does with the same arguments; nothing is compiled or launched.
+
+        >>> print(explain(query, key, value, mask_mod=mods.sliding_window(1024), device="H200"))
+
+    Query, key and value may be on the meta device (`torch.empty(..., device="meta")`): only their shapes matter, and
+    lengths and captured tensors may then be anywhere. These are read, so on a GPU the call waits for it.
+
+    Args:
+        query: `[B, Hq, Q, D]`.
+        key: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, Dv]`.
+        score_mod: as in `flex_decode`, like all that follows except `device`.
+        mask_mod: true where the query attends to the key.
+        kv_lens: live keys of each sequence.
+        q_offset: position of the first query token.
+        scale: factor of the dot product.
+        options: how to execute the call.
+        device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
+
+    Returns:
+        The parts of the report as fields; its text by `str`, a picture by `save_picture`.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
+    """
+    mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
+    call = _check((query, key, value), mods, kv_lens, q_offset, scale, options, device)
+    target = find_target(query.device, call.signature.backend, device)
+    cut, source = None, None
+    sample = query.new_empty((*query.shape[:3], value.shape[3]))
+    if target.facts is not None and sample.numel():
+        tensors = (query, key, value, sample)
+        cut, _ = cut_call(call.signature, call.sizes, tensors, call.bounds, target.facts, call.options)
+        source = module_path(call.graphs[0], call.graphs[1], q_offset is not None, cut.tiles.descriptors)
+    step = _step(call, cut)
+    batch, num_kv_heads, max_kv_len = call.sizes
+    used, read = None, None
+    if call.kv_lens is not None:
+        longest, total = (int(x) * num_kv_heads for x in (call.kv_lens.amax() if batch else 0, call.kv_lens.sum()))
+        used = _bytes(key, value, batch, lambda shared: longest if shared else total)
+    if isinstance(step, Step):
+        read = _bytes(key, value, batch, step.keys_read)
+    elif cut is None:
+        read = used if sample.numel() else 0
+    return Explanation(
+        shapes=_shapes(query, key, value),
+        score_mod=report_mod("score_mod", call.graphs[0], call.mods[0], call.bounds, q_offset is not None),
+        mask_mod=report_mod("mask_mod", call.graphs[1], call.mods[1], call.bounds, q_offset is not None),
+        device=target.name,
+        signature=call.signature,
+        schedule=cut,
+        step=None if isinstance(step, str) else step,
+        unknown=step if isinstance(step, str) else "",
+        cache_bytes=_bytes(key, value, batch, lambda shared: (1 if shared else batch) * num_kv_heads * max_kv_len),
+        used_bytes=used,
+        read_bytes=read,
+        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
+        source=source,
+    )
+
+
+class _Call(NamedTuple):
+    """A checked call.
+
+    Attributes:
+        mods, graphs: the score_mod and the mask_mod.
+        bounds: of both.
+        signature, sizes, options: of the call.
+        place: where captured values are read.
+        kv_lens: keys in use, int64 [B]; None where they are not known.
+        first_token: position of the first query token, int64 [B]; None where it is not known.
+    """
+
+    mods: tuple[Mod, Mod]
+    graphs: tuple[Graph | None, Graph | None]
+    bounds: Bounds
+    signature: Signature
+    sizes: Sizes
+    options: DecodeOptions
+    place: torch.device
+    kv_lens: torch.Tensor | None
+    first_token: torch.Tensor | None
+
+
+def _check(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mods: tuple[Mod, Mod],
+    kv_lens: torch.Tensor | None,
+    q_offset: int | torch.Tensor | None,
+    scale: float | None,
+    options: DecodeOptions | None,
+    device: str | DeviceFacts | None,
+) -> _Call:
+    """Checks and traces a call as `flex_decode` does, except that only shapes matter on the meta device."""
+    query, key, value = tensors
+    options = DEFAULT_OPTIONS if options is None else options
+    meta = getattr(query, "is_meta", False)
+    lens = kv_lens.to("meta") if meta and isinstance(kv_lens, torch.Tensor) else kv_lens
+    offset = q_offset.to("meta") if meta and isinstance(q_offset, torch.Tensor) else q_offset
+    sizes = check_inputs(query, key, value, lens, offset, scale, None, options)
+    if options.backend is None and (device is not None or meta):
+        options = replace(options, backend="triton")
+    place = torch.device("cpu") if meta else query.device
+    known_lens = torch.full((sizes.batch,), sizes.max_kv_len) if kv_lens is None else _known(kv_lens, place)
+    if known_lens is not None:
+        check_lens(known_lens, sizes.max_kv_len)
+        known_lens = known_lens.to(place, torch.int64)
+    graphs = []
+    for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
+        graph, traced = graph_of(kind, mod, place)
+        check_captures(kind, graph, traced, None if meta else place)
+        graphs.append(graph)
+    first = known_lens - query.shape[2] if known_lens is not None else None
+    if q_offset is not None:
+        first = _known(torch.as_tensor(q_offset), place)
+        first = None if first is None else first.to(torch.int64).expand(sizes.batch)
+    sample = query.new_empty((*query.shape[:3], value.shape[3]))
+    signature = describe(query, key, value, sample, lens, offset, False, options)
+    bounds = find_bounds(graphs[0], graphs[1], q_offset is not None)
+    return _Call(mods, (graphs[0], graphs[1]), bounds, signature, sizes, options, place, known_lens, first)
+
+
+def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
+    """The tensor where values are read; None if it has no values."""
+    return None if tensor.is_meta else tensor.to(place)
+
+
+def _step(call: _Call, cut: Schedule | None) -> Step | str:
+    """The blocks that a step reads, or why they are not known."""
+    if cut is None and call.signature.backend == "torch":
+        return 'the torch backend reads every key; `device="H200"` explains for a GPU'
+    if cut is None:
+        return "there is no query, so nothing is launched"
+    if call.kv_lens is None or call.first_token is None:
+        return f"`{'kv_lens' if call.kv_lens is None else 'q_offset'}` is on the meta device"
+    mods = list(zip(call.graphs, call.mods, strict=True))
+    step = find_step(mods, call.bounds, call.kv_lens, call.first_token, call.signature, call.sizes, cut)
+    return f"`{step}` is on the meta device" if isinstance(step, str) else step
+
+
+def _shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    names = ("query", query), ("key", key), ("value", value)
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in names)
+    return f"flex_decode: {shapes}, {str(query.dtype).removeprefix('torch.')}"
+
+
+def _bytes(key: torch.Tensor, value: torch.Tensor, batch: int, count: Callable[[bool], int]) -> int:
+    """Bytes of keys and values, by how many of each there are; `count(True)` where all sequences share one cache."""
+    return sum(count(t.shape[0] != batch) * t.shape[3] * t.element_size() for t in (key, value))
+
+
+def _shares(step: Step) -> str:
+    """How the work is spread over the programs."""
+    most = -(-int(step.work.max()) // step.num_splits)
+    busy = int(step.work.clamp(max=step.num_splits).sum())
+    idle = "" if busy == step.num_items * step.num_splits else f"; {busy} have work"
+    return f"{idle}, at most {most} block{'' if most == 1 else 's'} each"
+
+
+def _size(number: int) -> str:
+    """Bytes for people."""
+    power = max(0, min(3, (number.bit_length() - 1) // 10))
+    return f"{number / (1 << 10 * power):.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

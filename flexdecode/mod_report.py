@@ -1,0 +1,185 @@
+"""What is known of one mod of a call, as text: its formula, captures, live keys and loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from textwrap import indent
+from typing import NamedTuple
+
+import torch
+
+from .analyze import Facts, analyze
+from .bounds import Bounds
+from .captures import leaf_names
+from .graph import Graph, Source
+from .identity import Mod, constants_of
+from .intervals import Region
+from .lower import index_checks
+from .printing import Names, formula, is_guarded, name_captures, region_text
+
+_ALL_KEYS = ("kv in [0, kv_len)",)
+
+
+class Capture(NamedTuple):
+    """Something that a mod captures.
+
+    Attributes:
+        name: as in the formula.
+        value: as text.
+        role: `run-time argument`, `constant` (another value makes another kernel) or `tensor` (read at every call).
+    """
+
+    name: str
+    value: str
+    role: str
+
+
+class Load(NamedTuple):
+    """A read of a captured tensor.
+
+    Attributes:
+        text: the expression.
+        checked: the indices that the kernel checks, at the price of a comparison each; none if all are proven.
+        per_key: whether it is read for every key, or once per query row.
+    """
+
+    text: str
+    checked: tuple[str, ...]
+    per_key: bool
+
+
+@dataclass(frozen=True)
+class ModReport:
+    """What is known of a mod.
+
+    Attributes:
+        kind: `score_mod` or `mask_mod`.
+        name: of the function.
+        formula: what it computes, in infix form.
+        graph: the canonical text of its graph.
+        captures: captured numbers and tensors that it depends on.
+        loads: reads of captured tensors.
+        live: intervals that hold every key whose score is not -inf (score_mod) or that attends (mask_mod).
+        live_now: the same with the present values of the captured numbers.
+        full: intervals in which the mask is proven true, so that it is not evaluated; empty for a score_mod.
+        solved: whether anything is known of the live or full keys.
+        guarded: whether `live` and `full` hold only for captured integers up to 2**40.
+    """
+
+    kind: str
+    name: str
+    formula: str
+    graph: str
+    captures: tuple[Capture, ...]
+    loads: tuple[Load, ...]
+    live: tuple[str, ...]
+    live_now: tuple[str, ...]
+    full: tuple[str, ...]
+    solved: bool
+    guarded: bool
+
+    def __str__(self) -> str:
+        rows = [("formula", self.formula.splitlines())]
+        rows.append(("captures", [f"{c.name} = {c.value}  ({c.role})" for c in self.captures]))
+        rows.append(("live", self._live()))
+        if self.live_now != self.live:
+            rows.append(("now", list(self.live_now) or ["no key"]))
+        if self.kind == "mask_mod" and self.solved and self.live:
+            rows.append(("full", self._full()))
+        if self.guarded:
+            rows.append(("", ["(for captured integers up to 2**40; larger ones loosen a bound, and never drop a key)"]))
+        rows.append(("loads", [_load_text(load) for load in self.loads]))
+        lines = [f"{self.kind} {self.name}"]
+        for label, texts in rows:
+            lines += [f"  {label if i == 0 else '':<10}{text}" for i, text in enumerate(texts)]
+        return "\n".join([*lines, "  graph", indent(self.graph, "    ")])
+
+    def _live(self) -> list[str]:
+        if self.kind == "score_mod":
+            return [*self.live, "elsewhere the score is -inf"] if self.solved else ["every key"]
+        return (list(self.live) or ["no key"]) if self.solved else ["not solved: evaluated for every key"]
+
+    def _full(self) -> list[str]:
+        if not self.full:
+            return ["nothing is proven full: the mask is evaluated for every live key"]
+        if self.full == self.live:
+            return ["the same: the mask is evaluated only in blocks that an end cuts"]
+        return [*self.full, "the mask is evaluated in all other live blocks"]
+
+
+def _load_text(load: Load) -> str:
+    checks = f"bounds-checked ({', '.join(load.checked)})" if load.checked else "proven in range"
+    return f"{load.text}  {checks}, read {'for every key' if load.per_key else 'once per row'}"
+
+
+def report_mod(kind: str, graph: Graph | None, mod: Mod, bounds: Bounds, q_idx_given: bool) -> ModReport | None:
+    """Describes a mod.
+
+    Args:
+        kind: `score_mod` or `mask_mod`.
+        graph: of the mod; None if the call has none.
+        mod: the function and its captures.
+        bounds: of the call.
+        q_idx_given: whether the caller gives q_offset.
+    """
+    if graph is None or mod.function is None:
+        return None
+    constants = constants_of(kind, mod)
+    names = name_captures(graph, leaf_names(mod.function), constants)
+    live, full = (bounds.mask_live, bounds.mask_full) if kind == "mask_mod" else (bounds.score_live, ())
+    live_text = tuple(region_text(live, names))
+    return ModReport(
+        kind=kind,
+        name=getattr(mod.function, "__name__", type(mod.function).__name__),
+        formula=formula(graph.output, names),
+        graph=graph.text,
+        captures=_captures(graph, names, constants, mod.leaves),
+        loads=_loads(graph, names, analyze([graph.output], q_idx_given)),
+        live=live_text,
+        live_now=_now(live, graph, names, mod.leaves, live_text),
+        full=tuple(region_text(full, names)),
+        solved=live_text != _ALL_KEYS or bool(full),
+        guarded=is_guarded((*live, *full)),
+    )
+
+
+def _value(source: Source, leaves: list) -> int | float | None:
+    """The present value of a captured number; None where it is in no memory."""
+    leaf = leaves[source.leaf]
+    if source.dim >= 0:
+        return leaf.shape[source.dim]
+    if isinstance(leaf, torch.Tensor):
+        return None if leaf.is_meta else leaf.item()
+    return leaf
+
+
+def _now(region: Region, graph: Graph, names: Names, leaves: list, otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    present = [_value(source, leaves) for source in graph.numbers]
+    known = [value for value in present if value is not None]
+    return tuple(region_text(region, names, known)) if len(known) == len(present) else otherwise
+
+
+def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves: list) -> tuple[Capture, ...]:
+    found = []
+    for sources, called, role in (
+        (graph.numbers, names.numbers, "run-time argument"),
+        (constants, names.constants, "constant: another value makes another kernel"),
+    ):
+        for source, name in zip(sources, called, strict=True):
+            value = _value(source, leaves)
+            found.append(Capture(name, "?" if value is None else repr(value), role))
+    for leaf, name in zip(graph.tensors, names.tensors, strict=True):
+        tensor = leaves[leaf] if leaf >= 0 else graph.frozen[-1 - leaf]
+        role = "read at every call" if leaf >= 0 else "made inside the mod: as it was at the first call"
+        found.append(Capture(name, f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}", role))
+    return tuple(found)
+
+
+def _loads(graph: Graph, names: Names, facts: Facts) -> tuple[Load, ...]:
+    loads = []
+    for node in graph.nodes():
+        if node.op == "load":
+            checks = zip(node.args, index_checks(node, facts), strict=True)
+            checked = tuple(formula(index, names) for index, check in checks if check.below or check.above)
+            loads.append(Load(formula(node, names), checked, node in facts.on_kv))
+    return tuple(loads)

@@ -1,0 +1,168 @@
+"""A picture of one decode step: which blocks of the KV cache each item reads, and which split reads them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .blocks import DEAD, FULL, PARTIAL, UNUSED, Step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_ROWS, MAX_COLUMNS = 64, 512  # cells of the map; where there are more items or blocks, a cell stands for several
+MAX_SHARES = 40  # splits whose numbers are written
+
+# Of a block by its state; where it is read, by whether its split is even or odd, so that neighbours differ.
+COLOURS = {
+    UNUSED: ("#ffffff", "#ffffff"),
+    DEAD: ("#e1e4e8", "#e1e4e8"),
+    PARTIAL: ("#d9660b", "#f7b267"),
+    FULL: ("#0b5394", "#6aa5dc"),
+}
+_INK, _FAINT = "#22262a", "#9aa1a8"
+
+
+def draw(step: Step, title: str, path: Path) -> None:
+    """Draws a step as a PNG.
+
+    Above is a map with a row per item and a column per block, below the work of one item in the order in which its
+    splits take it.
+
+    Args:
+        step: what is read.
+        title: names of the mods.
+        path: the file to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("save_picture needs matplotlib: `pip install flexdecode[bench]`") from error
+    style: dict[Any, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    with rc_context({"font.family": "DejaVu Sans", "axes.edgecolor": _FAINT, **style}):
+        height = 0.5 + 0.11 * min(max(step.num_items, 8), MAX_ROWS)
+        figure = Figure(figsize=(12, height + 2.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, 1, height_ratios=[height, 0.5])
+        figure.suptitle(f"One decode step: {title}", fontsize=14, weight="bold", x=0.008, ha="left")
+        _draw_map(upper, step)
+        _draw_work(lower, step)
+        _draw_legend(figure)
+        figure.savefig(path, dpi=110, facecolor="white", format="png")
+
+
+def cells(step: Step) -> tuple[torch.Tensor, int, int]:
+    """The map, and how many items are in a row and blocks in a column of it.
+
+    A cell is `2 * state + (1 if the split is odd)`, int64. One that stands for several blocks shows a full one if there
+    is any, else a partial one, else a dead one.
+    """
+    items, blocks = _items_per_row(step), max(1, -(-step.num_blocks // MAX_COLUMNS))
+    found = torch.full((max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))), 2 * UNUSED)
+    for item in range(step.num_items):
+        states, splits = step.blocks(item)
+        codes = 2 * states + (splits % 2) * (splits >= 0)
+        padding = codes.new_full((found.shape[1] * blocks - len(codes),), 2 * UNUSED)
+        codes = torch.cat([codes, padding]).view(-1, blocks)
+        # Of equal states the first block decides the shade.
+        chosen = codes.gather(1, (codes // 2).argmax(1, keepdim=True))[:, 0]
+        row = found[item // items]
+        found[item // items] = torch.where(chosen // 2 > row // 2, chosen, row)
+    return found, items, blocks
+
+
+def _items_per_row(step: Step) -> int:
+    """A part of the items of one sequence, or those of several whole sequences."""
+    per_sequence, batch = step.num_kv_heads * step.num_tiles, len(step.kv_lens)
+    for items in range(1, per_sequence + 1):
+        if per_sequence % items == 0 and step.num_items // items <= MAX_ROWS:
+            return items
+    return per_sequence * -(-batch // MAX_ROWS)
+
+
+def _draw_map(axes: Axes, step: Step) -> None:
+    codes, items, blocks = cells(step)
+    rows, columns = codes.shape
+    _show(axes, codes, (0, columns * blocks * step.block_n, rows * items, 0))
+    axes.set_xlim(0, max(1, step.num_blocks) * step.block_n)
+    per_sequence, batch = step.num_kv_heads * step.num_tiles, len(step.kv_lens)
+    for sequence in range(1, batch if batch <= MAX_ROWS else 0):
+        axes.axhline(sequence * per_sequence, color=_FAINT, lw=0.6)
+    labels = range(0, batch, -(-batch // 16))
+    axes.set_yticks([(s + 0.5) * per_sequence for s in labels], [str(s) for s in labels])
+    heads = _count(step.num_kv_heads, "KV head") + (f" x {step.num_tiles} row tiles" if step.num_tiles > 1 else "")
+    axes.set_ylabel(f"sequence\n({heads}{f'; a row is {items} items' if items > 1 else ''})")
+    column = f"{blocks} blocks" if blocks > 1 else "a block"
+    axes.set_xlabel(f"position in the sequence (tokens); a column is {column} of {step.block_n} keys")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.tick_params(length=0)
+    counts = step.counts
+    used, read = sum(counts.values()), counts[FULL] + counts[PARTIAL]
+    programs = f"{_count(step.num_items, 'item')} x {_count(step.num_splits, 'split')}"
+    title = f"{read:,} of {used:,} blocks in use are read ({100 * read / max(used, 1):.1f}%), by {programs}"
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def _draw_work(axes: Axes, step: Step) -> None:
+    """The work of the item that has most of it, in the order of the kernel."""
+    item = int(step.work.argmax())
+    states, splits = step.blocks(item)
+    order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
+    codes = 2 * states[order] + splits[order] % 2
+    _show(axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]]), (0, max(len(order), 1), 1, 0))
+    starts = [i for i in range(len(order)) if i == 0 or splits[order[i]] != splits[order[i - 1]]]
+    for start, end in pairwise([*starts, len(order)] if len(starts) <= MAX_SHARES else []):
+        split = int(splits[order[start]])
+        axes.axvline(start, color="white", lw=1.5)
+        axes.text((start + end) / 2, 0.5, str(split), color=_INK if split % 2 else "white", ha="center", va="center")
+    kinds = [_count(int((states == s).sum()), f"{name} block") for s, name in ((FULL, "full"), (PARTIAL, "partial"))]
+    head = item // step.num_tiles % step.num_kv_heads
+    title = f"Work of sequence {step.sequence(item)}, KV head {head}: {', then '.join(kinds)}"
+    axes.set_title(f"{title}, shared by {_count(len(starts), 'split')}", loc="left", fontsize=10)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", integer=True)
+    numbers = "; the number is that of the split" if len(starts) <= MAX_SHARES else ""
+    axes.set_xlabel(f"blocks in the order in which they are read{numbers}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _show(axes: Axes, codes: torch.Tensor, extent: tuple[float, float, float, float]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    palette = ListedColormap([colour for state in sorted(COLOURS) for colour in COLOURS[state]])
+    axes.imshow(
+        codes.numpy(), cmap=palette, vmin=0, vmax=palette.N - 1, extent=extent, aspect="auto", interpolation="nearest"
+    )  # fmt: skip
+
+
+def _draw_legend(figure: Figure) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
+    entries = [
+        (FULL, "full: the mask is not evaluated"),
+        (PARTIAL, "partial: checked key by key"),
+        (DEAD, "dead: never loaded"),
+        (UNUSED, "past the end of the sequence"),
+    ]
+    handles: list[Any] = []
+    for state, _ in entries:
+        shades = dict.fromkeys(COLOURS[state])
+        handles.append(tuple(Patch(facecolor=c, edgecolor=_FAINT if state == UNUSED else c) for c in shades))
+    figure.legend(
+        handles, [text for _, text in entries], handler_map={tuple: HandlerTuple(ndivide=None, pad=0)}, ncols=4,
+        loc="outside lower center", frameon=False, fontsize=10, title="dark and light: even and odd splits",
+        title_fontsize=9,
+    )  # fmt: skip

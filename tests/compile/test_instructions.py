@@ -1,0 +1,131 @@
+"""What the machine code consists of: waits, vector loads, asynchronous copies, nothing for an absent mod."""
+
+import ast
+import re
+
+import pytest
+import torch
+import triton
+from compile.compiling import DEVICES, assembly, compile_call, meta_inputs, meta_lengths
+
+from flexdecode import mods
+from flexdecode.kernel import compile_pass, load_module
+from flexdecode.template import read_template
+
+SPLIT_SHAPE = (1, 16, 2, 1, 32768, 128)
+CROWDED_SHAPE = (256, 16, 1, 1, 1024, 128)
+GLOBAL_ACCESS = re.compile(r"\b(ld\.global|st\.global|ld\.param\.global|cp\.async|atom|red\.|prefetch)")
+
+
+# --- Programmatic dependent launch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_programmatic_dependent_launch_where_the_device_has_it(device):
+    call = compile_call(device, meta_inputs(*SPLIT_SHAPE), kv_lens=meta_lengths(1))
+    has_it = device in ("sm_90", "sm_100")
+    assert call.combine is not None
+    for kernel in call.passes:
+        text = assembly(kernel)
+        assert ("griddepcontrol.wait" in text) == has_it
+        assert ("griddepcontrol.launch_dependents" in text) == has_it
+        assert getattr(kernel.metadata, "launch_pdl", False) == has_it
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_no_memory_is_touched_before_the_wait(descriptors):
+    """An earlier kernel may still be writing what this one reads, or reading what it writes."""
+    layout = meta_inputs(*SPLIT_SHAPE) if descriptors else meta_inputs(*SPLIT_SHAPE[:5], 96)
+    slopes = torch.empty(16, device="meta")
+    call = compile_call("sm_90", layout, mods.alibi(slopes), kv_lens=meta_lengths(1), q_offset=meta_lengths(1))
+    assert call.spec.tiles.descriptors == descriptors
+    for kernel in call.passes:
+        before, wait, after = assembly(kernel).partition("griddepcontrol.wait")
+        assert wait
+        assert not GLOBAL_ACCESS.search(before)
+        assert GLOBAL_ACCESS.search(after)
+
+
+# --- Loads ------------------------------------------------------------------------------------------------------------
+
+
+def widths_of_copies(kernel):
+    """Bytes of each asynchronous copy from global to shared memory by a thread."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", assembly(kernel))
+    return {int(width, 0) for width in copies}
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_aligned_caches_are_copied_16_bytes_at_a_time(dtype, layout):
+    for mask_mod in (None, mods.causal()):
+        call = compile_call("sm_80", meta_inputs(*CROWDED_SHAPE, dtype=dtype, layout=layout), mask_mod=mask_mod)
+        assert widths_of_copies(call.split) == {16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_aligned_caches_are_read_16_bytes_at_a_time_on_amd(dtype):
+    call = compile_call("gfx942", meta_inputs(*CROWDED_SHAPE, dtype=dtype))
+    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly(call.split))
+    assert loads.count("dwordx4") >= 2, loads
+
+
+@pytest.mark.parametrize("device", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_descriptors_on_hopper_and_later(device, layout):
+    call = compile_call(device, meta_inputs(*SPLIT_SHAPE, layout=layout))
+    assert call.spec.tiles.descriptors
+    assert "cp.async.bulk.tensor.2d" in assembly(call.split)
+    assert not widths_of_copies(call.split)
+
+
+def test_partial_outputs_are_read_16_bytes_at_a_time():
+    call = compile_call("sm_90", meta_inputs(*SPLIT_SHAPE))
+    assert "ld.global.v4.b32" in assembly(call.combine)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 2, 1, 3000, 59), (1, 6, 2, 1, 3000, 17, 121)])
+def test_odd_head_dims_compile_without_vectors(shape):
+    call = compile_call("sm_90", meta_inputs(*shape))
+    assert not call.spec.tiles.descriptors
+    assert 16 not in widths_of_copies(call.split)
+
+
+# --- Hooks that do nothing cost nothing -------------------------------------------------------------------------------
+
+
+class _WithoutHooks(ast.NodeTransformer):
+    """Replaces calls of the mods' hooks by what they mean if there are no mods."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        name = getattr(node.func, "id", None)
+        if name in ("score_mod", "mask_mod"):
+            return node.args[0]
+        return ast.Tuple([], ast.Load()) if name in ("score_row", "mask_row") else node
+
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        return None if node.name in ("score_mod", "mask_mod", "score_row", "mask_row") else node
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+def test_identity_hooks_leave_no_trace(device, tmp_path):
+    """The template and the template without any call of a hook give the same PTX, byte for byte."""
+    path = tmp_path / "without_hooks.py"
+    path.write_text(ast.unparse(_WithoutHooks().visit(ast.parse(read_template("decode.py")))))
+    assert "score_mod(" not in path.read_text() and "mask_row(" not in path.read_text()
+    inputs = meta_inputs(*CROWDED_SHAPE[:-1], 96)  # by pointers
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        spec = compile_call(device, inputs, kv_lens=meta_lengths(256)).spec
+        texts = []
+        for file in (path, _template_file(tmp_path)):
+            texts.append(compile_pass(load_module(file), spec, DEVICES[device], combine=False).asm["ptx"])
+    assert texts[0] == texts[1]
+
+
+def _template_file(folder):
+    path = folder / "with_hooks.py"
+    path.write_text(read_template("decode.py"))
+    return path

@@ -1,0 +1,286 @@
+"""Mask families of attention-gym, written anew, through the kernel: which keys attend, and which blocks that costs.
+
+Every family is compared with the reference. Where its live region is solved, only the blocks that meet it are loaded,
+each once, and the mask is evaluated only in those that are not full.
+"""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from interpret.decoding import check_decode, decode
+from support import make_inputs, trace_mod
+from unit import mask_graphs
+
+from flexdecode import compiled, eager, mods
+from flexdecode.reference import evaluate_mod
+
+B, HQ, HKV, N, D, BLOCK_N = 3, 4, 2, 96, 16, 16
+
+# --- Families ---------------------------------------------------------------------------------------------------------
+
+
+def causal():
+    return lambda b, h, q, k: q >= k
+
+
+def sliding_window(window=20):
+    return lambda b, h, q, k: (q >= k) & (q - k <= window)
+
+
+def prefix_lm(prefix=24):
+    """The prefix in both directions, then causal."""
+    return mods.or_masks(lambda b, h, q, k: k < prefix, causal())
+
+
+def dilated_window(window=40, dilation=3):
+    def mask_mod(b, h, q, k):
+        distance = (q - k).abs()
+        return (distance <= window) & (distance % dilation == 0)
+
+    return mask_mod
+
+
+def neighborhood(width=12, kernel=5):
+    """NATTEN in two dimensions: a square of keys around the query, moved inside where it would cross a border."""
+    height = N // width
+
+    def mask_mod(b, h, q, k):
+        q_x, q_y = q // width, q % width
+        k_x, k_y = k // width, k % width
+        center_x = q_x.clamp(kernel // 2, height - 1 - kernel // 2)
+        center_y = q_y.clamp(kernel // 2, width - 1 - kernel // 2)
+        return ((center_x - k_x).abs() <= kernel // 2) & ((center_y - k_y).abs() <= kernel // 2)
+
+    return mask_mod
+
+
+def tiles(width=8, tile=4):
+    """A 2-D image stored tile by tile: positions are those of pixels, and a tile sees its neighbours."""
+    per_row, area = width // tile, tile * tile
+
+    def pixel(i):
+        number, inside = i // area, i % area
+        return number // per_row * tile + inside // tile, number % per_row * tile + inside % tile
+
+    def mask_mod(b, h, q, k):
+        (q_x, q_y), (k_x, k_y) = pixel(q), pixel(k)
+        return ((q_x - k_x).abs() <= 4) & ((q_y - k_y).abs() <= 3)
+
+    return mask_mod
+
+
+def block_diffusion(block=16):
+    """Blocks are denoised one after the other: each sees itself in both directions and the finished ones."""
+    return lambda b, h, q, k: (k // block == q // block) | (k // block < q // block)
+
+
+def documents(lengths=(30, 5, 41, 20)):
+    """Packed documents by offsets, causal inside each: positions count from the start of the document."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def mask_mod(b, h, q, k):
+        start, end = offsets[document[q]], offsets[document[q] + 1]
+        return (k - start >= 0) & (k < end) & (q - start >= k - start)
+
+    return mask_mod
+
+
+def shared_prefix(prefix=20, suffix=19):
+    """Many answers to one prompt in one cache: the prompt is shared, answers do not see each other."""
+
+    def mask_mod(b, h, q, k):
+        answer = (q - prefix) // suffix
+        return (k <= q) & ((k < prefix) | ((k >= prefix + answer * suffix) & (q >= prefix)))
+
+    return mask_mod
+
+
+def global_and_window(window=12, global_tokens=5):
+    """Longformer: some tokens see all and are seen by all, the others see a window; half of the heads are dense."""
+    dense = torch.tensor([True, True, False, False])
+
+    def mask_mod(b, h, q, k):
+        near = (q - k).abs() <= window
+        return torch.where(dense[h], k <= q, near | (k < global_tokens) | (q < global_tokens))
+
+    return mask_mod
+
+
+def tree(prefix=70):
+    """Drafts after a prefix of each sequence, each seeing its ancestors."""
+    parents = [0, 0, 0, 1, 1, 2, 3]
+    ancestors = torch.eye(len(parents), dtype=torch.bool)
+    for draft, parent in enumerate(parents[1:], start=1):
+        ancestors[draft] |= ancestors[parent]
+    return mods.tree(ancestors, torch.tensor([prefix, prefix - 30, prefix + 4]))
+
+
+FAMILIES = [
+    causal, sliding_window, prefix_lm, dilated_window, neighborhood, tiles, block_diffusion, documents, shared_prefix,
+    global_and_window, tree,
+]  # fmt: skip
+
+KV_LENS = {"all": None, "ragged": torch.tensor([96, 51, 7]), "empty": torch.tensor([0, 96, 1])}
+Q_OFFSETS = {"newest": None, "number": 41, "tensor": torch.tensor([72, 3, -2])}
+
+
+@pytest.mark.parametrize("q_offset", Q_OFFSETS)
+@pytest.mark.parametrize("kv_lens", KV_LENS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, kv_lens, q_offset):
+    lengths = {"kv_lens": KV_LENS[kv_lens], "q_offset": Q_OFFSETS[q_offset]}
+    mask_mod = family()
+    for num_queries in (1, 5):
+        inputs = make_inputs(B, HQ, HKV, num_queries, N, D)
+        for num_splits in (1, 3):
+            check_decode(*inputs, mask_mod=mask_mod, num_splits=num_splits, **lengths)
+
+
+# --- What is read -----------------------------------------------------------------------------------------------------
+
+SOLVED = [causal, sliding_window, prefix_lm, block_diffusion, documents, shared_prefix]
+BANDS = [dilated_window, neighborhood, tiles, tree]  # inside a live interval the mask alone knows
+
+
+def live_blocks(mask_mod, q_idx):
+    """By block: whether a row of the tile of one sequence and KV head attends to a key of it, and whether all do."""
+    grid = torch.zeros(1, dtype=torch.long), torch.arange(HQ // HKV), q_idx, torch.arange(N)
+    mask = evaluate_mod(mask_mod, grid).flatten(0, 2).unflatten(-1, (-1, BLOCK_N))
+    return mask.any(-1).any(0), mask.all(-1).all(0)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("family", [*SOLVED, *BANDS, global_and_window])
+def test_dead_blocks_leave_no_trace(family, num_queries, num_splits):
+    """NaN in K and V outside the blocks that the tile attends to: a read would show, because 0 * NaN is NaN."""
+    mask_mod = family()
+    q_offset = 72
+    query, key, value = make_inputs(1, HQ // HKV, 1, num_queries, N, D)
+    arguments = {"mask_mod": mask_mod, "q_offset": q_offset, "num_splits": num_splits}
+    expected = decode(query, key, value, **arguments)
+    live = live_blocks(mask_mod, q_offset + torch.arange(num_queries))[0]
+    if family is neighborhood or family is tiles or family is dilated_window:
+        live = between_the_first_and_the_last(live)
+    assert not live.all() or family in (causal, prefix_lm, global_and_window, tree)
+    dead = ~live.repeat_interleave(BLOCK_N)
+    key[:, :, dead] = torch.nan
+    value[:, :, dead] = torch.nan
+    out, lse = decode(query, key, value, **arguments)
+    assert out.isfinite().all() and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+def between_the_first_and_the_last(live):
+    first, last = live.nonzero()[0], live.nonzero()[-1]
+    blocks = torch.arange(len(live))
+    return (blocks >= first) & (blocks <= last)
+
+
+@pytest.fixture
+def visited(monkeypatch):
+    """The blocks that kernels load, and those in which they evaluate the mask, in order."""
+    seen = {"loaded": [], "masked": []}
+
+    def load_module(path):
+        module = real_load_module(path)
+        load_kv, mask_mod = module.load_kv, module.mask_mod
+
+        def load(base, descriptor, origin, start_n, *rest):
+            seen["loaded"].append(int(start_n.handle.data.item()) // BLOCK_N)
+            return load_kv(base, descriptor, origin, start_n, *rest)
+
+        def mask(live, b, h, q_idx, kv_idx, row, captures):
+            seen["masked"].append(int(kv_idx.handle.data.min()) // BLOCK_N)
+            return mask_mod(live, b, h, q_idx, kv_idx, row, captures)
+
+        module.load_kv, module.mask_mod = load, mask
+        return module
+
+    real_load_module = compiled.load_module
+    monkeypatch.setattr(compiled, "load_module", load_module)
+    compiled.forget_kernels()
+    yield seen
+    compiled.forget_kernels()
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("family", SOLVED)
+def test_live_blocks_are_read_once_and_full_ones_without_the_mask(visited, family, num_queries, num_splits):
+    mask_mod = family()
+    q_offset = 72
+    decode(
+        *make_inputs(1, HQ // HKV, 1, num_queries, N, D), mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits
+    )
+    live, full = live_blocks(mask_mod, q_offset + torch.arange(num_queries))
+    # Each block is loaded twice: its keys and its values.
+    assert sorted(visited["loaded"]) == sorted(2 * live.nonzero().flatten().tolist())
+    assert sorted(visited["masked"]) == (live & ~full).nonzero().flatten().tolist()
+
+
+def test_the_prefix_of_a_tree_is_read_without_the_mask(visited):
+    decode(*make_inputs(1, 2, 1, 5, N, D), mask_mod=tree(), q_offset=70)
+    assert sorted(visited["masked"]) == [4, 5], "the prefix ends in block 4"
+    assert sorted(visited["loaded"]) == sorted(2 * [*range(6)])
+
+
+# --- Random masks -----------------------------------------------------------------------------------------------------
+
+QUERIES = {False: None, True: torch.tensor([40, 2**63 - 4, -(2**40) - 1])}
+
+
+def as_mod(example):
+    """A mask_mod that computes a random graph in PyTorch's functions."""
+    nodes, leaves = example.graph.nodes(), example.leaves
+    tensors, numbers = example.graph.tensors, [leaves[source.leaf] for source in example.graph.numbers]
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        indices = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
+        values = {}
+        for node in nodes:
+            args = [values[a] for a in node.args]
+            if node.op == "index":
+                value = indices[node.attr]
+            elif node.op == "const":
+                value = node.attr if node.weak else torch.tensor(node.attr, dtype=node.dtype)
+            elif node.op == "number":
+                value = numbers[node.attr]
+            elif node.op == "load":
+                value = leaves[tensors[node.attr]]
+                value = value[tuple(args)] if args else value
+            elif node.op == "cast":
+                value = torch.as_tensor(args[0]).to(node.dtype)
+            else:
+                value = getattr(torch, node.op)(torch.as_tensor(args[0]), *args[1:])
+            values[node] = value
+        return values[example.graph.output]
+
+    return mask_mod
+
+
+def test_random_masks():
+    """All scores are 0 and the values tell the blocks apart, so that the output counts the live keys of each block."""
+    blocks = N // BLOCK_N
+    query, key = torch.zeros(B, HQ, 1, D), torch.zeros(B, HKV, N, D)
+    value = torch.eye(blocks, D).repeat_interleave(BLOCK_N, dim=0).expand(B, HKV, N, D)
+
+    @hypothesis.settings(max_examples=60, database=None)
+    @hypothesis.given(mask_graphs.masks(), st.sampled_from([1, 2]))
+    def check(example, num_splits):
+        mask_mod, q_offset = as_mod(example), QUERIES[example.q_idx_given]
+        graph, leaves = trace_mod(mask_mod, "mask_mod")
+        grid = {
+            "b": torch.arange(B).view(-1, 1, 1),
+            "h": torch.arange(HQ).view(1, -1, 1),
+            "q_idx": (torch.tensor([N - 1] * B) if q_offset is None else q_offset).view(-1, 1, 1),
+            "kv_idx": torch.arange(N),
+        }
+        mask = eager.evaluate([graph.output], graph, leaves, grid)[0].expand(B, HQ, N)
+        expected = mask.unflatten(-1, (blocks, BLOCK_N)).sum(-1)
+        out, lse = decode(query, key, value, mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits)
+        counts = (out * lse.exp()[..., None]).round().long()
+        assert torch.equal(counts[:, :, 0, :blocks], expected)
+
+    check()

@@ -1,0 +1,165 @@
+"""Splicing of hook bodies into the template, and the modules that come out. No Triton runs here."""
+
+import ast
+import builtins
+
+import pytest
+from support import MODS, trace_mod
+
+from flexdecode import template
+from flexdecode.compiled import generate_module
+from flexdecode.lower import Hooks
+from flexdecode.template import HOOK_PARAMETERS, generate, read_template, template_folder, templates_digest
+
+
+def functions_of(text):
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+def body_of(text, name):
+    """Source of a function's statements, without its docstring."""
+    node = functions_of(text)[name]
+    return "\n".join(ast.unparse(statement) for statement in node.body[1:])
+
+
+def hooks(functions=(), **bodies):
+    return Hooks(bodies, frozenset(functions))
+
+
+# --- The files --------------------------------------------------------------------------------------------------------
+
+
+def test_template_files_are_found():
+    assert {path.name for path in template_folder().glob("*.py")} >= {"decode.py", "elementwise.py", "kv_descriptor.py"}
+    assert read_template("decode.py") == (template_folder() / "decode.py").read_text()
+    assert len(templates_digest()) == 64
+
+
+def test_missing_templates(monkeypatch, tmp_path):
+    monkeypatch.setattr(template, "__file__", str(tmp_path / "package" / "template.py"))
+    with pytest.raises(FileNotFoundError, match="templates are missing: the installation is damaged, install it again"):
+        template_folder.__wrapped__()
+
+
+def test_the_digest_sees_every_file(monkeypatch, tmp_path):
+    for path in template_folder().glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(template, "template_folder", lambda: tmp_path)
+    before = templates_digest.__wrapped__()
+    assert before == templates_digest()
+    (tmp_path / "elementwise.py").write_text("# edited\n")
+    assert templates_digest.__wrapped__() != before
+
+
+@pytest.mark.parametrize("name", ["decode.py", "elementwise.py", "kv_descriptor.py"])
+def test_template_files_stand_alone(name):
+    """Every name that a function uses is one of its own, of the file, or a builtin."""
+    assert undefined_names(read_template(name)) == set()
+
+
+def undefined_names(text):
+    tree = ast.parse(text)
+    known = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            known.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known
+
+
+def test_hooks_have_identity_bodies():
+    text = read_template("decode.py")
+    for name, parameters in HOOK_PARAMETERS.items():
+        node = functions_of(text)[name]
+        assert tuple(a.arg for a in node.args.args) == parameters
+        assert ast.get_docstring(node)
+    assert body_of(text, "score_mod") == "return score"
+    assert body_of(text, "mask_mod") == "return live"
+    assert body_of(text, "score_row") == body_of(text, "mask_row") == "return ()"
+
+
+# --- Splicing ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_hooks_give_the_template():
+    assert generate([]) == read_template("decode.py")
+
+
+def test_a_body_takes_the_place_of_another():
+    text = generate([hooks(score_mod="v0 = score * 2\nreturn v0", score_row="return (b,)")])
+    assert body_of(text, "score_mod") == "v0 = score * 2\nreturn v0"
+    assert body_of(text, "score_row") == "return (b,)"
+    assert body_of(text, "mask_mod") == "return live"
+    original = read_template("decode.py")
+    for name in functions_of(original).keys() - {"score_mod", "score_row"}:
+        assert ast.unparse(functions_of(text)[name]) == ast.unparse(functions_of(original)[name])
+    assert ast.get_docstring(functions_of(text)["score_mod"]) == ast.get_docstring(functions_of(original)["score_mod"])
+
+
+def test_only_called_functions_are_copied_with_what_they_call():
+    text = generate([hooks(["remainder_int"], score_mod="return remainder_int(score, b)")])
+    copied = functions_of(text).keys() - functions_of(read_template("decode.py")).keys()
+    assert copied == {"remainder_int", "fmod_int"}
+    assert text.index("def fmod_int") < text.index("def score_mod"), "they come before the hooks"
+    assert undefined_names(text) == set()
+
+
+def test_both_mods_share_copied_functions():
+    text = generate(
+        [hooks(["tanh"], score_mod="return tanh(score)"), hooks(["tanh"], mask_mod="return live & tanh(b)")]
+    )
+    assert text.count("def tanh(") == 1
+
+
+def test_builtins_of_triton_are_not_copied():
+    assert generate([hooks(["max", "no_function_of_ours"], score_mod="return score")]).count("def max") == 0
+
+
+def test_other_loads():
+    text = generate([], "kv_descriptor.py")
+    loads = functions_of(read_template("kv_descriptor.py"))
+    for name, node in loads.items():
+        assert ast.unparse(functions_of(text)[name]) == ast.unparse(node)
+    assert functions_of(text).keys() == functions_of(read_template("decode.py")).keys()
+
+
+@pytest.mark.parametrize("name", ["no_such_hook", "attend_block"])
+def test_an_unknown_hook(name):
+    with pytest.raises((ValueError, KeyError), match=name):
+        generate([hooks(**{name: "return 0"})])
+
+
+def test_a_hook_with_other_parameters(monkeypatch):
+    monkeypatch.setitem(HOOK_PARAMETERS, "score_mod", ("score", "b"))
+    with pytest.raises(ValueError, match=r"the template has no hook score_mod\('score', 'b'\)"):
+        generate([hooks(score_mod="return score")])
+
+
+def test_loads_that_do_not_fit(monkeypatch):
+    other = ast.parse("@jit\ndef load_kv(pointer):\n    '''Reads.'''\n    return 0").body
+    known = template._functions("decode.py")
+    monkeypatch.setattr(template, "_functions", lambda name: known if name == "decode.py" else {"load_kv": other[0]})
+    with pytest.raises(ValueError, match=r"the template has no hook load_kv\('pointer',\)"):
+        generate([], "other.py")
+
+
+# --- Generated modules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", MODS, ids=lambda family: family.name)
+@pytest.mark.parametrize("loads", [None, "kv_descriptor.py"])
+def test_generated_modules_are_self_contained(family, loads):
+    score_mod, mask_mod = (make(2, 4, 32, 2, "cpu") for make in family[1:])
+    score = score_mod and trace_mod(score_mod, "score_mod")[0]
+    mask = mask_mod and trace_mod(mask_mod, "mask_mod")[0]
+    for q_idx_given in (False, True):
+        text = generate_module(score, mask, q_idx_given, loads)
+        assert undefined_names(text) == set()
+        assert "import flexdecode" not in text and "from flexdecode" not in text
+        assert text.count("def decode_split(") == text.count("def decode_combine(") == 1
+        assert generate_module(score, mask, q_idx_given, loads) == text, "generation is deterministic"
