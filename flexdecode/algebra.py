@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .graph import INDEX_NAMES, Node
+from .graph import INDEX_NAMES, Node, topological
 from .intervals import FAR, LIMIT
+from .ops import INT_LIMITS
 
+_ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"}
+LONGEST = 400  # characters of a part of a bound that anyone would read
 _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
 
 
@@ -35,12 +38,12 @@ class _Span(NamedTuple):
     conditions: tuple[str, ...]
 
 
-def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node], str]) -> list[str]:
+def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str]) -> list[str]:
     """Writes intervals as `kv in [lo, hi) if condition`, without those that are empty or inside of another one.
 
     Args:
         parts: the intervals.
-        opaque: text of a node that this algebra does not take apart.
+        opaque: text of a node that this algebra does not take apart, in brackets if they are asked for and needed.
     """
     algebra = _Algebra(opaque)
     spans: list[_Span] = []
@@ -55,11 +58,12 @@ def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node], str]) -> lis
 
 
 class _Algebra:
-    def __init__(self, opaque: Callable[[Node], str]) -> None:
+    def __init__(self, opaque: Callable[[Node, bool], str]) -> None:
         import sympy
 
         self.sympy = sympy
         self.opaque = opaque
+        self.done: dict[Node, Any] = {}
 
     def span(self, parts: Parts) -> _Span | None:
         """An interval in expressions; None if it is surely empty."""
@@ -79,9 +83,15 @@ class _Algebra:
 
     def convert(self, node: Node) -> Any:
         """The expression of an integer node; what is no arithmetic becomes a symbol with its text as the name."""
+        for needed in topological(node):  # operands first, so that no recursion is as deep as the graph
+            if needed not in self.done and is_integer(needed):
+                self.done[needed] = self._convert(needed)
+        return self.done[node]
+
+    def _convert(self, node: Node) -> Any:
         s = self.sympy
         if node.is_const:
-            return s.oo * (1 if node.attr > 0 else -1) if abs(node.attr) >= FAR else s.Integer(int(node.attr))
+            return s.Integer(int(node.attr))
         if node.op == "where":
             return self._choice(node.args[0], *map(self.convert, node.args[1:]))
         if node.op in ("maximum", "minimum"):
@@ -90,19 +100,23 @@ class _Algebra:
                     neutral = -1 if node.op == "maximum" else 1
                     ends = [self.convert(other if a.attr * neutral > 0 else a) for a in switch.args[1:]]
                     return self._choice(switch.args[0], *ends)
-        if node.op == "cast" and _is_integer(node.args[0]):
+        if widens(node):
             return self.convert(node.args[0])
-        if node.op in ("add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"):
-            args = [self.convert(a) for a in node.args]
-            if node.op not in ("floor_divide", "remainder") or args[1] != 0:
-                return self._apply(node.op, args)
-        return s.Symbol(self.opaque(node), integer=True)
+        value = None
+        exact = node.op in _ARITHMETIC and node.dtype in (torch.int32, torch.int64)  # others wrap around
+        # A divisor may be 0 unless it is a number that is not.
+        divides = node.op in ("floor_divide", "remainder")
+        if exact and (not divides or (node.args[1].is_const and node.args[1].attr != 0)):
+            value = self._apply(node.op, [self.convert(a) for a in node.args])
+        return s.Symbol(self.opaque(node, True), integer=True) if value in (None, s.nan) else value
 
     def _choice(self, condition: Node, a: Any, b: Any) -> Any:
         when = self._condition(condition, True)
         if not when:
             return a if when is None else b
-        return self.sympy.Symbol(f"({self.text(a)} if {when} else {self.text(b)})", integer=True)
+        a, b = self._reached(a), self._reached(b)
+        text = f"({self.text(a)} if {when} else {self.text(b)})"
+        return self.sympy.Symbol(text if len(text) < LONGEST else "(...)", integer=True)
 
     def _apply(self, op: str, args: list[Any]) -> Any:
         s = self.sympy
@@ -112,17 +126,19 @@ class _Algebra:
             return s.floor(args[0] / args[1])
         if op in ("remainder", "abs"):
             return s.Mod(*args) if op == "remainder" else s.Abs(*args)
-        value = s.expand({"add": s.Add, "sub": lambda a, b: a - b, "mul": s.Mul, "neg": lambda a: -a}[op](*args))
-        number, rest = value.as_coeff_Add()
-        if abs(number) >= LIMIT // 2 and all(symbol.name in INDEX_NAMES for symbol in rest.free_symbols):
-            return s.oo * number  # no position comes near: a window of sys.maxsize
-        return value
+        return s.expand({"add": s.Add, "sub": lambda a, b: a - b, "mul": s.Mul, "neg": lambda a: -a}[op](*args))
 
     # --- Simplification -----------------------------------------------------------------------------------------------
 
+    def _reached(self, value: Any) -> Any:
+        """A bound that no position comes near is none: FAR, and those of a window of sys.maxsize."""
+        number, rest = value.as_coeff_Add()
+        near = all(symbol.name in INDEX_NAMES for symbol in rest.free_symbols)
+        return self.sympy.oo * number if near and abs(number) >= LIMIT // 2 else value
+
     def _extreme(self, kind: str, values: list[Any]) -> Any:
         """Max or Min, without the values that another one makes needless."""
-        kept = list(dict.fromkeys(values))
+        kept = list(dict.fromkeys(map(self._reached, values)))
         for value in list(kept):
             others = [v for v in kept if v != value]
             if any(self._at_most(*((value, other) if kind == "Max" else (other, value))) for other in others):
@@ -159,8 +175,8 @@ class _Algebra:
 
     def _condition(self, node: Node, wanted: bool) -> str | None:
         """A condition as text: None if it always holds, empty if it never does."""
-        if node.op not in ("lt", "le") or not all(map(_is_integer, node.args)):
-            text = self.opaque(node)
+        if node.op not in ("lt", "le") or not all(map(is_integer, node.args)):
+            text = self.opaque(node, False)
             return text if wanted else f"not ({text})"
         s = self.sympy
         a, b = map(self.convert, node.args if wanted else node.args[::-1])
@@ -232,12 +248,21 @@ class _Algebra:
         return (0 if names <= set(INDEX_NAMES) else 1), self.text(value)
 
 
+def widens(node: Node) -> bool:
+    """Whether a node converts integers to a type that holds them all."""
+    if node.op != "cast" or not (is_integer(node) and is_integer(node.args[0])):
+        return False
+    (low, high), (wide_low, wide_high) = INT_LIMITS[node.args[0].dtype], INT_LIMITS[node.dtype]
+    return wide_low <= low and high <= wide_high
+
+
 def is_switch(bound: Node) -> bool:
     """Whether a bound is `where(condition, -FAR, FAR)` or the opposite: it says when there is an interval at all."""
     return bound.op == "where" and all(a.is_const and abs(a.attr) == FAR for a in bound.args[1:])
 
 
-def _is_integer(node: Node) -> bool:
+def is_integer(node: Node) -> bool:
+    """Whether the value of a node is an integer, and no bool."""
     return node.dtype != torch.bool and not node.dtype.is_floating_point
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .graph import Node, Source, const, topological
-from .ops import CONSTANT_SECOND, HALF, INT_LIMITS, OPS, operand_dtypes
+from .ops import CONSTANT_SECOND, HALF, INT_LIMITS, OPS, Op, operand_dtypes
 
 _EXCHANGED = {"gt": "lt", "ge": "le", "greater": "lt", "greater_equal": "le"}
 _ON_BOOLS = {
@@ -33,7 +33,8 @@ def make(name: str, *nodes: Node) -> Node:
     Raises:
         TypeError: the operation does not take these types, in PyTorch's own judgement.
         ZeroDivisionError: an integer is divided by the constant 0.
-        ValueError: an integer is raised to a constant negative power.
+        ValueError: an integer is raised to a constant negative power, or a result of Python numbers is complex.
+        OverflowError: an integer result of Python numbers does not fit into int64.
     """
     if name in _EXCHANGED:
         name, nodes = _EXCHANGED[name], nodes[::-1]
@@ -47,7 +48,7 @@ def make(name: str, *nodes: Node) -> Node:
         if name in _ON_BOOLS:
             return make(_ON_BOOLS[name], *nodes)
     if weak and op.python is not None and all(n.is_const for n in nodes):
-        return const(op.python(*(n.attr for n in nodes)))
+        return _in_python(op, nodes)
     if name in CONSTANT_SECOND and not dtype.is_floating_point and nodes[1].is_const:
         _check_second(name, nodes[1])
     args = tuple(cast(n, d) for n, d in zip(nodes, in_dtypes, strict=True))
@@ -58,6 +59,15 @@ def make(name: str, *nodes: Node) -> Node:
         args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
     shorter = _simplify(name, args)
     return shorter if shorter is not None else Node(name, args, dtype, weak=weak)
+
+
+def _in_python(op: Op, nodes: tuple[Node, ...]) -> Node:
+    assert op.python is not None
+    value = op.python(*(n.attr for n in nodes))
+    if isinstance(value, complex):
+        raise ValueError("the result is complex")
+    check_constant(value)
+    return const(value)
 
 
 def _check_second(name: str, second: Node) -> None:
@@ -104,7 +114,8 @@ def cast(node: Node, dtype: torch.dtype) -> Node:
     if node.is_const:
         if dtype.is_floating_point and node.weak:
             return Node("const", (), dtype, float(node.attr), weak=unrounded)
-        return const(torch.tensor(node.attr, dtype=None if node.weak else node.dtype).to(dtype).item(), dtype)
+        exact = torch.float64 if node.weak and node.dtype.is_floating_point else node.dtype
+        return const(torch.tensor(node.attr, dtype=exact).to(dtype).item(), dtype)
     if dtype == torch.bool:
         return Node("ne", (node, const(0, node.dtype)), torch.bool)
     return Node("cast", (node,), dtype, weak=unrounded)
@@ -125,9 +136,9 @@ def remake(node: Node, args: tuple[Node, ...]) -> Node:
         again = cast(args[0], node.dtype)
         return again if node.weak else strong(again)
     if node.op in OPS:
-        python = OPS[node.op].python
-        if node.weak and python is not None and all(a.is_const for a in args):
-            return const(python(*(a.attr for a in args)))
+        op = OPS[node.op]
+        if node.weak and op.python is not None and all(a.is_const for a in args):
+            return _in_python(op, args)
         again = make(node.op, *args)
         return again if node.weak else strong(again)
     return Node(node.op, args, node.dtype, node.attr, node.weak)

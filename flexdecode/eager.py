@@ -59,9 +59,9 @@ def decode(
     }
     grouped = (query.float() * scale).reshape(batch, num_kv_heads, -1, head_dim)
     rows = (batch, num_q_heads, num_queries)
-    m_i = torch.full(rows, -torch.inf, device=device)
-    l_i = torch.zeros(rows, device=device)
-    acc = torch.zeros(*rows, value.shape[3], device=device)
+    m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
+    l_i = torch.zeros(rows, dtype=torch.float32, device=device)
+    acc = torch.zeros(*rows, value.shape[3], dtype=torch.float32, device=device)
     end = int(lens.max()) if device.type == "cpu" else max_kv_len
     step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
     for start in range(0, end, step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from textwrap import indent
+from textwrap import indent, wrap
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ class ModReport:
     guarded: bool
 
     def __str__(self) -> str:
-        rows = [("formula", self.formula.splitlines())]
+        rows = [("formula", [part for line in self.formula.splitlines() for part in wrap(line, 100)])]
         rows.append(("captures", [f"{c.name} = {c.value}  ({c.role})" for c in self.captures]))
         rows.append(("live", self._live()))
         if self.live_now != self.live:

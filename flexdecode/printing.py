@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .algebra import Parts, interval_texts, is_switch
+from .algebra import LONGEST, Parts, interval_texts, is_switch, widens
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import LIMIT, Region
 from .ops import OPS, operand_dtypes
@@ -94,20 +94,22 @@ class _Infix:
             for operand in node.args:
                 self.uses[operand] = self.uses.get(operand, 0) + 1
 
-    def text(self, node: Node) -> str:
-        """The text of a node."""
+    def text(self, node: Node, level: int = 0) -> str:
+        """The text of a node, in brackets if it binds less tightly than `level`."""
         for needed in topological(node):
             if needed in self.done:
                 continue
             for found, leaf in ((self.on_score, "score"), (self.on_kv, "kv_idx")):
                 if leaf in (needed.op, needed.attr) or not found.isdisjoint(needed.args):
                     found.add(needed)
-            text, level = self._write(needed)
-            if self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
+            self.done[needed] = self._write(needed)
+            text, _ = self.done[needed]
+            if len(text) >= LONGEST and not self.uses:  # a part of a bound
+                self.done[needed] = "(...)", _ATOM
+            elif self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
                 self.shared.append((f"t{len(self.shared)}", text))
-                text, level = self.shared[-1][0], _ATOM
-            self.done[needed] = text, level
-        return self.done[node][0]
+                self.done[needed] = self.shared[-1][0], _ATOM
+        return self._at(node, level)
 
     def _at(self, node: Node, level: int) -> str:
         text, own = self.done[node]
@@ -125,8 +127,8 @@ class _Infix:
         if op == "number":
             return self.names.numbers[node.attr], _ATOM
         if op == "load":
-            indices = [a.args[0] if a.op == "cast" else a for a in node.args]
-            return f"{self.names.tensors[node.attr]}[{self._list(indices)}]", _ATOM
+            indices = [a.args[0] if widens(a) else a for a in node.args]
+            return self.names.tensors[node.attr] + (f"[{self._list(indices)}]" if indices else ""), _ATOM
         if op == "cast":
             return f"{str(node.dtype).removeprefix('torch.')}({self._list(node.args)})", _ATOM
         operands = _unconverted(node)
@@ -144,7 +146,7 @@ class _Infix:
 
     def _reading_order(self, op: str, operand: Node) -> tuple:
         """The graph has operands that may change places in any order: the score and what is simple go first."""
-        number_last = operand.is_const == (op in ("add", "eq", "ne"))
+        number_last = operand.is_const != (op in ("mul", "maximum", "minimum"))
         return number_last, op == "add" and operand not in self.on_score, self._simplicity(operand)
 
     def _simplicity(self, node: Node) -> tuple:
@@ -157,11 +159,13 @@ class _Infix:
             return f"{self._at(a, level)} - {taken}", level
         if op in _TURNED and b in self.on_kv and a not in self.on_kv:
             sign, a, b = _TURNED[op], b, a
-        # Comparisons do not chain here, and `a ** b ** c` is `a ** (b ** c)`.
-        left = level + 1 if level in (_COMPARE, _POWER) else level
+        # Comparisons do not chain here, `a ** b ** c` is `a ** (b ** c)`, and some brackets help to read.
+        left = level + 1 if level in (_COMPARE, _POWER) or op in ("floor_divide", "remainder") else level
         right = level if op in ("add", "mul") and b.op == op else level + 1
-        if level in (_AND, _OR, _XOR, _SHIFT):  # nobody should have to know how these bind
+        if level in (_AND, _OR, _XOR, _SHIFT):
             left = right = _UNARY
+        if level == _COMPARE:
+            left = right = _SUM
         return f"{self._at(a, left)} {sign} {self._at(b, right)}", level
 
     def _logical(self, node: Node) -> str:
@@ -191,7 +195,7 @@ def _unconverted(node: Node) -> list[Node]:
     """The operands without the conversions that PyTorch makes by itself."""
     operands = list(node.args)
     for i, operand in enumerate(node.args):
-        if operand.op == "cast":
+        if operand.op == "cast" and (operand.dtype.is_floating_point or not operand.args[0].dtype.is_floating_point):
             plain = [*operands[:i], operand.args[0], *operands[i + 1 :]]
             if operand_dtypes(OPS[node.op], plain)[:2] == (tuple(a.dtype for a in node.args), node.dtype):
                 operands = plain
@@ -237,7 +241,7 @@ def region_text(region: Region, names: Names, present: Sequence[int | float] | N
             conditions += [(p.args[0], (p.args[1].attr < 0) == (op == "maximum")) for p in switches]
             los_and_his.append([p for p in parts if p not in switches])
         intervals.append(Parts(los_and_his[0], los_and_his[1], conditions))
-    return interval_texts(intervals, lambda node: _Infix(names).text(node))
+    return interval_texts(intervals, lambda node, brackets: _Infix(names).text(node, _ATOM if brackets else 0))
 
 
 def is_guarded(region: Region) -> bool:

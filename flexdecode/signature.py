@@ -122,7 +122,8 @@ def check_inputs(
     batch, num_q_heads, num_queries, head_dim = query.shape
     _check_shape("key", key, (batch, None, None, head_dim), "[B, Hkv, N, D]", f"D = {head_dim} (from query)")
     _, num_kv_heads, max_kv_len, _ = key.shape
-    _check_shape("value", value, (batch, num_kv_heads, max_kv_len, None), "[B, Hkv, N, Dv]", f"Hkv = {num_kv_heads} and N = {max_kv_len} (from key)")
+    source = f"Hkv = {num_kv_heads} and N = {max_kv_len} (from key)"
+    _check_shape("value", value, (batch, num_kv_heads, max_kv_len, None), "[B, Hkv, N, Dv]", source)
     v_head_dim = value.shape[3]
     for name, size in (("query", head_dim), ("value", v_head_dim)):
         if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:

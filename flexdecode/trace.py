@@ -62,9 +62,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Trace
     _check_parameters(mod, kind)
     real = _run(mod, kind, leaves, device, frozenset(), planted=())
     numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
-    planted, constants = _plant_all(mod, kind, leaves, device, real, numbers)
-    if planted is None:
-        planted, constants = _plant_one_by_one(mod, kind, leaves, device, real, numbers)
+    planted, constants = _plant(mod, kind, leaves, device, real, numbers)
     # What the unplanted run consumed (sizes) is among the constants of the planted one: same control flow.
     return Traced(planted.graph, constants)
 
@@ -136,31 +134,29 @@ def _result_word(kind: str) -> str:
     return "a score (a float)" if kind == "score_mod" else "a bool"
 
 
-def _plant_all(
-    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
-) -> tuple[_Run | None, frozenset[Source]]:
-    """Traces with every number as a symbol; gives None where the mod then takes another way."""
-    try:
-        run = _run(mod, kind, leaves, device, real.constants, numbers)
-    except (CannotRebuild, FlexDecodeError):
-        return None, frozenset()
-    return (run, run.constants) if _same(run, real, leaves) else (None, frozenset())
-
-
-def _plant_one_by_one(
+def _plant(
     mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
 ) -> tuple[_Run, frozenset[Source]]:
-    """Finds the numbers that decide which way the mod takes, and makes those constants."""
+    """Traces with numbers as symbols; those that decide which way the mod takes are constants.
+
+    All are tried at once. Where the mod then takes another way than with their values, each half is tried.
+    """
     kept: list[int] = []
     run = real
-    for number in numbers:
+    parts = [numbers]
+    while parts:
+        part = parts.pop()
         try:
-            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, number])
+            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, *part])
+            taken = _same(attempt, real, leaves)
         except (CannotRebuild, FlexDecodeError):
-            continue
-        if Source(number) not in attempt.constants and _same(attempt, real, leaves):
-            kept.append(number)
+            taken = False
+        if taken:
+            kept += part
             run = attempt
+        elif len(part) > 1:
+            middle = len(part) // 2
+            parts += [part[middle:], part[:middle]]
     return run, run.constants | {Source(n) for n in numbers if n not in kept}
 
 
@@ -172,7 +168,10 @@ def _same(planted: _Run, real: _Run, leaves: list) -> bool:
             return const(leaves[node.attr.leaf], None if node.weak else node.dtype)
         return remake(node, args)
 
-    return rewrite(planted.output, substitute) == rewrite(real.output, remake)
+    try:
+        return rewrite(planted.output, substitute) == rewrite(real.output, remake)
+    except (ArithmeticError, ValueError, TypeError):  # Python's arithmetic refuses what PyTorch's does not: 1 / 0
+        return False
 
 
 def _check_parameters(mod: Callable, kind: str) -> None:

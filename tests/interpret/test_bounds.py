@@ -15,7 +15,7 @@ from unit import mask_graphs
 from flexdecode import compiled, eager, mods
 from flexdecode.reference import evaluate_mod
 
-B, HQ, HKV, N, D, BLOCK_N = 3, 4, 2, 96, 16, 16
+B, HQ, HKV, N, D, BLOCK_N = 3, 2, 1, 96, 16, 16
 
 # --- Families ---------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def shared_prefix(prefix=20, suffix=19):
 
 def global_and_window(window=12, global_tokens=5):
     """Longformer: some tokens see all and are seen by all, the others see a window; half of the heads are dense."""
-    dense = torch.tensor([True, True, False, False])
+    dense = torch.tensor([True, False])
 
     def mask_mod(b, h, q, k):
         near = (q - k).abs() <= window
@@ -123,6 +123,7 @@ FAMILIES = [
 ]  # fmt: skip
 
 KV_LENS = {"all": None, "ragged": torch.tensor([96, 51, 7]), "empty": torch.tensor([0, 96, 1])}
+CALLS = [(1, 1), (1, 3), (5, 3), (5, 1)]  # query tokens and splits; every other one at a time, to save time
 Q_OFFSETS = {"newest": None, "number": 41, "tensor": torch.tensor([72, 3, -2])}
 
 
@@ -132,50 +133,41 @@ Q_OFFSETS = {"newest": None, "number": 41, "tensor": torch.tensor([72, 3, -2])}
 def test_families(family, kv_lens, q_offset):
     lengths = {"kv_lens": KV_LENS[kv_lens], "q_offset": Q_OFFSETS[q_offset]}
     mask_mod = family()
-    for num_queries in (1, 5):
+    for num_queries, num_splits in CALLS[::2] if q_offset == "number" else CALLS[1::2]:
         inputs = make_inputs(B, HQ, HKV, num_queries, N, D)
-        for num_splits in (1, 3):
-            check_decode(*inputs, mask_mod=mask_mod, num_splits=num_splits, **lengths)
+        check_decode(*inputs, mask_mod=mask_mod, num_splits=num_splits, **lengths)
 
 
 # --- What is read -----------------------------------------------------------------------------------------------------
 
 SOLVED = [causal, sliding_window, prefix_lm, block_diffusion, documents, shared_prefix]
-BANDS = [dilated_window, neighborhood, tiles, tree]  # inside a live interval the mask alone knows
+# Inside a live interval the mask alone knows. The interval of `tiles`, a sum of quotients, is wider than its keys.
+BANDS = [dilated_window, neighborhood]
 
 
 def live_blocks(mask_mod, q_idx):
     """By block: whether a row of the tile of one sequence and KV head attends to a key of it, and whether all do."""
-    grid = torch.zeros(1, dtype=torch.long), torch.arange(HQ // HKV), q_idx, torch.arange(N)
+    grid = torch.zeros(1, dtype=torch.long), torch.arange(HQ), q_idx, torch.arange(N)
     mask = evaluate_mod(mask_mod, grid).flatten(0, 2).unflatten(-1, (-1, BLOCK_N))
     return mask.any(-1).any(0), mask.all(-1).all(0)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("num_queries", [1, 5])
-@pytest.mark.parametrize("family", [*SOLVED, *BANDS, global_and_window])
+@pytest.mark.parametrize("num_queries, num_splits", [(1, 3), (5, 1)])
+@pytest.mark.parametrize("family", [*SOLVED, *BANDS])
 def test_dead_blocks_leave_no_trace(family, num_queries, num_splits):
     """NaN in K and V outside the blocks that the tile attends to: a read would show, because 0 * NaN is NaN."""
-    mask_mod = family()
-    q_offset = 72
-    query, key, value = make_inputs(1, HQ // HKV, 1, num_queries, N, D)
-    arguments = {"mask_mod": mask_mod, "q_offset": q_offset, "num_splits": num_splits}
-    expected = decode(query, key, value, **arguments)
+    mask_mod, q_offset = family(), 60
+    inputs = _, key, value = make_inputs(1, HQ, 1, num_queries, N, D)
+    expected = decode(*inputs, mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits)
     live = live_blocks(mask_mod, q_offset + torch.arange(num_queries))[0]
-    if family is neighborhood or family is tiles or family is dilated_window:
-        live = between_the_first_and_the_last(live)
-    assert not live.all() or family in (causal, prefix_lm, global_and_window, tree)
+    if family in BANDS:
+        live = live.cummax(0).values & live.flip(0).cummax(0).values.flip(0)
+    assert not live.all(), "there is no dead block"
     dead = ~live.repeat_interleave(BLOCK_N)
     key[:, :, dead] = torch.nan
     value[:, :, dead] = torch.nan
-    out, lse = decode(query, key, value, **arguments)
+    out, lse = decode(*inputs, mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits)
     assert out.isfinite().all() and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-
-
-def between_the_first_and_the_last(live):
-    first, last = live.nonzero()[0], live.nonzero()[-1]
-    blocks = torch.arange(len(live))
-    return (blocks >= first) & (blocks <= last)
 
 
 @pytest.fixture
@@ -211,9 +203,7 @@ def visited(monkeypatch):
 def test_live_blocks_are_read_once_and_full_ones_without_the_mask(visited, family, num_queries, num_splits):
     mask_mod = family()
     q_offset = 72
-    decode(
-        *make_inputs(1, HQ // HKV, 1, num_queries, N, D), mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits
-    )
+    decode(*make_inputs(1, HQ, 1, num_queries, N, D), mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits)
     live, full = live_blocks(mask_mod, q_offset + torch.arange(num_queries))
     # Each block is loaded twice: its keys and its values.
     assert sorted(visited["loaded"]) == sorted(2 * live.nonzero().flatten().tolist())
@@ -266,7 +256,7 @@ def test_random_masks():
     query, key = torch.zeros(B, HQ, 1, D), torch.zeros(B, HKV, N, D)
     value = torch.eye(blocks, D).repeat_interleave(BLOCK_N, dim=0).expand(B, HKV, N, D)
 
-    @hypothesis.settings(max_examples=60, database=None)
+    @hypothesis.settings(max_examples=40, database=None)
     @hypothesis.given(mask_graphs.masks(), st.sampled_from([1, 2]))
     def check(example, num_splits):
         mask_mod, q_offset = as_mod(example), QUERIES[example.q_idx_given]

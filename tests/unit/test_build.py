@@ -202,6 +202,9 @@ def test_sources_are_the_python_numbers_below():
         ("remainder", (H, const(0, torch.int64)), ZeroDivisionError, "an integer is divided by zero"),
         ("pow", (H, const(-1)), ValueError, "integers to negative integer powers are not allowed"),
         ("pow", (NUMBER, const(-1)), ValueError, "integers to negative integer powers are not allowed"),
+        ("pow", (const(-8), const(0.5)), ValueError, "the result is complex"),
+        ("pow", (const(3), const(99)), OverflowError, "does not fit into int64"),
+        ("div", (const(1), const(0)), ZeroDivisionError, "division by zero"),
     ],
 )
 def test_refusals(name, nodes, error, message):

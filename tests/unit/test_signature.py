@@ -105,12 +105,16 @@ def test_head_dims(size):
 
 
 def test_sizes_that_indices_do_not_hold():
-    long = torch.zeros(1, 1, 1, 16).expand(1, 1, 1 << 30, 16)
-    refused(ValueError, f"`key` must have fewer than {1 << 30} positions, got N = {1 << 30}", query=QUERY[:1, :1], key=long, value=long)  # fmt: skip
-    many = torch.zeros(1, 1, 1, 16).expand(1, 1, (1 << 20) + 1, 16)
-    refused(ValueError, f"`query` must have at most {1 << 20} tokens, got Q = {(1 << 20) + 1}", query=many)
-    wide = torch.zeros(1, 1, 1, 16).expand(1 << 12, 1 << 12, 1 << 7, 16)
-    refused(ValueError, "`query` must have fewer than 2**31 rows, got (4096, 4096, 128, 16)", query=wide, key=KEY[:1], value=VALUE[:1])  # fmt: skip
+    row, one = torch.zeros(1, 1, 1, 16), QUERY[:1, :1, :1]
+    long = row.expand(1, 1, 1 << 30, 16)
+    message = f"`key` must have fewer than {1 << 30} positions, got N = {1 << 30}"
+    refused(ValueError, message, query=one, key=long, value=long)
+    many = row.expand(1, 1, (1 << 20) + 1, 16)
+    message = f"`query` must have at most {1 << 20} tokens, got Q = {(1 << 20) + 1}"
+    refused(ValueError, message, query=many, key=row, value=row)
+    wide = row.expand(1 << 12, 1 << 12, 1 << 7, 16)
+    message = "`query` must have fewer than 2**31 rows, got (4096, 4096, 128, 16)"
+    refused(ValueError, message, query=wide, key=row, value=row)
 
 
 # --- The other arguments ----------------------------------------------------------------------------------------------
@@ -197,8 +201,11 @@ def test_impossible_options(arguments, message):
 
 def test_the_triton_backend_needs_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match='`options.backend="triton"` needs CUDA tensors, got tensors on cpu; on a CPU use backend="torch"'):  # fmt: skip # noqa: E501
-        call(options=DecodeOptions(backend="triton"))
+    message = (
+        '`options.backend="triton"` needs CUDA tensors, got tensors on cpu; on a CPU use backend="torch", or set '
+        "TRITON_INTERPRET=1 before Python starts"
+    )
+    refused(ValueError, message, options=DecodeOptions(backend="triton"))
 
 
 # --- Signatures -------------------------------------------------------------------------------------------------------
@@ -251,7 +258,7 @@ def test_backends_follow_the_device():
 def test_strides():
     assert signature().strides == (16, 16, 16, UNIT) * 4
     transposed = torch.zeros(B, N, Hkv, D + 8).transpose(1, 2)[..., :D]
-    assert signature(key=transposed).strides[4:8] == (8, 8, 16, UNIT)
+    assert signature(key=transposed).strides[4:8] == (16, 8, 16, UNIT)
     assert kernel_strides(KEY, B) == KEY.stride()
     assert kernel_strides(KEY[:1], B)[0] == 0, "a batch of one serves every sequence"
     assert kernel_strides(KEY[:1], 1)[0] == KEY.stride(0)
@@ -260,4 +267,4 @@ def test_strides():
 def test_an_expanded_head_has_stride_zero():
     shared = KEY[:, :1].expand(B, Hkv, N, D)
     assert kernel_strides(shared, B)[1] == 0
-    assert torch.allclose(call(key=shared), call(key=shared.contiguous()))
+    torch.testing.assert_close(call(key=shared), call(key=shared.contiguous()), rtol=1e-5, atol=1e-5)

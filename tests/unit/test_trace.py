@@ -674,3 +674,48 @@ def test_random_mods(expression):
             evaluate_graph(graph, leaves, *map(torch.tensor, point))
     else:
         assert_same_as_pytorch(mod)
+
+
+def test_one_constant_among_many_numbers_is_found_in_few_runs():
+    numbers = [float(n) for n in range(60)]
+    runs = 0
+
+    def mod(score, b, h, q_idx, kv_idx):
+        nonlocal runs
+        runs += 1
+        for position, number in enumerate(numbers):
+            score = score + (number if position != 37 or isinstance(number, float) else 0)
+        return score
+
+    assert constants_of(mod)[0] == [37.0]
+    assert runs < 20
+
+
+def test_a_number_that_cannot_be_replaced_is_constant():
+    """Here because its class watches its subclasses; the other number stays free."""
+
+    class Watched:
+        factor = 0.5
+
+        def __init_subclass__(cls):
+            raise TypeError("no subclasses")
+
+        def scaled(self, score):
+            return score * self.factor
+
+    watched, offset = Watched(), 3.0
+    mod = lambda s, b, h, q, k: watched.scaled(s) + offset
+    constants, graph = constants_of(mod)
+    assert constants == [0.5] and len(graph.numbers) == 1
+    check(mod)
+
+
+def test_arithmetic_that_python_refuses_and_pytorch_does_not():
+    """Numbers that the mod makes tensors of: 1 / 0 is inf then, and the root of -1 is nan."""
+    zero, one, root = 0, -1, 0.5
+    for function in (
+        lambda: torch.tensor(one) / torch.tensor(zero),
+        lambda: torch.tensor(float(one)) ** torch.tensor(root),
+        lambda: torch.tensor(one) << torch.tensor(62),
+    ):
+        check(lambda s, b, h, q, k, f=function: torch.where(f() > 0, s, s * 2))
