@@ -12,7 +12,7 @@ from interpret.decoding import check_decode, decode
 from support import make_inputs, trace_mod
 from unit import mask_graphs
 
-from flexdecode import compiled, eager, mods
+from flexdecode import clear_cache, compiled, eager, mods
 from flexdecode.reference import evaluate_mod
 
 B, HQ, HKV, N, D, BLOCK_N = 3, 2, 1, 96, 16, 16
@@ -192,9 +192,9 @@ def visited(monkeypatch):
 
     real_load_module = compiled.load_module
     monkeypatch.setattr(compiled, "load_module", load_module)
-    compiled.forget_kernels()
+    clear_cache()
     yield seen
-    compiled.forget_kernels()
+    clear_cache()
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
