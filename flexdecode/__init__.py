@@ -13,8 +13,8 @@ from .errors import CompileError as CompileError
 from .errors import FlexDecodeError as FlexDecodeError
 from .errors import TraceError as TraceError
 from .errors import UnsupportedOpError as UnsupportedOpError
-from .explain import Explanation as Explanation
-from .explain import explain as explain
+from .explanation import Explanation as Explanation
+from .explanation import explain as explain
 from .signature import DecodeOptions as DecodeOptions
 from .version import __version__ as __version__
 
