@@ -25,6 +25,7 @@ from .signature import (
     Sizes,
     check_inputs,
     check_lens,
+    checked_scale,
     describe,
     kernel_strides,
 )
@@ -113,7 +114,8 @@ class Plan:
         if self.check_lens and kv_lens is not None:
             check_lens(kv_lens, self.max_kv_len)
         if not self.empty:
-            scale = self.default_scale if scale is None else float(scale)
+            if type(scale) is not float:  # known calls come here unchecked
+                scale = self.default_scale if scale is None else checked_scale(scale)
             if kv_lens is not None and kv_lens.stride(0) != 1:
                 kv_lens = kv_lens.contiguous()
             if isinstance(q_offset, torch.Tensor) and q_offset.stride(0) != 1:

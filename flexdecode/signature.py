@@ -148,8 +148,8 @@ def check_inputs(
         raise TypeError(f"`q_offset` must be an int or an integer tensor [B], got {type(q_offset).__name__}")
     if isinstance(q_offset, torch.Tensor):
         _check_per_sequence("q_offset", q_offset, query)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
-        raise TypeError(f"`scale` must be a number or None, got {type(scale).__name__}")
+    if scale is not None:
+        checked_scale(scale)
     if out is not None:
         _check_tensor("out", out, query)
         if out.shape != (batch, num_q_heads, num_queries, v_head_dim):
@@ -199,6 +199,17 @@ def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Ten
         raise ValueError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
     if tensor.device != query.device:
         raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+
+
+def checked_scale(scale: object) -> float:
+    """The factor of the dot product as a float.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"`scale` must be a number or None, got {type(scale).__name__}")
+    return float(scale)
 
 
 def check_lens(kv_lens: torch.Tensor, max_kv_len: int) -> None:

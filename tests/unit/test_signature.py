@@ -151,6 +151,8 @@ def test_q_offset():
 
 
 def test_scale():
+    call()
+    call(scale=1.0)  # calls that are known already are checked as well
     refused(TypeError, "`scale` must be a number or None, got str", scale="1")
     refused(TypeError, "`scale` must be a number or None, got bool", scale=True)
     refused(TypeError, "`scale` must be a number or None, got Tensor", scale=torch.tensor(1.0))
