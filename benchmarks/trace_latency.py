@@ -45,8 +45,9 @@ def _typical_mods(mods) -> list[tuple[str, Callable | None, Callable | None]]:
 
 def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[list[float], int]:
     """Milliseconds of each repeat with an empty cache, and the number of generated lines."""
+    from flexdecode.compiled import generate_module
     from flexdecode.identity import forget_graphs, graph_of, identify
-    from flexdecode.launch import generate_module
+    from flexdecode.program import Program
 
     times, text = [], ""
     for _ in range(REPEATS):
@@ -56,7 +57,7 @@ def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[lis
             graph_of(kind, identify(kind, mod), torch.device("cpu"))[0]
             for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod))
         ]
-        text = generate_module(*graphs)
+        text = generate_module(Program(*graphs))
         times.append(1e3 * (time.perf_counter() - started))
     return times, len(text.splitlines())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -23,11 +24,13 @@ class Facts:
         nodes: all of them, operands first.
         ranges: integer range of each integer or bool node, of any call.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
+        on_score: nodes that depend on the score.
     """
 
     nodes: list[Node]
     ranges: dict[Node, Interval]
     on_kv: frozenset[Node]
+    on_score: frozenset[Node]
 
     def fits_int32(self, node: Node) -> bool:
         """Whether a 32-bit integer always holds the value of an integer node."""
@@ -35,22 +38,26 @@ class Facts:
         return _INT32[0] <= low and high <= _INT32[1]
 
 
-def analyze(outputs: Sequence[Node], q_idx_given: bool) -> Facts:
+def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Interval] = MappingProxyType({})) -> Facts:
     """Computes the facts of the nodes below `outputs`.
 
     Args:
         outputs: nodes of one graph.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+        known: ranges of nodes in one call, where they are narrower than those of all calls.
     """
     ranges: dict[Node, Interval] = {}
     on_kv: set[Node] = set()
+    on_score: set[Node] = set()
     nodes = topological(*outputs)
     for node in nodes:
         if not node.dtype.is_floating_point:
-            ranges[node] = _range(node, ranges, q_idx_given)
+            ranges[node] = known.get(node) or _range(node, ranges, q_idx_given)
         if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
             on_kv.add(node)
-    return Facts(nodes, ranges, frozenset(on_kv))
+        if node.op == "score" or any(a in on_score for a in node.args):
+            on_score.add(node)
+    return Facts(nodes, ranges, frozenset(on_kv), frozenset(on_score))
 
 
 def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:

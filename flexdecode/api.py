@@ -66,8 +66,8 @@ def flex_decode(
     score = identify("score_mod", score_mod)
     mask = identify("mask_mod", mask_mod)
     call = (
-        score.identity, mask.identity, layout(query), layout(key), layout(value), layout(out), layout(kv_lens),
-        layout(q_offset), return_lse, options, torch.is_grad_enabled(),
+        score.identity, mask.identity, score.present, mask.present, layout(query), layout(key), layout(value),
+        layout(out), layout(kv_lens), layout(q_offset), return_lse, options, torch.is_grad_enabled(),
     )  # fmt: skip
     try:
         found = _plans.get(call)
@@ -78,7 +78,7 @@ def flex_decode(
             query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options
         )  # fmt: skip
         kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
-        _plans.add((score.identity, mask.identity, *call[2:]), (plan, kept))
+        _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
     else:
         cache.counters.hits += 1
         plan = found[0]

@@ -6,17 +6,17 @@ ones, each in ascending order, cut into `num_splits` shares (templates/decode.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .bounds import Bounds, nodes_of
+from .bounds import nodes_of
 from .captures import leaf_names
 from .eager import evaluate
 from .graph import Graph, Node, topological
 from .identity import Mod
 from .intervals import FAR, MAX_INTERVALS, Region
+from .program import Program
 from .schedule import Schedule
 from .signature import Signature, Sizes
 
@@ -108,8 +108,8 @@ class Step:
 
 
 def find_step(
-    mods: Sequence[tuple[Graph | None, Mod]],
-    bounds: Bounds,
+    program: Program,
+    mods: tuple[Mod, Mod],
     kv_lens: torch.Tensor,
     first_token: torch.Tensor,
     signature: Signature,
@@ -119,8 +119,8 @@ def find_step(
     """Evaluates the bounds of a call on the device of `kv_lens`.
 
     Args:
-        mods: graph and captures of the score_mod, then of the mask_mod.
-        bounds: of both.
+        program: of the call.
+        mods: captures of the score_mod and the mask_mod.
         kv_lens: keys in use, int64 [B], within the cache.
         first_token: position of the first query token, int64 [B].
         signature: of the call.
@@ -143,7 +143,12 @@ def find_step(
     }
     lens = kv_lens.view(-1, 1, 1, 1)
     regions: list[list[_Range]] = []
-    for (graph, mod), region in zip((mods[0], mods[1], mods[1]), _regions(bounds), strict=True):
+    bounds = program.bounds
+    for graph, mod, region in (
+        (program.score, mods[0], bounds.score_live),
+        (program.mask, mods[1], bounds.mask_live),
+        (program.mask, mods[1], bounds.mask_full),
+    ):
         leaves = _in_memory(graph, mod, region, device)
         if isinstance(leaves, str):
             return leaves
@@ -168,10 +173,6 @@ def find_step(
     return Step(
         block_n, cut.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), stacked(ranges), stacked(pieces)
     )  # fmt: skip
-
-
-def _regions(bounds: Bounds) -> tuple[Region, Region, Region]:
-    return bounds.score_live, bounds.mask_live, bounds.mask_full
 
 
 def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.device) -> list | str:

@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from . import cache
-from .bounds import find_bounds
 from .descriptor import encoded_descriptors
-from .graph import Graph
 from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_module
 from .lower import lower, lower_bounds
+from .program import Program
 from .schedule import DeviceFacts
 from .template import generate, templates_digest
 
@@ -54,42 +53,42 @@ class Kernel:
 _kernels = cache.Bounded(limit=512)
 
 
-def find_kernel(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
-    """The kernel for a spec and two graphs: from memory, from a module on disk, or generated."""
-    key = (spec, facts, score and score.text, mask and mask.text)
+def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
+    """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
+    key = (spec, facts, program.text)
     kernel = _kernels.get(key)
     if kernel is None:
         with cache.lock:
             kernel = _kernels.get(key)
             if kernel is None:
-                kernel = _build(spec, facts, score, mask)
+                kernel = _build(spec, facts, program)
                 _kernels.add(key, kernel)
     return kernel
 
 
-def _build(spec: KernelSpec, facts: DeviceFacts, score: Graph | None, mask: Graph | None) -> Kernel:
-    path = module_path(score, mask, spec.signature.q_offset is not None, spec.tiles.descriptors)
+def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
+    path = module_path(program, spec.tiles.descriptors)
     kernel = Kernel(load_module(path), path, spec, facts)
     cache.counters.compilations += 1
     return kernel
 
 
-def module_path(score: Graph | None, mask: Graph | None, q_idx_given: bool, descriptors: bool) -> Path:
-    """The file of the module for two graphs, found on disk or written there."""
-    identity = "\n".join(
-        [templates_digest(), f"q_offset {q_idx_given}", *(f"{g.text if g else None}" for g in (score, mask))]
-    )
+def module_path(program: Program, descriptors: bool) -> Path:
+    """The file of the module for two mods, found on disk or written there."""
     loads = "kv_descriptor.py" if descriptors else None
-    return cache.stored_module(f"{loads}\n{identity}", lambda: generate_module(score, mask, q_idx_given, loads))
+    identity = f"{loads}\n{templates_digest()}\n{program.text}"
+    return cache.stored_module(identity, lambda: generate_module(program, loads))
 
 
-def generate_module(
-    score: Graph | None, mask: Graph | None, q_idx_given: bool = False, loads: str | None = None
-) -> str:
-    """The text of the module for two graphs; `loads` is a template file with other KV loads."""
-    bounds = find_bounds(score, mask, q_idx_given)
-    hooks = [lower_bounds(bounds, score, mask, q_idx_given)]
-    hooks += [lower(g, kind, q_idx_given) for g, kind in ((score, "score_mod"), (mask, "mask_mod")) if g is not None]
+def generate_module(program: Program, loads: str | None = None) -> str:
+    """The text of the module for two mods; `loads` is a template file with other KV loads."""
+    hooks = [lower_bounds(program)]
+    for kind, graph, checks in (
+        ("score_mod", program.score, program.score_checks),
+        ("mask_mod", program.mask, program.mask_checks),
+    ):
+        if graph is not None:
+            hooks.append(lower(graph, kind, program.q_idx_given, checks))
     return generate(hooks, loads)
 
 

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
-from .bounds import Bounds, find_bounds
 from .compiled import module_path
 from .device import find_target
-from .graph import Graph
 from .identity import Mod, graph_of, identify
 from .mod_report import ModReport, report_mod
-from .plan import check_captures, cut_call
+from .plan import check_captures, cut_call, make_program
+from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
 from .signature import DEFAULT_OPTIONS, DecodeOptions, Signature, Sizes, check_inputs, check_lens, describe
 
@@ -159,8 +158,8 @@ def explain(
     sample = query.new_empty((*query.shape[:3], value.shape[3]))
     if target.facts is not None and sample.numel():
         tensors = (query, key, value, sample)
-        cut, _ = cut_call(call.signature, call.sizes, tensors, call.bounds, target.facts, call.options)
-        source = module_path(call.graphs[0], call.graphs[1], q_offset is not None, cut.tiles.descriptors)
+        cut, _ = cut_call(call.signature, call.sizes, tensors, call.program, target.facts, call.options)
+        source = module_path(call.program, cut.tiles.descriptors)
     step = _step(call, cut)
     batch, num_kv_heads, max_kv_len = call.sizes
     used, read = None, None
@@ -173,8 +172,8 @@ def explain(
         read = used if sample.numel() else 0
     return Explanation(
         shapes=_shapes(query, key, value),
-        score_mod=report_mod("score_mod", call.graphs[0], call.mods[0], call.bounds, q_offset is not None),
-        mask_mod=report_mod("mask_mod", call.graphs[1], call.mods[1], call.bounds, q_offset is not None),
+        score_mod=report_mod("score_mod", call.program, call.mods[0]),
+        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
         device=target.name,
         signature=call.signature,
         schedule=cut,
@@ -192,8 +191,8 @@ class _Call(NamedTuple):
     """A checked call.
 
     Attributes:
-        mods, graphs: the score_mod and the mask_mod.
-        bounds: of both.
+        mods: the score_mod and the mask_mod.
+        program: what is known of both.
         signature, sizes, options: of the call.
         place: where captured values are read.
         kv_lens: keys in use, int64 [B]; None where they are not known.
@@ -201,8 +200,7 @@ class _Call(NamedTuple):
     """
 
     mods: tuple[Mod, Mod]
-    graphs: tuple[Graph | None, Graph | None]
-    bounds: Bounds
+    program: Program
     signature: Signature
     sizes: Sizes
     options: DecodeOptions
@@ -245,8 +243,8 @@ def _check(
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
     sample = query.new_empty((*query.shape[:3], value.shape[3]))
     signature = describe(query, key, value, sample, lens, offset, False, options)
-    bounds = find_bounds(graphs[0], graphs[1], q_offset is not None)
-    return _Call(mods, (graphs[0], graphs[1]), bounds, signature, sizes, options, place, known_lens, first)
+    program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes)
+    return _Call(mods, program, signature, sizes, options, place, known_lens, first)
 
 
 def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
@@ -262,8 +260,7 @@ def _step(call: _Call, cut: Schedule | None) -> Step | str:
         return "there is no query, so nothing is launched"
     if call.kv_lens is None or call.first_token is None:
         return f"`{'kv_lens' if call.kv_lens is None else 'q_offset'}` is on the meta device"
-    mods = list(zip(call.graphs, call.mods, strict=True))
-    step = find_step(mods, call.bounds, call.kv_lens, call.first_token, call.signature, call.sizes, cut)
+    step = find_step(call.program, call.mods, call.kv_lens, call.first_token, call.signature, call.sizes, cut)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

@@ -21,6 +21,14 @@ class Source(NamedTuple):
     leaf: int
     dim: int = -1
 
+    def read(self, leaves: list) -> int | float:
+        """The present value, from the captures of a mod."""
+        value = leaves[self.leaf]
+        if self.dim >= 0:
+            return value.shape[self.dim]
+        # `+` makes a bool an int: kernels take it as an integer.
+        return +value.item() if isinstance(value, torch.Tensor) else value
+
 
 @dataclass(frozen=True, eq=False)
 class Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,18 +10,39 @@ import torch
 from . import cache
 from .captures import pins, walk
 from .graph import Graph, Source
+from .proofs import witnesses
 from .trace import trace
 
-_constants = cache.Bounded(limit=4096)  # (kind, walk key) -> the captured numbers whose value is part of the identity
+_known = cache.Bounded(limit=4096)  # (kind, walk key) -> its `_Sources`
 _graphs = cache.Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
 
 
 class Mod(NamedTuple):
-    """A mod as it is now: what identifies its graph, and what it captures."""
+    """A mod as it is now.
+
+    Attributes:
+        function: the callable.
+        identity: what identifies its graph.
+        leaves: what it captures.
+        present: sizes and numbers on which proofs about its indices rest; another prepared call if they change.
+    """
 
     function: Callable | None
     identity: tuple | None
     leaves: list
+    present: tuple = ()
+
+
+class _Sources(NamedTuple):
+    """Host values that matter beside the code of a mod.
+
+    Attributes:
+        constants: captured numbers whose value is part of the identity.
+        witnesses: of its proofs.
+    """
+
+    constants: tuple[Source, ...]
+    witnesses: tuple[Source, ...]
 
 
 def identify(kind: str, mod: Callable | None) -> Mod:
@@ -35,15 +56,13 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if not callable(mod):
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
     key, leaves = walk(mod)
-    constants = _constants.get((kind, key))
+    known = _known.get((kind, key))
+    if known is None:
+        return Mod(mod, key, leaves)
+    constants, witnesses = known
     if constants:
-        key = (key, *(_value(source, leaves) for source in constants))
-    return Mod(mod, key, leaves)
-
-
-def _value(source: Source, leaves: list) -> int | float:
-    leaf = leaves[source.leaf]
-    return leaf.shape[source.dim] if source.dim >= 0 else leaf
+        key = (key, *[source.read(leaves) for source in constants])
+    return Mod(mod, key, leaves, tuple([source.read(leaves) for source in witnesses]))
 
 
 def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
@@ -60,21 +79,31 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     with cache.lock:
         traced = trace(mod.function, kind, mod.leaves, device)
         cache.counters.traces += 1
-        key, _ = walk(mod.function)
-        known = _constants.get((kind, key), ())
-        _constants.add((kind, key), tuple(sorted(traced.constants.union(known))))
         kept = pins(mod.function)
-        mod = identify(kind, mod.function)
+        mod = _watch(kind, mod.function, traced.constants, witnesses(traced.graph))
         _graphs.add((kind, device, mod.identity), (traced.graph, kept))
     return traced.graph, mod
 
 
+def watch(kind: str, mod: Mod, sources: Iterable[Source]) -> Mod:
+    """Lets proofs rest on more numbers of a traced mod; gives it with their present values."""
+    return mod if mod.function is None else _watch(kind, mod.function, (), sources)
+
+
+def _watch(kind: str, function: Callable, constants: Iterable[Source], witnesses: Iterable[Source]) -> Mod:
+    key, _ = walk(function)
+    known = _known.get((kind, key), _Sources((), ()))
+    merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, witnesses), strict=True))
+    _known.add((kind, key), _Sources(*merged))
+    return identify(kind, function)
+
+
 def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
     """The captured numbers of a traced mod whose value is a constant of its graph."""
-    return () if mod.function is None else _constants.get((kind, walk(mod.function)[0]), ())
+    return () if mod.function is None else _known.get((kind, walk(mod.function)[0]), _Sources((), ())).constants
 
 
 def forget_graphs() -> None:
     """Drops every trace."""
-    _constants.clear()
+    _known.clear()
     _graphs.clear()

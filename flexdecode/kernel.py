@@ -16,6 +16,7 @@ import torch
 from .errors import CompileError, SharedMemoryError
 from .graph import Graph
 from .lower import CaptureLayout
+from .ops import HALF
 from .schedule import DeviceFacts, Tiles
 from .signature import UNIT, Signature
 
@@ -44,6 +45,11 @@ def capture_types(graph: Graph | None) -> CaptureTypes:
     return (*numbers, *tensors)
 
 
+def rounds_to_half(graph: Graph | None) -> bool:
+    """Whether a mod computes in float16 or bfloat16."""
+    return graph is not None and any(node.dtype in HALF for node in graph.nodes())
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """Everything besides its text that a kernel is compiled from.
@@ -54,6 +60,8 @@ class KernelSpec:
         score_captures, mask_captures: Triton types of the captured values of each mod.
         num_live: intervals of kv_idx that can attend.
         num_full: intervals in which no mask is needed.
+        fp_fusion: whether a product and a sum may become one operation. A mod that rounds to half precision forbids
+            it: LLVM would drop the rounding between them.
     """
 
     signature: Signature
@@ -62,6 +70,7 @@ class KernelSpec:
     mask_captures: CaptureTypes
     num_live: int
     num_full: int
+    fp_fusion: bool = True
 
 
 def load_module(path: Path) -> ModuleType:
@@ -193,8 +202,11 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
     source = ASTSource(function, types, {(names.index(n),): v for n, v in known.items()}, attributes(spec, names))
     warp_size = 64 if facts.backend == "hip" else 32
-    options: dict[str, Any] = {"num_warps": 1 if combine else spec.tiles.num_warps, "enable_fp_fusion": True}
-    options["num_stages"] = spec.tiles.num_stages
+    options: dict[str, Any] = {
+        "num_warps": 1 if combine else spec.tiles.num_warps,
+        "num_stages": spec.tiles.num_stages,
+        "enable_fp_fusion": spec.fp_fusion,
+    }
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
     try:

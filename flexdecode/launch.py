@@ -9,8 +9,9 @@ import torch
 
 from .compiled import find_kernel
 from .descriptor import Matrix, make_descriptor
-from .graph import Graph, Source
+from .graph import Graph
 from .kernel import KernelSpec, capture_types
+from .program import Program
 from .schedule import DeviceFacts, Schedule
 from .signature import Sizes
 
@@ -44,21 +45,13 @@ class CaptureReader:
         """Gives the `captures` argument of the kernel, in the order of `CaptureLayout`."""
         if not self.types:
             return ()
-        values: list[Any] = [_number(source, leaves) for source in self.numbers]
+        values: list[Any] = [source.read(leaves) for source in self.numbers]
         for leaf in self.tensors:
             tensor = leaves[leaf] if leaf >= 0 else self.frozen[-1 - leaf]
             values.append(tensor.data_ptr() if self.pointers else tensor)
             values += tensor.shape
             values += tensor.stride()
         return tuple(values)
-
-
-def _number(source: Source, leaves: list) -> int | float:
-    value = leaves[source.leaf]
-    if source.dim >= 0:
-        return value.shape[source.dim]
-    # `+` makes a bool an int: the kernel takes it as an integer.
-    return +value.item() if isinstance(value, torch.Tensor) else value
 
 
 class TritonLauncher:
@@ -72,13 +65,12 @@ class TritonLauncher:
         strides: tuple[int, ...],
         matrices: tuple[Matrix, Matrix] | None,
         facts: DeviceFacts,
-        score: Graph | None,
-        mask: Graph | None,
+        program: Program,
     ) -> None:
-        self.kernel = find_kernel(spec, facts, score, mask)
+        self.kernel = find_kernel(spec, facts, program)
         self.on_gpu = facts.backend != "cpu"
-        self.read_score = CaptureReader(score, self.on_gpu)
-        self.read_mask = CaptureReader(mask, self.on_gpu)
+        self.read_score = CaptureReader(program.score, self.on_gpu)
+        self.read_mask = CaptureReader(program.mask, self.on_gpu)
         signature = spec.signature
         self.matrices = matrices
         self.block_shape = (spec.tiles.block_n, spec.tiles.block_d, spec.tiles.block_dv)

@@ -1,18 +1,19 @@
-"""Writes a graph as the Triton text of its two hooks: what is computed once per row, and what per (row, key) pair."""
+"""Writes a graph as the Triton text of its hooks: what is computed once per row, fetched per key, computed per pair."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from .analyze import Facts, analyze
-from .bounds import Bounds, nodes_of
+from .bounds import nodes_of
 from .graph import Graph, Node
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
 from .ops import FLOATS, HALF, OPS
+from .program import Program
+from .proofs import Checks, LoadCheck, unproven
 
 _TRITON_DTYPES = {
     torch.bool: "tl.int1", torch.uint8: "tl.uint8", torch.int8: "tl.int8", torch.int16: "tl.int16",
@@ -49,18 +50,6 @@ class CaptureLayout:
         return self.pointer(slot) + 1 + self.ranks[slot] + dim
 
 
-class IndexCheck(NamedTuple):
-    """What a load checks of one index; what it does not check is proven."""
-
-    below: bool
-    above: bool
-
-
-def index_checks(load: Node, facts: Facts) -> list[IndexCheck]:
-    """The checks of each index of a load."""
-    return [IndexCheck(below=facts.ranges[index][0] < 0, above=True) for index in load.args]
-
-
 @dataclass(frozen=True)
 class Hooks:
     """Bodies of the hook functions of one mod, by name, and the elementwise functions that they call."""
@@ -69,54 +58,56 @@ class Hooks:
     functions: frozenset[str]
 
 
-def lower(graph: Graph, kind: str, q_idx_given: bool = False) -> Hooks:
-    """Writes the bodies of `score_row` and `score_mod`, or of `mask_row` and `mask_mod`.
+def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | None = None) -> Hooks:
+    """Writes the bodies of `score_row`, `score_fetch` and `score_mod`, or of `mask_row` and `mask_mod`.
 
     Args:
         graph: a traced mod.
         kind: `score_mod` or `mask_mod`.
         q_idx_given: whether q_idx may be any int64.
+        checks: what its loads have to check; None where nothing is known of the call.
     """
-    writer = _Writer(graph, analyze([graph.output], q_idx_given))
+    writer = _Writer(graph, analyze([graph.output], q_idx_given), checks)
     hoisted = writer.hoisted()
     row = writer.body(hoisted, {})
     row.append(f"return ({''.join(writer.names[n] + ', ' for n in hoisted)})")
     known = {node: f"row[{i}]" for i, node in enumerate(hoisted)}
+    bodies = {}
+    if kind == "score_mod":
+        fetched = writer.fetched()
+        writer.fetches = frozenset(fetched)
+        fetch = writer.body(fetched, known)
+        bodies["score_fetch"] = [*fetch, f"return ({''.join(writer.loaded[n] + ', ' for n in fetched)})"]
+        known |= {node: writer.widened(node, f"fetched[{i}]") for i, node in enumerate(fetched)}
     pair = writer.body([graph.output], known)
     result = writer.names[graph.output]
     if kind == "score_mod" and Node("score", (), torch.float32) not in graph.nodes():
         result = f"{result} + tl.zeros_like(score)"  # gives it the shape of the tile
     pair.append(f"return {result}" if kind == "score_mod" else f"return live & {result}")
-    bodies = {f"{kind.removesuffix('_mod')}_row": "\n".join(row), kind: "\n".join(pair)}
-    return Hooks(bodies, frozenset(writer.functions))
+    bodies |= {f"{kind.removesuffix('_mod')}_row": row, kind: pair}
+    return Hooks({name: "\n".join(lines) for name, lines in bodies.items()}, frozenset(writer.functions))
 
 
-def lower_bounds(bounds: Bounds, score: Graph | None, mask: Graph | None, q_idx_given: bool = False) -> Hooks:
-    """Writes the body of `kv_bounds`: live and full intervals of kv_idx, each bound int64, as one flat tuple.
-
-    Args:
-        bounds: the intervals.
-        score: graph of the score_mod, whose nodes `bounds.score_live` is in.
-        mask: graph of the mask_mod.
-        q_idx_given: whether q_idx may be any int64.
-    """
+def lower_bounds(program: Program) -> Hooks:
+    """Writes the body of `kv_bounds`: live and full intervals of kv_idx, each bound int64, as one flat tuple."""
+    bounds = program.bounds
     lines: list[str] = []
     functions: set[str] = set()
 
-    def texts(graph: Graph | None, regions: list[Region], kind: str) -> list[list[tuple[str, str]]]:
+    def texts(graph: Graph | None, checks: Checks | None, regions: list[Region], kind: str) -> list[list[_Pair]]:
         """Bounds of each region as text, after the statements that compute them."""
         if graph is None:
             return [[(_BELOW, _ABOVE) for _ in region] for region in regions]
         outputs = list(dict.fromkeys(node for region in regions for node in nodes_of(region)))
-        writer = _Writer(graph, analyze(outputs, q_idx_given), f"{kind}_captures", kind[0])
+        writer = _Writer(graph, analyze(outputs, program.q_idx_given), checks, f"{kind}_captures", kind[0])
         lines.extend(writer.body(outputs, {}))
         functions.update(writer.functions)
         names = {node: f"({writer.names[node]}).to(tl.int64)" for node in outputs}
         return [[(names[lo] if lo else _BELOW, names[hi] if hi else _ABOVE) for lo, hi in region] for region in regions]
 
-    live, full = texts(mask, [bounds.mask_live, bounds.mask_full], "mask")
-    (score_live,) = texts(score, [bounds.score_live], "score")
-    if mask is None:
+    live, full = texts(program.mask, program.mask_checks, [bounds.mask_live, bounds.mask_full], "mask")
+    (score_live,) = texts(program.score, program.score_checks, [bounds.score_live], "score")
+    if program.mask is None:
         live = score_live
     elif bounds.score_live != EVERYWHERE:
         lo, hi = score_live[0] if score_live else (_ABOVE, _BELOW)
@@ -128,15 +119,20 @@ def lower_bounds(bounds: Bounds, score: Graph | None, mask: Graph | None, q_idx_
     return Hooks({"kv_bounds": "\n".join(lines)}, frozenset(functions))
 
 
+_Pair = tuple[str, str]
 _BELOW, _ABOVE = f"tl.full((), {-FAR}, tl.int64)", f"tl.full((), {FAR}, tl.int64)"
 
 
 class _Writer:
     """Emits statements in operand order, each node once, in 32-bit integers where that is proven enough."""
 
-    def __init__(self, graph: Graph, facts: Facts, captures: str = "captures", prefix: str = "v") -> None:
+    def __init__(
+        self, graph: Graph, facts: Facts, checks: Checks | None, captures: str = "captures", prefix: str = "v"
+    ) -> None:
         self.graph = graph
         self.facts = facts
+        loads = [node for node in graph.nodes() if node.op == "load"]
+        self.checks: dict[Node, LoadCheck] = {} if checks is None else dict(zip(loads, checks, strict=True))
         self.captures = captures
         self.prefix = prefix
         self.layout = CaptureLayout.of(graph)
@@ -146,6 +142,8 @@ class _Writer:
                 self.scalars.add(node)
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
+        self.loaded: dict[Node, str] = {}  # loads by the name of what was in memory
+        self.fetches: frozenset[Node] = frozenset()  # loads in score_fetch
 
     def hoisted(self) -> list[Node]:
         """The computed values that do not depend on kv_idx but are needed next to it."""
@@ -156,6 +154,11 @@ class _Writer:
                 if operand not in on_kv and (operand.args or operand.op == "load"):
                     wanted[operand] = None
         return list(wanted)
+
+    def fetched(self) -> list[Node]:
+        """The loads that depend on kv_idx but not on the score, so that they need not wait for it."""
+        inside_loop = self.facts.on_kv - self.facts.on_score
+        return [node for node in self.graph.nodes() if node.op == "load" and node in inside_loop]
 
     def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
         """Statements that compute `outputs` from the arguments and the already `known` names."""
@@ -174,7 +177,11 @@ class _Writer:
                 stack.extend((a, False) for a in reversed(node.args))
         for node in needed:
             text = self._text(node)
-            self.names[node] = text if node.op in ("score", "index") else self._assign(text)
+            if node.op == "load":
+                self.loaded[node] = self._assign(text)
+                self.names[node] = self.widened(node, self.loaded[node])
+            else:
+                self.names[node] = text if node.op in ("score", "index") else self._assign(text)
         return self.lines
 
     def _assign(self, text: str) -> str:
@@ -260,28 +267,34 @@ class _Writer:
         return name if self._dtype(source) == dtype else f"{name}.to({dtype})"
 
     def _load(self, node: Node) -> str:
-        """A load that counts negative indices from the end and reads 0 outside the tensor."""
+        """A load that counts negative indices from the end and reads 0 outside the tensor, where these may occur."""
         slot = node.attr
         pointer = f"{self.captures}[{self.layout.pointer(slot)}]"
         if not node.args:
-            return self._widened(node, f"tl.load({pointer})")
+            return f"tl.load({pointer})"
         offsets, inside = [], []
-        for dim, (operand, check) in enumerate(zip(node.args, index_checks(node, self.facts), strict=True)):
+        checks = self.checks.get(node) or unproven(node, self.facts)
+        for dim, (operand, check) in enumerate(zip(node.args, checks.indices, strict=True)):
             size = f"{self.captures}[{self.layout.size(slot, dim)}]"
             index = self._as(operand, "tl.int64")
             if check.below:
                 index = self._assign(f"tl.where({index} < 0, {index} + {size}, {index})")
+            if check.below and check.outside:
                 inside.append(f"({index} >= 0)")
-            if check.above:
+            if check.outside:
                 inside.append(f"({index} < {size})")
             offsets.append(f"{index} * {self.captures}[{self.layout.stride(slot, dim)}]")
-        guard = f", mask={self._assign(_scalar_condition(' & '.join(inside)))}, other=0" if inside else ""
-        return self._widened(node, f"tl.load({pointer} + ({' + '.join(offsets)}){guard})")
+        guard = self._assign(_scalar_condition(" & ".join(inside))) if inside else None
+        address = f"{pointer} + ({' + '.join(offsets)})"
+        if node in self.fetches:
+            return f"fetch({address}, {'live' if checks.attending else guard})"
+        return f"tl.load({address}, mask={guard}, other=0)" if inside else f"tl.load({address})"
 
-    def _widened(self, node: Node, text: str) -> str:
+    def widened(self, node: Node, text: str) -> str:
+        """What was loaded in the type that computes: float32 for floats, a condition for bool."""
         dtype, _ = self.graph.tensor_types[node.attr]
         if dtype == torch.bool:
-            return f"{text} != 0"
+            return f"({text} != 0)"
         if dtype in FLOATS:
             return text if dtype == torch.float32 else f"{text}.to(tl.float32)"
         return text

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from .analyze import Facts, analyze
-from .bounds import Bounds
+from .analyze import analyze
 from .captures import leaf_names
 from .graph import Graph, Source
 from .identity import Mod, constants_of
 from .intervals import Region
-from .lower import index_checks
 from .printing import Names, formula, is_guarded, name_captures, region_text
+from .program import Program
+from .proofs import Checks
 
 _ALL_KEYS = ("kv in [0, kv_len)",)
 
@@ -40,11 +40,13 @@ class Load(NamedTuple):
     Attributes:
         text: the expression.
         checked: the indices that the kernel checks, at the price of a comparison each; none if all are proven.
+        by_mask: whether the proof holds for the keys that the mask lets attend, so that only these are read.
         per_key: whether it is read for every key, or once per query row.
     """
 
     text: str
     checked: tuple[str, ...]
+    by_mask: bool
     per_key: bool
 
 
@@ -108,25 +110,26 @@ class ModReport:
 
 
 def _load_text(load: Load) -> str:
-    checks = f"bounds-checked ({', '.join(load.checked)})" if load.checked else "proven in range"
+    proven = "proven in range" + (" wherever the mask is true" if load.by_mask else "")
+    checks = f"bounds-checked ({', '.join(load.checked)})" if load.checked else proven
     return f"{load.text}  {checks}, read {'for every key' if load.per_key else 'once per row'}"
 
 
-def report_mod(kind: str, graph: Graph | None, mod: Mod, bounds: Bounds, q_idx_given: bool) -> ModReport | None:
+def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
     """Describes a mod.
 
     Args:
         kind: `score_mod` or `mask_mod`.
-        graph: of the mod; None if the call has none.
+        program: of the call.
         mod: the function and its captures.
-        bounds: of the call.
-        q_idx_given: whether the caller gives q_offset.
     """
+    bounds, is_mask = program.bounds, kind == "mask_mod"
+    graph, checks = (program.mask, program.mask_checks) if is_mask else (program.score, program.score_checks)
     if graph is None or mod.function is None:
         return None
     constants = constants_of(kind, mod)
     names = name_captures(graph, leaf_names(mod.function), constants)
-    live, full = (bounds.mask_live, bounds.mask_full) if kind == "mask_mod" else (bounds.score_live, ())
+    live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
     live_text = tuple(region_text(live, names))
     return ModReport(
         kind=kind,
@@ -134,7 +137,7 @@ def report_mod(kind: str, graph: Graph | None, mod: Mod, bounds: Bounds, q_idx_g
         formula=formula(graph.output, names),
         graph=graph.text,
         captures=_captures(graph, names, constants, mod.leaves),
-        loads=_loads(graph, names, analyze([graph.output], q_idx_given)),
+        loads=_loads(graph, names, checks or ()),
         live=live_text,
         live_now=_now(live, graph, names, mod.leaves, live_text),
         full=tuple(region_text(full, names)),
@@ -146,11 +149,7 @@ def report_mod(kind: str, graph: Graph | None, mod: Mod, bounds: Bounds, q_idx_g
 def _value(source: Source, leaves: list) -> int | float | None:
     """The present value of a captured number; None where it is in no memory."""
     leaf = leaves[source.leaf]
-    if source.dim >= 0:
-        return leaf.shape[source.dim]
-    if isinstance(leaf, torch.Tensor):
-        return None if leaf.is_meta else leaf.item()
-    return leaf
+    return None if source.dim < 0 and isinstance(leaf, torch.Tensor) and leaf.is_meta else source.read(leaves)
 
 
 def _now(region: Region, graph: Graph, names: Names, leaves: list, otherwise: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,11 +174,13 @@ def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves:
     return tuple(found)
 
 
-def _loads(graph: Graph, names: Names, facts: Facts) -> tuple[Load, ...]:
+def _loads(graph: Graph, names: Names, checks: Checks) -> tuple[Load, ...]:
+    on_kv = analyze([graph.output], q_idx_given=True).on_kv
+    nodes = (node for node in graph.nodes() if node.op == "load")
     loads = []
-    for node in graph.nodes():
-        if node.op == "load":
-            checks = zip(node.args, index_checks(node, facts), strict=True)
-            checked = tuple(formula(index, names) for index, check in checks if check.below or check.above)
-            loads.append(Load(formula(node, names), checked, node in facts.on_kv))
+    for node, check in zip(nodes, checks, strict=True):
+        checked = tuple(
+            formula(i, names) for i, c in zip(node.args, check.indices, strict=True) if c.below or c.outside
+        )
+        loads.append(Load(formula(node, names), checked, check.attending, node in on_kv))
     return tuple(loads)

@@ -8,15 +8,16 @@ from typing import Protocol
 import torch
 
 from . import eager
-from .bounds import Bounds, find_bounds
 from .captures import leaf_names
 from .descriptor import Matrix, as_matrices
 from .device import device_facts
 from .errors import SharedMemoryError
 from .graph import Graph
-from .identity import Mod, graph_of
-from .kernel import KernelSpec, capture_types
+from .identity import Mod, graph_of, watch
+from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
+from .program import Program
+from .proofs import CallSizes, find_checks, integers
 from .schedule import DeviceFacts, Schedule, schedule, smaller
 from .signature import (
     DEFAULT_OPTIONS,
@@ -161,37 +162,65 @@ def prepare(
     if signature.backend == "torch" or 0 in shape:
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
-        launcher = _triton_launcher(signature, sizes, (query, key, value, sample), score_graph, mask_graph, options)
+        program, mask = make_program((score_graph, mask_graph), (score, mask), signature, sizes)
+        launcher = _triton_launcher(signature, sizes, (query, key, value, sample), program, options)
     checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
     plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
     return plan, score, mask
 
 
+def make_program(
+    graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod], signature: Signature, sizes: Sizes
+) -> tuple[Program, Mod]:
+    """Proves what can be proven of the indices of a call.
+
+    Args:
+        graphs: of the score_mod and the mask_mod.
+        mods: what they capture.
+        signature: of the call.
+        sizes: of the call.
+
+    Returns:
+        The program, and the mask_mod with the numbers that the proofs rest on.
+    """
+    (score, mask), (score_mod, mask_mod), q_idx_given = graphs, mods, signature.q_offset is not None
+    heads = sizes.num_kv_heads * signature.group_size
+    bounded = CallSizes(sizes.batch, heads, signature.num_queries, sizes.max_kv_len)
+    mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
+    score_checks = None
+    if score is not None:
+        score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given)
+        if mask is not None and any(index.outside for load in score_checks for index in load.indices):
+            mask_mod = watch("mask_mod", mask_mod, integers(mask))
+            by_mask = mask, mask_mod.leaves
+            score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
+    return Program(score, mask, q_idx_given, score_checks, mask_checks), mask_mod
+
+
 def _triton_launcher(
     signature: Signature,
     sizes: Sizes,
     tensors: tuple[torch.Tensor, ...],
-    score: Graph | None,
-    mask: Graph | None,
+    program: Program,
     options: DecodeOptions,
 ) -> TritonLauncher:
-    """Solves the bounds, chooses a schedule and finds the kernel; a kernel too large for the device is cut smaller."""
+    """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller."""
     facts = device_facts(signature.device)
-    bounds = find_bounds(score, mask, signature.q_offset is not None)
-    cut, matrices = cut_call(signature, sizes, tensors, bounds, facts, options)
+    cut, matrices = cut_call(signature, sizes, tensors, program, facts, options)
     strides = tuple(s for t in tensors for s in kernel_strides(t, sizes.batch))
     while True:
         spec = KernelSpec(
             signature,
             cut.tiles,
-            capture_types(score),
-            capture_types(mask),
-            num_live=bounds.num_live,
-            num_full=len(bounds.mask_full),
+            capture_types(program.score),
+            capture_types(program.mask),
+            num_live=program.bounds.num_live,
+            num_full=len(program.bounds.mask_full),
+            fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
         )
         try:
-            return TritonLauncher(spec, sizes, cut, strides, matrices, facts, score, mask)
+            return TritonLauncher(spec, sizes, cut, strides, matrices, facts, program)
         except SharedMemoryError:
             next_cut = None if options.block_n else smaller(cut)
             if next_cut is None:
@@ -203,14 +232,15 @@ def cut_call(
     signature: Signature,
     sizes: Sizes,
     tensors: tuple[torch.Tensor, ...],
-    bounds: Bounds,
+    program: Program,
     facts: DeviceFacts,
     options: DecodeOptions,
 ) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
     """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors."""
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+    bounds = program.bounds
     matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
-    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded)
+    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded, program.fetches)
     return cut, matrices if cut.tiles.descriptors else None
 
 

@@ -86,6 +86,7 @@ def schedule(
     options: DecodeOptions,
     describable: bool = False,
     is_bounded: bool = False,
+    fetches: bool = False,
 ) -> Schedule:
     """Chooses tiles and splits for the longest sequence that the cache can hold.
 
@@ -96,6 +97,8 @@ def schedule(
         options: choices of the caller.
         describable: whether both caches can be seen through tensor descriptors.
         is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
+        fetches: whether the score_mod reads captured tensors for every key; a second program on each multiprocessor
+            works while the first one waits for them.
     """
     rows = signature.group_size * signature.num_queries
     is_float32 = signature.dtype == torch.float32
@@ -105,7 +108,9 @@ def schedule(
     kv_bytes = (block_d + block_dv) * signature.dtype.itemsize
     total_bytes = num_items * sizes.max_kv_len * kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
-    num_splits = options.num_splits or _num_splits(num_items, longest, total_bytes, facts.num_sms)
+    num_splits = options.num_splits or _num_splits(
+        num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1
+    )
     crowded = num_items * num_splits > facts.num_sms
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
@@ -162,11 +167,11 @@ def _pipeline(
     return block_n, stages
 
 
-def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int) -> int:
+def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int) -> int:
     """Splits that minimise a model of the time: bytes over the bandwidth that so many programs reach, plus a combine.
 
-    Up to one program per multiprocessor the bandwidth grows with the programs; above, programs run in waves of two per
-    multiprocessor, and an unfilled last wave is lost.
+    Up to `per_sm` programs per multiprocessor the bandwidth grows with the programs; above, programs run in waves of
+    two per multiprocessor, and an unfilled last wave is lost.
     """
     if num_items == 0:
         return 1
@@ -174,7 +179,10 @@ def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int)
     def cost(num_splits: int) -> float:
         programs = num_items * num_splits
         waves = programs / (2 * num_sms)
-        reached = programs / num_sms if programs <= num_sms else 0.95 * waves / max(1, -(-programs // (2 * num_sms)))
+        if programs <= per_sm * num_sms:
+            reached = programs / (per_sm * num_sms)
+        else:
+            reached = 0.95 * waves / max(1, -(-programs // (2 * num_sms)))
         return total_bytes / BYTES_PER_US / min(reached, 1.0) + (COMBINE_US if num_splits > 1 else 0.0)
 
     most = max(1, min(num_blocks, MAX_SPLITS, 8 * num_sms // num_items + 1))

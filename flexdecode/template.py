@@ -17,7 +17,8 @@ from .lower import Hooks
 HOOK_PARAMETERS = {
     "kv_bounds": ("b", "h", "q_idx", "score_captures", "mask_captures"),
     "score_row": ("b", "h", "q_idx", "captures"),
-    "score_mod": ("score", "b", "h", "q_idx", "kv_idx", "row", "captures"),
+    "score_fetch": ("live", "b", "h", "q_idx", "kv_idx", "row", "captures"),
+    "score_mod": ("score", "b", "h", "q_idx", "kv_idx", "row", "fetched", "captures"),
     "mask_row": ("b", "h", "q_idx", "captures"),
     "mask_mod": ("live", "b", "h", "q_idx", "kv_idx", "row", "captures"),
 }

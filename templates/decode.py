@@ -44,7 +44,16 @@ def score_row(b, h, q_idx, captures):
 
 
 @triton.jit
-def score_mod(score, b, h, q_idx, kv_idx, row, captures):
+def score_fetch(live, b, h, q_idx, kv_idx, row, captures):
+    """What score_mod reads from memory for each key: loads, whose latency passes while the scores are computed.
+
+    `live` is as in mask_mod, None where every key attends.
+    """
+    return ()
+
+
+@triton.jit
+def score_mod(score, b, h, q_idx, kv_idx, row, fetched, captures):
     """New logits from `score` [BLOCK_M, BLOCK_N], float32, natural-log units; kv_idx is [1, BLOCK_N]."""
     return score
 
@@ -59,6 +68,28 @@ def mask_row(b, h, q_idx, captures):
 def mask_mod(live, b, h, q_idx, kv_idx, row, captures):
     """Narrows `live` [1, BLOCK_N] to the pairs that attend."""
     return live
+
+
+@triton.jit
+def fetch(pointers, inside):
+    """Loads captured values where `inside`, which may be None for everywhere; elsewhere what is loaded is 0.
+
+    The branch is always taken. It keeps Triton from pipelining the load: single values would be copied to shared memory
+    stages ahead, at a higher price than the latency that is saved. That there are two loads keeps the conversion to
+    another layout, which waits for the value, out of the branch.
+    """
+    if inside is None:
+        if tl.program_id(0) >= 0:
+            value = tl.load(pointers)
+        else:
+            value = tl.load(pointers, cache_modifier=".cg")
+    else:
+        pointers, inside = tl.broadcast(pointers, inside)
+        if tl.program_id(0) >= 0:
+            value = tl.load(pointers, mask=inside, other=0)
+        else:
+            value = tl.load(pointers, mask=inside, other=0, cache_modifier=".cg")
+    return value
 
 
 @triton.jit
@@ -169,14 +200,20 @@ def attend_block(
     BLOCK_DV: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length."""
+    kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+    live = None
+    if CHECKED:
+        # Past the end of the sequence, mods see its last position: their reads are proven for positions of the cache.
+        live = kv_idx < kv_len
+        kv_idx = tl.minimum(kv_idx, kv_len - 1)
+        live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
+    score_fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
     k = load_kv(
         key, key_descriptor, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED
     )  # fmt: skip
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_captures) * LOG2E
+    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_fetched, score_captures) * LOG2E
     if CHECKED:
-        live = mask_mod(kv_idx < kv_len, b, h, q_idx, kv_idx, mask_rows, mask_captures)
         score = tl.where(live, score, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(score, 1))
     # A row without a live key keeps -inf; it must not meet -inf - -inf.

@@ -94,6 +94,9 @@ def test_odd_head_dims_compile_without_vectors(shape):
 # --- Hooks that do nothing cost nothing -------------------------------------------------------------------------------
 
 
+ROW_AND_FETCH = ("score_row", "score_fetch", "mask_row")
+
+
 class _WithoutHooks(ast.NodeTransformer):
     """Replaces calls of the mods' hooks by what they mean if there are no mods."""
 
@@ -102,11 +105,11 @@ class _WithoutHooks(ast.NodeTransformer):
         name = getattr(node.func, "id", None)
         if name in ("score_mod", "mask_mod"):
             return node.args[0]
-        return ast.Tuple([], ast.Load()) if name in ("score_row", "mask_row") else node
+        return ast.Tuple([], ast.Load()) if name in ROW_AND_FETCH else node
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
-        return None if node.name in ("score_mod", "mask_mod", "score_row", "mask_row") else node
+        return None if node.name in ("score_mod", "mask_mod", *ROW_AND_FETCH) else node
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])
@@ -129,3 +132,28 @@ def _template_file(folder):
     path = folder / "with_hooks.py"
     path.write_text(read_template("decode.py"))
     return path
+
+
+# --- Mods -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_and_sums_in_half_precision_stay_apart(dtype):
+    """A fused one would skip the rounding of the product."""
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        x = score.to(dtype)
+        return score + (x * x + x)
+
+    text = assembly(compile_call("sm_90", meta_inputs(*SPLIT_SHAPE), score_mod).split)
+    assert "fma.rn.bf16" not in text and "fma.rn.f16" not in text
+
+
+def test_captured_values_are_fetched_before_the_scores_are_computed():
+    """Their latency passes while the program waits for the keys."""
+    bias = torch.empty(8, 32, 4096, device="meta")
+    call = compile_call(
+        "sm_90", meta_inputs(*SPLIT_SHAPE), lambda score, b, h, q_idx, kv_idx: score + bias[b, h, kv_idx]
+    )
+    loop = assembly(call.split).split("wgmma" if "wgmma" in assembly(call.split) else "mma.sync")[0]
+    assert re.findall(r"ld\.global\.b32", loop), "the bias comes first"

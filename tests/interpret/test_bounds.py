@@ -243,6 +243,8 @@ def as_mod(example):
             elif node.op == "cast":
                 value = torch.as_tensor(args[0]).to(node.dtype)
             else:
+                if node.op in ("maximum", "minimum"):  # they take no numbers
+                    args = [torch.as_tensor(arg) for arg in args]
                 value = getattr(torch, node.op)(torch.as_tensor(args[0]), *args[1:])
             values[node] = value
         return values[example.graph.output]

@@ -138,23 +138,60 @@ def test_the_canonical_graph_is_in_the_report():
         assert "\n".join("    " + line for line in mod.graph.splitlines()) in str(found)
 
 
+def one_load(score_mod=None, mask_mod=None, **arguments):
+    """The one load of a report, as a field and as text."""
+    found = report(mask_mod, score_mod, **arguments)
+    (load,) = (load for mod in (found.score_mod, found.mask_mod) if mod is not None for load in mod.loads)
+    return load, section(str(found), "loads")
+
+
 def test_loads_say_what_is_checked():
-    def mod(score, b, h, q_idx, kv_idx):
-        return score + table[h, kv_idx]
-
     table = torch.zeros(8, 4096)
-    (load,) = report(score_mod=mod).score_mod.loads
-    assert (load.text, load.per_key) == ("table[h, kv_idx]", True)
-    assert f"bounds-checked ({', '.join(load.checked)})" in str(report(score_mod=mod)) or not load.checked
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + table[h, kv_idx - 1]
+
+    load, text = one_load(mod)
+    assert (load.text, load.checked, load.per_key) == ("table[h, kv_idx - 1]", ("kv_idx - 1",), True)
+    assert text == ["table[h, kv_idx - 1]  bounds-checked (kv_idx - 1), read for every key"]
+    table = torch.zeros(7, 4000)
+    assert one_load(mod)[0].checked == ("h", "kv_idx - 1")
 
 
-def test_what_lowering_proves_is_not_called_checked(monkeypatch):
-    from flexdecode import lower, mod_report
+def test_loads_that_are_proven():
+    assert one_load(mods.alibi(8))[1] == ["slopes[h]  proven in range, read once per row"]
+    assert one_load(mods.alibi(torch.zeros(7)))[1] == ["slopes[h]  bounds-checked (h), read once per row"]
+    bias = torch.zeros(2, 4096)
 
-    proven = lambda load, facts: [lower.IndexCheck(below=False, above=False) for _ in load.args]
-    monkeypatch.setattr(mod_report, "index_checks", proven)
-    text = str(report(score_mod=mods.alibi(8)))
-    assert section(text, "loads") == ["slopes[h]  proven in range, read once per row"]
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + bias[b, kv_idx]
+
+    assert one_load(mod)[1] == ["bias[b, kv_idx]  proven in range, read for every key"]
+    bias = bias[:, :-1]
+    assert one_load(mod)[1] == ["bias[b, kv_idx]  bounds-checked (kv_idx), read for every key"]
+
+
+def test_loads_in_a_mask():
+    kinds = torch.zeros(2, 4096, dtype=torch.int32)
+    keep = lambda b, h, q_idx, kv_idx: kinds[b, kv_idx] > 0
+    assert one_load(mask_mod=keep)[1] == ["kinds[b, kv_idx]  proven in range, read for every key"]
+    kinds = kinds[:1]
+    assert one_load(mask_mod=keep)[1] == ["kinds[b, kv_idx]  bounds-checked (b), read for every key"]
+
+
+def test_loads_that_are_proven_by_the_mask():
+    window, bias = 64, torch.zeros(64)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + bias[q_idx - kv_idx]
+
+    load, text = one_load(mod, mods.sliding_window(window))
+    assert (load.checked, load.by_mask, load.per_key) == ((), True, True)
+    assert text == ["bias[q_idx - kv_idx]  proven in range wherever the mask is true, read for every key"]
+    for mask_mod in (mods.sliding_window(window + 1), None):
+        load, text = one_load(mod, mask_mod)
+        assert (load.checked, load.by_mask) == (("q_idx - kv_idx",), False)
+        assert text == ["bias[q_idx - kv_idx]  bounds-checked (q_idx - kv_idx), read for every key"]
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------

@@ -203,7 +203,8 @@ def namespace(example, names, indices, row):
     known |= {str(d).removeprefix("torch."): lambda x, d=d: torch.as_tensor(x).to(d) for d in DTYPES}
     known |= {
         "min": min, "max": max, "abs": abs, "clamp": lambda x, low, high: min(max(x, low), high), "kv_len": LENGTH,
-        "ceil": lambda x: torch.ceil(torch.as_tensor(x)).long(), **{node.attr: indices[node][row, 0] for node in INDICES},
+        "ceil": lambda x: torch.ceil(torch.as_tensor(x)).long(),
+        **{node.attr: indices[node][row, 0] for node in INDICES},
     }  # fmt: skip
     for name, source in zip(names.numbers, example.graph.numbers, strict=True):
         known[name] = torch.as_tensor(example.leaves[source.leaf])

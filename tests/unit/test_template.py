@@ -9,6 +9,7 @@ from support import MODS, trace_mod
 from flexdecode import template
 from flexdecode.compiled import generate_module
 from flexdecode.lower import Hooks
+from flexdecode.program import Program
 from flexdecode.template import HOOK_PARAMETERS, generate, read_template, template_folder, templates_digest
 
 
@@ -80,7 +81,8 @@ def test_hooks_have_identity_bodies():
         assert ast.get_docstring(node)
     assert body_of(text, "score_mod") == "return score"
     assert body_of(text, "mask_mod") == "return live"
-    assert body_of(text, "score_row") == body_of(text, "mask_row") == "return ()"
+    for name in ("score_row", "score_fetch", "mask_row"):
+        assert body_of(text, name) == "return ()"
 
 
 # --- Splicing ---------------------------------------------------------------------------------------------------------
@@ -158,8 +160,8 @@ def test_generated_modules_are_self_contained(family, loads):
     score = score_mod and trace_mod(score_mod, "score_mod")[0]
     mask = mask_mod and trace_mod(mask_mod, "mask_mod")[0]
     for q_idx_given in (False, True):
-        text = generate_module(score, mask, q_idx_given, loads)
+        text = generate_module(Program(score, mask, q_idx_given), loads)
         assert undefined_names(text) == set()
         assert "import flexdecode" not in text and "from flexdecode" not in text
         assert text.count("def decode_split(") == text.count("def decode_combine(") == 1
-        assert generate_module(score, mask, q_idx_given, loads) == text, "generation is deterministic"
+        assert generate_module(Program(score, mask, q_idx_given), loads) == text, "generation is deterministic"

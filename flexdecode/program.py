@@ -1,0 +1,47 @@
+"""What the hooks of a kernel are written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .analyze import analyze
+from .bounds import Bounds, find_bounds
+from .graph import Graph
+from .proofs import Checks
+
+
+@dataclass(frozen=True)
+class Program:
+    """The mods of a call, and what is proven of them.
+
+    Attributes:
+        score, mask: graphs of the two mods.
+        q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+        score_checks, mask_checks: what their loads have to check; None where nothing is known of the call.
+    """
+
+    score: Graph | None = None
+    mask: Graph | None = None
+    q_idx_given: bool = False
+    score_checks: Checks | None = None
+    mask_checks: Checks | None = None
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """Where the call can attend."""
+        return find_bounds(self.score, self.mask, self.q_idx_given)
+
+    @cached_property
+    def fetches(self) -> bool:
+        """Whether the score_mod reads captured tensors for every key."""
+        if self.score is None:
+            return False
+        on_kv = analyze([self.score.output], self.q_idx_given).on_kv
+        return any(node.op == "load" and node in on_kv for node in self.score.nodes())
+
+    @cached_property
+    def text(self) -> str:
+        """Canonical text: equal texts make equal modules."""
+        graphs = [graph.text if graph else "None" for graph in (self.score, self.mask)]
+        return "\n".join([f"q_offset {self.q_idx_given}", *graphs, f"{self.score_checks}", f"{self.mask_checks}"])
