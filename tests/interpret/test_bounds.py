@@ -12,7 +12,7 @@ from interpret.decoding import check_decode, decode
 from support import make_inputs, trace_mod
 from unit import mask_graphs
 
-from flexdecode import clear_cache, compiled, eager, mods
+from flexdecode import TraceError, clear_cache, compiled, eager, mods
 from flexdecode.reference import evaluate_mod
 
 B, HQ, HKV, N, D, BLOCK_N = 3, 2, 1, 96, 16, 16
@@ -243,9 +243,11 @@ def as_mod(example):
             elif node.op == "cast":
                 value = torch.as_tensor(args[0]).to(node.dtype)
             else:
-                if node.op in ("maximum", "minimum"):  # they take no numbers
-                    args = [torch.as_tensor(arg) for arg in args]
-                value = getattr(torch, node.op)(torch.as_tensor(args[0]), *args[1:])
+                function = getattr(torch, node.op)
+                try:
+                    value = function(torch.as_tensor(args[0]), *args[1:])
+                except (TypeError, TraceError):  # some functions take no numbers
+                    value = function(*map(torch.as_tensor, args))
             values[node] = value
         return values[example.graph.output]
 
