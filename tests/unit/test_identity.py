@@ -6,8 +6,9 @@ import pytest
 import torch
 from support import assert_close_to_reference, make_inputs
 
-from flexdecode import DecodeOptions, TraceError, cache_info, clear_cache, flex_decode
-from flexdecode.identity import graph_of, identify
+from flexdecode import DecodeOptions, TraceError, cache_info, clear_cache, flex_decode, identity, mods
+from flexdecode.graph import Source
+from flexdecode.identity import graph_of, identify, watch
 
 B, Hq, N, Q = 2, 4, 19, 2
 QUERY, KEY, VALUE = make_inputs(B, Hq, 2, Q, N, 16)
@@ -214,6 +215,96 @@ def test_requires_grad_is_seen():
         run(mod)
 
 
+# --- What proofs rest on ----------------------------------------------------------------------------------------------
+
+
+def prepared():
+    """Calls that had to be prepared."""
+    return cache_info().calls - cache_info().hits
+
+
+def test_a_shape_makes_a_new_plan_and_no_new_trace():
+    """What is proven of an index holds for one shape; the wrong plan would read outside the smaller table."""
+    mod = lambda s, b, h, q, k: s + table[h, k]
+    for shape, plans in (((Hq, N), 1), ((Hq, N + 5), 2), ((Hq, N), 2), ((Hq, 3), 3), ((Hq, N + 5), 3), ((0, N), 4)):
+        table = torch.randn(shape)
+        run(mod)
+        assert (traces(), prepared()) == (1, plans)
+
+
+def test_other_contents_and_strides_make_no_new_plan():
+    mod = lambda s, b, h, q, k: s + table[h, k]
+    wide = torch.randn(Hq, 2 * N)
+    for replacement in (torch.randn(Hq, N), torch.randn(N, Hq).T, wide[:, ::2], wide[:1, :1].expand(Hq, N)):
+        table = replacement
+        run(mod)
+    assert (traces(), prepared()) == (1, 1)
+
+
+def test_a_number_below_an_index_makes_a_new_plan_and_no_new_trace():
+    table = torch.randn(N)
+    mod = lambda s, b, h, q, k: s + table[k + W]
+    for value, plans in ((0, 1), (3, 2), (0, 2), (-N, 3), (-2, 4), (2**62, 5), (3, 5)):
+        W = value
+        run(mod)
+        assert (traces(), prepared()) == (1, plans)
+
+
+def test_a_0d_tensor_below_an_index_makes_a_new_plan():
+    """Also where it is written in place."""
+    table, shift = torch.randn(N), torch.tensor(0)
+    mod = lambda s, b, h, q, k: s + table[k + shift]
+    for value, plans in ((0, 1), (3, 2), (0, 2)):
+        shift.fill_(value)
+        run(mod)
+        assert (traces(), prepared()) == (1, plans)
+
+
+def test_a_number_below_an_index_of_an_inner_gather():
+    rows, table = torch.randint(0, 5, (N,)), torch.randn(5)
+    for step, W in enumerate((0, 3, 7), start=1):
+        run(lambda s, b, h, q, k: s + table[rows[k + W]])
+        assert (traces(), prepared()) == (1, step)
+
+
+def test_a_size_below_an_index_makes_a_new_plan():
+    """Of a tensor that is not read itself."""
+    table = torch.randn(N)
+    for step, columns in enumerate((4, 9, N + 3), start=1):
+        ruler = torch.randn(columns)
+        run(lambda s, b, h, q, k: s + table[k.clamp(max=ruler.shape[0] - 1)])
+        assert (traces(), prepared()) == (1, step)
+
+
+def test_a_number_beside_an_index_makes_no_new_plan():
+    table = torch.randn(Hq, N)
+    score_mod = lambda s, b, h, q, k: s * cap + table[h, k] * h * step
+    mask_mod = lambda b, h, q, k: (k <= q) & (q - k < window)
+    for values in ((1.0, 2, 3), (2.0, 3, 5), (-1.0, 4, 2**40)):
+        cap, step, window = values
+        run(score_mod, mask_mod)
+    assert (traces(), prepared(), cache_info().hits) == (2, 1, 2)
+
+
+def test_mods_of_one_code_share_a_plan_if_their_shapes_agree():
+    def make(size, W):
+        table = torch.randn(size)
+        return lambda s, b, h, q, k: s + table[k + W]
+
+    for size, W in 3 * ((N, 0), (N - 1, 0), (N, 1)):
+        run(make(size, W))
+    assert (traces(), prepared()) == (1, 3)
+
+
+def test_the_mask_of_one_score_under_another():
+    """The window is watched from the first score on that needs it, also for earlier plans."""
+    near, far = torch.randn(4), torch.randn(Hq)
+    for window in (3, 4, 5, 9):
+        run(lambda s, b, h, q, k: s + far[h], mods.sliding_window(window))
+        run(lambda s, b, h, q, k: s + near[q - k], mods.sliding_window(window))
+    assert traces() == 3
+
+
 # --- The decode loop --------------------------------------------------------------------------------------------------
 
 
@@ -279,3 +370,65 @@ def test_a_graph_is_found_again():
     assert graph_of("score_mod", make(3), CPU)[0] is graph
     assert graph_of("score_mod", make(2), CPU)[0] != graph
     assert traces() == 2
+
+
+def test_what_is_present():
+    """Nothing before the trace, then the sizes and numbers that proofs look at, as they are now."""
+    table, W, cap = torch.zeros(3, 4), 5, 6
+    mod = lambda s, b, h, q, k: s * cap + table[h, k + W]
+    assert identify("score_mod", mod).present == ()
+    _, traced = graph_of("score_mod", identify("score_mod", mod), CPU)
+    assert sorted(traced.present) == [3, 4, 5]
+    table, W, cap = torch.zeros(7, 8), 9, 10
+    now = identify("score_mod", mod)
+    assert sorted(now.present) == [7, 8, 9] and now.identity == traced.identity
+
+
+def test_a_graph_that_another_thread_traced():
+    """Who finds the graph of a mod that it did not know before needs what is present as well."""
+    table = torch.zeros(3, 4)
+    mod = lambda s, b, h, q, k: s + table[h, k]
+    early = identify("score_mod", mod)
+    assert early.present == ()
+    graph, traced = graph_of("score_mod", identify("score_mod", mod), CPU)
+    again, late = graph_of("score_mod", early, CPU)
+    assert again is graph and late.present == traced.present == (3, 4)
+
+
+def test_a_mod_that_was_forgotten(monkeypatch):
+    """Its graph may outlive what is known of its captures; a shape still makes a new plan."""
+    monkeypatch.setattr(identity._known, "limit", 1)
+    mod = lambda s, b, h, q, k: s + table[h, k]
+    other = lambda s, b, h, q, k: s + table[h, 0]
+    for shape in ((Hq, N), (Hq, N + 1), (Hq, 3)):
+        table = torch.randn(shape)
+        before = prepared()
+        run(mod)
+        assert prepared() == before + 1, shape
+        run(other)
+
+
+def test_watching_more():
+    window, cap = 5, 2
+    mod = lambda b, h, q, k: (q - k < window) & (k * cap < 99)
+    graph, traced = graph_of("mask_mod", identify("mask_mod", mod), CPU)
+    assert traced.present == ()
+    place = traced.leaves.index(5)
+    watched = watch("mask_mod", traced, [Source(place)])
+    assert watched.present == (5,) and watched.identity == traced.identity
+    window, cap = 7, 3
+    assert identify("mask_mod", mod).present == (7,)
+    assert sorted(watch("mask_mod", watched, [Source(traced.leaves.index(2))]).present) == [3, 7]
+    assert graph_of("mask_mod", identify("mask_mod", mod), CPU)[0] is graph
+    nothing = identify("mask_mod", None)
+    assert watch("mask_mod", nothing, [Source(0)]) == nothing
+
+
+def test_watching_keeps_the_constants():
+    def make(period, window):
+        return identify("mask_mod", lambda b, h, q, k: (k // period == 0) & (q - k < window))
+
+    _, traced = graph_of("mask_mod", make(3, 5), CPU)
+    watched = watch("mask_mod", traced, [Source(traced.leaves.index(5))])
+    assert watched.identity == traced.identity == make(3, 9).identity != make(4, 5).identity
+    assert (make(3, 9).present, make(4, 5).present) == ((9,), (5,))

@@ -115,8 +115,8 @@ def test_nothing_known_of_the_call():
     table = torch.zeros(9, 9)
     graph, _ = trace_mod(lambda s, b, h, q, k: s + table[h, q])
     (load,) = (node for node in graph.nodes() if node.op == "load")
-    found = unproven(load, analyze([graph.output], False))
-    assert found == LoadCheck((IndexCheck(False, True), IndexCheck(True, True)))
+    checks = unproven(load, analyze([graph.output], False))
+    assert checks == LoadCheck((IndexCheck(False, True), IndexCheck(True, True)))
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------
@@ -204,6 +204,38 @@ def test_a_captured_0d_tensor_below_an_index(dtype):
     for value, words in ((0, "proven"), (3, "proven"), (4, "beyond")):
         shift = torch.tensor(value, dtype=dtype)
         assert indexed(lambda b, h, q, k: k + shift, N + 3) == words
+
+
+@pytest.mark.parametrize("W", [2**63 - 1, 2**62, -(2**62) - 1])
+def test_arithmetic_on_captured_integers_that_leaves_int64(W):
+    """In a kernel it wraps around, as in PyTorch; Python's own numbers would not."""
+    window, table = W, torch.zeros(8)
+    W = 3
+    score_mod = lambda s, b, h, q, k: s + table[q - k]
+    masks = [
+        lambda b, h, q, k: (q >= k) & (q - k < W + W),
+        lambda b, h, q, k: (q >= k) & (q - k < W * 4 - 3),
+        lambda b, h, q, k: (q >= k) & (q - k < 8) & (k < W * W),
+    ]
+    traced = [trace_mod(mask_mod, "mask_mod") for mask_mod in masks]
+    score = trace_mod(score_mod)
+    for graph, leaves in traced:
+        leaves[graph.numbers[0].leaf] = window
+        find_checks(*score, SIZES, False, (graph, leaves))
+    graph, leaves = trace_mod(lambda s, b, h, q, k: s + table[q - k + W * 8])
+    leaves[graph.numbers[0].leaf] = window
+    assert find_checks(graph, leaves, SIZES, False, trace_mod(mods.sliding_window(8), "mask_mod")) == (
+        LoadCheck((IndexCheck(True, True),)),
+    )
+
+
+def test_a_captured_divisor_of_zero():
+    """As a number of the code it would be refused; as a tensor it gives 0, as in the kernel."""
+    table, divisor = torch.zeros(8), torch.tensor(0)
+    window = lambda b, h, q, k: (q >= k) & (q - k < 8) & (k // divisor == 0)
+    assert indexed(lambda b, h, q, k: q - k, 8, mask_mod=window) in ("mask: proven", "unknown")
+    by_zero = found(lambda s, b, h, q, k: s + table[(q - k) // divisor], mods.sliding_window(8))
+    assert by_zero in (["unknown"], ["mask: proven"])
 
 
 def test_a_captured_float_below_an_index_is_unknown():
@@ -523,7 +555,8 @@ class _Call(mask_graphs._Generator):
         self.mask_output = self.fitting(core, index)
         self.mask_leaves = self.leaves
         if self.one_of(*(False,) * 3, True):  # other values in the same places
-            self.mask_leaves = [x + self.one_of(1, -1, 5) if isinstance(x, int) else x for x in self.leaves]
+            other = lambda x: max(-(2**63), min(x + self.one_of(1, -1, 5), 2**63 - 1))
+            self.mask_leaves = [other(x) if isinstance(x, int) else x for x in self.leaves]
 
     def core(self):
         """What an index and a mask have in common."""
