@@ -22,7 +22,21 @@ NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 READ_TBPS = 4.6  # read bandwidth of an H200 at 1 GB, docs/how-it-works.md
 SLACK_US = 5.0
 MAX_INPUT_BYTES = 60_000_000_000
-TITLES = {"window": "window of 1024", "streaming": "streaming, 4 + 1024", "chunked": "chunks of 4096", "prefix": "prefix of each sequence, 2500 to 3000"}  # fmt: skip
+TITLES = {
+    "window": "window of 1024",
+    "streaming": "streaming, 4 + 1024",
+    "chunked": "chunks of 4096",
+    "prefix": "prefix of each sequence, 2500 to 3000",
+}
+COLUMNS = (
+    "mask",
+    "B",
+    "N",
+    "live KV, MB",
+    "flexdecode, us",
+    "1.5 x live bytes / bandwidth + 5 us",
+    "long / short cache",
+)
 
 
 def cases(batch: int, num_keys: int) -> Iterator[tuple[str, Callable | None, torch.Tensor]]:
@@ -89,17 +103,13 @@ def _input_sets(batch: int, num_keys: int, fewest_live: int) -> list:
 
 def markdown(document: dict) -> str:
     """The page of a run."""
-    lines = [
-        "| mask | B | N | live KV, MB | flexdecode, us | 1.5 x live bytes / bandwidth + 5 us | longest over shortest cache |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     medians = {(r["case"], r["B"], r["N"]): statistics.median(r["times_us"]) for r in document["results"]}
     for record in document["results"]:
         case, batch, num_keys = record["case"], record["B"], record["N"]
         of_case = {n: t for (c, b, n), t in medians.items() if (c, b) == (case, batch)}
-        ratio = (
-            f"{of_case[max(of_case)] / of_case[min(of_case)]:.2f}" if num_keys == max(of_case) > min(of_case) else ""
-        )
+        shortest, longest = min(of_case), max(of_case)
+        ratio = f"{of_case[longest] / of_case[shortest]:.2f}" if num_keys == longest > shortest else ""
         lines.append(
             f"| {TITLES[case]} | {batch} | {num_keys} | {record['live_kv_bytes'] / 1e6:.1f} "
             f"| {medians[case, batch, num_keys]:.1f} | {record['bar_us']:.1f} | {ratio} |"
@@ -118,10 +128,9 @@ def main() -> int:
         parser.error("this measures a GPU, and torch sees none")
     torch.manual_seed(2024)
     environment = describe_environment(torch.device("cuda"))
-    document: dict = {
-        "environment": environment | ({"commit": options.commit} if options.commit else {}),
-        "results": [],
-    }
+    if options.commit:
+        environment["commit"] = options.commit
+    document: dict = {"environment": environment, "results": []}
     options.out.mkdir(parents=True, exist_ok=True)
     for batch in (8, 1):
         for num_keys in (32768, 131072):

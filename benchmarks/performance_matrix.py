@@ -82,6 +82,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="FlexAttention, seconds of compilation a row (default: GPU)",
     )
+    parser.add_argument(
+        "--flex-dtypes",
+        type=_names(DTYPES, SHORT_DTYPES),
+        default=["float16", "bfloat16"],
+        help="dtypes that FlexAttention is run with (default: fp16,bf16; it takes about a minute for a row in fp32)",
+    )
     parser.add_argument("--window", type=int, default=1024, help="keys that sliding_window sees (default: 1024)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--commit", help="commit to record where there is no git repository")
@@ -164,6 +170,11 @@ def _run(rows: list[Row], options: argparse.Namespace, device: torch.device, doc
 
 def _run_row(row: Row, options: argparse.Namespace, device: torch.device, document: dict, floor_of) -> str:
     columns, figures = list(document["columns"]), []
+    if "flex" in columns and row.dtype not in options.flex_dtypes:
+        columns.remove("flex")
+        reason = f"left out for {row.dtype}: --flex-dtypes adds it, about a minute a row"
+        cells = [EmptyCell(row.label, mod, kind, "flex", reason) for mod in options.mods for kind in options.inputs]
+        document["empty_cells"] += [dataclasses.asdict(cell) for cell in cells]
     try:
         for found in measure_row(row, options.mods, columns, options.inputs, options.window, device, floor_of):
             if isinstance(found, EmptyCell):
