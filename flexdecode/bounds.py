@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .analyze import analyze
-from .graph import Graph, Node
+from .graph import Graph, Node, topological
 from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
 
 
@@ -25,9 +25,9 @@ class Bounds:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether every interval has both ends, so that the live keys may be few in a long cache."""
-        regions = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
-        return all(lo is not None and hi is not None for lo, hi in regions)
+        """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
+        region = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
+        return all(hi is not None and (lo is not None or not _moves(hi)) for lo, hi in region)
 
     @property
     def num_live(self) -> int:
@@ -52,6 +52,11 @@ def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> B
         if len(score_live) > 1 and mask is not None:
             score_live = (_span(score_live),)
     return Bounds(mask_live, mask_full, score_live)
+
+
+def _moves(bound: Node) -> bool:
+    """Whether a bound depends on the position of the query."""
+    return any(node.op == "index" and node.attr == "q_idx" for node in topological(bound))
 
 
 def _span(region: Region) -> Interval:
