@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import cache
+from .block_mask import read_block_mask
 from .cache import CacheInfo
 from .captures import pins
 from .compiled import forget_kernels
 from .identity import forget_graphs, identify
 from .launch import forget_workspaces
 from .plan import layout, prepare
-from .signature import DecodeOptions
+from .signature import DEFAULT_OPTIONS, DecodeOptions, check_inputs
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _plans = cache.Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
 
@@ -28,6 +33,7 @@ def flex_decode(
     kv_lens: torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
+    block_mask: BlockMask | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     options: DecodeOptions | None = None,
@@ -49,6 +55,10 @@ def flex_decode(
         q_offset: position of the first query token, a number or an integer tensor `[B]`; by default
             `kv_lens[b] - Q`, because the queries are the newest tokens.
         scale: factor of the dot product; by default `1 / sqrt(D)`.
+        block_mask: PyTorch's BlockMask, for masks that only lists of blocks describe; holds beside `mask_mod`. Its
+            rows are query positions as everywhere here: one for training fits as it is, one that was made for the
+            newest tokens needs `q_offset=0`. Positions outside its rows attend to nothing, and are refused where the
+            host knows them.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
         out: tensor `[B, Hq, Q, Dv]` to write to, any strides.
         options: how to execute the call.
@@ -63,11 +73,17 @@ def flex_decode(
         UnsupportedOpError: a mod calls an operation that flexdecode does not have.
     """
     cache.counters.calls += 1
+    lists, combined = None, block_mask is not None and mask_mod is not None
+    if block_mask is not None:
+        check_inputs(query, key, value, kv_lens, q_offset, scale, out, options or DEFAULT_OPTIONS)
+        mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
+        lists.check_positions(query.shape[2], key.shape[2], kv_lens, q_offset)
     score = identify("score_mod", score_mod)
     mask = identify("mask_mod", mask_mod)
     call = (
         score.identity, mask.identity, score.present, mask.present, layout(query), layout(key), layout(value),
         layout(out), layout(kv_lens), layout(q_offset), return_lse, options, torch.is_grad_enabled(),
+        lists is not None, combined,
     )  # fmt: skip
     try:
         found = _plans.get(call)
@@ -75,14 +91,15 @@ def flex_decode(
         found = None
     if found is None:
         plan, score, mask = prepare(
-            query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options
+            query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options, lists is not None,
+            combined,
         )  # fmt: skip
         kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
         _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
     else:
         cache.counters.hits += 1
         plan = found[0]
-    return plan.run(query, key, value, kv_lens, q_offset, scale, out, score.leaves, mask.leaves)
+    return plan.run(query, key, value, kv_lens, q_offset, scale, out, score.leaves, mask.leaves, lists)
 
 
 def cache_info() -> CacheInfo:

@@ -12,7 +12,7 @@ from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_
 from .lower import lower, lower_bounds
 from .program import Program
 from .schedule import DeviceFacts
-from .template import generate, templates_digest
+from .template import generate, sources_digest
 
 
 class Kernel:
@@ -75,13 +75,12 @@ def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
 
 def module_path(program: Program, descriptors: bool) -> Path:
     """The file of the module for two mods, found on disk or written there."""
-    loads = "kv_descriptor.py" if descriptors else None
-    identity = f"{loads}\n{templates_digest()}\n{program.text}"
-    return cache.stored_module(identity, lambda: generate_module(program, loads))
+    identity = f"descriptors {descriptors}\n{sources_digest()}\n{program.text}"
+    return cache.stored_module(identity, lambda: generate_module(program, descriptors))
 
 
-def generate_module(program: Program, loads: str | None = None) -> str:
-    """The text of the module for two mods; `loads` is a template file with other KV loads."""
+def generate_module(program: Program, descriptors: bool = False) -> str:
+    """The text of the module for two mods; with `descriptors`, K and V are loaded through tensor descriptors."""
     hooks = [lower_bounds(program)]
     for kind, graph, checks in (
         ("score_mod", program.score, program.score_checks),
@@ -89,7 +88,8 @@ def generate_module(program: Program, loads: str | None = None) -> str:
     ):
         if graph is not None:
             hooks.append(lower(graph, kind, program.q_idx_given, checks))
-    return generate(hooks, loads)
+    files = {"kv_descriptor.py": descriptors, "block_lists.py": program.block_lists}
+    return generate(hooks, [name for name, wanted in files.items() if wanted])
 
 
 def forget_kernels() -> None:

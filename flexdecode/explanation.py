@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .block_mask import read_block_mask
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
 from .device import find_target
@@ -19,6 +20,9 @@ from .plan import check_captures, cut_call, make_program
 from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
 from .signature import DEFAULT_OPTIONS, DecodeOptions, Signature, Sizes, check_inputs, check_lens, describe
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def explain(
     kv_lens: torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
+    block_mask: BlockMask | None = None,
     options: DecodeOptions | None = None,
     device: str | DeviceFacts | None = None,
 ) -> Explanation:
@@ -142,6 +147,7 @@ def explain(
         kv_lens: live keys of each sequence.
         q_offset: position of the first query token.
         scale: factor of the dot product.
+        block_mask: lists of blocks; which ones a step reads is then not reported.
         options: how to execute the call.
         device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
 
@@ -151,8 +157,12 @@ def explain(
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
     """
+    combined = block_mask is not None and mask_mod is not None
+    if block_mask is not None:
+        mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
     mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
-    call = _check((query, key, value), mods, kv_lens, q_offset, scale, options, device)
+    lists = block_mask is not None, combined
+    call = _check((query, key, value), mods, kv_lens, q_offset, scale, lists, options, device)
     target = find_target(query.device, call.signature.backend, device)
     cut, source = None, None
     sample = query.new_empty((*query.shape[:3], value.shape[3]))
@@ -215,6 +225,7 @@ def _check(
     kv_lens: torch.Tensor | None,
     q_offset: int | torch.Tensor | None,
     scale: float | None,
+    lists: tuple[bool, bool],
     options: DecodeOptions | None,
     device: str | DeviceFacts | None,
 ) -> _Call:
@@ -243,7 +254,7 @@ def _check(
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
     sample = query.new_empty((*query.shape[:3], value.shape[3]))
     signature = describe(query, key, value, sample, lens, offset, False, options)
-    program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes)
+    program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes, *lists)
     return _Call(mods, program, signature, sizes, options, place, known_lens, first)
 
 
@@ -258,6 +269,8 @@ def _step(call: _Call, cut: Schedule | None) -> Step | str:
         return 'the torch backend reads every key; `device="H200"` explains for a GPU'
     if cut is None:
         return "there is no query, so nothing is launched"
+    if call.program.block_lists:
+        return "the lists of `block_mask` say which blocks are read"
     if call.kv_lens is None or call.first_token is None:
         return f"`{'kv_lens' if call.kv_lens is None else 'q_offset'}` is on the meta device"
     step = find_step(call.program, call.mods, call.kv_lens, call.first_token, call.signature, call.sizes, cut)

@@ -74,8 +74,8 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     if mod.function is None:
         return None, mod
     found = _graphs.get((kind, device, mod.identity))
-    if found is not None:
-        return found[0], mod
+    if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
+        return found[0], _watch(kind, mod.function, (), witnesses(found[0]))
     with cache.lock:
         traced = trace(mod.function, kind, mod.leaves, device)
         cache.counters.traces += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .block_mask import BLOCK_LISTS_TYPES
 from .errors import CompileError, SharedMemoryError
 from .graph import Graph
 from .lower import CaptureLayout
@@ -62,6 +63,7 @@ class KernelSpec:
         num_full: intervals in which no mask is needed.
         fp_fusion: whether a product and a sum may become one operation. A mod that rounds to half precision forbids
             it: LLVM would drop the rounding between them.
+        block_lists: whether the blocks to visit come from lists.
     """
 
     signature: Signature
@@ -71,6 +73,7 @@ class KernelSpec:
     num_live: int
     num_full: int
     fp_fusion: bool = True
+    block_lists: bool = False
 
 
 def load_module(path: Path) -> ModuleType:
@@ -139,6 +142,7 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         else "*" + TYPE_NAMES[offset]
         if isinstance(offset, torch.dtype)
         else "i64",
+        "block_lists": BLOCK_LISTS_TYPES if spec.block_lists else (),
         "score_captures": spec.score_captures,
         "mask_captures": spec.mask_captures,
         "scale": "fp32",

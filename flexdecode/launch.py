@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .block_mask import BlockLists
 from .compiled import find_kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
@@ -72,6 +73,7 @@ class TritonLauncher:
         self.read_score = CaptureReader(program.score, self.on_gpu)
         self.read_mask = CaptureReader(program.mask, self.on_gpu)
         signature = spec.signature
+        self.listed = (sizes.num_kv_heads, spec.tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices
         self.block_shape = (spec.tiles.block_n, spec.tiles.block_d, spec.tiles.block_dv)
         self.dtype = signature.dtype
@@ -103,15 +105,16 @@ class TritonLauncher:
         score_leaves: list,
         mask_leaves: list,
         scale: float,
+        lists: BlockLists | None = None,
     ) -> None:
         """Launches both passes on the current stream; returns at once."""
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale)
+                self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
         else:
-            self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale)
+            self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
 
-    def _launch(self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale) -> None:  # type: ignore[no-untyped-def]
+    def _launch(self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists) -> None:  # type: ignore[no-untyped-def]
         stream, outputs = 0, (out, lse, None, None)
         inputs: tuple = (query, key, value)
         descriptors: tuple = (None, None)
@@ -126,13 +129,14 @@ class TritonLauncher:
                 q_offset = q_offset.data_ptr()
             if self.matrices is not None:
                 descriptors = self._descriptors(*inputs[1:])
+        block_lists = () if lists is None else lists.arguments(*self.listed)
         if self.workspace_size:
             outputs = (*outputs[:2], *self._workspace(stream))
         self.kernel.split(
             self.grid,
             stream,
             (
-                *inputs, *descriptors, *outputs, kv_lens, q_offset, self.read_score(score_leaves),
+                *inputs, *descriptors, *outputs, kv_lens, q_offset, block_lists, self.read_score(score_leaves),
                 self.read_mask(mask_leaves), scale, *self.strides, *self.sizes,
             ),
         )  # fmt: skip

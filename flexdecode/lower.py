@@ -303,9 +303,9 @@ class _Writer:
 def _scalar_condition(text: str) -> str:
     """Makes a bool that may be a scalar one that broadcasts.
 
-    `!= 0` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
+    `True &` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
     """
-    return f"({text}) != 0"
+    return f"tl.full((), True, tl.int1) & ({text})"
 
 
 def _literal(node: Node) -> str:

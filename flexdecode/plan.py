@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from . import eager
+from .block_mask import BlockLists
 from .captures import leaf_names
 from .descriptor import Matrix, as_matrices
 from .device import device_facts
@@ -55,6 +56,7 @@ class Launcher(Protocol):
         score_leaves: list,
         mask_leaves: list,
         scale: float,
+        lists: BlockLists | None = None,
     ) -> None:
         """Writes `out` [B, Hq, Q, Dv] and, unless it is None, `lse` [B, Hq, Q]."""
         ...
@@ -68,8 +70,10 @@ class EagerLauncher:
         self.mask = mask
         self.check_indices = check_indices
 
-    def __call__(self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale) -> None:  # type: ignore[no-untyped-def]
-        """As in `Launcher`."""
+    def __call__(  # type: ignore[no-untyped-def]
+        self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists=None
+    ) -> None:
+        """As in `Launcher`; the mask says all that lists say."""
         score, mask = (self.score, score_leaves), (self.mask, mask_leaves)
         eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.check_indices)
 
@@ -107,6 +111,7 @@ class Plan:
         out: torch.Tensor | None,
         score_leaves: list,
         mask_leaves: list,
+        lists: BlockLists | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs the call on tensors of the layout that the plan was made for."""
         if out is None:
@@ -124,7 +129,7 @@ class Plan:
             if self.checker is not None:
                 scratch = torch.empty_like(out)
                 self.checker(query, key, value, scratch, None, kv_lens, q_offset, score_leaves, mask_leaves, scale)
-            self.launcher(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale)
+            self.launcher(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
         return out if lse is None else (out, lse)
 
 
@@ -140,6 +145,8 @@ def prepare(
     return_lse: bool,
     out: torch.Tensor | None,
     options: DecodeOptions | None,
+    listed: bool = False,
+    combined: bool = False,
 ) -> tuple[Plan, Mod, Mod]:
     """Checks a call and makes its plan: trace, describe, schedule, and find the kernel.
 
@@ -162,7 +169,7 @@ def prepare(
     if signature.backend == "torch" or 0 in shape:
         launcher = EagerLauncher(score_graph, mask_graph, options.debug)
     else:
-        program, mask = make_program((score_graph, mask_graph), (score, mask), signature, sizes)
+        program, mask = make_program((score_graph, mask_graph), (score, mask), signature, sizes, listed, combined)
         launcher = _triton_launcher(signature, sizes, (query, key, value, sample), program, options)
     checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
@@ -171,7 +178,12 @@ def prepare(
 
 
 def make_program(
-    graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod], signature: Signature, sizes: Sizes
+    graphs: tuple[Graph | None, Graph | None],
+    mods: tuple[Mod, Mod],
+    signature: Signature,
+    sizes: Sizes,
+    listed: bool = False,
+    combined: bool = False,
 ) -> tuple[Program, Mod]:
     """Proves what can be proven of the indices of a call.
 
@@ -180,6 +192,8 @@ def make_program(
         mods: what they capture.
         signature: of the call.
         sizes: of the call.
+        listed: whether the mask is that of a BlockMask.
+        combined: whether another mask holds beside it.
 
     Returns:
         The program, and the mask_mod with the numbers that the proofs rest on.
@@ -195,7 +209,7 @@ def make_program(
             mask_mod = watch("mask_mod", mask_mod, integers(mask))
             by_mask = mask, mask_mod.leaves
             score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
-    return Program(score, mask, q_idx_given, score_checks, mask_checks), mask_mod
+    return Program(score, mask, q_idx_given, score_checks, mask_checks, listed, combined), mask_mod
 
 
 def _triton_launcher(
@@ -215,9 +229,10 @@ def _triton_launcher(
             cut.tiles,
             capture_types(program.score),
             capture_types(program.mask),
-            num_live=program.bounds.num_live,
-            num_full=len(program.bounds.mask_full),
+            num_live=program.num_live,
+            num_full=program.num_full,
             fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
+            block_lists=program.block_lists,
         )
         try:
             return TritonLauncher(spec, sizes, cut, strides, matrices, facts, program)
@@ -239,7 +254,7 @@ def cut_call(
     """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors."""
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
-    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if bounds.mask_full else None
+    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if program.num_full else None
     cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded, program.fetches)
     return cut, matrices if cut.tiles.descriptors else None
 

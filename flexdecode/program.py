@@ -19,6 +19,8 @@ class Program:
         score, mask: graphs of the two mods.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         score_checks, mask_checks: what their loads have to check; None where nothing is known of the call.
+        block_lists: the mask is that of a BlockMask, whose lists say which blocks to visit.
+        combined: another mask holds beside that of the BlockMask.
     """
 
     score: Graph | None = None
@@ -26,11 +28,23 @@ class Program:
     q_idx_given: bool = False
     score_checks: Checks | None = None
     mask_checks: Checks | None = None
+    block_lists: bool = False
+    combined: bool = False
 
     @cached_property
     def bounds(self) -> Bounds:
         """Where the call can attend."""
         return find_bounds(self.score, self.mask, self.q_idx_given)
+
+    @property
+    def num_live(self) -> int:
+        """Intervals that a kernel walks over."""
+        return self.bounds.num_live
+
+    @property
+    def num_full(self) -> int:
+        """Intervals in which a kernel leaves the mask out; lists count for one."""
+        return int(not self.combined) if self.block_lists else len(self.bounds.mask_full)
 
     @cached_property
     def fetches(self) -> bool:
@@ -44,4 +58,5 @@ class Program:
     def text(self) -> str:
         """Canonical text: equal texts make equal modules."""
         graphs = [graph.text if graph else "None" for graph in (self.score, self.mask)]
-        return "\n".join([f"q_offset {self.q_idx_given}", *graphs, f"{self.score_checks}", f"{self.mask_checks}"])
+        given = f"q_offset {self.q_idx_given}, block lists {self.block_lists}"
+        return "\n".join([given, *graphs, f"{self.score_checks}", f"{self.mask_checks}"])

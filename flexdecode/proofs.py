@@ -56,14 +56,18 @@ def witnesses(graph: Graph) -> tuple[Source, ...]:
         if node.op == "load" and node.args:
             leaf = graph.tensors[node.attr]
             sizes = [Source(leaf, dim) for dim in range(len(node.args))] if leaf >= 0 else []
-            numbers = [graph.numbers[n.attr] for n in topological(*node.args) if n.op == "number"]
+            numbers = [graph.numbers[n.attr] for n in topological(*node.args) if _is_integer(n)]
             found |= dict.fromkeys([*sizes, *numbers])
     return tuple(found)
 
 
 def integers(graph: Graph) -> tuple[Source, ...]:
     """The captured integers of a graph."""
-    return tuple(graph.numbers[n.attr] for n in graph.nodes() if n.op == "number" and not n.dtype.is_floating_point)
+    return tuple(graph.numbers[n.attr] for n in graph.nodes() if _is_integer(n))
+
+
+def _is_integer(node: Node) -> bool:
+    return node.op == "number" and not node.dtype.is_floating_point
 
 
 def unproven(load: Node, facts: Facts) -> LoadCheck:
@@ -114,7 +118,7 @@ def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
     """The captured integers of a graph as constants."""
     found = {}
     for node in graph.nodes():
-        source = graph.numbers[node.attr] if node.op == "number" and not node.dtype.is_floating_point else None
+        source = graph.numbers[node.attr] if _is_integer(node) else None
         if source is not None and (source.dim >= 0 or not getattr(leaves[source.leaf], "is_meta", False)):
             found[node] = Node("const", (), node.dtype, int(source.read(leaves)), node.weak)
     return found
@@ -123,7 +127,7 @@ def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
 def _known_ranges(
     graph: Graph, numbers: Mapping[Node, Node], sizes: CallSizes, q_idx_given: bool
 ) -> dict[Node, Interval]:
-    batch, num_q_heads, num_queries, max_kv_len = sizes
+    batch, num_q_heads, num_queries, max_kv_len = (max(1, size) for size in sizes)  # an empty range is no range
     ranges = {
         "b": (0, batch - 1), "h": (0, num_q_heads - 1), "kv_idx": (0, max_kv_len - 1),
         "q_idx": (-num_queries, max_kv_len - 1),
@@ -142,6 +146,19 @@ def _attends_inside(
     q_idx_given: bool,
 ) -> bool:
     """Whether no pair attends where an unproven index of a load is outside its tensor or negative."""
+    try:
+        both = _attending_outside(load, shape, found, numbers, mask)
+    except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
+        return False
+    ranges = _known_ranges(Graph(both, (), (), ()), {}, sizes, q_idx_given)
+    live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
+    return all(lo is not None and hi is not None and _at_least(lo, hi) for lo, hi in live)
+
+
+def _attending_outside(
+    load: Node, shape: torch.Size, found: LoadCheck, numbers: Mapping[Node, Node], mask: tuple[Graph, list]
+) -> Node:
+    """A mask of the pairs that attend although an unproven index of a load is outside its tensor or negative."""
     graph, leaves = mask
     outside = const(False, torch.bool)
     for index, size, check in zip(load.args, shape, found.indices, strict=True):
@@ -149,10 +166,7 @@ def _attends_inside(
             index = _with_constants(index, numbers, "score")
             beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
             outside = make("logical_or", outside, beyond)
-    both = make("logical_and", _with_constants(graph.output, _numbers(graph, leaves), "mask"), outside)
-    ranges = _known_ranges(Graph(both, (), (), ()), {}, sizes, q_idx_given)
-    live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
-    return all(_is_empty(lo, hi) for lo, hi in live)
+    return make("logical_and", _with_constants(graph.output, _numbers(graph, leaves), "mask"), outside)
 
 
 def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> Node:
@@ -168,15 +182,17 @@ def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> No
     return rewrite(output, visit)
 
 
-def _is_empty(lo: Node | None, hi: Node | None) -> bool:
-    """Whether lo >= hi wherever they are evaluated: for one part of a maximum and one of a minimum it is enough."""
-    if lo is None or hi is None:
-        return False
-    return any(_at_most_zero(make("sub", b, a)) for a in _parts(lo, "maximum") for b in _parts(hi, "minimum"))
-
-
-def _parts(bound: Node, op: str) -> list[Node]:
-    return [part for a in bound.args for part in _parts(a, op)] if bound.op == op else [bound]
+def _at_least(a: Node, b: Node) -> bool:
+    """Whether a >= b wherever they are evaluated."""
+    if a.op == "minimum":
+        return all(_at_least(part, b) for part in a.args)
+    if b.op == "maximum":
+        return all(_at_least(a, part) for part in b.args)
+    if a.op == "maximum" and any(_at_least(part, b) for part in a.args):
+        return True
+    if b.op == "minimum" and any(_at_least(a, part) for part in b.args):
+        return True
+    return _at_most_zero(make("sub", b, a))
 
 
 def _at_most_zero(node: Node) -> bool:

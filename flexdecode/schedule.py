@@ -154,7 +154,7 @@ def _pipeline(
         facts: of the device.
     """
     stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32)) else 3
-    block_n = 64 if crowded and is_float32 else 128
+    block_n = 64 if crowded and (is_float32 or (block_m > 16 and not descriptors)) else 128
     # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
     # descriptors, and per row the query, the output and a few values per key.
     tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)

@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from .lower import Hooks
@@ -41,21 +42,23 @@ def read_template(name: str) -> str:
 
 
 @functools.cache
-def templates_digest() -> str:
-    """Hash of all template files: an edited template makes new modules."""
-    texts = [path.read_bytes() for path in sorted(template_folder().glob("*.py"))]
+def sources_digest() -> str:
+    """Hash of all template files and of this package: where one is edited, modules are made anew."""
+    paths = [*template_folder().glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    texts = [path.read_bytes() for path in sorted(paths, key=lambda path: path.name)]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
-def generate(hooks: list[Hooks], replacements: str | None = None) -> str:
+def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
     """Writes the module of one kernel.
 
     Args:
         hooks: bodies for the hooks of `decode.py`, at most one for each.
-        replacements: a template file whose functions take the place of those of the same name (other KV loads).
+        replacements: template files whose functions take the place of those of the same name (other KV loads, or
+            another way to find the blocks).
     """
     template = _functions("decode.py")
-    edits = _whole_functions(template, replacements) if replacements else []
+    edits = [edit for name in replacements for edit in _whole_functions(template, name)]
     for hook in hooks:
         edits += [_body(template, name, body) for name, body in hook.bodies.items()]
     called = frozenset().union(*(hook.functions for hook in hooks))

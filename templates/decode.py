@@ -188,6 +188,72 @@ def next_run(block, end, start):
     return tl.where(block < end, block, block - end + start)
 
 
+@triton.jit
+def block_runs(
+    b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N: tl.constexpr,
+    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr,
+):  # fmt: skip
+    """The blocks that a tile visits: the numbers of full and of partial ones, and what finds them.
+
+    These are live ranges, disjoint and ascending, each a run of partial blocks, one of full and one of partial ones.
+    """
+    bound = kv_bounds(b, h, q_idx, score_captures, mask_captures)
+    s0, e0 = live_blocks(bound[0], bound[1], kv_len, BLOCK_N)
+    a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
+    num_full = z0 - a0
+    num_partial = e0 - s0 - num_full
+    if NUM_LIVE > 1:
+        s1, e1 = live_blocks(bound[2], bound[3], kv_len, BLOCK_N)
+        s2, e2 = live_blocks(bound[4], bound[5], kv_len, BLOCK_N)
+        s3, e3 = live_blocks(bound[6], bound[7], kv_len, BLOCK_N)
+        s0, e0, s1, e1 = order(s0, e0, s1, e1)
+        if NUM_LIVE > 2:
+            s2, e2, s3, e3 = order(s2, e2, s3, e3)
+            s0, e0, s2, e2 = order(s0, e0, s2, e2)
+            s1, e1, s3, e3 = order(s1, e1, s3, e3)
+            s1, e1, s2, e2 = order(s1, e1, s2, e2)
+        s1 = tl.maximum(s1, e0)
+        e1 = tl.maximum(s1, e1)
+        s2 = tl.maximum(s2, e1)
+        e2 = tl.maximum(s2, e2)
+        s3 = tl.maximum(s3, e2)
+        e3 = tl.maximum(s3, e3)
+        a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
+        a1, z1 = full_part(s1, e1, bound, kv_len, BLOCK_N, NUM_FULL)
+        a2, z2 = full_part(s2, e2, bound, kv_len, BLOCK_N, NUM_FULL)
+        a3, z3 = full_part(s3, e3, bound, kv_len, BLOCK_N, NUM_FULL)
+        num_full = z0 - a0 + z1 - a1 + z2 - a2 + z3 - a3
+        num_partial = e0 - s0 + e1 - s1 + e2 - s2 + e3 - s3 - num_full
+        return num_full, num_partial, s0, e0, a0, z0, s1, e1, a1, z1, s2, e2, a2, z2, s3, e3, a3, z3
+    else:
+        return num_full, num_partial, s0, e0, a0, z0
+
+
+@triton.jit
+def full_block(runs, place, block_lists, NUM_LIVE: tl.constexpr):
+    """The full block with the number `place`."""
+    block = runs[4] + place
+    if NUM_LIVE > 1:
+        block = next_run(block, runs[5], runs[8])
+        block = next_run(block, runs[9], runs[12])
+        block = next_run(block, runs[13], runs[16])
+    return block
+
+
+@triton.jit
+def partial_block(runs, place, block_lists, NUM_LIVE: tl.constexpr):
+    """The partial block with the number `place`."""
+    block = next_run(runs[2] + place, runs[4], runs[5])
+    if NUM_LIVE > 1:
+        block = next_run(block, runs[3], runs[6])
+        block = next_run(block, runs[8], runs[9])
+        block = next_run(block, runs[7], runs[10])
+        block = next_run(block, runs[12], runs[13])
+        block = next_run(block, runs[11], runs[14])
+        block = next_run(block, runs[16], runs[17])
+    return block
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +299,7 @@ def attend_block(
 @triton.jit
 def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_offset,
-    score_captures, mask_captures, scale,
+    block_lists, score_captures, mask_captures, scale,
     stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
     num_kv_heads, max_kv_len, num_splits,
@@ -245,8 +311,8 @@ def decode_split(
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [B * Hq * Q, num_splits, Dv] and partial_lse [B * Hq * Q, num_splits] (base 2), kv_lens [B] or None,
-    q_offset a number, a [B] pointer or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask
-    is evaluated in every block that is not proven full.
+    q_offset a number, a [B] pointer or None, block_lists empty (block_lists.py says what else). NUM_LIVE and NUM_FULL
+    count the intervals that kv_bounds uses; the mask is evaluated in every block that is not proven full.
     """
     NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
     NUM_TILES: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
@@ -284,35 +350,11 @@ def decode_split(
 
     q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
 
-    # Live ranges of blocks, disjoint and ascending. Each is a run of partial blocks, one of full and one of partial.
-    bound = kv_bounds(b, h, q_idx, score_captures, mask_captures)
-    s0, e0 = live_blocks(bound[0], bound[1], kv_len, BLOCK_N)
-    a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
-    num_full = z0 - a0
-    num_partial = e0 - s0 - num_full
-    if NUM_LIVE > 1:
-        s1, e1 = live_blocks(bound[2], bound[3], kv_len, BLOCK_N)
-        s2, e2 = live_blocks(bound[4], bound[5], kv_len, BLOCK_N)
-        s3, e3 = live_blocks(bound[6], bound[7], kv_len, BLOCK_N)
-        s0, e0, s1, e1 = order(s0, e0, s1, e1)
-        if NUM_LIVE > 2:
-            s2, e2, s3, e3 = order(s2, e2, s3, e3)
-            s0, e0, s2, e2 = order(s0, e0, s2, e2)
-            s1, e1, s3, e3 = order(s1, e1, s3, e3)
-            s1, e1, s2, e2 = order(s1, e1, s2, e2)
-        s1 = tl.maximum(s1, e0)
-        e1 = tl.maximum(s1, e1)
-        s2 = tl.maximum(s2, e1)
-        e2 = tl.maximum(s2, e2)
-        s3 = tl.maximum(s3, e2)
-        e3 = tl.maximum(s3, e3)
-        a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
-        a1, z1 = full_part(s1, e1, bound, kv_len, BLOCK_N, NUM_FULL)
-        a2, z2 = full_part(s2, e2, bound, kv_len, BLOCK_N, NUM_FULL)
-        a3, z3 = full_part(s3, e3, bound, kv_len, BLOCK_N, NUM_FULL)
-        num_full = z0 - a0 + z1 - a1 + z2 - a2 + z3 - a3
-        num_partial = e0 - s0 + e1 - s1 + e2 - s2 + e3 - s3 - num_full
-
+    runs = block_runs(
+        b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
+    )  # fmt: skip
+    num_full = runs[0]
+    num_partial = runs[1]
     # The work of an item is its full blocks, then its partial ones; splits get shares that differ by one block at most.
     first = 0
     last = num_full + num_partial
@@ -327,11 +369,7 @@ def decode_split(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if NUM_FULL > 0:
         for place in tl.range(tl.minimum(first, num_full), tl.minimum(last, num_full)):
-            block = a0 + place
-            if NUM_LIVE > 1:
-                block = next_run(block, z0, a1)
-                block = next_run(block, z1, a2)
-                block = next_run(block, z2, a3)
+            block = full_block(runs, place, block_lists, NUM_LIVE)
             acc, m_i, l_i = attend_block(
                 acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
                 mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
@@ -342,14 +380,7 @@ def decode_split(
     last = tl.maximum(last - num_full, 0)
     if first < last:
         for place in tl.range(first, last):
-            block = next_run(s0 + place, a0, z0)
-            if NUM_LIVE > 1:
-                block = next_run(block, e0, s1)
-                block = next_run(block, a1, z1)
-                block = next_run(block, e1, s2)
-                block = next_run(block, a2, z2)
-                block = next_run(block, e2, s3)
-                block = next_run(block, a3, z3)
+            block = partial_block(runs, place, block_lists, NUM_LIVE)
             acc, m_i, l_i = attend_block(
                 acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
                 mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,

@@ -137,6 +137,29 @@ def test_a_failed_call_leaves_nothing_behind():
     assert (cache_info().calls, cache_info().hits, cache_info().traces) == (2, 0, 0)
 
 
+def test_captures_that_change_between_calls():
+    """Sizes and captured integers below an index make a new plan, because proofs rest on them; nothing else does."""
+    clear_cache()
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score * cap + table[h, kv_idx + shift]
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
+
+    seen = set()
+    for values in (
+        (19, 0, 1.0, 5), (19, 0, 2.0, 9), (19, 1, 2.0, 9), (20, 1, 0.5, 2), (20, 2, 0.5, 3), (19, 0, 1.0, 40),
+        (0, 0, 1.0, 5), (20, 1, 3.0, 7),
+    ):  # fmt: skip
+        columns, shift, cap, window = values
+        table = torch.randn(4, columns)
+        out, lse = flex_decode(QUERY, KEY, VALUE, score_mod, mask_mod, kv_lens=LENS, return_lse=True)
+        assert_close_to_reference(out, lse, QUERY, KEY, VALUE, score_mod, mask_mod, kv_lens=LENS)
+        seen.add((columns, shift))
+        assert (cache_info().traces, cache_info().calls - cache_info().hits) == (2, len(seen))
+
+
 def test_inputs_are_not_changed():
     copies = [x.clone() for x in (QUERY, KEY, VALUE, LENS)]
     flex_decode(QUERY, KEY, VALUE, mods.alibi(4), mods.causal(), kv_lens=LENS)
@@ -179,6 +202,32 @@ def test_threads():
     clear_cache()
     failures = []
     threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_threads_whose_tables_have_other_shapes():
+    """One code, one trace, and a plan for each shape."""
+
+    def make(size):
+        table = torch.arange(4.0 * size).reshape(4, size).sin()
+        return lambda s, b, h, q, k: s + table[h, k]
+
+    def work(size):
+        try:
+            for _ in range(5):
+                assert torch.equal(flex_decode(QUERY, KEY, VALUE, make(size)), expected[size])
+        except BaseException as error:
+            failures.append(error)
+
+    sizes = (1, 18, 19, 30)
+    expected = {size: flex_decode(QUERY, KEY, VALUE, make(size)) for size in sizes}
+    clear_cache()
+    failures = []
+    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
     for thread in threads:
         thread.start()
     for thread in threads:

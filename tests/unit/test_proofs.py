@@ -280,16 +280,18 @@ def test_empty_tensors():
 
 
 def test_a_call_without_sequences_or_keys():
-    """Nothing is read for sequences and keys that are not there."""
-    assert indexed(lambda b, h, q, k: b, 0, sizes=SIZES._replace(batch=0)) == "proven"
-    nothing = SIZES._replace(max_kv_len=0)
-    assert indexed(lambda b, h, q, k: k, 0, sizes=nothing) == "proven"
+    """Nothing is read for sequences and keys that are not there; a query is before the first position then."""
+    nobody, nothing = SIZES._replace(batch=0), SIZES._replace(max_kv_len=0)
+    assert indexed(lambda b, h, q, k: b, 1, sizes=nobody) == "proven"
+    assert indexed(lambda b, h, q, k: k, 1, sizes=nothing) == "proven"
     assert indexed(lambda b, h, q, k: q, Q, sizes=nothing) == "wraps"
     assert indexed(lambda b, h, q, k: q, Q - 1, sizes=nothing) == "unknown"
     assert indexed(lambda b, h, q, k: h, HQ - 1, sizes=nothing) == "beyond"
     window = lambda b, h, q, k: (k <= q) & (q - k < 4)
-    for sizes in (nothing, SIZES._replace(batch=0)):
+    for sizes in (nothing, nobody):
         assert indexed(lambda b, h, q, k: q - k, 4, mask_mod=window, sizes=sizes) in ("mask: proven", "wraps")
+        for index in (lambda b, h, q, k: h // b, lambda b, h, q, k: q // k, lambda b, h, q, k: q % k + h % b):
+            assert indexed(index, 3, sizes=sizes) in WORDS.values(), "it says something"
 
 
 def test_constants_of_a_mod():

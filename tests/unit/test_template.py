@@ -10,7 +10,7 @@ from flexdecode import template
 from flexdecode.compiled import generate_module
 from flexdecode.lower import Hooks
 from flexdecode.program import Program
-from flexdecode.template import HOOK_PARAMETERS, generate, read_template, template_folder, templates_digest
+from flexdecode.template import HOOK_PARAMETERS, generate, read_template, sources_digest, template_folder
 
 
 def functions_of(text):
@@ -33,7 +33,7 @@ def hooks(functions=(), **bodies):
 def test_template_files_are_found():
     assert {path.name for path in template_folder().glob("*.py")} >= {"decode.py", "elementwise.py", "kv_descriptor.py"}
     assert read_template("decode.py") == (template_folder() / "decode.py").read_text()
-    assert len(templates_digest()) == 64
+    assert len(sources_digest()) == 64
 
 
 def test_missing_templates(monkeypatch, tmp_path):
@@ -46,10 +46,10 @@ def test_the_digest_sees_every_file(monkeypatch, tmp_path):
     for path in template_folder().glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(template, "template_folder", lambda: tmp_path)
-    before = templates_digest.__wrapped__()
-    assert before == templates_digest()
+    before = sources_digest.__wrapped__()
+    assert before == sources_digest()
     (tmp_path / "elementwise.py").write_text("# edited\n")
-    assert templates_digest.__wrapped__() != before
+    assert sources_digest.__wrapped__() != before
 
 
 @pytest.mark.parametrize("name", ["decode.py", "elementwise.py", "kv_descriptor.py"])
@@ -123,7 +123,7 @@ def test_builtins_of_triton_are_not_copied():
 
 
 def test_other_loads():
-    text = generate([], "kv_descriptor.py")
+    text = generate([], ["kv_descriptor.py"])
     loads = functions_of(read_template("kv_descriptor.py"))
     for name, node in loads.items():
         assert ast.unparse(functions_of(text)[name]) == ast.unparse(node)
@@ -147,21 +147,21 @@ def test_loads_that_do_not_fit(monkeypatch):
     known = template._functions("decode.py")
     monkeypatch.setattr(template, "_functions", lambda name: known if name == "decode.py" else {"load_kv": other[0]})
     with pytest.raises(ValueError, match=r"the template has no hook load_kv\('pointer',\)"):
-        generate([], "other.py")
+        generate([], ["other.py"])
 
 
 # --- Generated modules ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", MODS, ids=lambda family: family.name)
-@pytest.mark.parametrize("loads", [None, "kv_descriptor.py"])
-def test_generated_modules_are_self_contained(family, loads):
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_generated_modules_are_self_contained(family, descriptors):
     score_mod, mask_mod = (make(2, 4, 32, 2, "cpu") for make in family[1:])
     score = score_mod and trace_mod(score_mod, "score_mod")[0]
     mask = mask_mod and trace_mod(mask_mod, "mask_mod")[0]
     for q_idx_given in (False, True):
-        text = generate_module(Program(score, mask, q_idx_given), loads)
+        text = generate_module(Program(score, mask, q_idx_given), descriptors)
         assert undefined_names(text) == set()
         assert "import flexdecode" not in text and "from flexdecode" not in text
         assert text.count("def decode_split(") == text.count("def decode_combine(") == 1
-        assert generate_module(Program(score, mask, q_idx_given), loads) == text, "generation is deterministic"
+        assert generate_module(Program(score, mask, q_idx_given), descriptors) == text, "generation is deterministic"

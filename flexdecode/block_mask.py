@@ -1,0 +1,166 @@
+"""PyTorch's BlockMask as input: its mask as a mask_mod, and its lists of blocks as tables that a kernel walks over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+DEAD, PARTIAL, FULL = 0, 1, 2
+BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
+_MAX_VERSIONS = 8
+
+# What was made of each BlockMask lives as long as that does, because a CUDA graph may hold addresses of it.
+_known: weakref.WeakKeyDictionary[Any, dict[tuple, BlockLists]] = weakref.WeakKeyDictionary()
+
+
+class BlockLists:
+    """The lists of a BlockMask for the heads and sequences of a call.
+
+    Attributes:
+        kinds: int8 `[B, Hq, rows, columns]`, whether a block is dead, partial or full; sequences and heads may share.
+        num_q, num_kv: positions that the mask covers.
+        q_block, kv_block: positions per row and column.
+    """
+
+    def __init__(self, block_mask: Any, batch: int, num_q_heads: int, device: torch.device) -> None:
+        partial, full = block_mask.kv_num_blocks, block_mask.full_kv_num_blocks
+        shape = tuple(partial.shape)
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, num_q_heads):
+            raise ValueError(
+                f"`block_mask` is for {list(shape[:2])} sequences and heads, but the call has {batch} and "
+                f"{num_q_heads}: make it with B={batch} or None and H={num_q_heads} or None"
+            )
+        if partial.device != device:
+            raise ValueError(
+                f"`block_mask` must be on the device of `query`, {device}, got {partial.device}: move it there, "
+                f'`block_mask = block_mask.to("{device}")`'
+            )
+        self.q_block, self.kv_block = block_mask.BLOCK_SIZE
+        self.num_q, self.num_kv = block_mask.seq_lengths
+        columns = -(-self.num_kv // self.kv_block)
+        kinds = torch.zeros(*shape, columns, dtype=torch.int8, device=device)
+        for counts, indices, kind in (
+            (partial, block_mask.kv_indices, PARTIAL),
+            (full, block_mask.full_kv_indices, FULL),
+        ):
+            if counts is not None:
+                listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
+                listed &= (indices >= 0) & (indices < columns)
+                kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int8), "amax")
+        self.own = kinds
+        self.kinds = kinds.expand(batch, num_q_heads, -1, -1)
+        self._tables: dict[tuple[int, int, bool], torch.Tensor] = {}
+
+    def mask_mod(self, inner: Callable) -> Callable:
+        """The mask of the blocks: where they are full, and where `inner` is true in partial ones."""
+        kinds, q_block, kv_block, num_q = self.kinds, self.q_block, self.kv_block, self.num_q
+
+        def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            kind = kinds[b, h, q_idx // q_block, kv_idx // kv_block]
+            inside = (q_idx >= 0) & (q_idx < num_q)
+            return inside & ((kind > 1) | ((kind > 0) & inner(b, h, q_idx, kv_idx)))  # FULL, PARTIAL
+
+        return block_mask
+
+    def check_positions(
+        self, num_queries: int, max_kv_len: int, kv_lens: torch.Tensor | None, q_offset: int | torch.Tensor | None
+    ) -> None:
+        """Refuses positions that the mask does not cover, as far as the host knows them.
+
+        Raises:
+            ValueError: one is outside.
+        """
+        if kv_lens is None and max_kv_len > self.num_kv:
+            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {max_kv_len}")
+        start = q_offset
+        if start is None:
+            start = max_kv_len - num_queries if kv_lens is None else kv_lens - num_queries
+        if isinstance(start, torch.Tensor) and (start.device.type != "cpu" or start.numel() == 0):
+            return
+        first, last = (int(x) for x in torch.as_tensor(start).aminmax())
+        last += num_queries - 1
+        short = q_offset is None and first < 0  # the first tokens of a sequence shorter than the query attend nowhere
+        if num_queries and (last >= self.num_q or (first < 0 and not short)):
+            raise ValueError(
+                f"`block_mask` covers query positions 0 to {self.num_q - 1}, but the call has {first} to {last}: make "
+                "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
+            )
+
+    def tables(self, num_kv_heads: int, block_n: int, combined: bool) -> torch.Tensor:
+        """The tables of `templates/block_lists.py`, `[B, Hkv, rows, 4 * blocks + 2]` int32, without waiting for a GPU.
+
+        Args:
+            num_kv_heads: heads of the cache; query heads that share one visit the blocks of all.
+            block_n: keys per block of the kernel.
+            combined: another mask holds as well, so that no block is known to be full.
+        """
+        found = self._tables.get((num_kv_heads, block_n, combined))
+        if found is None:
+            found = self._tables[num_kv_heads, block_n, combined] = self._make_tables(num_kv_heads, block_n, combined)
+        return found
+
+    def _make_tables(self, num_kv_heads: int, block_n: int, combined: bool) -> torch.Tensor:
+        batch, heads, rows, columns = self.own.shape
+        grouped = self.own.view(batch, 1 if heads == 1 else num_kv_heads, -1, rows, columns)
+        live, full = (grouped > DEAD).any(2), (grouped == FULL).all(2)
+        start = torch.arange(self.num_blocks(block_n), device=self.own.device) * block_n
+        first, last = start // self.kv_block, (start + block_n - 1) // self.kv_block
+        covered = torch.nn.functional.pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
+        found = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
+        full = (found[1] == last - first + 1) & (not combined)
+        partial = (found[0] > 0) & ~full
+        before = [torch.nn.functional.pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
+        orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
+        return torch.cat([*before, *orders], -1).to(torch.int32)
+
+    def num_blocks(self, block_n: int) -> int:
+        """Blocks of the kernel that the mask covers."""
+        return -(-self.own.shape[-1] * self.kv_block // block_n)
+
+    def arguments(self, num_kv_heads: int, block_n: int, combined: bool, pointers: bool) -> tuple:
+        """The `block_lists` argument of a kernel; the tables stay alive with this object."""
+        tables = self.tables(num_kv_heads, block_n, combined)
+        steps = [stride if size > 1 else 0 for stride, size in zip(tables.stride()[:2], tables.shape[:2], strict=True)]
+        place = tables.data_ptr() if pointers else tables
+        return (place, *steps, self.num_q, self.q_block, self.num_blocks(block_n))
+
+
+def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
+    """Joins a BlockMask and a mask_mod.
+
+    Returns:
+        A mask_mod that holds where both do, and the lists of blocks.
+
+    Raises:
+        TypeError: it is no BlockMask.
+        ValueError: it does not fit to the query.
+    """
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    if not all(hasattr(block_mask, name) for name in (*names, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
+        raise TypeError(
+            "`block_mask` must be a torch.nn.attention.flex_attention.BlockMask, got "
+            f"{type(block_mask).__name__}; a function goes to `mask_mod`"
+        )
+    lists = [getattr(block_mask, name) for name in names]
+    versions = tuple([None if x is None else (x.data_ptr(), x._version) for x in lists])
+    key = (versions, query.shape[:2], query.device)
+    made = _known.setdefault(block_mask, {})
+    found = made.get(key)
+    if found is None:
+        while len(made) >= _MAX_VERSIONS:
+            del made[next(iter(made))]
+        found = made[key] = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
+    return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
+
+
+def _both(one: Callable, other: Callable | None) -> Callable:
+    if other is None:
+        return one
+
+    def both(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return one(b, h, q_idx, kv_idx) & other(b, h, q_idx, kv_idx)
+
+    return both

@@ -1,0 +1,155 @@
+"""BlockMasks: their tables, the positions that they cover, and what is refused."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from support import assert_close_to_reference, make_inputs
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import flexdecode
+from flexdecode import flex_decode, mods
+from flexdecode.block_mask import BlockLists
+
+CPU = torch.device("cpu")
+
+
+def dense(tables, num_blocks):
+    """Each row of the tables as text: F for full blocks, P for partial ones; in which order they are listed."""
+    rows = []
+    for row in tables.view(-1, tables.shape[-1]).tolist():
+        before = row[: num_blocks + 1], row[num_blocks + 1 : 2 * num_blocks + 2]
+        orders = row[2 * num_blocks + 2 : 3 * num_blocks + 2], row[3 * num_blocks + 2 :]
+        kinds = ["."] * num_blocks
+        for counts, order, letter in zip(before, orders, "FP", strict=True):
+            listed = order[: counts[-1]]
+            assert listed == sorted(listed)
+            assert [sum(i < j for i in listed) for j in range(num_blocks + 1)] == counts
+            for block in listed:
+                kinds[block] = letter
+        rows.append("".join(kinds))
+    return rows
+
+
+def lists_of(mask_mod, length, size, heads=None, num_q_heads=4):
+    block_mask = create_block_mask(mask_mod, None, heads, length, length, device="cpu", BLOCK_SIZE=size)
+    return BlockLists(block_mask, 1, num_q_heads, CPU)
+
+
+def test_tables_of_a_causal_mask():
+    lists = lists_of(mods.causal(), 64, 16)
+    assert dense(lists.tables(2, 16, False), 4) == ["P...", "FP..", "FFP.", "FFFP"]
+    assert dense(lists.tables(2, 16, True), 4) == ["P...", "PP..", "PPP.", "PPPP"]
+
+
+@pytest.mark.parametrize("block_n", [8, 16, 24, 32, 64])
+def test_blocks_of_another_size_than_the_kernel_has(block_n):
+    """Columns of 12 keys: full, dead, partial, full, full, full."""
+    mask_mod = lambda b, h, q, k: (k < 12) | (k >= 36) | ((k >= 24) & (k % 2 == 0))
+    lists = lists_of(mask_mod, 72, (72, 12))
+    num_blocks = lists.num_blocks(block_n)
+    (row,) = dense(lists.tables(2, block_n, False), num_blocks)
+    at = torch.arange(num_blocks * block_n)
+    live = mask_mod(0, 0, 0, at) & (at < 72)
+    kinds = ["F" if part.all() else "P" if part.any() else "." for part in live.view(num_blocks, block_n)]
+    for found, exact in zip(row, kinds, strict=True):
+        assert found == exact or (found, exact) in {("P", "."), ("P", "F")}, (row, kinds)
+    assert "F" in row or block_n > 24
+
+
+def test_heads_that_share_a_cache_visit_the_blocks_of_all():
+    lists = lists_of(lambda b, h, q, k: k // 16 == h, 64, (64, 16), heads=4)
+    assert dense(lists.tables(2, 16, False), 4) == ["PP..", "..PP"]
+    assert dense(lists.tables(4, 16, False), 4) == ["F...", ".F..", "..F.", "...F"]
+
+
+def test_lists_without_full_blocks_and_with_rubbish_behind_their_end():
+    counts, indices = torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 99, -5], [0, 1, 99]]]])
+    block_mask = BlockMask((32, 48), counts, indices, *[None] * 6, BLOCK_SIZE=(16, 16))
+    lists = BlockLists(block_mask, 1, 2, CPU)
+    assert dense(lists.tables(1, 16, False), 3) == ["..P", "PP."]
+
+
+def test_changes_of_the_lists_are_seen():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    mask_mod = lambda b, h, q, k: k // 16 == 1
+    block_mask = create_block_mask(mask_mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=mask_mod)
+    block_mask.full_kv_indices.fill_(2)
+    other = lambda b, h, q, k: k // 16 == 2
+    assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=other)
+
+
+def test_a_new_block_mask_each_step_is_neither_a_trace_nor_kept_alive():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    flexdecode.clear_cache()
+    alive = []
+    for step in range(5):
+        mask_mod = lambda b, h, q, k, first=step: k >= first
+        block_mask = create_block_mask(mask_mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+        assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=mask_mod)
+        alive.append(weakref.ref(block_mask))
+    assert flexdecode.cache_info().traces == 1
+    del block_mask
+    gc.collect()
+    assert sum(reference() is not None for reference in alive) <= 1
+
+
+def test_explain_says_where_the_blocks_come_from():
+    block_mask = create_block_mask(mods.causal(), None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    text = str(flexdecode.explain(*make_inputs(1, 4, 2, 1, 64, 16), block_mask=block_mask, device="H200"))
+    assert "the lists of `block_mask` say which blocks are read" in text
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def block_mask():
+    return create_block_mask(mods.causal(), None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+
+
+def test_no_block_mask():
+    with pytest.raises(TypeError, match=r"`block_mask` must be a torch\.nn.*\.BlockMask, got function"):
+        flex_decode(*make_inputs(1, 4, 2, 1, 64, 16), block_mask=lambda b, h, q, k: q >= k)
+
+
+@pytest.mark.parametrize("B, H", [(3, None), (None, 2), (None, 8)])
+def test_other_sequences_or_heads(B, H):
+    block_mask = create_block_mask(mods.causal(), B, H, 64, 64, device="cpu", BLOCK_SIZE=16)
+    with pytest.raises(ValueError, match=r"`block_mask` is for .* but the call has 2 and 4: make it with B=2 or None"):
+        flex_decode(*make_inputs(2, 4, 2, 1, 64, 16), block_mask=block_mask)
+
+
+def test_a_longer_cache(block_mask):
+    inputs = make_inputs(2, 4, 2, 1, 65, 16)
+    with pytest.raises(ValueError, match="`block_mask` covers 64 keys, but the cache has 65"):
+        flex_decode(*inputs, block_mask=block_mask)
+    kv_lens = torch.tensor([64, 3])
+    out = flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens)
+    assert_close_to_reference(out, None, *inputs, mask_mod=mods.causal(), kv_lens=kv_lens)
+
+
+@pytest.mark.parametrize("q_offset", [63, -1, 64, torch.tensor([0, 63])])
+def test_positions_outside_of_its_rows(block_mask, q_offset):
+    inputs = make_inputs(2, 4, 2, 2, 64, 16)
+    with pytest.raises(ValueError, match=r"covers query positions 0 to 63, but the call has .* pass q_offset=0"):
+        flex_decode(*inputs, block_mask=block_mask, q_offset=q_offset)
+
+
+def test_rows_of_the_newest_tokens_need_an_offset():
+    block_mask = create_block_mask(lambda b, h, q, k: k < 40, None, None, 1, 64, device="cpu", BLOCK_SIZE=16)
+    inputs = make_inputs(2, 4, 2, 1, 64, 16)
+    with pytest.raises(ValueError, match="covers query positions 0 to 0, but the call has 63 to 63"):
+        flex_decode(*inputs, block_mask=block_mask)
+    out = flex_decode(*inputs, block_mask=block_mask, q_offset=0)
+    assert_close_to_reference(out, None, *inputs, mask_mod=lambda b, h, q, k: k < 40)
+
+
+def test_tokens_before_the_start_of_a_short_sequence_attend_nowhere(block_mask):
+    inputs = make_inputs(2, 4, 2, 3, 64, 16)
+    kv_lens = torch.tensor([1, 0])
+    out, lse = flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens, return_lse=True)
+    assert (lse[0, :, :2] == -torch.inf).all() and (lse[1] == -torch.inf).all() and lse[0, :, 2].isfinite().all()
+    assert (out[1] == 0).all()
