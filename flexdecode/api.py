@@ -73,6 +73,8 @@ def flex_decode(
         UnsupportedOpError: a mod calls an operation that flexdecode does not have.
     """
     cache.counters.calls += 1
+    if return_lse is not True and return_lse is not False:
+        raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     lists, combined = None, block_mask is not None and mask_mod is not None
     if block_mask is not None:
         check_inputs(query, key, value, kv_lens, q_offset, scale, out, options or DEFAULT_OPTIONS)

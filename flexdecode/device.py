@@ -73,7 +73,7 @@ def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | 
     Raises:
         ValueError: there is no such device, or it is not known for what device the call is meant.
     """
-    if isinstance(chosen, str) and chosen not in KNOWN_DEVICES:
+    if chosen is not None and not isinstance(chosen, DeviceFacts) and chosen not in KNOWN_DEVICES:
         names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)
         raise ValueError(f"`device` must be {names} or a flexdecode.schedule.DeviceFacts, got {chosen!r}")
     if backend == "torch":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import threading
 from traceback import walk_stack, walk_tb
 from types import TracebackType
 
@@ -52,6 +53,16 @@ def user_line(traceback: TracebackType | None = None) -> str:
     return "<unknown line>"
 
 
+class _Raised(threading.local):
+    """The last error of a thread that `at_user_line` built, so that a mod cannot swallow it unseen."""
+
+    error: TraceError | None = None
+
+
+raised = _Raised()
+
+
 def at_user_line(kind: type[TraceError], problem: str, remedy: str) -> TraceError:
     """Builds an error of three lines: the problem, the user's own line, the remedy."""
-    return kind(f"{problem}\n  {user_line()}\n  {remedy}")
+    raised.error = kind(f"{problem}\n  {user_line()}\n  {remedy}")
+    return raised.error

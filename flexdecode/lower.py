@@ -264,6 +264,9 @@ class _Writer:
         dtype = self._dtype(node)
         if node.dtype == torch.int64 and source.dtype.is_floating_point:
             return f"{name}.to(tl.int64)"
+        if source.dtype.is_floating_point and node.dtype in (torch.uint8, torch.int8, torch.int16):
+            # By way of int32: what does not fit wraps around, while a compiler may assume that it fits a narrow type.
+            return f"{name}.to(tl.int32).to({dtype})"
         return name if self._dtype(source) == dtype else f"{name}.to({dtype})"
 
     def _load(self, node: Node) -> str:

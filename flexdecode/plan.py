@@ -120,8 +120,7 @@ class Plan:
         if self.check_lens and kv_lens is not None:
             check_lens(kv_lens, self.max_kv_len)
         if not self.empty:
-            if type(scale) is not float:  # known calls come here unchecked
-                scale = self.default_scale if scale is None else checked_scale(scale)
+            scale = self.default_scale if scale is None else checked_scale(scale)  # known calls come unchecked
             if kv_lens is not None and kv_lens.stride(0) != 1:
                 kv_lens = kv_lens.contiguous()
             if isinstance(q_offset, torch.Tensor) and q_offset.stride(0) != 1:

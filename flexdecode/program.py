@@ -51,8 +51,8 @@ class Program:
         """Whether the score_mod reads captured tensors for every key."""
         if self.score is None:
             return False
-        on_kv = analyze([self.score.output], self.q_idx_given).on_kv
-        return any(node.op == "load" and node in on_kv for node in self.score.nodes())
+        facts = analyze([self.score.output], self.q_idx_given)
+        return any(node.op == "load" for node in facts.on_kv - facts.on_score)
 
     @cached_property
     def text(self) -> str:

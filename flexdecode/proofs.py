@@ -203,12 +203,10 @@ def _at_most_zero(node: Node) -> bool:
         node, factor = pending.pop()
         if node.is_const:
             constant += factor * int(node.attr)
-        elif node.op in ("add", "sub"):
+        elif node.op in ("add", "sub") and node.dtype == torch.int64:  # narrower sums may wrap around
             pending += [(node.args[0], factor), (node.args[1], factor if node.op == "add" else -factor)]
-        elif node.op == "neg":
+        elif node.op == "neg" and node.dtype == torch.int64:
             pending.append((node.args[0], -factor))
-        elif node.op == "cast" and not node.args[0].dtype.is_floating_point and node.dtype == torch.int64:
-            pending.append((node.args[0], factor))
         else:
             terms[node] = terms.get(node, 0) + factor
     return constant <= 0 and not any(terms.values())

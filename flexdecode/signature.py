@@ -16,6 +16,7 @@ from .analyze import MAX_KV_LEN
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MAX_HEADS = 1 << 20
 MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
 UNIT = 0  # the class of a stride that is known to be 1
 
@@ -50,8 +51,10 @@ class DecodeOptions:
             raise ValueError(f'`options.backend` must be "triton", "torch" or None, got {self.backend!r}')
         for name, low in (("num_splits", 1), ("block_n", 16), ("num_warps", 1), ("num_stages", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
+            if value is not None and (type(value) is not int or value < low):
                 raise ValueError(f"`options.{name}` must be an integer of at least {low}, got {value!r}")
+        if type(self.debug) is not bool:
+            raise ValueError(f"`options.debug` must be a bool, got {self.debug!r}")
         for name in ("block_n", "num_warps"):
             value = getattr(self, name)
             if value is not None and value & (value - 1):
@@ -137,6 +140,8 @@ def check_inputs(
         )
     if max_kv_len >= MAX_KV_LEN:
         raise ValueError(f"`key` must have fewer than {MAX_KV_LEN} positions, got N = {max_kv_len}")
+    if num_q_heads > MAX_HEADS:
+        raise ValueError(f"`query` must have at most {MAX_HEADS} heads, got Hq = {num_q_heads}")
     if num_queries > MAX_QUERIES:
         raise ValueError(f"`query` must have at most {MAX_QUERIES} tokens, got Q = {num_queries}")
     if batch * num_q_heads * num_queries >= 1 << 31:
@@ -148,6 +153,8 @@ def check_inputs(
         raise TypeError(f"`q_offset` must be an int or an integer tensor [B], got {type(q_offset).__name__}")
     if isinstance(q_offset, torch.Tensor):
         _check_per_sequence("q_offset", q_offset, query)
+    elif q_offset is not None and not -(1 << 63) <= q_offset < 1 << 63:
+        raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
     if scale is not None:
         checked_scale(scale)
     if out is not None:
@@ -155,6 +162,8 @@ def check_inputs(
         if out.shape != (batch, num_q_heads, num_queries, v_head_dim):
             expected = [batch, num_q_heads, num_queries, v_head_dim]
             raise ValueError(f"`out` must have shape [B, Hq, Q, Dv] = {expected}, got {list(out.shape)}")
+        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+            raise ValueError("`out` must have a place of its own for each element, but it is an expanded tensor")
     return Sizes(batch, num_kv_heads, max_kv_len)
 
 
@@ -206,10 +215,17 @@ def checked_scale(scale: object) -> float:
 
     Raises:
         TypeError: it is no number.
+        ValueError: it is not finite.
     """
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"`scale` must be a number or None, got {type(scale).__name__}")
-    return float(scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"`scale` must be finite, got {value}")
+    return value
 
 
 def check_lens(kv_lens: torch.Tensor, max_kv_len: int) -> None:

@@ -100,7 +100,12 @@ class TraceContext:
         """A captured tensor, read when the kernel runs."""
         leaf = self._leaf_of.get(id(value))
         if leaf is None:
-            return self.freeze(value)
+            raise at_user_line(
+                TraceError,
+                f"the {self.kind} reads a tensor that is in no variable, attribute, list, tuple or dict",
+                "Changes of it would go unseen (other containers, and those of over 64 entries, are not followed): "
+                "give it a name outside the mod, `table = ...`, and use that.",
+            )
         if value.ndim == 0 and value.device.type == "cpu":
             dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
             _check_dtype(value.dtype, self.kind)
@@ -108,7 +113,7 @@ class TraceContext:
         return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
 
     def freeze(self, value: torch.Tensor) -> Symbol:
-        """A tensor that no path from the mod leads to: it stays what it is at trace time."""
+        """A tensor that the mod makes of numbers."""
         if value.ndim == 0:
             return self.scalar(const(value.item(), torch.float32 if value.dtype.is_floating_point else value.dtype))
         alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .build import cast, make, sources, strong
-from .errors import TraceError, UnsupportedOpError, at_user_line
+from .errors import TraceError, UnsupportedOpError, at_user_line, raised
 from .graph import Node, Source, const
 from .ops import CONSTANT_SECOND, DTYPES, OPS, STEPS
 from .symbol import Consumed, Symbol, TraceContext
@@ -182,6 +182,7 @@ def _keeps_zero(function: Callable[..., Node], symbols: Sequence[Symbol]) -> boo
     try:
         result = function(*(cast(const(0), s.dtype) if s.rank else s.node for s in symbols))
     except TraceError:  # zero is not in its domain
+        raised.error = None
         return False
     return result.is_const and result.attr == 0
 

@@ -6,6 +6,7 @@ to captured tensors, so that no value of one is ever read while tracing.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from . import torch_functions as tf
 from .build import cast, remake
 from .captures import CannotRebuild, rebuild
-from .errors import FlexDecodeError, TraceError, user_line
+from .errors import FlexDecodeError, TraceError, raised, user_line
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .symbol import Consumed, Symbol, TraceContext
 
@@ -60,6 +61,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Trace
         TypeError: the mod takes the wrong number of parameters.
     """
     _check_parameters(mod, kind)
+    _check_assignments(mod, kind)
     real = _run(mod, kind, leaves, device, frozenset(), planted=())
     numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
     planted, constants = _plant(mod, kind, leaves, device, real, numbers)
@@ -91,9 +93,12 @@ def _run(
 def _call(mod: Callable, context: TraceContext) -> Node:
     arguments = [context.score()] if context.kind == "score_mod" else []
     arguments += [context.index(name) for name in INDEX_NAMES]
+    raised.error = None
     try:
         with _TraceMode(context):
             result = mod(*arguments)
+        if raised.error is not None:  # the mod has an `except` that swallowed it
+            raise raised.error
     except (FlexDecodeError, Consumed):
         raise
     except Exception as error:  # whatever the user's code raises, with the line that raised it
@@ -111,6 +116,8 @@ def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
     name = getattr(mod, "__name__", type(mod).__name__)
     if result is None:
         raise TraceError(f"{kind} {name!r} returned None; it must return {_result_word(kind)} (forgot `return`?)")
+    if type(result).__module__ == "numpy" and getattr(result, "ndim", 1) == 0:
+        result = result.item()
     if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
         raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
     symbol = context.symbol(result)
@@ -134,6 +141,19 @@ def _result_word(kind: str) -> str:
     return "a score (a float)" if kind == "score_mod" else "a bool"
 
 
+def _check_assignments(mod: Callable, kind: str) -> None:
+    """Refuses a function that assigns to variables outside of it: they would hold symbols after the trace."""
+    code: Any = getattr(getattr(mod, "__func__", mod), "__code__", None)
+    for step in dis.get_instructions(code) if code is not None else ():
+        if step.opname == "STORE_GLOBAL" or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
+            raise TraceError(
+                f"{kind} assigns to `{step.argval}`, a variable outside of it\n"
+                f"  {code.co_filename}:{code.co_firstlineno}, in {code.co_name}\n"
+                "  A mod is run once, on symbols, and not at every call: use a variable of its own, and compute what "
+                "shall stay outside the mod."
+            )
+
+
 def _plant(
     mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
 ) -> tuple[_Run, frozenset[Source]]:
@@ -149,7 +169,7 @@ def _plant(
         try:
             attempt = _run(mod, kind, leaves, device, run.constants, [*kept, *part])
             taken = _same(attempt, real, leaves)
-        except (CannotRebuild, FlexDecodeError):
+        except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
             taken = False
         if taken:
             kept += part

@@ -10,9 +10,9 @@ containers, objects and the user's own modules. Tensors and finite numbers are *
     >>> leaves
     [128]
 
-Not seen, hence frozen at the first call: attributes whose name the code does not spell (`getattr(cfg, name)`, `vars`;
-such objects count by identity), modules imported inside a mod, what C objects (numpy
-arrays, `lru_cache`, sets) hold, and containers of more than 64 entries.
+Not seen: attributes whose name the code does not spell (`getattr(cfg, name)`, `vars`; such objects count by identity),
+modules imported inside a mod, what C objects (numpy arrays, `lru_cache`, sets, deques, `defaultdict`) hold, and
+containers of more than 64 entries. Numbers in there are frozen at the first call, tensors are refused by the tracer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def walk(fn: Callable) -> tuple[tuple, list]:
         holds ids: whoever stores it also stores `pins(fn)`, so that no id is used again.
     """
     scan = _run(fn, _Scan)
-    return tuple(scan.key), scan.leaves
+    leaves = scan.leaves
+    if len(leaves) > 1:
+        # Two names of one tensor are one value to the tracer, and may be two tensors at the next call.
+        ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
+        if len(set(ids)) < len(ids):
+            scan.key += ("alias", *map(ids.index, ids))
+    return tuple(scan.key), leaves
 
 
 def pins(fn: Callable) -> list:

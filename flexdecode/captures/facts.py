@@ -112,6 +112,9 @@ _HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: m
 _SEQUENCES, _DICTS = (tuple, torch.Size, list), (dict, OrderedDict)
 _CONTAINERS = _SEQUENCES + _DICTS
 _TABLES = ("_parameters", "_buffers", "_modules")
+_MODULE_CONTAINERS = (
+    torch.nn.ParameterList, torch.nn.ParameterDict, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential,
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 # Methods that neither an operator nor a call inside a mod runs.
@@ -137,6 +140,7 @@ class _Type:
         solid: the built-in class that determines the layout.
         has_dict: whether instances have a `__dict__`.
         is_module: whether it is an `nn.Module`.
+        is_container: whether it is one that is indexed, so that the code does not name what it holds.
         dynamic: whether named attributes may not tell everything, so that instances count by identity.
         complete: whether an instance is its `__dict__`, slots and items, so that it can be copied.
     """
@@ -148,6 +152,7 @@ class _Type:
     solid: Any
     has_dict: bool
     is_module: bool
+    is_container: bool
     dynamic: bool
     complete: bool
 
@@ -178,6 +183,7 @@ def _read_type(kind: type) -> _Type:
         solid=solid,
         has_dict=bool(kind.__dictoffset__),
         is_module=is_module,
+        is_container=issubclass(kind, _MODULE_CONTAINERS),
         dynamic=not transparent or bool(getters),
         complete=transparent and not hasattr(kind, "__del__"),  # a copy would be finalised, too
     )

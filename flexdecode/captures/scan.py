@@ -107,7 +107,7 @@ class _Scan:
         for child, at in zip(children, where):  # noqa: B905 (`strict` costs time for each token)
             kind = type(child)
             if kind is _Tensor or kind is _Parameter:
-                key += (child.dtype, child.ndim, child.device, child.requires_grad)
+                key += (child.dtype, child.ndim, child.device, child.requires_grad, child.layout)
                 leaves.append(child)
             elif kind is int or (kind is float and child - child == 0.0):  # not for inf and nan
                 key.append(kind)
@@ -175,7 +175,7 @@ def _representation(scan: _Scan, value: Any, at: _At, called: bool) -> None:
 
 
 def _tensor(scan: _Scan, value: torch.Tensor, at: _At, called: bool) -> None:
-    scan.key += ("tensor", id(type(value)), value.dtype, value.ndim, value.device, value.requires_grad)
+    scan.key += ("tensor", id(type(value)), value.dtype, value.ndim, value.device, value.requires_grad, value.layout)
     scan.pins.append(type(value))
     scan.leaves.append(value)
 
@@ -317,7 +317,7 @@ def _members(
             children.append(_plain(found[0]))
             where.append(("class" if _is_plain(found[0]) else "descriptor", name))
             uses_class = uses_class or isinstance(found[0], classmethod)
-        elif facts.is_module:
+        elif facts.is_module and not facts.is_container:
             for table in _TABLES:
                 if name in state.get(table, ()):
                     children.append(state[table][name])
@@ -326,6 +326,10 @@ def _members(
         if view.uses_super:
             children += map(_plain, found[1:])
             where += [("super", name)] * len(found[1:])
+    if facts.is_container:
+        for table in _TABLES:
+            children += state[table].values()
+            where += [(table, name) for name in state[table]]
     if uses_class:
         children += map(_plain, hidden.values())
         where += [("class", name) for name in hidden]

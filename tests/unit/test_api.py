@@ -290,3 +290,85 @@ def test_random_calls(B, Hkv, group, Q, N, D, Dv, layout, dtype, score, mask, da
     }
     out, lse = flex_decode(query, key, value, score_mod, mask_mod, return_lse=True, **arguments)
     assert_close_to_reference(out, lse, query, key, value, score_mod, mask_mod, **arguments)
+
+
+# --- Captures that change what they are -------------------------------------------------------------------------------
+
+QKV = (1, 2, 1, 1, 64, 16)
+
+
+def check_now(inputs, score_mod):
+    assert_close_to_reference(flex_decode(*inputs, score_mod), None, *inputs, score_mod)
+
+
+def test_two_names_of_one_tensor_may_become_two_tensors_and_one_again():
+    inputs = make_inputs(*QKV)
+    a = c = torch.zeros(2)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score * (1 + a[h]) + c[h] * (q_idx - kv_idx)
+
+    check_now(inputs, score_mod)
+    a = torch.ones(2)
+    check_now(inputs, score_mod)
+    c = torch.full((2,), 0.3)
+    check_now(inputs, score_mod)
+    a = c
+    check_now(inputs, score_mod)
+
+
+def test_two_numbers_in_one_tensor_may_become_two():
+    inputs = make_inputs(*QKV)
+    a = c = torch.tensor(0.5)
+    score_mod = lambda score, b, h, q_idx, kv_idx: score * (1 + a) + c * (q_idx - kv_idx)
+    check_now(inputs, score_mod)
+    a = torch.tensor(3.0)
+    check_now(inputs, score_mod)
+
+
+@pytest.mark.parametrize("make", [torch.nn.ParameterList, lambda x: torch.nn.ParameterDict({"0": x[0], "1": x[1]})])
+def test_containers_of_parameters(make):
+    inputs = make_inputs(*QKV)
+    held = make([torch.nn.Parameter(torch.zeros(2), requires_grad=False) for _ in range(2)])
+    one, two = (0, 1) if isinstance(held, torch.nn.ParameterList) else ("0", "1")
+    score_mod = lambda score, b, h, q_idx, kv_idx: score + held[one][h] * kv_idx - held[two][h]
+    check_now(inputs, score_mod)
+    held[two].add_(0.5)
+    check_now(inputs, score_mod)
+    held[one] = torch.nn.Parameter(torch.tensor([0.1, 0.2]), requires_grad=False)
+    check_now(inputs, score_mod)
+
+
+def test_a_tensor_that_becomes_sparse():
+    inputs = make_inputs(*QKV)
+    table = torch.ones(2)
+    score_mod = lambda score, b, h, q_idx, kv_idx: score + table[h]
+    check_now(inputs, score_mod)
+    table = torch.ones(2).to_sparse()
+    with pytest.raises(ValueError, match="must be dense"):
+        flex_decode(*inputs, score_mod)
+
+
+# --- Arguments of the wrong kind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"return_lse": "no"}, "`return_lse` must be a bool, got str"),
+        ({"return_lse": [1]}, "`return_lse` must be a bool, got list"),
+        ({"scale": 2**2000}, "`scale` must be finite, got inf"),
+        ({"scale": float("nan")}, "`scale` must be finite, got nan"),
+        ({"q_offset": 2**63}, "`q_offset` must fit into int64"),
+        ({"out": torch.empty(1, 1, 1, 1).expand(1, 2, 1, 16)}, "`out` must have a place of its own"),
+    ],
+)
+def test_refused_arguments(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        flex_decode(*make_inputs(*QKV), **arguments)
+
+
+@pytest.mark.parametrize("options", [{"debug": "yes"}, {"num_splits": True}])
+def test_refused_options(options):
+    with pytest.raises(ValueError, match=r"`options\.(debug|num_splits)` must be"):
+        DecodeOptions(**options)

@@ -364,3 +364,9 @@ def test_equal_graphs_have_equal_text():
     two = trace_mod(lambda s, b, h, q, k: other[h] + W * s)[0]
     assert isinstance(one, Graph) and one == two
     assert lower(one, "score_mod") == lower(two, "score_mod")
+
+
+def test_floats_become_narrow_integers_by_way_of_int32():
+    """A compiler may assume that a float fits the type that it is converted to."""
+    row = bodies(lambda s, b, h, q, k: s + table[slopes[h].to(torch.uint8)])[0]
+    assert ".to(tl.int32).to(tl.uint8)" in row

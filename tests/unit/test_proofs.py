@@ -630,3 +630,19 @@ def test_all_that_fits_is_proven_for_a_window(window, size):
     for queries, length in ((1, 12), (3, 7)):
         words = relative(size, mods.sliding_window(window), sizes=CallSizes(1, 1, queries, length))
         assert (words == "mask: proven") == expected or length + queries - 1 <= size
+
+
+# --- Arithmetic that wraps around -------------------------------------------------------------------------------------
+
+
+def test_sums_of_narrow_integers_are_not_taken_apart():
+    def index(b, h, q, k):
+        return k - (q.to(torch.int8) + 100).long()
+
+    def mask_mod(b, h, q, k):
+        start = q.to(torch.int8).long() + 100
+        return (k >= start) & (k < start + 50)
+
+    assert "mask:" not in indexed(index, 50, mask_mod=mask_mod)
+    same = lambda b, h, q, k: (k >= q.long() + 100) & (k < q.long() + 150)
+    assert indexed(lambda b, h, q, k: k - (q.long() + 100), 50, mask_mod=same) == "mask: proven"

@@ -678,17 +678,16 @@ def test_random_mods(expression):
 
 def test_one_constant_among_many_numbers_is_found_in_few_runs():
     numbers = [float(n) for n in range(60)]
-    runs = 0
+    runs = []
 
     def mod(score, b, h, q_idx, kv_idx):
-        nonlocal runs
-        runs += 1
+        runs.append(1)
         for position, number in enumerate(numbers):
             score = score + (number if position != 37 or isinstance(number, float) else 0)
         return score
 
     assert constants_of(mod)[0] == [37.0]
-    assert runs < 20
+    assert len(runs) < 20
 
 
 def test_a_number_that_cannot_be_replaced_is_constant():
@@ -719,3 +718,50 @@ def test_arithmetic_that_python_refuses_and_pytorch_does_not():
         lambda: torch.tensor(one) << torch.tensor(62),
     ):
         check(lambda s, b, h, q, k, f=function: torch.where(f() > 0, s, s * 2))
+
+
+# --- What a mod may not do --------------------------------------------------------------------------------------------
+
+state = torch.ones(4)
+
+
+def test_assignments_to_variables_outside_are_refused_before_they_happen():
+    def mod(score, b, h, q_idx, kv_idx):
+        global state
+        state = state * 2
+        return score + state[h]
+
+    with pytest.raises(TraceError, match="score_mod assigns to `state`, a variable outside of it"):
+        trace_mod(mod)
+    assert torch.equal(state, torch.ones(4))
+
+
+def test_an_error_that_the_mod_swallows_is_raised():
+    def mod(score, b, h, q_idx, kv_idx):
+        try:
+            if h > 0:
+                return score * 2
+        except Exception:
+            pass
+        return score
+
+    with pytest.raises(TraceError, match=r"torch\.where"):
+        trace_mod(mod)
+
+
+def test_numbers_beyond_int64_that_stay_in_python():
+    big = 2**70
+    assert_same_as_pytorch(lambda score, b, h, q_idx, kv_idx: score * (big / 2**69) + big % 7)
+
+
+def test_tensors_that_no_name_leads_to_are_refused():
+    """Their later changes would not be seen."""
+    many = [torch.full((4,), float(i)) for i in range(70)]
+    with pytest.raises(TraceError, match="reads a tensor that is in no variable, attribute, list, tuple or dict"):
+        trace_mod(lambda score, b, h, q_idx, kv_idx: score + many[3][h])
+
+
+def test_numbers_of_numpy_as_results():
+    keep, weight = np.bool_(True), np.float32(0.5)
+    assert trace_mod(lambda b, h, q_idx, kv_idx: keep, "mask_mod")[0].output.attr is True
+    assert trace_mod(lambda score, b, h, q_idx, kv_idx: weight)[0].output.op == "number"
