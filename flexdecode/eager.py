@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .errors import FlexDecodeError
-from .graph import Graph, Node, topological
+from .errors import IndexRangeError
+from .graph import INDEX_NAMES, Graph, Node, topological
 from .ops import HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
@@ -45,7 +45,7 @@ def decode(
         check_indices: raise where an attending pair reads a captured tensor out of range.
 
     Raises:
-        FlexDecodeError: `check_indices` found an index out of range.
+        IndexRangeError: `check_indices` found an index out of range.
     """
     batch, num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, max_kv_len = key.shape[1], key.shape[2]
@@ -142,6 +142,15 @@ class _Evaluation:
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
         return value.to(dtype) if node.weak else value.to(node.dtype).to(dtype)
 
+    def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
+        """The first pair at which an index is wrong, in words."""
+        named = [(name, self.indices[name]) for name in INDEX_NAMES if name in self.indices]
+        *spread, wrong = torch.broadcast_tensors(*[x for _, x in named], *index, wrong)
+        first = int(wrong.flatten().to(torch.uint8).argmax())
+        values = [int(x.flatten()[first]) for x in spread]
+        pair = ", ".join(f"{name} = {value}" for (name, _), value in zip(named, values, strict=False))
+        return f"at {pair}, which attends, the index is {values[len(named) :]} in a tensor of shape {list(shape)}"
+
     def _number(self, node: Node) -> int | float | torch.Tensor:
         source = self.graph.numbers[node.attr]
         leaf = self.leaves[source.leaf]
@@ -158,10 +167,7 @@ class _Evaluation:
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
         if self.check_indices and bool((self.live & ~inside).any()):
-            raise FlexDecodeError(
-                f"a captured tensor of shape {list(tensor.shape)} is indexed out of range at an attending "
-                f"(query, key) pair\n  in the traced mod:\n{self.graph.text}\n  Clamp the index or mask the pair."
-            )
+            raise IndexRangeError(self.graph, node, self._where(args, self.live & ~inside, tensor.shape))
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
         found = tensor[tuple(places)] if places else tensor

@@ -11,6 +11,7 @@ import sys
 import threading
 from traceback import walk_stack, walk_tb
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -35,6 +36,22 @@ class CompileError(FlexDecodeError):
 
 class SharedMemoryError(CompileError):
     """A compiled kernel needs more shared memory than the device gives one program."""
+
+
+class IndexRangeError(FlexDecodeError):
+    """A captured tensor is read out of range at a pair that attends (found by `DecodeOptions(debug=True)`).
+
+    Attributes:
+        graph: of the mod.
+        load: its node.
+        found: where, in words.
+    """
+
+    def __init__(self, graph: Any, load: Any, found: str) -> None:
+        super().__init__(found)
+        self.graph = graph
+        self.load = load
+        self.found = found
 
 
 def user_line(traceback: TracebackType | None = None) -> str:

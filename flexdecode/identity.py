@@ -54,7 +54,8 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if mod is None:
         return Mod(None, None, [])
     if not callable(mod):
-        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
+        hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
+        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
     key, leaves = walk(mod)
     known = _known.get((kind, key))
     if known is None:

@@ -12,9 +12,9 @@ from .block_mask import BlockLists
 from .captures import leaf_names
 from .descriptor import Matrix, as_matrices
 from .device import device_facts
-from .errors import SharedMemoryError
+from .errors import FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
-from .identity import Mod, graph_of, watch
+from .identity import Mod, constants_of, graph_of, watch
 from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
 from .program import Program
@@ -65,17 +65,31 @@ class Launcher(Protocol):
 class EagerLauncher:
     """Runs the traced graphs in PyTorch operations."""
 
-    def __init__(self, score: Graph | None, mask: Graph | None, check_indices: bool = False) -> None:
-        self.score = score
-        self.mask = mask
+    def __init__(self, graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod], check_indices: bool) -> None:
+        self.graphs = graphs
+        self.mods = mods
         self.check_indices = check_indices
 
     def __call__(  # type: ignore[no-untyped-def]
         self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists=None
     ) -> None:
         """As in `Launcher`; the mask says all that lists say."""
-        score, mask = (self.score, score_leaves), (self.mask, mask_leaves)
-        eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.check_indices)
+        score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
+        try:
+            eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.check_indices)
+        except IndexRangeError as error:
+            raise FlexDecodeError(self._named(error)) from None
+
+    def _named(self, error: IndexRangeError) -> str:
+        """An index out of range in the user's own names."""
+        from .printing import formula, name_captures
+
+        for kind, graph, mod in zip(("score_mod", "mask_mod"), self.graphs, self.mods, strict=True):
+            if graph is error.graph and graph is not None and mod.function is not None:
+                names = name_captures(graph, leaf_names(mod.function), constants_of(kind, mod))
+                text = f"{kind} reads `{formula(error.load, names)}` out of range: {error.found}"
+                return f"{text}\n  Clamp the index, or let the mask rule the pair out."
+        return error.found
 
 
 class Plan:
@@ -166,11 +180,11 @@ def prepare(
     signature = describe(query, key, value, sample, kv_lens, q_offset, return_lse, options)
     launcher: Launcher
     if signature.backend == "torch" or 0 in shape:
-        launcher = EagerLauncher(score_graph, mask_graph, options.debug)
+        launcher = EagerLauncher((score_graph, mask_graph), (score, mask), options.debug)
     else:
         program, mask = make_program((score_graph, mask_graph), (score, mask), signature, sizes, listed, combined)
         launcher = _triton_launcher(signature, sizes, (query, key, value, sample), program, options)
-    checker = EagerLauncher(score_graph, mask_graph, True) if options.debug else None
+    checker = EagerLauncher((score_graph, mask_graph), (score, mask), True) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
     plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
     return plan, score, mask

@@ -75,7 +75,7 @@ def test_debug_checks_come_before_the_kernel():
         return score + bias[kv_idx + 1]
 
     options = DecodeOptions(backend="triton", debug=True)
-    with pytest.raises(FlexDecodeError, match="indexed out of range"):
+    with pytest.raises(FlexDecodeError, match=r"`bias\[kv_idx \+ 1\]` out of range"):
         flex_decode(*inputs(), score_mod, options=options)
     flex_decode(*inputs(), score_mod, lambda b, h, q_idx, kv_idx: kv_idx < N - 1, options=options)
 

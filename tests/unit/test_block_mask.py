@@ -115,6 +115,13 @@ def test_no_block_mask():
         flex_decode(*make_inputs(1, 4, 2, 1, 64, 16), block_mask=lambda b, h, q, k: q >= k)
 
 
+def test_as_a_mask_mod(block_mask):
+    with pytest.raises(
+        TypeError, match="`mask_mod` must be a callable or None, got BlockMask; pass it as `block_mask`"
+    ):
+        flex_decode(*make_inputs(1, 4, 2, 1, 64, 16), mask_mod=block_mask)
+
+
 @pytest.mark.parametrize("B, H", [(3, None), (None, 2), (None, 8)])
 def test_other_sequences_or_heads(B, H):
     block_mask = create_block_mask(mods.causal(), B, H, 64, 64, device="cpu", BLOCK_SIZE=16)

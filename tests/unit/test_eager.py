@@ -268,9 +268,10 @@ def test_an_index_out_of_range_is_found():
     inputs = make_inputs(2, 4, 2, 2, 21, 16)
     too_short = lambda s, b, h, q, k: s + table[h, k]
     check(*inputs, too_short)
-    with pytest.raises(FlexDecodeError, match=r"a captured tensor of shape \[4, 9\] is indexed out of range") as caught:
+    with pytest.raises(FlexDecodeError, match=r"score_mod reads `table\[h, kv_idx\]` out of range") as caught:
         flex_decode(*inputs, too_short, options=DEBUG)
-    assert "load(0, " in str(caught.value) and "Clamp the index or mask the pair." in str(caught.value)
+    assert "at b = 0, h = 0, q_idx = 19, kv_idx = 9, which attends, the index is [0, 9]" in str(caught.value)
+    assert "in a tensor of shape [4, 9]\n  Clamp the index, or let the mask rule" in str(caught.value)
     with pytest.raises(FlexDecodeError, match="out of range"):
         flex_decode(*inputs, None, lambda b, h, q, k: table[h, k - 30] > 0, options=DEBUG)
 
