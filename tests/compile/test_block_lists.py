@@ -1,0 +1,35 @@
+"""Kernels that walk over the lists of a BlockMask."""
+
+import pytest
+import torch
+from compile.compiling import DEVICES, assembly, compile_call, meta_inputs
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flexdecode import mods
+from flexdecode.block_mask import BlockLists
+
+
+def mask_of_lists(inner):
+    block_mask = create_block_mask(inner, None, None, 256, 256, device="cpu", BLOCK_SIZE=64)
+    lists = BlockLists(block_mask, 4, 16, torch.device("cpu"))
+    lists.kinds = lists.kinds.to("meta")
+    return lists.mask_mod(inner)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_every_target(device, num_queries):
+    inputs = meta_inputs(4, 16, 2, num_queries, 8192, 128)
+    call = compile_call(device, inputs, None, mask_of_lists(mods.causal()), listed=True)
+    assert call.spec.block_lists and call.spec.num_full == 1
+    assert call.spec.tiles.descriptors == (device in ("sm_90", "sm_100"))
+    if call.spec.tiles.descriptors:
+        assert "cp.async.bulk.tensor.2d" in assembly(call.split)
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+def test_beside_another_mask_no_block_is_full(device):
+    one = mask_of_lists(mods.causal())
+    both = lambda b, h, q, k: one(b, h, q, k) & (q - k < 100)
+    call = compile_call(device, meta_inputs(4, 16, 2, 1, 8192, 128), None, both, listed=True, combined=True)
+    assert call.spec.num_full == 0
