@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -31,6 +31,9 @@ from .signature import (
     describe,
     kernel_strides,
 )
+
+if TYPE_CHECKING:
+    from .printing import Names
 
 
 def layout(tensor: object) -> object:
@@ -65,10 +68,10 @@ class Launcher(Protocol):
 class EagerLauncher:
     """Runs the traced graphs in PyTorch operations."""
 
-    def __init__(self, graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod], check_indices: bool) -> None:
+    def __init__(self, graphs: tuple[Graph | None, Graph | None], names: tuple[Names | None, ...] | None) -> None:
+        """Names of what the graphs capture are given where indices shall be checked."""
         self.graphs = graphs
-        self.mods = mods
-        self.check_indices = check_indices
+        self.names = names
 
     def __call__(  # type: ignore[no-untyped-def]
         self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists=None
@@ -76,20 +79,31 @@ class EagerLauncher:
         """As in `Launcher`; the mask says all that lists say."""
         score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
         try:
-            eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.check_indices)
+            eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
     def _named(self, error: IndexRangeError) -> str:
         """An index out of range in the user's own names."""
-        from .printing import formula, name_captures
+        from .printing import formula
 
-        for kind, graph, mod in zip(("score_mod", "mask_mod"), self.graphs, self.mods, strict=True):
-            if graph is error.graph and graph is not None and mod.function is not None:
-                names = name_captures(graph, leaf_names(mod.function), constants_of(kind, mod))
-                text = f"{kind} reads `{formula(error.load, names)}` out of range: {error.found}"
-                return f"{text}\n  Clamp the index, or let the mask rule the pair out."
-        return error.found
+        kind = "score_mod" if error.graph is self.graphs[0] else "mask_mod"
+        names = self.names[kind == "mask_mod"] if self.names else None
+        assert names is not None
+        text = f"{kind} reads `{formula(error.load, names)}` out of range: {error.found}"
+        return f"{text}\n  Clamp the index, or let the mask rule the pair out."
+
+
+def _names(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> tuple[Names | None, ...]:
+    """What the graphs capture, in the user's names: strings, so that nothing is kept alive."""
+    from .printing import name_captures
+
+    return tuple(
+        None
+        if graph is None or mod.function is None
+        else name_captures(graph, leaf_names(mod.function), constants_of(kind, mod))
+        for kind, graph, mod in zip(("score_mod", "mask_mod"), graphs, mods, strict=True)
+    )
 
 
 class Plan:
@@ -178,13 +192,15 @@ def prepare(
     shape = (*query.shape[:3], value.shape[3])
     sample = query.new_empty(shape) if out is None else out
     signature = describe(query, key, value, sample, kv_lens, q_offset, return_lse, options)
+    graphs = score_graph, mask_graph
+    names = _names(graphs, (score, mask)) if options.debug else None
     launcher: Launcher
     if signature.backend == "torch" or 0 in shape:
-        launcher = EagerLauncher((score_graph, mask_graph), (score, mask), options.debug)
+        launcher = EagerLauncher(graphs, names)
     else:
-        program, mask = make_program((score_graph, mask_graph), (score, mask), signature, sizes, listed, combined)
+        program, mask = make_program(graphs, (score, mask), signature, sizes, listed, combined)
         launcher = _triton_launcher(signature, sizes, (query, key, value, sample), program, options)
-    checker = EagerLauncher((score_graph, mask_graph), (score, mask), True) if options.debug else None
+    checker = EagerLauncher(graphs, names) if options.debug else None
     lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
     plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
     return plan, score, mask
@@ -242,7 +258,7 @@ def _triton_launcher(
             cut.tiles,
             capture_types(program.score),
             capture_types(program.mask),
-            num_live=program.num_live,
+            num_live=program.bounds.num_live,
             num_full=program.num_full,
             fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
             block_lists=program.block_lists,

@@ -37,11 +37,6 @@ class Program:
         return find_bounds(self.score, self.mask, self.q_idx_given)
 
     @property
-    def num_live(self) -> int:
-        """Intervals that a kernel walks over."""
-        return self.bounds.num_live
-
-    @property
     def num_full(self) -> int:
         """Intervals in which a kernel leaves the mask out; lists count for one."""
         return int(not self.combined) if self.block_lists else len(self.bounds.mask_full)

@@ -90,7 +90,7 @@ def find_checks(
     if not any(node.op == "load" and node.args for node in graph.nodes()):
         return tuple(LoadCheck(()) for node in graph.nodes() if node.op == "load")
     known = _numbers(graph, leaves)
-    facts = analyze([graph.output], q_idx_given, _known_ranges(graph, known, sizes, q_idx_given))
+    facts = analyze([graph.output], q_idx_given, _known_ranges(graph.nodes(), known, sizes, q_idx_given))
     checks = []
     for node in graph.nodes():
         if node.op != "load":
@@ -104,6 +104,7 @@ def find_checks(
             and any(index.outside for index in found.indices)
             and _attends_inside(node, shape, found, known, mask, sizes, q_idx_given)
         ):
+            # Where the mask is true an index that was unproven is neither negative nor too large.
             found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
         checks.append(found)
     return tuple(checks)
@@ -125,14 +126,14 @@ def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
 
 
 def _known_ranges(
-    graph: Graph, numbers: Mapping[Node, Node], sizes: CallSizes, q_idx_given: bool
+    nodes: list[Node], numbers: Mapping[Node, Node], sizes: CallSizes, q_idx_given: bool
 ) -> dict[Node, Interval]:
     batch, num_q_heads, num_queries, max_kv_len = (max(1, size) for size in sizes)  # an empty range is no range
     ranges = {
         "b": (0, batch - 1), "h": (0, num_q_heads - 1), "kv_idx": (0, max_kv_len - 1),
         "q_idx": (-num_queries, max_kv_len - 1),
     }  # fmt: skip
-    known = {n: ranges[n.attr] for n in graph.nodes() if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
+    known = {n: ranges[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
     return known | {number: (value.attr, value.attr) for number, value in numbers.items()}
 
 
@@ -150,7 +151,7 @@ def _attends_inside(
         both = _attending_outside(load, shape, found, numbers, mask)
     except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
         return False
-    ranges = _known_ranges(Graph(both, (), (), ()), {}, sizes, q_idx_given)
+    ranges = _known_ranges(topological(both), {}, sizes, q_idx_given)
     live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
     return all(lo is not None and hi is not None and _at_least(lo, hi) for lo, hi in live)
 

@@ -1,7 +1,9 @@
 """`flex_decode` as a user meets it: the public names, threads, capture errors, and the composition of features."""
 
+import gc
 import inspect
 import threading
+import weakref
 
 import pytest
 import torch
@@ -372,3 +374,17 @@ def test_refused_arguments(arguments, message):
 def test_refused_options(options):
     with pytest.raises(ValueError, match=r"`options\.(debug|num_splits)` must be"):
         DecodeOptions(**options)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_prepared_call_keeps_no_captured_tensor_alive(debug):
+    inputs, table = make_inputs(*QKV), torch.ones(2)
+    alive = weakref.ref(table)
+
+    def call(table):
+        flex_decode(*inputs, lambda score, b, h, q_idx, kv_idx: score + table[h], options=DecodeOptions(debug=debug))
+
+    call(table)
+    del table
+    gc.collect()
+    assert alive() is None
