@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .analyze import analyze
-from .graph import Graph, Node, topological
+from .graph import Graph, Node
 from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
 
 
@@ -27,7 +27,7 @@ class Bounds:
     def is_bounded(self) -> bool:
         """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
         region = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
-        return all(hi is not None and (lo is not None or not _moves(hi)) for lo, hi in region)
+        return all(hi is not None and (lo is not None or _stays(hi)) for lo, hi in region)
 
     @property
     def num_live(self) -> int:
@@ -54,9 +54,13 @@ def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> B
     return Bounds(mask_live, mask_full, score_live)
 
 
-def _moves(bound: Node) -> bool:
-    """Whether a bound depends on the position of the query."""
-    return any(node.op == "index" and node.attr == "q_idx" for node in topological(bound))
+def _stays(bound: Node) -> bool:
+    """Whether an upper end keeps its place as the position of the query grows; the solver's own limits are no end."""
+    if bound.op == "const":
+        return bound.attr < 1 << 31
+    if bound.op == "minimum":
+        return any(map(_stays, bound.args))
+    return (bound.op, bound.attr) != ("index", "q_idx") and all(map(_stays, bound.args))
 
 
 def _span(region: Region) -> Interval:

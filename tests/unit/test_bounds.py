@@ -49,6 +49,7 @@ def test_a_mask_has_live_and_full_intervals():
 
 def test_a_mask_that_is_open_on_a_side_is_not_bounded():
     assert bounds_of(mask_mod=mods.sliding_window(9)).is_bounded
+    assert bounds_of(mask_mod=mods.streaming(4, 9)).is_bounded
     assert not bounds_of(mask_mod=mods.causal()).is_bounded
     assert bounds_of(window, mods.sliding_window(9)).is_bounded and not bounds_of(window).is_bounded
 
