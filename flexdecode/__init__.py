@@ -15,7 +15,7 @@ from .errors import TraceError as TraceError
 from .errors import UnsupportedOpError as UnsupportedOpError
 from .explanation import Explanation as Explanation
 from .explanation import explain as explain
-from .signature import DecodeOptions as DecodeOptions
+from .inputs import DecodeOptions as DecodeOptions
 from .version import __version__ as __version__
 
 __all__ = [

@@ -7,26 +7,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import cache
 from .block_mask import read_block_mask
-from .cache import CacheInfo
+from .cache import Bounded, CacheInfo, counters, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
 from .identity import forget_graphs, identify
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs
 from .launch import forget_workspaces
 from .plan import layout, prepare
-from .signature import DEFAULT_OPTIONS, DecodeOptions, check_inputs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_plans = cache.Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
+    from .kv_cache import KVCache, PagedKVCache
+
+_plans = Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
 
 
 def flex_decode(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     *,
@@ -34,6 +35,12 @@ def flex_decode(
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: BlockMask | None = None,
+    page_table: torch.Tensor | None = None,
+    q_lens: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cache: KVCache | PagedKVCache | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     options: DecodeOptions | None = None,
@@ -45,9 +52,10 @@ def flex_decode(
         >>> out = flex_decode(query, key, value, score_mod=alibi)
 
     Args:
-        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 256.
-        key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence.
-        value: `[B, Hkv, N, Dv]`.
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 576.
+        key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence. In the dtype of
+            the query, or float8_e4m3fn, float8_e5m2 or int8 with scales.
+        value: `[B, Hkv, N, Dv]`. Where it is a view of the first columns of `key` (MLA), memory is read once.
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`. `score` is the scaled logit in natural-log units,
             `h` the query head; positions are absolute token positions in the sequence.
         mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, true where the query attends to the key.
@@ -59,6 +67,18 @@ def flex_decode(
             rows are query positions as everywhere here: one for training fits as it is, one that was made for the
             newest tokens needs `q_offset=0`. Positions outside its rows attend to nothing, and are refused where the
             host knows them.
+        page_table: pages of each sequence, int32 or int64 `[B, max_pages]`. Then `key` is
+            `[num_pages, Hkv, page_size, D]` and `value` `[num_pages, Hkv, page_size, Dv]`, `kv_lens` is required, and
+            N is `max_pages * page_size`. Mods see positions in the sequence, never pages. Entries past the last page
+            of a sequence are not read.
+        q_lens: query tokens of each sequence, int32 or int64 `[B]`; by default Q. What lies past them gives 0 with a
+            log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
+        k_scale: what a stored key is multiplied by: a number, or a tensor per head `[Hkv]`, per sequence and head
+            `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
+        v_scale: the same for values.
+        sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
+            value.
+        cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
         out: tensor `[B, Hq, Q, Dv]` to write to, any strides.
         options: how to execute the call.
@@ -72,48 +92,65 @@ def flex_decode(
         TraceError: a mod cannot be traced; the message has its line and the remedy.
         UnsupportedOpError: a mod calls an operation that flexdecode does not have.
     """
-    cache.counters.calls += 1
+    counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
+    if cache is not None:
+        given = (key, value, kv_lens, page_table, k_scale, v_scale)
+        key, value, kv_lens, page_table, k_scale, v_scale = _from_cache(cache, given)
+    inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
     lists, combined = None, block_mask is not None and mask_mod is not None
     if block_mask is not None:
-        check_inputs(query, key, value, kv_lens, q_offset, scale, out, options or DEFAULT_OPTIONS)
+        check_inputs(inputs, options or DEFAULT_OPTIONS)
         mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
-        lists.check_positions(query.shape[2], key.shape[2], kv_lens, q_offset)
+        lists.check_positions(inputs)
     score = identify("score_mod", score_mod)
     mask = identify("mask_mod", mask_mod)
     call = (
-        score.identity, mask.identity, score.present, mask.present, layout(query), layout(key), layout(value),
-        layout(out), layout(kv_lens), layout(q_offset), return_lse, options, torch.is_grad_enabled(),
-        lists is not None, combined,
+        score.identity, mask.identity, score.present, mask.present, *[layout(x) for x in inputs[:-2]],
+        layout(out), _same_start(key, value), return_lse, options, torch.is_grad_enabled(), lists is not None, combined,
     )  # fmt: skip
     try:
         found = _plans.get(call)
     except TypeError:  # options that are no DecodeOptions: the checks of inputs say so
         found = None
     if found is None:
-        plan, score, mask = prepare(
-            query, key, value, score, mask, kv_lens, q_offset, scale, return_lse, out, options, lists is not None,
-            combined,
-        )  # fmt: skip
+        plan, score, mask = prepare(inputs, score, mask, return_lse, options, lists is not None, combined)
         kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
         _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
     else:
-        cache.counters.hits += 1
+        counters.hits += 1
         plan = found[0]
-    return plan.run(query, key, value, kv_lens, q_offset, scale, out, score.leaves, mask.leaves, lists)
+    return plan.run(inputs, score.leaves, mask.leaves, lists)
+
+
+def _same_start(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
+    tensors = isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
+    return tensors and key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
+
+
+def _from_cache(cache: KVCache | PagedKVCache, given: tuple) -> tuple:
+    """What a cache stands for."""
+    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
+    if not all(hasattr(cache, name) for name in names):
+        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    return tuple(getattr(cache, name) for name in names)
 
 
 def cache_info() -> CacheInfo:
     """Counts of what was traced, generated, compiled and found since the start or the last `clear_cache()`."""
-    return cache.snapshot()
+    return snapshot()
 
 
 def clear_cache() -> None:
     """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays."""
-    with cache.lock:
+    with lock:
         _plans.clear()
         forget_graphs()
         forget_kernels()
         forget_workspaces()
-        cache.reset()
+        reset()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .inputs import Inputs
+
 DEAD, PARTIAL, FULL = 0, 1, 2
 BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
 _MAX_VERSIONS = 8
@@ -65,19 +67,20 @@ class BlockLists:
 
         return block_mask
 
-    def check_positions(
-        self, num_queries: int, max_kv_len: int, kv_lens: torch.Tensor | None, q_offset: int | torch.Tensor | None
-    ) -> None:
+    def check_positions(self, inputs: Inputs) -> None:
         """Refuses positions that the mask does not cover, as far as the host knows them.
 
         Raises:
             ValueError: one is outside.
         """
+        num_queries, max_kv_len = inputs.query.shape[2], inputs.max_kv_len
+        kv_lens, q_offset = inputs.kv_lens, inputs.q_offset
         if kv_lens is None and max_kv_len > self.num_kv:
             raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {max_kv_len}")
         start = q_offset
         if start is None:
-            start = max_kv_len - num_queries if kv_lens is None else kv_lens - num_queries
+            tokens = num_queries if inputs.q_lens is None else inputs.q_lens
+            start = (max_kv_len if kv_lens is None else kv_lens) - tokens
         if isinstance(start, torch.Tensor) and (start.device.type != "cpu" or start.numel() == 0):
             return
         first, last = (int(x) for x in torch.as_tensor(start).aminmax())

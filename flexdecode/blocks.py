@@ -15,10 +15,11 @@ from .captures import leaf_names
 from .eager import evaluate
 from .graph import Graph, Node, topological
 from .identity import Mod
+from .inputs import Sizes
 from .intervals import FAR, MAX_INTERVALS, Region
 from .program import Program
 from .schedule import Schedule
-from .signature import Signature, Sizes
+from .signature import Signature
 
 UNUSED, DEAD, PARTIAL, FULL = range(4)  # of a block: past the sequence, masked out, mask evaluated, mask not needed
 

@@ -67,19 +67,19 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
 
 
 def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
-    path = module_path(program, spec.tiles.descriptors)
+    path = module_path(program, spec.tiles.descriptors, spec.signature.page_size > 0)
     kernel = Kernel(load_module(path), path, spec, facts)
     cache.counters.compilations += 1
     return kernel
 
 
-def module_path(program: Program, descriptors: bool) -> Path:
+def module_path(program: Program, descriptors: bool, paged: bool = False) -> Path:
     """The file of the module for two mods, found on disk or written there."""
-    identity = f"descriptors {descriptors}\n{sources_digest()}\n{program.text}"
-    return cache.stored_module(identity, lambda: generate_module(program, descriptors))
+    identity = f"descriptors {descriptors}, paged {paged}\n{sources_digest()}\n{program.text}"
+    return cache.stored_module(identity, lambda: generate_module(program, descriptors, paged))
 
 
-def generate_module(program: Program, descriptors: bool = False) -> str:
+def generate_module(program: Program, descriptors: bool = False, paged: bool = False) -> str:
     """The text of the module for two mods; with `descriptors`, K and V are loaded through tensor descriptors."""
     hooks = [lower_bounds(program)]
     for kind, graph, checks in (
@@ -88,7 +88,12 @@ def generate_module(program: Program, descriptors: bool = False) -> str:
     ):
         if graph is not None:
             hooks.append(lower(graph, kind, program.q_idx_given, checks))
-    files = {"kv_descriptor.py": descriptors, "block_lists.py": program.block_lists}
+    files = {
+        "kv_descriptor.py": descriptors and not paged,
+        "kv_paged.py": paged,
+        "kv_paged_descriptor.py": descriptors and paged,
+        "block_lists.py": program.block_lists,
+    }
     return generate(hooks, [name for name, wanted in files.items() if wanted])
 
 

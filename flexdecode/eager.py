@@ -11,19 +11,16 @@ import torch
 
 from .errors import IndexRangeError
 from .graph import INDEX_NAMES, Graph, Node, topological
+from .inputs import Inputs
 from .ops import HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
 
 
 def decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    inputs: Inputs,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-    q_offset: int | torch.Tensor | None,
     score: tuple[Graph | None, list],
     mask: tuple[Graph | None, list],
     scale: float,
@@ -32,13 +29,9 @@ def decode(
     """Computes attention by an online softmax over chunks, in float32.
 
     Args:
-        query: [B, Hq, Q, D].
-        key: [B, Hkv, N, D]; the batch may be 1.
-        value: [B, Hkv, N, Dv]; the batch may be 1.
+        inputs: of the call, checked.
         out: [B, Hq, Q, Dv], written.
         lse: float32 [B, Hq, Q], written, or None.
-        kv_lens: [B] or None.
-        q_offset: position of the first query token, a number or [B], or None for the end of the sequence.
         score: graph of the score_mod with the leaves of its captures.
         mask: the same of the mask_mod.
         scale: factor of the dot product.
@@ -47,45 +40,86 @@ def decode(
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
     """
+    query, max_kv_len = inputs.query, inputs.max_kv_len
     batch, num_q_heads, num_queries, head_dim = query.shape
-    num_kv_heads, max_kv_len = key.shape[1], key.shape[2]
     device = query.device
-    lens = torch.full((batch,), max_kv_len, device=device) if kv_lens is None else kv_lens.long().clamp(0, max_kv_len)
-    first = lens - num_queries if q_offset is None else torch.as_tensor(q_offset, device=device).long().expand(batch)
+    lens = _lengths(inputs.kv_lens, max_kv_len, query)
+    tokens = _lengths(inputs.q_lens, num_queries, query)
+    first = lens - tokens
+    if inputs.q_offset is not None:
+        first = torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
+    # Tokens past q_lens stand where the last one stands, so that mods see positions of the sequence.
+    token = torch.arange(num_queries, device=device).minimum(tokens.clamp(min=1)[:, None] - 1)
     indices = {
         "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
         "h": torch.arange(num_q_heads, device=device).view(1, -1, 1, 1),
-        "q_idx": (first[:, None] + torch.arange(num_queries, device=device)).view(batch, 1, -1, 1),
+        "q_idx": (first[:, None] + token).view(batch, 1, -1, 1),
     }
-    grouped = (query.float() * scale).reshape(batch, num_kv_heads, -1, head_dim)
+    grouped = (query.float() * scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
     rows = (batch, num_q_heads, num_queries)
+    row_live = (torch.arange(num_queries, device=device) < tokens[:, None]).view(batch, 1, -1).expand(rows)
     m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
     l_i = torch.zeros(rows, dtype=torch.float32, device=device)
-    acc = torch.zeros(*rows, value.shape[3], dtype=torch.float32, device=device)
+    acc = torch.zeros(*rows, inputs.value.shape[3], dtype=torch.float32, device=device)
+    if inputs.sinks is not None:
+        m_i = m_i.where(~row_live, inputs.sinks.float().view(1, -1, 1))
+        l_i = (m_i != -torch.inf).float()
     end = int(lens.max()) if device.type == "cpu" else max_kv_len
     step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
+        inside = kv < lens[:, None]
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        live = indices["kv_idx"] < lens.view(-1, 1, 1, 1)
-        chunk = slice(start, start + len(kv))
-        s = (grouped @ key[:, :, chunk].float().transpose(-1, -2)).view(*rows, len(kv))
+        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, inside)
+        s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
+        live = inside.view(batch, 1, 1, -1) & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         if score[0] is not None:
             s = _Evaluation(score, indices, s, live, check_indices).result()
         s = torch.where(live, s, -torch.inf)
-        v = torch.where((kv < lens[:, None])[:, None, :, None], value[:, :, chunk].float(), 0.0)
+        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, inside)
         m_new = torch.maximum(m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
         alpha = torch.exp(m_i - m_safe)
         l_i = l_i * alpha + p.sum(-1)
-        partial = (p.reshape(batch, num_kv_heads, -1, len(kv)) @ v).view_as(acc)
+        partial = (p.reshape(batch, inputs.key.shape[1], -1, len(kv)) @ v).view_as(acc)
         acc = acc * alpha[..., None] + partial
         m_i = m_new
     out.copy_(acc / torch.where(l_i == 0, 1.0, l_i)[..., None])
     if lse is not None:
         lse.copy_(m_i + torch.log(l_i))
+
+
+def _lengths(lengths: torch.Tensor | None, most: int, query: torch.Tensor) -> torch.Tensor:
+    if lengths is None:
+        return torch.full(query.shape[:1], most, device=query.device)
+    return lengths.long().clamp(0, most)
+
+
+def _read(
+    cache: torch.Tensor,
+    scale: float | torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    kv: torch.Tensor,
+    inside: torch.Tensor,
+) -> torch.Tensor:
+    """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where not `inside` [B, n]."""
+    per_token = scale if isinstance(scale, torch.Tensor) and scale.dim() == 3 else None
+    if page_table is None:
+        rows = cache[:, :, kv[0] : kv[-1] + 1].float() if len(kv) else cache[:, :, :0].float()
+        if per_token is not None:
+            rows = rows * per_token[:, :, kv, None].float()
+    else:
+        pages = torch.where(inside, page_table[:, kv // cache.shape[2]], 0).long()
+        rows = cache[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
+        if per_token is not None:
+            rows = rows * per_token[pages, :, kv % cache.shape[2]].float().transpose(1, 2)[..., None]
+    if isinstance(scale, torch.Tensor) and per_token is None:
+        rows = rows * scale.float()[..., None, None]
+    elif isinstance(scale, (int, float)):
+        rows = rows * scale
+    return torch.where(inside[:, None, :, None], rows, 0.0)
 
 
 def evaluate(

@@ -15,11 +15,12 @@ from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
 from .device import find_target
 from .identity import Mod, graph_of, identify
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs
 from .mod_report import ModReport, report_mod
 from .plan import check_captures, cut_call, make_program
 from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
-from .signature import DEFAULT_OPTIONS, DecodeOptions, Signature, Sizes, check_inputs, check_lens, describe
+from .signature import Signature, describe
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -128,6 +129,11 @@ def explain(
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: BlockMask | None = None,
+    page_table: torch.Tensor | None = None,
+    q_lens: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     options: DecodeOptions | None = None,
     device: str | DeviceFacts | None = None,
 ) -> Explanation:
@@ -148,6 +154,11 @@ def explain(
         q_offset: position of the first query token.
         scale: factor of the dot product.
         block_mask: lists of blocks; which ones a step reads is then not reported.
+        page_table: pages of each sequence; their contents do not matter.
+        q_lens: query tokens of each sequence.
+        k_scale: of quantised keys.
+        v_scale: of quantised values.
+        sinks: a logit for each query head.
         options: how to execute the call.
         device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
 
@@ -162,14 +173,13 @@ def explain(
         mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
     mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
     lists = block_mask is not None, combined
-    call = _check((query, key, value), mods, kv_lens, q_offset, scale, lists, options, device)
+    inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale)
+    call = _check(inputs, mods, lists, options, device)
     target = find_target(query.device, call.signature.backend, device)
     cut, source = None, None
-    sample = query.new_empty((*query.shape[:3], value.shape[3]))
-    if target.facts is not None and sample.numel():
-        tensors = (query, key, value, sample)
-        cut, _ = cut_call(call.signature, call.sizes, tensors, call.program, target.facts, call.options)
-        source = module_path(call.program, cut.tiles.descriptors)
+    if target.facts is not None and 0 not in inputs.out_shape:
+        cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
+        source = module_path(call.program, cut.tiles.descriptors, call.signature.page_size > 0)
     step = _step(call, cut)
     batch, num_kv_heads, max_kv_len = call.sizes
     used, read = None, None
@@ -179,7 +189,7 @@ def explain(
     if isinstance(step, Step):
         read = _bytes(key, value, batch, step.keys_read)
     elif cut is None:
-        read = used if sample.numel() else 0
+        read = 0 if 0 in inputs.out_shape else used
     return Explanation(
         shapes=_shapes(query, key, value),
         score_mod=report_mod("score_mod", call.program, call.mods[0]),
@@ -220,42 +230,43 @@ class _Call(NamedTuple):
 
 
 def _check(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    inputs: Inputs,
     mods: tuple[Mod, Mod],
-    kv_lens: torch.Tensor | None,
-    q_offset: int | torch.Tensor | None,
-    scale: float | None,
     lists: tuple[bool, bool],
     options: DecodeOptions | None,
     device: str | DeviceFacts | None,
 ) -> _Call:
     """Checks and traces a call as `flex_decode` does, except that only shapes matter on the meta device."""
-    query, key, value = tensors
+    query = inputs.query
     options = DEFAULT_OPTIONS if options is None else options
     meta = getattr(query, "is_meta", False)
-    lens = kv_lens.to("meta") if meta and isinstance(kv_lens, torch.Tensor) else kv_lens
-    offset = q_offset.to("meta") if meta and isinstance(q_offset, torch.Tensor) else q_offset
-    sizes = check_inputs(query, key, value, lens, offset, scale, None, options)
+    shapes = inputs
+    if meta:
+        shapes = Inputs(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs))
+        shapes = shapes._replace(key=inputs.key, value=inputs.value)  # which may share memory
+    sizes = check_inputs(shapes, options)
     if options.backend is None and (device is not None or meta):
         options = replace(options, backend="triton")
     place = torch.device("cpu") if meta else query.device
-    known_lens = torch.full((sizes.batch,), sizes.max_kv_len) if kv_lens is None else _known(kv_lens, place)
-    if known_lens is not None:
-        check_lens(known_lens, sizes.max_kv_len)
-        known_lens = known_lens.to(place, torch.int64)
+    lens = torch.full((sizes.batch,), sizes.max_kv_len) if inputs.kv_lens is None else _known(inputs.kv_lens, place)
+    tokens: torch.Tensor | None = torch.full((sizes.batch,), query.shape[2])
+    if inputs.q_lens is not None:
+        tokens = _known(inputs.q_lens, place)
+    known = inputs._replace(kv_lens=lens, q_lens=tokens)
+    check_all_lens(known, replace(options, debug=True))
     graphs = []
     for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
         graph, traced = graph_of(kind, mod, place)
         check_captures(kind, graph, traced, None if meta else place)
         graphs.append(graph)
-    first = known_lens - query.shape[2] if known_lens is not None else None
-    if q_offset is not None:
-        first = _known(torch.as_tensor(q_offset), place)
+    lens, tokens = (None if x is None else x.to(place, torch.int64) for x in (lens, tokens))
+    first = None if lens is None or tokens is None else lens - tokens
+    if inputs.q_offset is not None:
+        first = _known(torch.as_tensor(inputs.q_offset), place)
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
-    sample = query.new_empty((*query.shape[:3], value.shape[3]))
-    signature = describe(query, key, value, sample, lens, offset, False, options)
+    signature = describe(shapes, query.new_empty(inputs.out_shape), False, options)
     program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes, *lists)
-    return _Call(mods, program, signature, sizes, options, place, known_lens, first)
+    return _Call(mods, program, signature, sizes, options, place, lens, first)
 
 
 def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:

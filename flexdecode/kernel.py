@@ -19,11 +19,12 @@ from .graph import Graph
 from .lower import CaptureLayout
 from .ops import HALF
 from .schedule import DeviceFacts, Tiles
-from .signature import UNIT, Signature
+from .signature import UNIT, ScaleType, Signature
 
 TYPE_NAMES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
@@ -97,67 +98,95 @@ def _precision(dtype: torch.dtype, facts: DeviceFacts) -> str:
 
 def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, by name."""
-    pdl = facts.has_pdl
     signature, tiles = spec.signature, spec.tiles
-    if combine:
-        return {
-            "NUM_QUERIES": signature.num_queries,
-            "V_HEAD_DIM": signature.v_head_dim,
-            "BLOCK_DV": combine_block_dv(tiles),
-            "BLOCK_S": tiles.block_s,
-            "PDL": pdl,
-        }
-    return {
+    known = {
         "GROUP_SIZE": signature.group_size,
         "NUM_QUERIES": signature.num_queries,
-        "HEAD_DIM": signature.head_dim,
         "V_HEAD_DIM": signature.v_head_dim,
         "BLOCK_M": tiles.block_m,
+        "BALANCED": tiles.balanced,
+        "PDL": facts.has_pdl,
+    }
+    if combine:
+        return known | {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s}
+    return known | {
+        "HEAD_DIM": signature.head_dim,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": tiles.block_d,
+        "BLOCK_R": tiles.block_r,
         "BLOCK_DV": tiles.block_dv,
+        "BLOCK_B": tiles.block_b,
+        "PAGE_SIZE": signature.page_size,
+        "SHARED": tiles.shared,
         "SPLIT": tiles.split,
         "NUM_LIVE": spec.num_live,
         "NUM_FULL": spec.num_full,
         "PRECISION": _precision(signature.dtype, facts),
-        "PDL": pdl,
     }
 
 
 def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
     """The Triton type of each argument; `constexpr` for what is absent or known to be 1."""
     signature = spec.signature
-    element = "*" + TYPE_NAMES[signature.dtype]
-    offset = signature.q_offset
+    offset, tiles = signature.q_offset, spec.tiles
+    element, cached = ("*" + TYPE_NAMES[dtype] for dtype in (signature.dtype, signature.kv_dtype))
     known: dict[str, Any] = {
-        **dict.fromkeys(("query", "key", "value", "out"), element),
-        "key_descriptor": _descriptor_type(spec, spec.tiles.block_d),
-        "value_descriptor": _descriptor_type(spec, spec.tiles.block_dv),
+        "query": element,
+        "key": cached,
+        "value": cached,
+        "out": element,
+        "key_descriptor": _descriptor_type(spec, tiles.block_d),
+        "value_descriptor": _descriptor_type(spec, tiles.block_dv),
         "lse": "*fp32" if signature.return_lse else "constexpr",
-        "partial_out": "*fp32" if spec.tiles.split else "constexpr",
-        "partial_lse": "*fp32" if spec.tiles.split else "constexpr",
-        "kv_lens": "constexpr" if signature.kv_lens is None else "*" + TYPE_NAMES[signature.kv_lens],
-        "q_offset": "constexpr"
-        if offset is None
-        else "*" + TYPE_NAMES[offset]
-        if isinstance(offset, torch.dtype)
-        else "i64",
+        "partial_out": "*fp32" if tiles.split else "constexpr",
+        "partial_lse": "*fp32" if tiles.split else "constexpr",
+        "item_parts": "*i32" if tiles.balanced else "constexpr",
+        "kv_lens": _pointer(signature.kv_lens),
+        "q_lens": _pointer(signature.q_lens),
+        "q_offset": "i64" if offset is int else _pointer(offset),
+        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64"),
         "block_lists": BLOCK_LISTS_TYPES if spec.block_lists else (),
+        "key_scales": _scale_types(signature.k_scale),
+        "value_scales": _scale_types(signature.v_scale),
+        "sinks": _pointer(signature.sinks),
         "score_captures": spec.score_captures,
         "mask_captures": spec.mask_captures,
         "scale": "fp32",
-        **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if spec.tiles.descriptors else ("i64",) * 2),
-        **dict.fromkeys(("num_kv_heads", "num_q_heads", "max_kv_len", "num_splits"), "i32"),
+        **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if tiles.descriptors else ("i64",) * 2),
+        **dict.fromkeys(("batch", "num_kv_heads", "max_kv_len", "num_splits"), "i32"),
     }
     for name, stride_class in _strides(signature).items():
         known[name] = "constexpr" if stride_class == UNIT else "i64"
     return {name: known.get(name, "constexpr") for name in names}
 
 
+def _pointer(dtype: Any) -> str:
+    """Triton's type of a tensor's address; `constexpr` for None, which stands for no tensor."""
+    return "constexpr" if dtype is None else "*" + TYPE_NAMES[dtype]
+
+
+def _scale_types(kind: ScaleType | None) -> tuple[str, ...]:
+    """Types of what `scale_arguments` gives."""
+    if kind is None:
+        return ()
+    dtype, rank = kind
+    return ("fp32",) if dtype is None else (_pointer(dtype), *["i64"] * max(rank, 2))
+
+
+def scale_arguments(scale: float | torch.Tensor | None, pointers: bool) -> tuple:
+    """`key_scales` or `value_scales` of a kernel: (), (number,), or address and strides over b, h and, if any, n."""
+    if scale is None:
+        return ()
+    if not isinstance(scale, torch.Tensor):
+        return (float(scale),)
+    steps = [0 if size == 1 else step for size, step in zip(scale.shape, scale.stride(), strict=True)]
+    return (scale.data_ptr() if pointers else scale, *[0] * (2 - scale.dim()), *steps)
+
+
 def _descriptor_type(spec: KernelSpec, width: int) -> str:
     if not spec.tiles.descriptors:
         return "constexpr"
-    return f"tensordesc<{TYPE_NAMES[spec.signature.dtype]}[{spec.tiles.block_n}, {width}]>"
+    return f"tensordesc<{TYPE_NAMES[spec.signature.kv_dtype]}[{spec.tiles.block_n}, {width}]>"
 
 
 def _strides(signature: Signature) -> dict[str, int]:

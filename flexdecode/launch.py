@@ -11,10 +11,10 @@ from .block_mask import BlockLists
 from .compiled import find_kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
-from .kernel import KernelSpec, capture_types
+from .inputs import Inputs, Sizes
+from .kernel import KernelSpec, capture_types, scale_arguments
 from .program import Program
 from .schedule import DeviceFacts, Schedule
-from .signature import Sizes
 
 
 class _Workspaces(threading.local):
@@ -72,36 +72,34 @@ class TritonLauncher:
         self.on_gpu = facts.backend != "cpu"
         self.read_score = CaptureReader(program.score, self.on_gpu)
         self.read_mask = CaptureReader(program.mask, self.on_gpu)
-        signature = spec.signature
-        self.listed = (sizes.num_kv_heads, spec.tiles.block_n, program.combined, self.on_gpu)
+        signature, tiles = spec.signature, spec.tiles
+        self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices
-        self.block_shape = (spec.tiles.block_n, spec.tiles.block_d, spec.tiles.block_dv)
-        self.dtype = signature.dtype
+        self.block_shape = (tiles.block_n, tiles.block_d, tiles.block_dv)
+        self.dtype = signature.kv_dtype
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         num_q_heads = signature.group_size * sizes.num_kv_heads
-        self.num_rows = sizes.batch * num_q_heads * signature.num_queries
-        parts = self.num_rows * cut.num_splits if cut.tiles.split else 0
-        self.lse_size = -(-parts // 4) * 4  # what follows starts at a multiple of 16 bytes
-        self.workspace_size = self.lse_size + parts * signature.v_head_dim
+        num_rows = sizes.batch * num_q_heads * signature.num_queries
+        # A balanced worker has two places for partial results of a tile of rows.
+        places = 2 * cut.num_splits * tiles.block_m if tiles.balanced else num_rows * cut.num_splits
+        self.places = places if tiles.split else 0
+        self.parts_size = 2 * cut.num_items if tiles.balanced else 0
+        self.workspace_size = -(-(self.places + self.parts_size) // 4) * 4 + self.places * signature.v_head_dim
         self.device = signature.device
-        self.sizes = (sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits)
+        self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits)
         key_steps, value_steps = strides[4:6], strides[8:10]
         if matrices is not None:
             key_steps, value_steps = matrices[0].steps, matrices[1].steps
         self.strides = (*strides[:4], key_steps, *strides[6:8], value_steps, *strides[10:])
-        self.combine_tail = (*strides[12:], num_q_heads, cut.num_splits)
-        self.grid = (cut.num_items, cut.num_splits)
-        self.combine_grid = (self.num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
+        self.combine_tail = (*strides[12:], *self.sizes[1:])
+        self.grid = cut.grid
+        self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
 
     def __call__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        inputs: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor | None,
-        kv_lens: torch.Tensor | None,
-        q_offset: int | torch.Tensor | None,
         score_leaves: list,
         mask_leaves: list,
         scale: float,
@@ -110,38 +108,42 @@ class TritonLauncher:
         """Launches both passes on the current stream; returns at once."""
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
+                self._launch(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
         else:
-            self._launch(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
+            self._launch(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
 
-    def _launch(self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists) -> None:  # type: ignore[no-untyped-def]
-        stream, outputs = 0, (out, lse, None, None)
-        inputs: tuple = (query, key, value)
-        descriptors: tuple = (None, None)
-        if self.on_gpu:
-            # The launcher takes addresses as numbers without asking the driver about them.
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            inputs = query.data_ptr(), key.data_ptr(), value.data_ptr()
-            outputs = out.data_ptr(), None if lse is None else lse.data_ptr(), None, None
-            if kv_lens is not None:
-                kv_lens = kv_lens.data_ptr()
-            if isinstance(q_offset, torch.Tensor):
-                q_offset = q_offset.data_ptr()
-            if self.matrices is not None:
-                descriptors = self._descriptors(*inputs[1:])
-        block_lists = () if lists is None else lists.arguments(*self.listed)
-        if self.workspace_size:
-            outputs = (*outputs[:2], *self._workspace(stream))
+    def _launch(
+        self,
+        inputs: Inputs,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        score_leaves: list,
+        mask_leaves: list,
+        scale: float,
+        lists: BlockLists | None,
+    ) -> None:
+        # The launcher takes addresses as numbers without asking the driver about them.
+        at = _address if self.on_gpu else _itself
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
+        caches = at(inputs.key), at(inputs.value)
+        descriptors = (None, None) if self.matrices is None else self._descriptors(*caches)
+        partials = self._workspace(stream) if self.workspace_size else (None, None, None)
+        outputs = at(out), at(lse), *partials
+        lens = at(inputs.kv_lens), at(inputs.q_lens)
+        sinks, table = at(inputs.sinks), inputs.page_table
         self.kernel.split(
             self.grid,
             stream,
             (
-                *inputs, *descriptors, *outputs, kv_lens, q_offset, block_lists, self.read_score(score_leaves),
-                self.read_mask(mask_leaves), scale, *self.strides, *self.sizes,
+                at(inputs.query), *caches, *descriptors, *outputs, *lens, at(inputs.q_offset),
+                () if table is None else (at(table), table.stride(0)),
+                () if lists is None else lists.arguments(*self.listed),
+                scale_arguments(inputs.k_scale, self.on_gpu), scale_arguments(inputs.v_scale, self.on_gpu), sinks,
+                self.read_score(score_leaves), self.read_mask(mask_leaves), scale, *self.strides, *self.sizes,
             ),
         )  # fmt: skip
         if self.kernel.combine is not None:
-            self.kernel.combine(self.combine_grid, stream, (*outputs, *self.combine_tail))
+            self.kernel.combine(self.combine_grid, stream, (*outputs, *lens, sinks, *self.combine_tail))
 
     def _descriptors(self, key: int, value: int) -> tuple:
         """Launch arguments of the tensor descriptors of two addresses; those of the last call are kept."""
@@ -156,7 +158,7 @@ class TritonLauncher:
         return self.described[1]
 
     def _workspace(self, stream: int) -> tuple:
-        """Outputs and log-sum-exps of the partials, float32, in memory kept for the next call on the same stream.
+        """Memory of the partials, kept for the next call on the same stream: outputs, log-sum-exps, parts of items.
 
         Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured the
         memory comes from the graph's pool instead: it must live as long as the graph.
@@ -167,7 +169,17 @@ class TritonLauncher:
             kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
             if not capturing:
                 _workspaces.kept[self.device, stream] = kept
+        partial_out = -(-(self.places + self.parts_size) // 4) * 4  # starts at a multiple of 16 bytes
         if self.on_gpu:
             start = kept.data_ptr()
-            return start + 4 * self.lse_size, start
-        return kept[self.lse_size :], kept
+            return start + 4 * partial_out, start, start + 4 * self.places if self.parts_size else None
+        parts = kept[self.places :].view(torch.int32) if self.parts_size else None
+        return kept[partial_out:], kept, parts
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -15,22 +15,21 @@ from .device import device_facts
 from .errors import FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
 from .identity import Mod, constants_of, graph_of, watch
+from .inputs import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    Inputs,
+    Sizes,
+    check_all_lens,
+    check_inputs,
+    checked_scale,
+)
 from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
 from .program import Program
 from .proofs import CallSizes, find_checks, integers
 from .schedule import DeviceFacts, Schedule, schedule, smaller
-from .signature import (
-    DEFAULT_OPTIONS,
-    DecodeOptions,
-    Signature,
-    Sizes,
-    check_inputs,
-    check_lens,
-    checked_scale,
-    describe,
-    kernel_strides,
-)
+from .signature import Signature, all_strides, describe
 
 if TYPE_CHECKING:
     from .printing import Names
@@ -49,13 +48,9 @@ class Launcher(Protocol):
 
     def __call__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        inputs: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor | None,
-        kv_lens: torch.Tensor | None,
-        q_offset: int | torch.Tensor | None,
         score_leaves: list,
         mask_leaves: list,
         scale: float,
@@ -74,12 +69,12 @@ class EagerLauncher:
         self.names = names
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists=None
+        self, inputs, out, lse, score_leaves, mask_leaves, scale, lists=None
     ) -> None:
         """As in `Launcher`; the mask says all that lists say."""
         score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
         try:
-            eager.decode(query, key, value, out, lse, kv_lens, q_offset, score, mask, scale, self.names is not None)
+            eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
@@ -109,68 +104,45 @@ def _names(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> 
 class Plan:
     """Allocates the outputs of a call and runs it."""
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        out_shape: tuple[int, int, int, int],
-        head_dim: int,
-        max_kv_len: int,
-        return_lse: bool,
-        check_lens: bool,
-        checker: Launcher | None,
-    ) -> None:
+    def __init__(self, launcher: Launcher, inputs: Inputs, return_lse: bool, options: DecodeOptions) -> None:
         self.launcher = launcher
-        self.out_shape = out_shape
-        self.default_scale = 1.0 / math.sqrt(head_dim)
-        self.max_kv_len = max_kv_len
+        self.checker: Launcher | None = None
+        self.out_shape = inputs.out_shape
+        self.default_scale = 1.0 / math.sqrt(inputs.query.shape[3])
         self.return_lse = return_lse
-        self.check_lens = check_lens
-        self.checker = checker
-        self.empty = 0 in out_shape
+        self.checks_lens = options.debug or inputs.query.device.type == "cpu"
+        self.options = options
+        self.empty = 0 in self.out_shape
+        loose = [
+            name
+            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
+            if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
+        ]
+        self.loose = loose  # what the kernels want contiguous
 
     def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_lens: torch.Tensor | None,
-        q_offset: int | torch.Tensor | None,
-        scale: float | None,
-        out: torch.Tensor | None,
-        score_leaves: list,
-        mask_leaves: list,
-        lists: BlockLists | None = None,
+        self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs the call on tensors of the layout that the plan was made for."""
-        if out is None:
-            out = query.new_empty(self.out_shape)
-        lse = query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
-        if self.check_lens and kv_lens is not None:
-            check_lens(kv_lens, self.max_kv_len)
+        out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
+        lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        if self.checks_lens:
+            check_all_lens(inputs, self.options)
         if not self.empty:
-            scale = self.default_scale if scale is None else checked_scale(scale)  # known calls come unchecked
-            if kv_lens is not None and kv_lens.stride(0) != 1:
-                kv_lens = kv_lens.contiguous()
-            if isinstance(q_offset, torch.Tensor) and q_offset.stride(0) != 1:
-                q_offset = q_offset.contiguous()
+            scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
+            if self.loose:
+                inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
             if self.checker is not None:
-                scratch = torch.empty_like(out)
-                self.checker(query, key, value, scratch, None, kv_lens, q_offset, score_leaves, mask_leaves, scale)
-            self.launcher(query, key, value, out, lse, kv_lens, q_offset, score_leaves, mask_leaves, scale, lists)
+                self.checker(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale)
+            self.launcher(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
         return out if lse is None else (out, lse)
 
 
 def prepare(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    inputs: Inputs,
     score: Mod,
     mask: Mod,
-    kv_lens: torch.Tensor | None,
-    q_offset: int | torch.Tensor | None,
-    scale: float | None,
     return_lse: bool,
-    out: torch.Tensor | None,
     options: DecodeOptions | None,
     listed: bool = False,
     combined: bool = False,
@@ -184,25 +156,24 @@ def prepare(
         TypeError, ValueError, TraceError: as `flex_decode`.
     """
     options = DEFAULT_OPTIONS if options is None else options
-    sizes = check_inputs(query, key, value, kv_lens, q_offset, scale, out, options)
-    score_graph, score = graph_of("score_mod", score, query.device)
-    mask_graph, mask = graph_of("mask_mod", mask, query.device)
-    check_captures("score_mod", score_graph, score, query.device)
-    check_captures("mask_mod", mask_graph, mask, query.device)
-    shape = (*query.shape[:3], value.shape[3])
-    sample = query.new_empty(shape) if out is None else out
-    signature = describe(query, key, value, sample, kv_lens, q_offset, return_lse, options)
+    sizes = check_inputs(inputs, options)
+    device = inputs.query.device
+    score_graph, score = graph_of("score_mod", score, device)
+    mask_graph, mask = graph_of("mask_mod", mask, device)
+    check_captures("score_mod", score_graph, score, device)
+    check_captures("mask_mod", mask_graph, mask, device)
+    sample = inputs.query.new_empty(inputs.out_shape) if inputs.out is None else inputs.out
+    signature = describe(inputs, sample, return_lse, options)
     graphs = score_graph, mask_graph
     names = _names(graphs, (score, mask)) if options.debug else None
     launcher: Launcher
-    if signature.backend == "torch" or 0 in shape:
+    if signature.backend == "torch" or 0 in inputs.out_shape:
         launcher = EagerLauncher(graphs, names)
     else:
         program, mask = make_program(graphs, (score, mask), signature, sizes, listed, combined)
-        launcher = _triton_launcher(signature, sizes, (query, key, value, sample), program, options)
-    checker = EagerLauncher(graphs, names) if options.debug else None
-    lens_checked = kv_lens is not None and (kv_lens.device.type == "cpu" or options.debug)
-    plan = Plan(launcher, shape, query.shape[3], sizes.max_kv_len, return_lse, lens_checked, checker)
+        launcher = _triton_launcher(signature, sizes, inputs, sample, program, options)
+    plan = Plan(launcher, inputs, return_lse, options)
+    plan.checker = EagerLauncher(graphs, names) if options.debug else None
     return plan, score, mask
 
 
@@ -244,14 +215,15 @@ def make_program(
 def _triton_launcher(
     signature: Signature,
     sizes: Sizes,
-    tensors: tuple[torch.Tensor, ...],
+    inputs: Inputs,
+    out: torch.Tensor,
     program: Program,
     options: DecodeOptions,
 ) -> TritonLauncher:
     """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller."""
     facts = device_facts(signature.device)
-    cut, matrices = cut_call(signature, sizes, tensors, program, facts, options)
-    strides = tuple(s for t in tensors for s in kernel_strides(t, sizes.batch))
+    cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
+    strides = all_strides(inputs, out)
     while True:
         spec = KernelSpec(
             signature,
@@ -275,7 +247,7 @@ def _triton_launcher(
 def cut_call(
     signature: Signature,
     sizes: Sizes,
-    tensors: tuple[torch.Tensor, ...],
+    inputs: Inputs,
     program: Program,
     facts: DeviceFacts,
     options: DecodeOptions,
@@ -283,8 +255,10 @@ def cut_call(
     """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors."""
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
-    matrices = as_matrices(tensors[1], tensors[2], sizes.batch) if program.num_full else None
-    cut = schedule(signature, sizes, facts, options, matrices is not None, bounds.is_bounded, program.fetches)
+    caches = inputs.key.shape[0] if signature.page_size else sizes.batch
+    matrices = as_matrices(inputs.key, inputs.value, caches) if program.num_full else None
+    describable = matrices is not None and signature.page_size % 128 == 0
+    cut = schedule(signature, sizes, facts, options, describable, bounds.is_bounded, program.fetches)
     return cut, matrices if cut.tiles.descriptors else None
 
 

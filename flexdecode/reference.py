@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["evaluate_mod", "reference_decode"]
+__all__ = ["dequantized_rows", "evaluate_mod", "reference_decode"]
 
 
 @torch.no_grad()
@@ -26,30 +26,53 @@ def reference_decode(
     kv_lens: torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
+    page_table: torch.Tensor | None = None,
+    q_lens: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes `softmax(mask(score_mod(query @ key^T * scale))) @ value` over the live keys.
 
     Args:
         query: `[B, Hq, Q, D]`, any floating dtype and device.
-        key: `[B or 1, Hkv, N, D]`; query head `h` reads head `h // (Hq // Hkv)`.
+        key: `[B or 1, Hkv, N, D]`, any dtype; query head `h` reads head `h // (Hq // Hkv)`.
         value: `[B or 1, Hkv, N, Dv]`.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`; natural-log units, absolute positions.
         mask_mod: `(b, h, q_idx, kv_idx) -> bool`; where it is false the score becomes `-inf`.
         kv_lens: `[B]` integers; the live keys of sequence `b` are `0 .. min(kv_lens[b], N) - 1`. Default: N.
-        q_offset: position of query row 0, a number or `[B]`. Default: `min(kv_lens[b], N) - Q`.
+        q_offset: position of query row 0, a number or `[B]`. Default: `min(kv_lens[b], N) - q_lens[b]`.
         scale: factor on the dot products. Default: `1 / sqrt(D)`.
+        page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; position
+            `n` of sequence `b` is row `n % page_size` of page `page_table[b, n // page_size]`, `N` is
+            `max_pages * page_size`, and `kv_lens` is needed. Entries without a live key are not read.
+        q_lens: `[B]` integers; the tokens of sequence `b` are query rows `0 .. min(q_lens[b], Q) - 1`. Default: Q.
+        k_scale: factor on the stored keys: a number, `[Hkv]`, `[B, Hkv]`, or per key in the layout of `key` without its
+            last dimension. Default: 1.
+        v_scale: the same for the values.
+        sinks: `[Hq]` logits, natural-log units, after scale and mods: the softmax denominator of head `h` gains
+            `exp(sinks[h])`.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
         The output `[B, Hq, Q, Dv]` and, if asked for, lse `[B, Hq, Q]`; float64 on the CPU. A row without a live key is
-        0 with lse `-inf`; a row with a NaN score at a live position is NaN.
+        0 with lse `-inf`, or `sinks[h]`; one past `q_lens[b]` is 0 with lse `-inf`. A row with a NaN score at a live
+        position is NaN.
+
+    Raises:
+        ValueError: a `page_table` without `kv_lens`.
+        IndexError: an entry of `page_table` with a live key is not the number of a page.
     """
+    if page_table is not None and kv_lens is None:
+        raise ValueError("`page_table` needs `kv_lens`")
     (B, Hq, Q, D), (_, Hkv, N, Dv) = query.shape, value.shape
+    N *= 1 if page_table is None else page_table.shape[1]
     rows = Hq // Hkv * Q  # The query rows that share a key head.
     scale = D**-0.5 if scale is None else scale
     lens = torch.full((B,), N) if kv_lens is None else kv_lens.to("cpu", torch.int64).clamp(0, N)
-    first = lens - Q if q_offset is None else torch.as_tensor(q_offset).to("cpu", torch.int64).expand(B)
+    tokens = torch.full((B,), Q) if q_lens is None else q_lens.to("cpu", torch.int64).clamp(0, Q)
+    first = lens - tokens if q_offset is None else torch.as_tensor(q_offset).to("cpu", torch.int64).expand(B)
 
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
@@ -57,7 +80,8 @@ def reference_decode(
         # What lies past the length is cut off here: nothing below can see it.
         n = int(lens[batch])
         q = query[batch].to("cpu", torch.float64).reshape(Hkv, rows, D)
-        k, v = (x.expand(B, -1, -1, -1)[batch, :, :n].to("cpu", torch.float64) for x in (key, value))
+        k = dequantized_rows(key, k_scale, batch, n, page_table)
+        v = dequantized_rows(value, v_scale, batch, n, page_table)
         grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
 
         score = (q @ k.mT).reshape(Hq, Q, n) * scale
@@ -66,11 +90,59 @@ def reference_decode(
         if mask_mod is not None:
             score = score.where(evaluate_mod(mask_mod, grid)[0], -torch.inf)
         lse[batch] = score.logsumexp(dim=-1)
+        if sinks is not None:
+            lse[batch] = lse[batch].logaddexp(sinks.to("cpu", torch.float64)[:, None])
         # A row without a live key keeps finite arithmetic: exp(-inf - 0) = 0.
         shift = lse[batch].where(lse[batch] != -torch.inf, 0.0)
         weight = (score - shift[..., None]).exp()
         out[batch] = (weight.reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
+        out[batch, :, tokens[batch] :], lse[batch, :, tokens[batch] :] = 0.0, -torch.inf
     return (out, lse) if return_lse else out
+
+
+def dequantized_rows(
+    cache: torch.Tensor,
+    scale: float | torch.Tensor | None,
+    batch: int,
+    length: int,
+    page_table: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Reads the first keys or values of one sequence as numbers: what is stored times its scale.
+
+    Args:
+        cache: `[B or 1, Hkv, N, D]`, or with a page table `[num_pages, Hkv, page_size, D]`; any dtype and device.
+        scale: a number, `[Hkv]`, `[B, Hkv]`, or `cache.shape[:-1]` with a batch that may be 1. None: 1.
+        batch: the sequence.
+        length: how many rows to read.
+        page_table: `[B, max_pages]` integers.
+        dtype: the floating type of the arithmetic.
+
+    Returns:
+        `[Hkv, length, D]` of type `dtype`, on the CPU.
+
+    Raises:
+        IndexError: a page that is to be read does not exist.
+    """
+    rows = _sequence(cache, batch, length, page_table).to(dtype)
+    if scale is None:
+        return rows
+    factor = torch.as_tensor(scale, dtype=dtype, device="cpu")
+    if factor.ndim == 3:
+        return rows * _sequence(factor, batch, length, page_table)[..., None]
+    per_head = factor[batch] if factor.ndim == 2 else factor
+    return rows * per_head.reshape(-1, 1, 1)
+
+
+def _sequence(cache: torch.Tensor, batch: int, length: int, page_table: torch.Tensor | None) -> torch.Tensor:
+    """The first rows of one sequence of a cache `[B or 1, Hkv, N, ...]` or `[num_pages, Hkv, page_size, ...]`."""
+    if page_table is None:
+        return cache[0 if len(cache) == 1 else batch, :, :length].cpu()
+    page_size = cache.shape[2]
+    pages = page_table[batch, : -(-length // page_size)].tolist()
+    if not all(0 <= page < len(cache) for page in pages):
+        raise IndexError(f"sequence {batch} has pages {pages}, but there are {len(cache)}")
+    return cache[pages].cpu().transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def evaluate_mod(

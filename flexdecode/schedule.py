@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .signature import DecodeOptions, Signature, Sizes
+from .inputs import DecodeOptions, Sizes
+from .signature import Signature
 
 MAX_SPLITS = 1024
+BALANCED_BYTES = 64 << 20  # below, finding out who does what takes longer than what it evens out
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
 
@@ -45,18 +47,24 @@ class Tiles:
     """The compile-time half of a schedule; one kernel per value.
 
     `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
-    loads through tensor descriptors instead of pointers.
+    loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
+    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `balanced` makes equal
+    runs of all work, which sums the weights of `block_b` sequences per step.
     """
 
     block_m: int
     block_n: int
     block_d: int
+    block_r: int
     block_dv: int
     num_warps: int
     num_stages: int
     split: bool
     descriptors: bool
     block_s: int
+    shared: bool = False
+    balanced: bool = False
+    block_b: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,22 @@ class Schedule:
     Attributes:
         tiles: compile-time sizes.
         num_items: (sequence, KV head, row tile) triples.
-        num_splits: programs per item.
+        num_splits: programs per item; balanced, how many workers share all items.
     """
 
     tiles: Tiles
     num_items: int
     num_splits: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs of the first pass."""
+        return (self.num_splits, 1) if self.tiles.balanced else (self.num_items, self.num_splits)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of the first pass, in all."""
+        return self.grid[0] * self.grid[1]
 
 
 def next_power_of_2(n: int) -> int:
@@ -103,15 +121,31 @@ def schedule(
     rows = signature.group_size * signature.num_queries
     is_float32 = signature.dtype == torch.float32
     block_m = min(max(16, next_power_of_2(rows)), 32 if is_float32 else 64)
-    block_d, block_dv = max(16, next_power_of_2(signature.head_dim)), max(16, next_power_of_2(signature.v_head_dim))
-    num_items = sizes.batch * sizes.num_kv_heads * -(-rows // block_m)
-    kv_bytes = (block_d + block_dv) * signature.dtype.itemsize
+    block_d, block_r = _head_dim_blocks(signature.head_dim)
+    block_dv = max(16, next_power_of_2(signature.v_head_dim))
+    shared = signature.shared_kv and block_dv == block_d
+    items_per_sequence = sizes.num_kv_heads * -(-rows // block_m)
+    num_items = sizes.batch * items_per_sequence
+    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
     total_bytes = num_items * sizes.max_kv_len * kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
-    num_splits = options.num_splits or _num_splits(
-        num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1
+    balanced = options.schedule == "balanced" or (
+        options.schedule is None
+        and options.num_splits is None
+        and not (options.batch_invariant or is_bounded)
+        and signature.kv_lens is not None
+        and sizes.batch > 1
+        and total_bytes >= BALANCED_BYTES
     )
-    crowded = num_items * num_splits > facts.num_sms
+    if balanced:
+        num_splits = max(1, min(2 * facts.num_sms, num_items * longest))
+    elif options.batch_invariant:
+        num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
+    else:
+        num_splits = options.num_splits or _num_splits(
+            num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1
+        )
+    crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, descriptors, facts)
@@ -120,14 +154,27 @@ def schedule(
         block_m,
         options.block_n or block_n,
         block_d,
+        block_r,
         block_dv,
-        options.num_warps or 4,
+        options.num_warps or (8 if block_m * block_dv >= 64 * 256 else 4),
         options.num_stages or num_stages,
-        split=num_splits > 1,
+        split=num_splits > 1 or balanced,
         descriptors=descriptors,
-        block_s=next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        block_s=4 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        shared=shared,
+        balanced=balanced,
+        block_b=next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0,
     )
     return Schedule(tiles, num_items, num_splits)
+
+
+def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
+    """Columns of a key in a first load and in a second one: a large head dimension is not padded to a power of two."""
+    whole = max(16, next_power_of_2(head_dim))
+    rest = head_dim - whole // 2
+    if whole <= 128 or rest > whole // 4:
+        return whole, 0
+    return whole // 2, max(16, next_power_of_2(rest))
 
 
 def smaller(cut: Schedule) -> Schedule | None:
@@ -147,7 +194,7 @@ def _pipeline(
 
     Args:
         block_m: rows of a tile.
-        kv_bytes: bytes of one key and its value.
+        kv_bytes: bytes of one key and its value, as they are loaded.
         is_float32: whether the inputs are float32.
         crowded: more programs than multiprocessors.
         descriptors: KV loads through tensor descriptors.

@@ -58,7 +58,9 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
             another way to find the blocks).
     """
     template = _functions("decode.py")
-    edits = [edit for name in replacements for edit in _whole_functions(template, name)]
+    # Of two files that have the same function, the later one wins.
+    chosen = {edit[:2]: edit for name in replacements for edit in _whole_functions(template, name)}
+    edits = list(chosen.values())
     for hook in hooks:
         edits += [_body(template, name, body) for name, body in hook.bodies.items()]
     called = frozenset().union(*(hook.functions for hook in hooks))

@@ -55,14 +55,15 @@ def block_runs(
 
 @triton.jit
 def full_block(runs, place, block_lists, NUM_LIVE: tl.constexpr):
-    """The full block with the number `place`."""
-    return tl.load(block_lists[0] + runs[3] + 2 * (block_lists[5] + 1) + runs[4] + place)
+    """The full block with the number `place`, asked for a step ahead, so `place` may be past the last one."""
+    order = block_lists[0] + runs[3] + 2 * (block_lists[5] + 1) + runs[4]
+    return tl.load(order + place, mask=place < runs[0], other=0)
 
 
 @triton.jit
 def partial_block(runs, place, block_lists, NUM_LIVE: tl.constexpr):
     """The partial block with the number `place`: the one that the sequence ends in comes first."""
-    in_list = runs[2] & (place >= runs[6])
+    in_list = runs[2] & (place >= runs[6]) & (place < runs[1])
     order = block_lists[0] + runs[3] + 3 * block_lists[5] + 2
     block = tl.load(order + tl.where(in_list, runs[5] + place - runs[6], 0))
     return tl.where(in_list, block, tl.where(runs[2], runs[7], runs[8] + place))

@@ -93,6 +93,12 @@ def fetch(pointers, inside):
 
 
 @triton.jit
+def find_pages(page_table, b, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where in a paged cache the keys from `start_n` on lie; read a step ahead of the keys themselves."""
+    return ()
+
+
+@triton.jit
 def kv_origin(base, b, kv_head, steps):
     """Where the rows of one KV head start, from `steps` (stride_b, stride_h): the address of its first row."""
     return base + b.to(tl.int64) * steps[0] + kv_head.to(tl.int64) * steps[1]
@@ -100,19 +106,32 @@ def kv_origin(base, b, kv_head, steps):
 
 @triton.jit
 def load_kv(
-    base, descriptor, origin, start_n, kv_len, stride_n, stride_d, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
+    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED reads zeros from `kv_len` on."""
+    """Loads columns `COLUMN .. COLUMN + BLOCK_D` of rows `start_n .. start_n + BLOCK_N`; zeros past HEAD_DIM.
+
+    `cache` is (origin, descriptor, steps, stride_n, stride_d); CHECKED reads zeros from `kv_len` on.
+    """
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = origin + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d
+    offs_d = COLUMN + tl.arange(0, BLOCK_D)
+    pointers = cache[0] + offs_n.to(tl.int64)[:, None] * cache[3] + offs_d[None, :] * cache[4]
     if CHECKED:
         return tl.load(pointers, mask=(offs_n[:, None] < kv_len) & (offs_d[None, :] < HEAD_DIM), other=0.0)
-    elif HEAD_DIM < BLOCK_D:
+    elif HEAD_DIM < COLUMN + BLOCK_D:
         return tl.load(pointers, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def load_scales(
+    scales, pages, b, kv_head, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr
+):
+    """Loads the scale of each key [BLOCK_N] from `scales` (pointer, stride_b, stride_h, stride_n); CHECKED as above."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    pointers = scales[0] + b.to(tl.int64) * scales[1] + kv_head.to(tl.int64) * scales[2] + offs_n * scales[3]
+    return fetch(pointers, offs_n < kv_len if CHECKED else None).to(tl.float32)
 
 
 # --- KV ranges --------------------------------------------------------------------------------------------------------
@@ -254,16 +273,90 @@ def partial_block(runs, place, block_lists, NUM_LIVE: tl.constexpr):
     return block
 
 
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_length(lengths, b, limit):
+    """Lengths of sequences `b`, between 0 and `limit`, int32."""
+    if lengths is not None:
+        limit = tl.maximum(tl.minimum(tl.load(lengths + b), limit), 0).to(tl.int32)
+    return limit
+
+
+@triton.jit
+def first_position(q_offset, b, kv_len, q_len):
+    """Position of the first query token: int64 if the caller gives it, else the end of the sequence."""
+    if q_offset is not None:
+        return (tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset).to(tl.int64)
+    else:
+        return kv_len - q_len
+
+
+@triton.jit
+def sequence_weights(
+    sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+    NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr,
+):  # fmt: skip
+    """How many blocks an item of each sequence is about to visit, int64; 0 where there is none, which is exact.
+
+    An estimate, from the newest token and the outer heads: it decides who does the work, never which work is done.
+    """
+    b = tl.minimum(sequences, batch - 1)
+    kv_len = read_length(kv_lens, b, max_kv_len)
+    q_len = read_length(q_lens, b, NUM_QUERIES)
+    newest = first_position(q_offset, b, kv_len, q_len) + tl.maximum(q_len, 1) - 1
+    h = (tl.arange(0, 2) * last_head)[None, :]
+    bound = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], score_captures, mask_captures)
+    weight = tl.zeros([sequences.shape[0], 2], tl.int64)
+    end = (kv_len + tl.zeros_like(b))[:, None]
+    for i in tl.static_range(NUM_LIVE):
+        lo = tl.minimum(tl.maximum(bound[2 * i], 0), 1 << 30)
+        hi = tl.minimum(bound[2 * i + 1], end)
+        weight += tl.where(lo < hi, (hi + BLOCK_N - 1) // BLOCK_N - lo // BLOCK_N, 0)
+    busy = (sequences < batch) & (kv_len > 0) & (q_len > 0)
+    return tl.where(busy, tl.maximum(tl.max(weight, 1), 1), 0)
+
+
+@triton.jit
+def find_sequence(
+    slot, num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+    NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The sequence that a slot belongs to, its first slot, its weight, and how many slots there are in all.
+
+    A sequence has `num_items` times its weight slots.
+    """
+    found = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int64)
+    weight = tl.zeros((), tl.int64)
+    total = tl.zeros((), tl.int64)
+    for chunk in tl.range(0, batch, BLOCK_B):
+        sequences = chunk + tl.arange(0, BLOCK_B)
+        weights = sequence_weights(
+            sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+            NUM_QUERIES, BLOCK_N, NUM_LIVE,
+        )  # fmt: skip
+        ends = total + tl.cumsum(weights, 0) * num_items
+        starts = ends - weights * num_items
+        here = (starts <= slot) & (slot < ends)
+        found += tl.sum(tl.where(here, sequences, 0), 0)
+        first += tl.sum(tl.where(here, starts, 0), 0)
+        weight += tl.sum(tl.where(here, weights, 0), 0)
+        total += tl.sum(weights, 0) * num_items
+    return found, first, weight, total
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def attend_block(
-    acc, m_i, l_i, q, start_n, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
-    key, key_descriptor, key_origin, stride_kn, stride_kd,
-    value, value_descriptor, value_origin, stride_vn, stride_vd,
+    acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, pages, kv_len, b, kv_head, h,
+    q_idx, score_rows, score_captures, mask_rows, mask_captures,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr,
+    CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length."""
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
@@ -274,10 +367,18 @@ def attend_block(
         kv_idx = tl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     score_fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
-    k = load_kv(
-        key, key_descriptor, key_origin, start_n, kv_len, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, CHECKED
-    )  # fmt: skip
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if len(key_scales) == 4:
+        key_scale = load_scales(key_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
+    if len(value_scales) == 4:
+        value_scale = load_scales(value_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
+    k = load_kv(keys, pages, start_n, kv_len, BLOCK_N, 0, HEAD_DIM, BLOCK_D, PAGE_SIZE, CHECKED).to(q.dtype)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if BLOCK_R > 0:
+        k_rest = load_kv(keys, pages, start_n, kv_len, BLOCK_N, BLOCK_D, HEAD_DIM, BLOCK_R, PAGE_SIZE, CHECKED)
+        score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=PRECISION)
+    score = score * scale
+    if len(key_scales) == 4:
+        score = score * key_scale[None, :]
     score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_fetched, score_captures) * LOG2E
     if CHECKED:
         score = tl.where(live, score, float("-inf"))
@@ -287,40 +388,55 @@ def attend_block(
     p = tl.exp2(score - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = load_kv(
-        value, value_descriptor, value_origin, start_n, kv_len, stride_vn, stride_vd, BLOCK_N, V_HEAD_DIM, BLOCK_DV,
-        CHECKED,
-    )  # fmt: skip
+    if len(value_scales) == 4:
+        p = p * value_scale[None, :]
+    if SHARED:
+        v = k
+    else:
+        v = load_kv(values, pages, start_n, kv_len, BLOCK_N, 0, V_HEAD_DIM, BLOCK_DV, PAGE_SIZE, CHECKED).to(q.dtype)
     acc = acc * alpha[:, None]
     acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return acc, m_new, l_i
 
 
 @triton.jit
-def decode_split(
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_offset,
-    block_lists, score_captures, mask_captures, scale,
-    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_om, stride_od,
-    num_kv_heads, max_kv_len, num_splits,
-    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits).
+def item_scale(scales, b, kv_head):
+    """The scale that holds for all keys of one head of one sequence; 1 where each key has its own."""
+    if len(scales) == 1:
+        return scales[0]
+    elif len(scales) == 3:
+        return tl.load(scales[0] + b.to(tl.int64) * scales[1] + kv_head.to(tl.int64) * scales[2]).to(tl.float32)
+    else:
+        return 1.0
 
-    query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
-    partial_out [B * Hq * Q, num_splits, Dv] and partial_lse [B * Hq * Q, num_splits] (base 2), kv_lens [B] or None,
-    q_offset a number, a [B] pointer or None, block_lists empty (block_lists.py says what else). NUM_LIVE and NUM_FULL
-    count the intervals that kv_bounds uses; the mask is evaluated in every block that is not proven full.
+
+@triton.jit
+def add_sink(m_i, l_i, sink):
+    """Lets a logit `sink` (base 2) join a softmax without a value: the factor for what is accumulated, m_i and l_i."""
+    m_new = tl.maximum(m_i, sink)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    return alpha, m_new, l_i * alpha + tl.exp2(sink - m_safe)
+
+
+@triton.jit
+def attend_run(
+    b, kv_head, tile, start, end, parts, place, whole,
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_lens,
+    q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
+    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
+    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, NUM_LIVE: tl.constexpr,
+    NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attends one item, a tile of query rows, to the share `start .. end` of `parts` of its KV blocks.
+
+    A `whole` item writes the output; otherwise its partial result goes to `place`.
     """
     NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
-    NUM_TILES: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
-    item = tl.program_id(0) // NUM_TILES
-    split = tl.program_id(1)
-    b = item // num_kv_heads
-    kv_head = item % num_kv_heads
-    rows = (tl.program_id(0) % NUM_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = rows < NUM_ROWS
     # A padding row computes what the last row computes, so that whatever is proven of valid rows holds for it.
     rows = tl.minimum(rows, NUM_ROWS - 1)
@@ -329,121 +445,267 @@ def decode_split(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     query_row = query + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qm
-    key_origin = kv_origin(key, b, kv_head, key_steps)
-    value_origin = kv_origin(value, b, kv_head, value_steps)
-    if PDL:
+    keys = (kv_origin(key, b, kv_head, key_steps), key_descriptor, key_steps, stride_kn, stride_kd)
+    values = (kv_origin(value, b, kv_head, value_steps), value_descriptor, value_steps, stride_vn, stride_vd)
+    if PDL and not BALANCED:
         gdc_wait()
         gdc_launch_dependents()
 
-    kv_len = max_kv_len
-    if kv_lens is not None:
-        kv_len = tl.maximum(tl.minimum(tl.load(kv_lens + b), max_kv_len), 0).to(tl.int32)
+    kv_len = read_length(kv_lens, b, max_kv_len)
     # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
     offset = token[:, None] if NUM_QUERIES > 1 else 0
-    q_idx = kv_len - NUM_QUERIES + offset
-    if q_offset is not None:
-        first_token = tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset
-        q_idx = first_token.to(tl.int64) + offset
+    num_tokens = NUM_QUERIES
+    if q_lens is not None:
+        num_tokens = read_length(q_lens, b, NUM_QUERIES)
+        offset = tl.minimum(offset, tl.maximum(num_tokens, 1) - 1)
+        q_idx = first_position(q_offset, b, kv_len, tl.maximum(num_tokens, 1)) + offset
+    else:
+        q_idx = first_position(q_offset, b, kv_len, NUM_QUERIES) + offset
     h = head[:, None]
     score_rows = score_row(b, h, q_idx, score_captures)
     mask_rows = mask_row(b, h, q_idx, mask_captures)
+    scale = scale * item_scale(key_scales, b, kv_head)
 
     q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    q_rest = None
+    if BLOCK_R > 0:
+        offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
+        q_rest = tl.load(query_row[:, None] + offs_r[None, :] * stride_qd, mask=offs_r[None, :] < HEAD_DIM, other=0.0)
 
     runs = block_runs(
         b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
     )  # fmt: skip
     num_full = runs[0]
-    num_partial = runs[1]
-    # The work of an item is its full blocks, then its partial ones; splits get shares that differ by one block at most.
+    # The work of an item is its full blocks, then its partial ones; shares differ by one block at most.
     first = 0
-    last = num_full + num_partial
-    if SPLIT:
-        share = last // num_splits
-        extra = last % num_splits
-        first = split * share + tl.minimum(split, extra)
-        last = first + share + tl.where(split < extra, 1, 0)
+    last = num_full + runs[1]
+    if q_lens is not None:
+        last = tl.where(num_tokens > 0, last, 0)
+    if BALANCED:
+        count = last.to(tl.int64)
+        first = (count * start // parts).to(tl.int32)
+        last = (count * end // parts).to(tl.int32)
+    elif SPLIT:
+        share = last // parts
+        extra = last % parts
+        first = start * share + tl.minimum(start, extra)
+        last = first + share + tl.where(start < extra, 1, 0)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if NUM_FULL > 0:
-        for place in tl.range(tl.minimum(first, num_full), tl.minimum(last, num_full)):
-            block = full_block(runs, place, block_lists, NUM_LIVE)
+        last_full = tl.minimum(last, num_full)
+        block = full_block(runs, first, block_lists, NUM_LIVE)
+        pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+        for i in tl.range(tl.minimum(first, num_full), last_full):
+            start_n = block * BLOCK_N
+            here = pages
+            block = full_block(runs, i + 1, block_lists, NUM_LIVE)
+            pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
-                mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
-                value, value_descriptor, value_origin, stride_vn, stride_vd,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
+                acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
+                b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, False, PRECISION,
             )  # fmt: skip
     first = tl.maximum(first - num_full, 0)
     last = tl.maximum(last - num_full, 0)
     if first < last:
-        for place in tl.range(first, last):
-            block = partial_block(runs, place, block_lists, NUM_LIVE)
+        block = partial_block(runs, first, block_lists, NUM_LIVE)
+        pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+        for i in tl.range(first, last):
+            start_n = block * BLOCK_N
+            here = pages
+            block = partial_block(runs, i + 1, block_lists, NUM_LIVE)
+            pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, block * BLOCK_N, kv_len, scale, b, h, q_idx, score_rows, score_captures, mask_rows,
-                mask_captures, key, key_descriptor, key_origin, stride_kn, stride_kd,
-                value, value_descriptor, value_origin, stride_vn, stride_vd,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
+                acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
+                b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, True, PRECISION,
             )  # fmt: skip
 
+    acc = acc * item_scale(value_scales, b, kv_head)
     # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
-    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    row_lse = m_i + tl.log2(l_i)
     store = row_valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM)
     flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * NUM_ROWS + rows
     if SPLIT:
-        place = flat_row * num_splits + split
-        tl.store(partial_lse + place, row_lse, mask=row_valid)
-        tl.store(partial_out + place[:, None] * V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
+        if BALANCED:
+            partial_row = place.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        else:
+            partial_row = flat_row * num_splits + place
+        if not whole:
+            partial = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+            tl.store(partial_lse + partial_row, m_i + tl.log2(l_i), mask=row_valid)
+            tl.store(partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :], partial, mask=store)
+    if BALANCED or not SPLIT:
+        if whole:
+            if sinks is not None:
+                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
+                acc = acc * alpha[:, None]
+            result = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+            row_lse = (m_i + tl.log2(l_i)) * LN2
+            if q_lens is not None:
+                result = tl.where((token < num_tokens)[:, None], result, 0.0)
+                row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
+            out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
+            tl.store(out_row[:, None] + offs_dv[None, :] * stride_od, result.to(out.dtype.element_ty), mask=store)
+            if lse is not None:
+                tl.store(lse + flat_row, row_lse, mask=row_valid)
+
+
+@triton.jit
+def decode_split(
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, item_parts, kv_lens,
+    q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
+    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits,
+    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr,
+    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or (workers,) where the work is BALANCED.
+
+    query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
+    partial_out [places, Dv] and partial_lse [places] (base 2), kv_lens [B] or None, q_lens [B] or None, q_offset a
+    number, a [B] pointer or None, page_table empty or (pointer, stride_b), block_lists empty (block_lists.py says what
+    else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h,
+    stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is evaluated
+    in every block that is not proven full. SHARED: a value is the first columns of its key.
+
+    An item is a tile of query rows of one KV head of one sequence. In the closed form a program takes the share
+    `program_id(1)` of an item. BALANCED, the blocks of all items form one line of slots, and a worker takes an equal
+    run of it: the end of one item, some whole items, the beginning of another one. A worker has two places for partial
+    results, for an item that it continues and for one that it begins. item_parts [items, 2] tells the second pass
+    which worker begins an item and how many take part.
+    """
+    NUM_TILES: tl.constexpr = (GROUP_SIZE * NUM_QUERIES + BLOCK_M - 1) // BLOCK_M
+    if BALANCED:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        num_items = num_kv_heads * NUM_TILES
+        last_head = num_kv_heads * GROUP_SIZE - 1
+        worker = tl.program_id(0).to(tl.int64)
+        _, _, _, total = find_sequence(
+            tl.full((), -1, tl.int64), num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures,
+            max_kv_len, last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+        )  # fmt: skip
+        num_workers = tl.minimum(tl.num_programs(0).to(tl.int64), tl.maximum(total, 1))
+        slot = worker * total // num_workers
+        stop = tl.where(worker < num_workers, (worker + 1) * total // num_workers, 0)
+        b = tl.zeros((), tl.int32)
+        weight = tl.full((), 1, tl.int64)
+        first = slot
+        past = slot
+        while slot < stop:
+            if slot == past:
+                b, first, weight, _ = find_sequence(
+                    slot, num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
+                    last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+                )  # fmt: skip
+                past = first + num_items * weight
+            item = ((slot - first) // weight).to(tl.int32)
+            start = slot - first - item * weight
+            end = tl.minimum(weight, start + stop - slot)
+            if start == 0:
+                flat_item = item_parts + 2 * (b.to(tl.int64) * num_items + item)
+                final = ((slot + weight) * num_workers - 1) // total
+                tl.store(flat_item, worker.to(tl.int32))
+                tl.store(flat_item + 1, (final - worker + 1).to(tl.int32))
+            attend_run(
+                b, item // NUM_TILES, item % NUM_TILES, start, end, weight,
+                2 * worker + tl.where(start == 0, 1, 0), (start == 0) & (end == weight),
+                query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens,
+                q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
+                mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
+                value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
+                max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
+            )  # fmt: skip
+            slot += end - start
     else:
-        out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
-        tl.store(out_row[:, None] + offs_dv[None, :] * stride_od, acc.to(out.dtype.element_ty), mask=store)
-        if lse is not None:
-            tl.store(lse + flat_row, row_lse * LN2, mask=row_valid)
+        item = tl.program_id(0) // NUM_TILES
+        attend_run(
+            item // num_kv_heads, item % num_kv_heads, tl.program_id(0) % NUM_TILES,
+            tl.program_id(1), tl.program_id(1) + 1, num_splits, tl.program_id(1), not SPLIT,
+            query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens,
+            q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
+            mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
+            value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
+            max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
+        )  # fmt: skip
 
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_lse, stride_ob, stride_oh, stride_om, stride_od, num_q_heads, num_splits,
-    NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
-    PDL: tl.constexpr,
+    out, lse, partial_out, partial_lse, item_parts, kv_lens, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od,
+    num_kv_heads, max_kv_len, num_splits,
+    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Second pass: merges the partial outputs of one row. Grid: (B * Hq * Q, cdiv(Dv, BLOCK_DV))."""
+    """Second pass: merges the partial outputs of one row. Grid: (B * Hq * Q, cdiv(Dv, BLOCK_DV)).
+
+    BALANCED, it leaves alone what one worker did as a whole, and writes the rows of sequences that nobody visits.
+    """
+    NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
+    NUM_TILES: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
     flat_row = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    b = flat_row // (num_q_heads * NUM_QUERIES)
-    head = flat_row // NUM_QUERIES % num_q_heads
-    token = flat_row % NUM_QUERIES
+    group = flat_row // NUM_ROWS
+    row = flat_row % NUM_ROWS
+    b = group // num_kv_heads
+    head = group % num_kv_heads * GROUP_SIZE + row // NUM_QUERIES
+    token = row % NUM_QUERIES
     out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
-    first = flat_row.to(tl.int64) * num_splits
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    m_i = float("-inf")
-    l_i = 0.0
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for start in tl.range(0, num_splits, BLOCK_S):
-        valid = start + offs_s < num_splits
-        part_lse = tl.load(partial_lse + first + start + offs_s, mask=valid, other=float("-inf"))
-        part = tl.load(
-            partial_out + (first + start + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :],
-            mask=valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
-            other=0.0,
-        )
-        m_new = tl.maximum(m_i, tl.max(part_lse, 0))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(part_lse - m_safe)
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(part * weight[:, None], 0)
-        m_i = m_new
+    count = num_splits
+    first = flat_row.to(tl.int64) * num_splits
+    num_tokens = read_length(q_lens, b, NUM_QUERIES)
+    if BALANCED:
+        parts = item_parts + 2 * (group.to(tl.int64) * NUM_TILES + row // BLOCK_M)
+        busy = (read_length(kv_lens, b, max_kv_len) > 0) & (num_tokens > 0)
+        count = tl.load(parts + 1, mask=busy, other=0)
+        first = 2 * tl.load(parts, mask=busy, other=0).to(tl.int64)
+    if (not BALANCED) or count != 1:
+        m_i = float("-inf")
+        l_i = 0.0
+        acc = tl.zeros([BLOCK_DV], tl.float32)
+        for start in tl.range(0, count, BLOCK_S):
+            part = start + offs_s
+            if BALANCED:
+                place = (first + 2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M + row % BLOCK_M
+            else:
+                place = first + part
+            part_lse = tl.load(partial_lse + place, mask=part < count, other=float("-inf"))
+            partial = tl.load(
+                partial_out + place[:, None] * V_HEAD_DIM + offs_dv[None, :],
+                mask=(part < count)[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
+                other=0.0,
+            )
+            m_new = tl.maximum(m_i, tl.max(part_lse, 0))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weight = tl.exp2(part_lse - m_safe)
+            alpha = tl.exp2(m_i - m_safe)
+            l_i = l_i * alpha + tl.sum(weight, 0)
+            acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
+            m_i = m_new
 
-    merged = acc / tl.where(l_i == 0.0, 1.0, l_i)
-    tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
-    if lse is not None:
-        if tl.program_id(1) == 0:
-            tl.store(lse + flat_row, (m_i + tl.log2(l_i)) * LN2)
+        if sinks is not None:
+            alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
+            acc = acc * alpha
+        merged = acc / tl.where(l_i == 0.0, 1.0, l_i)
+        row_lse = (m_i + tl.log2(l_i)) * LN2
+        if q_lens is not None:
+            merged = tl.where(token < num_tokens, merged, 0.0)
+            row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
+        tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
+        if lse is not None:
+            if tl.program_id(1) == 0:
+                tl.store(lse + flat_row, row_lse)

@@ -17,11 +17,11 @@ def kv_origin(base, b, kv_head, steps):
 
 @triton.jit
 def load_kv(
-    base, descriptor, origin, start_n, kv_len, stride_n, stride_d, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
+    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
-    block = descriptor.load([origin[0] + start_n, origin[1]])
+    block = cache[1].load([cache[0][0] + start_n, cache[0][1]])
     if CHECKED:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         block = tl.where(offs_n[:, None] < kv_len, block, 0.0)

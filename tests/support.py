@@ -11,7 +11,7 @@ import torch
 
 from flexdecode import eager, mods
 from flexdecode.captures import walk
-from flexdecode.reference import evaluate_mod, reference_decode
+from flexdecode.reference import dequantized_rows, evaluate_mod, reference_decode
 from flexdecode.trace import trace
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------
@@ -41,28 +41,52 @@ def make_inputs(B, Hq, Hkv, Q, N, D, Dv=None, dtype=torch.float32, device="cpu",
     return make(Hq, Q, D), make(Hkv, N, D), make(Hkv, N, D if Dv is None else Dv)
 
 
+def paged(cache, page_size, seed=0):
+    """Cuts `[B, H, N, ...]` into shuffled pages, among as many that no sequence has and that hold NaN (integers: 99).
+
+    Returns:
+        The pages `[2 * B * N / page_size, H, page_size, ...]` and the page table `[B, N / page_size]`, int32.
+    """
+    B, _, N = cache.shape[:3]
+    pages = cache.unflatten(2, (N // page_size, page_size)).transpose(1, 2).flatten(0, 1)
+    places = torch.randperm(2 * len(pages), generator=torch.Generator().manual_seed(seed))[: len(pages)]
+    filler = torch.nan if cache.is_floating_point() else 99
+    pool = torch.full((2 * len(pages), *pages.shape[1:]), filler, dtype=cache.dtype, device=cache.device)
+    pool[places.to(cache.device)] = pages
+    return pool, places.to(cache.device, torch.int32).reshape(B, -1)
+
+
 # --- The rule of comparison -------------------------------------------------------------------------------------------
 
 
-def pytorch_decode(query, key, value, score_mod=None, mask_mod=None, *, kv_lens=None, q_offset=None, scale=None):
+def pytorch_decode(
+    query, key, value, score_mod=None, mask_mod=None, *, kv_lens=None, q_offset=None, scale=None, page_table=None,
+    q_lens=None, k_scale=None, v_scale=None, sinks=None,
+):  # fmt: skip
     """Computes the attention as eager PyTorch does in the dtype of the inputs; the yardstick of the tolerance.
 
     Scores are products in the input dtype (summed in float32, rounded once, as a GPU's matrix product does); mods and
-    softmax are float32; the weights are rounded to the value dtype; the second product is in that dtype again.
+    softmax are float32; the weights are rounded to the query dtype; the second product is in that dtype again. Scaled
+    keys and values are multiplied in float32 and rounded to the query dtype before either product. A kernel that
+    scales the products and the weights instead rounds less.
 
     Returns:
-        Output `[B, Hq, Q, Dv]` in the dtype of `value`, and lse `[B, Hq, Q]` in float32, both on the CPU.
+        Output `[B, Hq, Q, Dv]` in the dtype of `query`, and lse `[B, Hq, Q]` in float32, both on the CPU.
     """
-    query, key, value = (x.detach().cpu() for x in (query, key, value))
+    query, key, value = (x.detach() for x in (query, key, value))
+    query, dtype = query.cpu(), query.dtype
     (B, Hq, Q, D), (Hkv, N, Dv) = query.shape, value.shape[1:]
+    N *= 1 if page_table is None else page_table.shape[1]
     rows = Hq // Hkv * Q
-    key, value = key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1)
     lens = torch.full((B,), N) if kv_lens is None else kv_lens.cpu().long().clamp(0, N)
-    first = lens - Q if q_offset is None else torch.as_tensor(q_offset).cpu().long().expand(B)
-    out, lse = torch.zeros(B, Hq, Q, Dv, dtype=value.dtype), torch.full((B, Hq, Q), -torch.inf)
+    tokens = torch.full((B,), Q) if q_lens is None else q_lens.cpu().long().clamp(0, Q)
+    first = lens - tokens if q_offset is None else torch.as_tensor(q_offset).cpu().long().expand(B)
+    sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.detach().cpu().float()
+    out, lse = torch.zeros(B, Hq, Q, Dv, dtype=dtype), torch.full((B, Hq, Q), -torch.inf)
     for batch in range(B):
-        n = int(lens[batch])
-        k, v = key[batch, :, :n].float(), value[batch, :, :n].float()
+        n, m = int(lens[batch]), int(tokens[batch])
+        k = dequantized_rows(key, k_scale, batch, n, page_table, torch.float32).to(dtype).float()
+        v = dequantized_rows(value, v_scale, batch, n, page_table, torch.float32).to(dtype).float()
         products = (query[batch].float().reshape(Hkv, rows, D) @ k.mT).to(query.dtype)
         score = products.float().reshape(Hq, Q, n) * (D**-0.5 if scale is None else scale)
         grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
@@ -70,9 +94,12 @@ def pytorch_decode(query, key, value, score_mod=None, mask_mod=None, *, kv_lens=
             score = evaluate_mod(score_mod, grid, score[None], dtype=torch.float32)[0]
         if mask_mod is not None:
             score = score.where(evaluate_mod(mask_mod, grid, dtype=torch.float32)[0], -torch.inf)
-        lse[batch] = score.logsumexp(dim=-1)
-        weight = score.softmax(dim=-1).where(lse[batch][..., None] != -torch.inf, 0.0)
-        out[batch] = (weight.to(value.dtype).float().reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv).to(value.dtype)
+        # The sink is one more key, whose value is 0.
+        score = torch.cat([score, sink[:, None, None].expand(Hq, Q, 1)], dim=-1)
+        total = score.logsumexp(dim=-1)
+        weight = score.softmax(dim=-1)[..., :n].where(total[..., None] != -torch.inf, 0.0)
+        result = (weight.to(dtype).float().reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv).to(dtype)
+        out[batch, :, :m], lse[batch, :, :m] = result[:, :m], total[:, :m]
     return out, lse
 
 
@@ -80,22 +107,23 @@ def assert_close_to_reference(out, lse, query, key, value, score_mod=None, mask_
     """Asserts that a result is as good as PyTorch's own in the input dtype.
 
     Its largest absolute error against the float64 reference is at most 2x that of `pytorch_decode`, plus 1e-5, and its
-    mean error at most 1.5x, plus 1e-5; the same for lse. Rows without a live key are exactly 0 with lse -inf, and NaN
-    is where the reference has NaN, only there, and in the whole row.
+    mean error at most 1.5x, plus 1e-5; the same for lse. Rows without a live key are exactly 0, with lse -inf where
+    there is no sink, and NaN is where the reference has NaN, only there, and in the whole row.
 
     Args:
         out: `[B, Hq, Q, Dv]`, any dtype and device.
         lse: `[B, Hq, Q]`, or None where there is none to compare.
         query, key, value, score_mod, mask_mod: what was computed.
-        **kw: `kv_lens`, `q_offset`, `scale`.
+        **kw: `kv_lens`, `q_offset`, `scale`, `page_table`, `q_lens`, `k_scale`, `v_scale`, `sinks`.
     """
     expected, expected_lse = reference_decode(query, key, value, score_mod, mask_mod, return_lse=True, **kw)
     measure, measure_lse = pytorch_decode(query, key, value, score_mod, mask_mod, **kw)
     out = out.detach().cpu().double()
     assert out.shape == expected.shape, f"out has shape {list(out.shape)}, not {list(expected.shape)}"
 
-    empty = expected_lse == -torch.inf
-    assert (out[empty] == 0).all(), f"out is not 0 in a row without a live key: {_where(out.ne(0).any(-1) & empty)}"
+    # With a sink the lse of a row without a live key is finite, so the row is told by its output.
+    empty, zero = expected_lse == -torch.inf, (expected == 0).all(-1)
+    assert (out[zero] == 0).all(), f"out is not 0 in a row without a live key: {_where(out.ne(0).any(-1) & zero)}"
     nan = expected.isnan()
     assert torch.equal(out.isnan(), nan), f"out is NaN in the wrong places: {_where(out.isnan() != nan)}"
     _assert_small_error("out", out, expected, measure.double())

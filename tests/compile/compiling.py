@@ -13,6 +13,7 @@ import triton
 
 from flexdecode import DecodeOptions, compiled, plan
 from flexdecode.identity import identify
+from flexdecode.inputs import Inputs
 from flexdecode.kernel import KernelSpec, compile_pass
 from flexdecode.schedule import DeviceFacts
 
@@ -68,13 +69,14 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
         found["spec"], found["path"], found[combine] = spec, kernel.path, _compiled[key]
 
     compiled.forget_kernels()
-    given = dict.fromkeys(("kv_lens", "q_offset", "scale", "out")) | {"return_lse": True} | arguments
+    return_lse = arguments.pop("return_lse", True)
     with (
         mock.patch.object(plan, "device_facts", lambda _: DEVICES[device]),
         mock.patch.object(compiled.Kernel, "_pass", compile_only),
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
-        plan.prepare(*inputs, *mods, **given, options=options or DecodeOptions(backend="triton"))
+        options = options or DecodeOptions(backend="triton")
+        plan.prepare(Inputs(*inputs, **arguments), *mods, return_lse, options)
     return Compiled(found["spec"], found["path"], found[False], found.get(True))
 
 

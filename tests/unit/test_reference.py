@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support import MODS, assert_close_to_reference, make_inputs, pytorch_decode
+from support import MODS, assert_close_to_reference, make_inputs, paged, pytorch_decode
 from torch.nn.attention import flex_attention as flex
 
 from flexdecode.reference import evaluate_mod, reference_decode
@@ -207,6 +207,173 @@ def test_empty_sizes():
     assert out.shape == (2, 2, 0, 4) and lse.shape == (2, 2, 0)
 
 
+# --- Pages, query lengths, quantised caches, sinks --------------------------------------------------------------------
+
+
+def test_a_page_table_by_hand():
+    key = torch.tensor([[30.0, 40.0], [50.0, 60.0], [10.0, 20.0]]).reshape(3, 1, 2, 1)  # 3 pages of 2 keys
+    table = torch.tensor([[2, 0], [1, -7]], dtype=torch.int32)
+    lens = torch.tensor([3, 1])
+    for position, expected in enumerate([[10, 50], [20, None], [30, None], [None, None]]):
+        one = lambda b, h, q, k, position=position: k == position
+        out = reference_decode(torch.ones(2, 1, 1, 1), key, key, None, one, kv_lens=lens, page_table=table)
+        assert out.flatten().tolist() == [x or 0 for x in expected]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pages_hold_what_the_contiguous_cache_holds(page_size, dtype):
+    query, key, value = make_inputs(3, 4, 2, 2, 6, 4, 3)
+    mods = (lambda s, b, h, q, k: s - 0.3 * (q - k) + b, lambda b, h, q, k: k <= q)
+    kw = {"kv_lens": torch.tensor([6, 3, 0]), "return_lse": True}
+    (key_pages, table), (value_pages, _) = paged(key, page_size), paged(value, page_size)
+    actual = reference_decode(query, key_pages, value_pages, *mods, page_table=table.to(dtype), **kw)
+    assert_same(actual, reference_decode(query, key, value, *mods, **kw))
+
+
+def test_what_no_live_key_needs_is_not_read():
+    query, key, value = make_inputs(2, 2, 1, 1, 8, 4)
+    lens = torch.tensor([3, 0])
+    expected = reference_decode(query, key, value, kv_lens=lens)
+    (key_pages, table), (value_pages, _) = paged(key, 2), paged(value, 2)
+    key_pages[table[0, 1], :, 1], value_pages[table[0, 1], :, 1] = math.nan, math.inf
+    for garbage in (-1, 2**31 - 1, -(2**31)):
+        table[0, 2:], table[1, :] = garbage, garbage
+        out = reference_decode(query, key_pages, value_pages, kv_lens=lens, page_table=table)
+        assert torch.equal(out, expected)
+
+
+def test_length_past_the_pages_is_cut():
+    query, key, value = make_inputs(1, 1, 1, 1, 4, 4)
+    (key_pages, table), (value_pages, _) = paged(key, 2), paged(value, 2)
+    out = reference_decode(query, key_pages, value_pages, kv_lens=torch.tensor([9]), page_table=table)
+    assert torch.equal(out, reference_decode(query, key, value))
+
+
+def test_a_page_table_is_checked():
+    query, key, value = make_inputs(1, 1, 1, 1, 2, 4)
+    with pytest.raises(ValueError, match="`page_table` needs `kv_lens`"):
+        reference_decode(query, key, value, page_table=torch.tensor([[0]]))
+    for page in (-1, 1):
+        with pytest.raises(IndexError, match=f"sequence 0 has pages \\[{page}\\], but there are 1"):
+            reference_decode(query, key, value, kv_lens=torch.tensor([1]), page_table=torch.tensor([[page]]))
+
+
+@pytest.mark.parametrize("q_offset, first", [(None, [3, 4, 5, 6]), (10, [10] * 4), ([9, 8, 7, 6], [9, 8, 7, 6])])
+def test_q_lens_give_the_tokens_their_positions(q_offset, first):
+    q_lens = [3, 2, 1, -1]  # of 3 query rows and 6 keys
+    lse = lse_of(
+        lambda s, b, h, q, k: torch.where(k == 0, q.double(), -torch.inf),
+        B=4,
+        Q=3,
+        q_lens=torch.tensor(q_lens, dtype=torch.int32),
+        q_offset=torch.tensor(q_offset) if isinstance(q_offset, list) else q_offset,
+    )
+    expected = [[first[b] + m if m < q_lens[b] else -math.inf for m in range(3)] for b in range(4)]
+    assert lse[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 2.0])])
+def test_each_sequence_with_q_lens_is_a_call_of_its_own(sinks):
+    query, key, value = make_inputs(4, 2, 1, 3, 5, 4)
+    q_lens, kv_lens = torch.tensor([3, 1, 0, 7]), torch.tensor([5, 4, 3, 2])
+    mods = (lambda s, b, h, q, k: s - 0.1 * (q - k), lambda b, h, q, k: k <= q)
+    for b, n in enumerate(q_lens.tolist()):
+        query[b, :, n:] = math.nan
+    out, lse = reference_decode(query, key, value, *mods, kv_lens=kv_lens, q_lens=q_lens, sinks=sinks, return_lse=True)
+    for b, n in enumerate(q_lens.clamp(0, 3).tolist()):
+        one = [x[b : b + 1] for x in (query[:, :, :n], key, value)]
+        alone = reference_decode(*one, *mods, kv_lens=kv_lens[b : b + 1], sinks=sinks, return_lse=True)
+        assert_same((out[b, :, :n], lse[b, :, :n]), (alone[0][0], alone[1][0]))
+        assert (out[b, :, n:] == 0).all() and (lse[b, :, n:] == -torch.inf).all()
+
+
+def scales(B, Hkv, N):
+    """Every shape of a scale of a contiguous cache, with the factor of each key `[B, Hkv, N, 1]`."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.rand(*shape, generator=generator) for shape in [(Hkv,), (B, Hkv), (B, Hkv, N), (1, Hkv, N)]]
+    views = [x.reshape((1, Hkv, 1) if x.ndim == 1 else (B, Hkv, 1) if x.ndim == 2 else x.shape) for x in tensors]
+    return [(0.1, torch.tensor(0.1, dtype=torch.float64).expand(B, Hkv, N, 1))] + [
+        (scale, view.double().expand(B, Hkv, N)[..., None]) for scale, view in zip(tensors, views, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float16])
+@pytest.mark.parametrize("form", range(5), ids=["number", "head", "sequence", "key", "shared key"])
+def test_scales_multiply_what_is_stored(form, dtype):
+    B, Hkv, N = 3, 2, 6
+    query, key, value = make_inputs(B, 4, Hkv, 2, N, 4)
+    key, value = (4 * key).to(dtype), (4 * value).to(dtype)
+    scale, factor = scales(B, Hkv, N)[form]
+    kw = {"kv_lens": torch.tensor([6, 3, 0]), "return_lse": True}
+    for k_scale, v_scale in ((scale, None), (None, scale), (scale, scale)):
+        k = key.double() * (1 if k_scale is None else factor)
+        v = value.double() * (1 if v_scale is None else factor)
+        actual = reference_decode(query, key, value, k_scale=k_scale, v_scale=v_scale, **kw)
+        assert_same(actual, reference_decode(query, k, v, **kw))
+
+
+@pytest.mark.parametrize("form", range(5), ids=["number", "head", "sequence", "key", "shared key"])
+def test_scales_of_pages(form):
+    B, Hkv, N = 3, 2, 6
+    query, key, value = make_inputs(B, 4, Hkv, 2, N, 4)
+    key, value = (40 * key).to(torch.int8), (40 * value).to(torch.int8)
+    scale, factor = scales(B, Hkv, N)[form]
+    kw = {"kv_lens": torch.tensor([6, 3, 0]), "return_lse": True}
+    expected = reference_decode(query, key.double() * factor, value.double() * factor, **kw)
+    (key_pages, table), (value_pages, _) = paged(key, 2), paged(value, 2)
+    if form >= 3:
+        scale, _ = paged(factor[..., 0], 2)
+    actual = reference_decode(query, key_pages, value_pages, k_scale=scale, v_scale=scale, page_table=table, **kw)
+    assert_same(actual, expected)
+
+
+def test_a_sink_by_hand():
+    sinks = torch.tensor([math.log(2), -math.inf])
+    query, zeros = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 6, 1)
+    value = torch.tensor([0.0, 8.0, 8.0, 8.0, 8.0, 8.0]).reshape(1, 1, 6, 1)
+    mods = (lambda s, b, h, q, k: s + math.log(3), lambda b, h, q, k: k < 2)
+    out, lse = reference_decode(query, zeros, value, *mods, sinks=sinks, return_lse=True)
+    # Two keys of weight 3, of which one has a value; the sink of head 0 has weight 2 whatever the mods do.
+    torch.testing.assert_close(out.flatten(), torch.tensor([24.0 / 8, 24.0 / 6]).double())
+    torch.testing.assert_close(lse.flatten().exp(), torch.tensor([8.0, 6.0]).double())
+
+
+@pytest.mark.parametrize("compute", [reference_decode, pytorch_decode], ids=["reference", "yardstick"])
+def test_a_sink_is_a_key_without_a_value(compute):
+    query, key, value = make_inputs(2, 4, 2, 2, 5, 4, 3)
+    sinks = torch.tensor([-2.0, 0.0, 3.0, 90.0])
+    more_keys, more_values = (F.pad(x, (0, 0, 1, 0)) for x in (key, value))
+    kw = {"kv_lens": torch.tensor([5, 2])}
+    actual = compute(query, key, value, lambda s, b, h, q, k: s * (k + 1), sinks=sinks, **kw)
+    expected = compute(
+        query,
+        more_keys,
+        more_values,
+        lambda s, b, h, q, k: torch.where(k == 0, sinks[h], s * k),
+        kv_lens=kw["kv_lens"] + 1,
+    )
+    torch.testing.assert_close(actual, expected, check_device=True)
+
+
+@pytest.mark.parametrize("compute", [reference_decode, pytorch_decode], ids=["reference", "yardstick"])
+def test_a_row_with_only_a_sink(compute):
+    inputs = make_inputs(2, 2, 1, 2, 3, 4)
+    kw = {"kv_lens": torch.tensor([0, 3]), "q_lens": torch.tensor([2, 1]), "sinks": torch.tensor([5.0, -math.inf])}
+    more = {"return_lse": True} if compute is reference_decode else {}
+    out, lse = compute(*inputs, None, lambda b, h, q, k: h == 0, **kw, **more)
+    assert (out[0] == 0).all() and (out[1, 1] == 0).all() and (out[1, :, 1] == 0).all()
+    assert lse[0].tolist() == [[5, 5], [-math.inf, -math.inf]]
+    assert lse[1, 0, 0] > 5 and lse[1, 1, 0] == -math.inf and lse[1, :, 1].tolist() == [-math.inf] * 2
+
+
+def test_nan_reaches_its_row_past_a_sink():
+    inputs = make_inputs(1, 2, 1, 1, 3, 4)
+    nan_mod = lambda s, b, h, q, k: torch.where(h == 1, torch.nan, s)
+    out, lse = reference_decode(*inputs, nan_mod, sinks=torch.tensor([9.0, 9.0]), return_lse=True)
+    assert out[0, 1].isnan().all() and lse[0, 1].isnan().all() and out[0, 0].isfinite().all()
+
+
 # --- How a mod is called ----------------------------------------------------------------------------------------------
 
 
@@ -384,6 +551,39 @@ def test_the_yardstick_meets_its_own_rule(family, dtype):
     assert_close_to_reference(out, lse, query, key, value, *mods, **kw)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, None])
+def test_the_yardstick_takes_every_argument_of_the_reference(stored, dtype):
+    B, Hkv, N = 3, 2, 12
+    query, key, value = make_inputs(B, 4, Hkv, 3, N, 8, 6, dtype=dtype)
+    key, value = ((30 * x).to(stored or dtype) for x in (key, value))
+    (key_pages, table), (value_pages, _) = paged(key, 4), paged(value, 4)
+    per_key, _ = paged(torch.rand(B, Hkv, N), 4)
+    mods = (lambda s, b, h, q, k: s - 0.1 * (q - k), lambda b, h, q, k: k <= q)
+    kw = {
+        "kv_lens": torch.tensor([12, 5, 0]),
+        "q_lens": torch.tensor([3, 1, 2]),
+        "page_table": table,
+        "k_scale": torch.rand(Hkv) / 30,
+        "v_scale": per_key / 30,
+        "sinks": torch.randn(4),
+    }
+    out, lse = pytorch_decode(query, key_pages, value_pages, *mods, **kw)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_close_to_reference(out, lse, query, key_pages, value_pages, *mods, **kw)
+    for name, other in (("q_lens", 1 + kw["q_lens"]), ("k_scale", 0.5), ("v_scale", 0.5), ("sinks", None)):
+        with pytest.raises(AssertionError):
+            assert_close_to_reference(out, lse, query, key_pages, value_pages, *mods, **kw | {name: other})
+
+
+def test_the_yardstick_rounds_scaled_keys_to_the_query_dtype():
+    query, key, value = make_inputs(2, 4, 2, 1, 12, 8, dtype=torch.float16)
+    key, value, scale = (40 * key).to(torch.int8), (40 * value).to(torch.int8), torch.rand(2, 2, 12)
+    dequantised = [(x.float() * scale[..., None]).half() for x in (key, value)]
+    actual = pytorch_decode(query, key, value, k_scale=scale, v_scale=scale)
+    assert all(map(torch.equal, actual, pytorch_decode(query, *dequantised)))
+
+
 def test_the_families_have_different_names_and_results():
     B, Hq, N, Q = 2, 4, 40, 3
     inputs = make_inputs(B, Hq, 2, Q, N, 8)
@@ -419,6 +619,8 @@ def test_the_rule_rejects_wrong_results():
 
     rejected("out: largest error", changed(out, (1, 0, 0, 2), 9.0), lse)
     rejected("out is not 0", changed(out, (0, 0, 0, 1), 1e-7), lse)
+    with pytest.raises(AssertionError, match="out is not 0"):
+        assert_close_to_reference(changed(out, (0, 0, 0, 1), 1e-7), None, *inputs, *mods, sinks=torch.zeros(2))
     rejected("out is NaN in the wrong places", changed(out, (1, 0, 0, 1), math.nan), lse)
     rejected("out is NaN in the wrong places", changed(out, (1, 1, 0, 1), 0.0), lse)
     rejected("out has shape", out[..., :3], lse)

@@ -9,7 +9,8 @@ import torch
 from support import make_inputs
 
 from flexdecode import DecodeOptions, flex_decode
-from flexdecode.signature import DEFAULT_OPTIONS, UNIT, check_inputs, check_lens, describe, kernel_strides
+from flexdecode.inputs import DEFAULT_OPTIONS, check_inputs, check_lens
+from flexdecode.signature import UNIT, describe, kernel_strides
 
 B, Hq, Hkv, Q, N, D, Dv = 2, 4, 2, 3, 9, 16, 32
 QUERY, KEY, VALUE = make_inputs(B, Hq, Hkv, Q, N, D, Dv)
@@ -51,9 +52,9 @@ def test_tensors(name):
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_dtypes_and_devices_agree(name):
     good = {"key": KEY, "value": VALUE}[name]
-    refused(
-        ValueError, f"`{name}` must have the dtype of `query`, torch.float32, got torch.float16", **{name: good.half()}
-    )
+    hint = "a quantised cache is float8_e4m3fn, float8_e5m2 or int8"
+    message = f"`{name}` must have the dtype of `query`, torch.float32, got torch.float16; {hint}"
+    refused(ValueError, message, **{name: good.half()})
     refused(ValueError, f"`{name}` must be on the device of `query`, cpu, got meta", **{name: good.to("meta")})
 
 
@@ -141,7 +142,7 @@ def test_kv_lens():
     lens[0] = 99  # a call that is known already is checked as well
     with pytest.raises(ValueError, match="`kv_lens` must lie between 0 and N = 9"):
         call(kv_lens=lens)
-    check_lens(torch.tensor([], dtype=torch.int64), 0)
+    check_lens("kv_lens", torch.tensor([], dtype=torch.int64), 0, "N = {}")
 
 
 def test_q_offset():
@@ -216,12 +217,13 @@ def test_the_triton_backend_needs_a_gpu(monkeypatch):
 def signature(query=QUERY, key=KEY, value=VALUE, kv_lens=None, q_offset=None, return_lse=False, **options):
     out = query.new_empty(*query.shape[:3], value.shape[3])
     options = DecodeOptions(**options)
-    check_inputs(query, key, value, kv_lens, q_offset, None, out, options)
-    return describe(query, key, value, out, kv_lens, q_offset, return_lse, options)
+    inputs = Inputs(query, key, value, kv_lens, q_offset=q_offset)
+    check_inputs(inputs, options)
+    return describe(inputs, out, return_lse, options)
 
 
 def test_sizes():
-    assert check_inputs(QUERY, KEY[:1], VALUE[:1], None, None, None, None, DEFAULT_OPTIONS) == (B, Hkv, N)
+    assert check_inputs(Inputs(QUERY, KEY[:1], VALUE[:1]), DEFAULT_OPTIONS) == (B, Hkv, N)
 
 
 def test_batch_and_length_are_no_part_of_a_signature():

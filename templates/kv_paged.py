@@ -1,0 +1,58 @@
+"""KV loads from pages: these functions replace those of `decode.py`.
+
+A paged cache is `[num_pages, Hkv, page_size, D]`, and row b of `page_table` (pointer, stride_b) lists the pages of
+sequence b. The table is read a step ahead, so that its latency passes while the block before is attended. Its entries
+from `kv_len` on are never read.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_pages(page_table, b, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """The page of each key from `start_n` on [BLOCK_N], or one page for all, as offsets in the cache are counted."""
+    row = page_table[0] + b.to(tl.int64) * page_table[1]
+    if PAGE_SIZE % BLOCK_N == 0:
+        return (tl.load(row + start_n // PAGE_SIZE, mask=start_n < kv_len, other=0).to(tl.int64),)
+    else:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        return (fetch(row + offs_n // PAGE_SIZE, offs_n < kv_len),)  # noqa: F821 (of decode.py)
+
+
+@triton.jit
+def kv_origin(base, b, kv_head, steps):
+    """Where the rows of one KV head start in page 0, from `steps` (stride_page, stride_h)."""
+    return base + kv_head.to(tl.int64) * steps[1]
+
+
+@triton.jit
+def load_kv(
+    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Loads columns `COLUMN .. COLUMN + BLOCK_D` of rows `start_n .. start_n + BLOCK_N`; zeros past HEAD_DIM.
+
+    `cache` is (origin, descriptor, steps, stride_n, stride_d); CHECKED reads zeros from `kv_len` on.
+    """
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = COLUMN + tl.arange(0, BLOCK_D)
+    rows = pages[0].to(tl.int64) * cache[2][0] + (offs_n % PAGE_SIZE).to(tl.int64) * cache[3]
+    pointers = cache[0] + rows[:, None] + offs_d[None, :] * cache[4]
+    if CHECKED:
+        return tl.load(pointers, mask=(offs_n[:, None] < kv_len) & (offs_d[None, :] < HEAD_DIM), other=0.0)
+    elif HEAD_DIM < COLUMN + BLOCK_D:
+        return tl.load(pointers, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_scales(
+    scales, pages, b, kv_head, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr
+):
+    """Loads the scale of each key [BLOCK_N] from `scales` (pointer, stride_page, stride_h, stride_n)."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = pages[0].to(tl.int64) * scales[1] + (offs_n % PAGE_SIZE) * scales[3]
+    pointers = scales[0] + kv_head.to(tl.int64) * scales[2] + rows
+    return fetch(pointers, offs_n < kv_len if CHECKED else None).to(tl.float32)  # noqa: F821

@@ -1,0 +1,29 @@
+"""KV loads from pages through tensor descriptors: these functions replace those of `kv_paged.py`.
+
+A page holds a whole number of blocks, so each block is one rectangle in the matrix that kv_descriptor.py describes,
+with pages in the place of sequences.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kv_origin(base, b, kv_head, steps):
+    """Row and column where one KV head starts in page 0; `steps` are the rows and columns per page, then per head."""
+    return kv_head * steps[2], kv_head * steps[3]
+
+
+@triton.jit
+def load_kv(
+    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
+    page = pages[0].to(tl.int32)
+    row = cache[0][0] + page * cache[2][0] + start_n % PAGE_SIZE
+    block = cache[1].load([row, cache[0][1] + page * cache[2][1]])
+    if CHECKED:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        block = tl.where(offs_n[:, None] < kv_len, block, 0.0)
+    return block

@@ -1,0 +1,296 @@
+"""KV caches on a GPU: the same as on the CPU to the last bit; launches, waiting, recompilation, CUDA graphs."""
+
+import pytest
+import torch
+from unit.test_kv_cache import Model, assert_same, new_tokens
+
+from flexdecode import kv_cache
+from flexdecode.kv_cache import KVCache, OutOfPagesError, PagedKVCache
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {"batch": 3, "num_kv_heads": 4, "head_dim": 128, "v_head_dim": 64}
+TOKENS = {"heads": 4, "D": 128, "Dv": 64}
+STORED = [torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def make(kind, device="cuda", dtype=torch.float16, **arguments):
+    if dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8_e4m3fn")
+    if kind == "contiguous":
+        return KVCache(max_kv_len=3000, dtype=dtype, device=device, **(SIZES | arguments))
+    page_size = int(kind.removeprefix("pages of "))
+    return PagedKVCache(num_pages=6000, page_size=page_size, dtype=dtype, device=device, **(SIZES | arguments))
+
+
+def tokens(num_tokens, seed=0, dtype=torch.float16, device="cuda", **sizes):
+    return new_tokens(num_tokens, seed=seed, dtype=dtype, device=device, **(TOKENS | sizes))
+
+
+CACHES = pytest.mark.parametrize("kind", ["contiguous", "pages of 1", "pages of 3", "pages of 16"])
+
+
+# --- Equal to the CPU -------------------------------------------------------------------------------------------------
+
+
+@CACHES
+@pytest.mark.parametrize("scales", [{}, {"k_scale": torch.tensor([0.02, 0.3, 1.0, 7.0]), "v_scale": 0.01}])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("new", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_same_bits_as_on_the_cpu(new, dtype, scales, kind):
+    if scales and dtype in STORED[:3]:
+        pytest.skip("no scales without quantisation")
+    cache, other = make(kind, dtype=dtype, **scales), make(kind, "cpu", dtype=dtype, **scales)
+    for step, counts in enumerate([[700, 1, 33], None, None, [0, 2, 1], None]):
+        offered = 1 if counts is None else max(counts)
+        cache.append(*tokens(offered, step, new), num_tokens=counts)
+        other.append(*tokens(offered, step, new, "cpu"), num_tokens=counts)
+    assert_same(cache, other)
+    assert not cache._arrivals.any()
+
+
+@pytest.mark.parametrize(("heads", "D", "Dv"), [(1, 16, 16), (3, 72, 40), (5, 17, 33), (1, 576, 512), (16, 256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_head_dimensions(dtype, heads, D, Dv):
+    sizes = {"num_kv_heads": heads, "head_dim": D, "v_head_dim": Dv}
+    cache, other = (make("pages of 16", device, dtype, **sizes) for device in ("cuda", "cpu"))
+    for step, counts in enumerate([[200, 77, 0], [1, 1, 1], [3, 0, 7]]):
+        new = {"heads": heads, "D": D, "Dv": Dv}
+        cache.append(*tokens(max(counts), step, **new), num_tokens=counts)
+        other.append(*tokens(max(counts), step, device="cpu", **new), num_tokens=counts)
+    assert_same(cache, other)
+
+
+def test_any_strides():
+    cache, other = make("pages of 16"), make("pages of 16", "cpu")
+    for x, device in ((cache, "cuda"), (other, "cpu")):
+        wide_k, wide_v = tokens(300, device=device, D=257, Dv=130)
+        k = wide_k.transpose(1, 2).contiguous().transpose(1, 2)[..., 1::2]
+        v = wide_v[:, :1, :, 66:].expand(-1, 4, -1, -1)
+        x.append(k, v)
+        x.append(k[:, :, :1], v[:, :, :1])
+    assert_same(cache, other)
+
+
+def test_many_programs_for_a_sequence_again_and_again():
+    """Whichever program arrives last, every one reads the old length."""
+    cache, other = make("contiguous", batch=3), make("contiguous", "cpu", batch=3)
+    k, v = tokens(100)
+    for _ in range(29):
+        cache.append(k, v)
+    k, v = k.cpu(), v.cpu()
+    for _ in range(29):
+        other.append(k, v)
+    assert_same(cache, other)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_forks(dtype):
+    caches = make("pages of 16", dtype=dtype), make("pages of 16", "cpu", dtype=dtype)
+    for cache, device in zip(caches, ("cuda", "cpu"), strict=True):
+        cache.append(*tokens(100, device=device), num_tokens=[100, 0, 0])
+        cache.fork(0, 1)
+        cache.fork(0, 2)
+        for step in range(20):
+            cache.append(*tokens(1, step + 1, device=device))
+        cache.truncate(1, 50)
+        cache.free(2)
+        cache.fork(1, 2)
+        cache.append(*tokens(3, 99, device=device), num_tokens=[1, 2, 3])
+    assert_same(*caches)
+
+
+def test_out_of_pages():
+    cache = PagedKVCache(num_pages=4, page_size=16, device="cuda", **SIZES)
+    cache.append(*tokens(16))
+    with pytest.raises(OutOfPagesError, match="3 more pages of 16 tokens are needed, but 1 of 4 are free"):
+        cache.append(*tokens(1))
+    cache.append(*tokens(1), num_tokens=[0, 1, 0])
+    assert cache.kv_lens.tolist() == cache.lengths == [16, 17, 16]
+
+
+# --- Launches ---------------------------------------------------------------------------------------------------------
+
+
+def events_of(call):
+    """Names of what the GPU ran during a call."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sorted(e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+@CACHES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_an_append_is_one_kernel(dtype, kind):
+    cache = make(kind, dtype=dtype)
+    cache.append(*tokens(20))
+    one, many = tokens(1), tokens(500)
+    cache.append(*one)
+    if kind != "pages of 1":
+        assert events_of(lambda: cache.append(*one)) == ["append"] or kind == "pages of 3"
+    if kind == "contiguous":
+        assert events_of(lambda: cache.append(*many)) == ["append"]
+    copies = events_of(lambda: cache.append(*many, num_tokens=[500, 1, 0]))
+    copies.remove("append")
+    assert not [name for name in copies if "Memcpy" not in name and "index" not in name]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # PyTorch calls the mode a prototype
+@CACHES
+def test_nothing_waits_for_the_gpu(kind):
+    cache = make(kind, dtype=torch.int8)
+    one, many = tokens(1), tokens(50)
+
+    def steps():
+        cache.append(*many, num_tokens=[50, 7, 0])
+        for _ in range(5):
+            cache.append(*one)
+        if cache.page_table is not None:
+            cache.free(2)
+            cache.fork(1, 2)
+            cache.append(*one)
+        cache.reserve(1)
+        cache.truncate(0, 20)
+        cache.free(1)
+        cache.reset()
+
+    steps()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("width", [17, 72, 128])
+def test_no_length_makes_another_kernel(width):
+    """Neither of the cache, nor of what is appended, nor the number of sequences."""
+    sizes = {"num_kv_heads": 4, "head_dim": width, "v_head_dim": width}
+    new = {"heads": 4, "D": width, "Dv": width}
+
+    def appends(batch, page_size, num_pages):
+        cache = PagedKVCache(batch=batch, num_pages=num_pages, page_size=page_size, device="cuda", **sizes)
+        for num_tokens in (1, 2, 16, 33):
+            k, v = tokens(num_tokens, batch=batch, **new)
+            cache.append(k, v)
+            cache.append(k, v, num_tokens=[min(1, num_tokens)] * batch)
+
+    appends(1, 1, 100)
+    compiled = kv_cache._append_kernel().device_caches[torch.cuda.current_device()][0]
+    before = len(compiled)
+    assert before
+    appends(3, 16, 20)
+    appends(16, 17, 160)
+    assert len(compiled) == before
+
+
+def test_a_side_stream():
+    """What is reserved and appended on a stream follows what was written on it."""
+    cache, other = make("pages of 3"), make("pages of 3", "cpu")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(10):
+            k, v = tokens(5, step)
+            late_k, late_v = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+            torch.cuda._sleep(2_000_000)
+            late_k.copy_(k)
+            late_v.copy_(v)
+            cache.append(late_k, late_v, num_tokens=[5, step % 3, 1])
+    torch.cuda.current_stream().wait_stream(stream)
+    for step in range(10):
+        other.append(*tokens(5, step, device="cpu"), num_tokens=[5, step % 3, 1])
+    assert_same(cache, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_cache_on_another_device_than_the_current_one():
+    cache, other = make("pages of 16", "cuda:1"), make("pages of 16", "cpu")
+    with torch.cuda.device(0):
+        cache.append(*tokens(30, device="cuda:1"), num_tokens=[30, 3, 17])
+        cache.append(*tokens(1, device="cuda:1"))
+        assert torch.cuda.current_device() == 0
+    other.append(*tokens(30, device="cpu"), num_tokens=[30, 3, 17])
+    other.append(*tokens(1, device="cpu"))
+    assert_same(cache, other)
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def captured_append(cache, num_tokens=1):
+    """A graph of an append, and the tensors that it appends from."""
+    new = tokens(num_tokens)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        cache.append(*new)
+    return graph, new
+
+
+@CACHES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_every_replay_appends_a_token(dtype, kind):
+    cache, other = make(kind, dtype=dtype), make(kind, "cpu", dtype=dtype)
+    cache.append(*tokens(37), num_tokens=[37, 5, 0])
+    other.append(*tokens(37, device="cpu"), num_tokens=[37, 5, 0])
+    graph, new = captured_append(cache)
+    assert cache.lengths == cache.kv_lens.tolist() == [37, 5, 0]
+    for step in range(60):
+        on_cpu = tokens(1, step + 1, device="cpu")
+        for x, y in zip(new, on_cpu, strict=True):
+            x.copy_(y)
+        counts = [1, step % 2, int(step > 20)]
+        cache.reserve(counts)
+        graph.replay()
+        other.append(*on_cpu, num_tokens=counts)
+    assert_same(cache, other)
+
+
+def test_replays_between_forks_and_appends():
+    """Pages move between replays; what was not reserved is not appended."""
+    cache, model = make("pages of 16"), Model()
+    prompt = tokens(20)
+    cache.append(*prompt, num_tokens=[20, 0, 0])
+    model.append(*prompt, [20, 0, 0])
+    graph, new = captured_append(cache, 2)
+    for step in range(40):
+        if step % 10 == 3:
+            cache.free(1)
+            cache.fork(0, 1)
+            model.tokens[1] = list(model.tokens[0])
+        if step % 10 == 7:
+            cache.truncate(0, 18)
+            model.tokens[0] = model.tokens[0][:18]
+        for x, y in zip(new, tokens(2, step), strict=True):
+            x.copy_(y)
+        graph.replay()  # nothing is reserved
+        counts = [step % 3, (step + 1) % 3, 2]
+        cache.reserve(counts)
+        graph.replay()
+        model.append(*(x.clone() for x in new), counts)
+        extra = tokens(1, 1000 + step)
+        cache.append(*extra)
+        model.append(*extra)
+    model.check(cache)
+
+
+def test_what_the_host_does_is_refused_during_capture():
+    cache = make("pages of 16")
+    cache.append(*tokens(3))
+    new = tokens(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(RuntimeError, match="works on the host"):
+            cache.reserve(1)
+        with pytest.raises(RuntimeError, match="works on the host"):
+            cache.fork(0, 1)
+        with pytest.raises(ValueError, match="cannot keep `num_tokens`"):
+            cache.append(*new, num_tokens=[1, 1, 0])
+        cache.append(*new)
+    cache.reserve(1)
+    graph.replay()
+    assert cache.kv_lens.tolist() == cache.lengths == [4, 4, 4]
