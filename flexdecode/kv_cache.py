@@ -441,8 +441,7 @@ class PagedKVCache(_Cache):
         self._pages[target] = list(self._pages[source])
         self.lengths[target] = self.lengths[source]
         self.page_table[target].copy_(self.page_table[source])
-        for lengths in (self.kv_lens, self._limits):
-            lengths[target].fill_(self.lengths[target])
+        self.kv_lens[target].fill_(self.lengths[target])
 
     def _grow(self, counts: list[int]) -> None:
         self._check_lengths(counts, self.page_table.shape[1] * self.page_size, "max_pages")

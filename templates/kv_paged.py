@@ -17,7 +17,7 @@ def find_pages(page_table, b, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE:
         return (tl.load(row + start_n // PAGE_SIZE, mask=start_n < kv_len, other=0).to(tl.int64),)
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        return (fetch(row + offs_n // PAGE_SIZE, offs_n < kv_len),)  # noqa: F821 (of decode.py)
+        return (tl.load(row + offs_n // PAGE_SIZE, mask=offs_n < kv_len, other=0),)
 
 
 @triton.jit

@@ -52,7 +52,9 @@ def test_tokens_of_all_numbers(make, monkeypatch):
 
 
 @CACHES
-@pytest.mark.parametrize("scales", [{}, {"k_scale": torch.tensor([0.02, 0.01]), "v_scale": 0.25}], ids=["rows", "heads"])
+@pytest.mark.parametrize(
+    "scales", [{}, {"k_scale": torch.tensor([0.02, 0.01]), "v_scale": 0.25}], ids=["rows", "heads"]
+)
 @pytest.mark.parametrize("new", [torch.float16, torch.float32], ids=str)
 def test_int8(new, scales, make, monkeypatch):
     cache, other, append_by_torch = twins(make, monkeypatch, dtype=torch.int8, **scales)
@@ -98,8 +100,12 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite(dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     ("new", "dtype"),
-    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
-    + [(torch.float16, torch.float32)],
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+    ],
     ids=str,
 )
 def test_other_types(new, dtype, monkeypatch):

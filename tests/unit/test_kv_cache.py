@@ -75,12 +75,13 @@ class Model:
                     assert torch.equal(held, torch.stack([token[which] for token in tokens], 1))
 
 
-CACHES = pytest.mark.parametrize(
-    "make",
-    [contiguous, paged, lambda: paged(num_pages=60, page_size=1), lambda: paged(num_pages=20, page_size=3)]
-    + [lambda: paged(page_size=16)],
-    ids=["contiguous", "pages of 4", "pages of 1", "pages of 3", "pages of 16"],
-)
+MAKERS = {
+    "contiguous": contiguous,
+    "pages of 1": lambda: paged(num_pages=60, page_size=1),
+    "pages of 3": lambda: paged(num_pages=20, page_size=3),
+    "pages of 16": lambda: paged(num_pages=10, page_size=16),
+}
+CACHES = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------
