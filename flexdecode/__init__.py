@@ -16,6 +16,10 @@ from .errors import UnsupportedOpError as UnsupportedOpError
 from .explanation import Explanation as Explanation
 from .explanation import explain as explain
 from .inputs import DecodeOptions as DecodeOptions
+from .kv_cache import KVCache as KVCache
+from .kv_cache import OutOfPagesError as OutOfPagesError
+from .kv_cache import PagedKVCache as PagedKVCache
+from .merge import merge_attention as merge_attention
 from .version import __version__ as __version__
 
 __all__ = [
@@ -24,6 +28,9 @@ __all__ = [
     "DecodeOptions",
     "Explanation",
     "FlexDecodeError",
+    "KVCache",
+    "OutOfPagesError",
+    "PagedKVCache",
     "TraceError",
     "UnsupportedOpError",
     "__version__",
@@ -31,5 +38,6 @@ __all__ = [
     "clear_cache",
     "explain",
     "flex_decode",
+    "merge_attention",
     "mods",
 ]

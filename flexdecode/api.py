@@ -98,6 +98,8 @@ def flex_decode(
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
         key, value, kv_lens, page_table, k_scale, v_scale = _from_cache(cache, given)
+    if key is None or value is None:
+        raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
     inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
     lists, combined = None, block_mask is not None and mask_mod is not None
     if block_mask is not None:
@@ -124,10 +126,10 @@ def flex_decode(
     return plan.run(inputs, score.leaves, mask.leaves, lists)
 
 
-def _same_start(key: torch.Tensor, value: torch.Tensor) -> bool:
+def _same_start(key: object, value: object) -> bool:
     """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
-    tensors = isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
-    return tensors and key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
+    tensors = [x for x in (key, value) if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+    return len(tensors) == 2 and key.data_ptr() == value.data_ptr()
 
 
 def _from_cache(cache: KVCache | PagedKVCache, given: tuple) -> tuple:

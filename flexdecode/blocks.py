@@ -1,12 +1,13 @@
 """The blocks of a KV cache that one decode step reads, found on the host as the kernel finds them on the device.
 
 An item is one tile of query rows of one KV head of one sequence. Its work is its proven-full blocks, then its partial
-ones, each in ascending order, cut into `num_splits` shares (templates/decode.py has the same steps).
+ones, each in ascending order, cut into shares (templates/decode.py has the same steps).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,13 +34,14 @@ class Step:
 
     Attributes:
         block_n: keys in a block.
-        num_splits: programs per item.
+        num_splits: programs per item; balanced, programs in all.
         num_kv_heads: KV heads.
         num_tiles: tiles of query rows per KV head.
         kv_lens: keys in use, int64 [B].
         live: disjoint ascending half-open ranges of blocks that are read, int64 [items, 4, 2]; items are numbered by
             sequence, then KV head, then tile.
         full: the proven-full part of each range, int64 [items, 4, 2].
+        balanced: whether all items are shared out in equal runs.
     """
 
     block_n: int
@@ -49,6 +51,7 @@ class Step:
     kv_lens: torch.Tensor
     live: torch.Tensor
     full: torch.Tensor
+    balanced: bool = False
 
     @property
     def num_items(self) -> int:
@@ -100,12 +103,44 @@ class Step:
             for start, end in ranges[item].tolist():
                 states[start:end] = state
         work = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
-        share, extra = divmod(len(work), self.num_splits)
-        sizes = torch.full((self.num_splits,), share)
-        sizes[:extra] += 1
         splits = torch.full_like(states, -1)
-        splits[work] = torch.arange(self.num_splits).repeat_interleave(sizes)
+        splits[work] = self._programs(item, len(work))
         return states, splits
+
+    @cached_property
+    def work_of_programs(self) -> torch.Tensor:
+        """How many blocks each program visits, int64."""
+        if not self.balanced:
+            splits = torch.arange(self.num_splits)
+            share, extra = self.work[:, None] // self.num_splits, self.work[:, None] % self.num_splits
+            return (share + (splits < extra)).flatten()
+        programs = [self._programs(item, int(work)) for item, work in enumerate(self.work)]
+        return torch.bincount(torch.cat(programs), minlength=self.num_splits)
+
+    @cached_property
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """First slot of each item, and the slots of each: as many as the largest item of its sequence has blocks."""
+        per_sequence = self.work.view(len(self.kv_lens), -1)
+        weights = per_sequence.amax(1).maximum((self.kv_lens > 0).long())
+        weights = weights[:, None].expand_as(per_sequence).flatten()
+        return weights.cumsum(0) - weights, weights
+
+    def _programs(self, item: int, work: int) -> torch.Tensor:
+        """The program that visits each block of an item: its number among those of the item, or among all if balanced.
+
+        The kernel's weights look at fewer rows than these, so where heads or tokens differ this is approximate.
+        """
+        if not self.balanced:
+            share, extra = divmod(work, self.num_splits)
+            sizes = torch.full((self.num_splits,), share)
+            sizes[:extra] += 1
+            return torch.arange(self.num_splits).repeat_interleave(sizes)
+        starts, weights = self._slots
+        weight, total = int(weights[item]), int(weights.sum())
+        workers = min(self.num_splits, max(total, 1))
+        ends = torch.arange(weight + 1) * work // max(weight, 1)
+        slots = int(starts[item]) + torch.arange(weight)
+        return (((slots + 1) * workers - 1) // max(total, 1)).repeat_interleave(ends.diff())
 
 
 def find_step(
@@ -172,7 +207,8 @@ def find_step(
         return torch.stack(padded, -2).flatten(0, 2).cpu()
 
     return Step(
-        block_n, cut.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), stacked(ranges), stacked(pieces)
+        block_n, cut.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), stacked(ranges), stacked(pieces),
+        cut.tiles.balanced,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -89,12 +89,14 @@ class Explanation:
         heads, tokens = signature.group_size, signature.num_queries
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
         used = f"{heads} query head{'s' * (heads > 1)} x {tokens} token{'s' * (tokens > 1)}"
-        programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_items * cut.num_splits}"
+        programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_programs}"
+        if tiles.balanced:
+            programs = f"{cut.num_splits} workers share {cut.num_items} ({item}) in equal runs of blocks"
         rows = [
             ("device", self.device),
             ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
             ("", f"{tiles.num_warps} warps, {tiles.num_stages} stages"),
-            ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}"),
+            ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}{_cache_kind(signature)}"),
             ("programs", programs + (_shares(self.step) if self.step is not None else "")),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
         ]
@@ -242,8 +244,11 @@ def _check(
     meta = getattr(query, "is_meta", False)
     shapes = inputs
     if meta:
-        shapes = Inputs(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs))
-        shapes = shapes._replace(key=inputs.key, value=inputs.value)  # which may share memory
+        # Key and value stay as they are, because they may share memory.
+        names = ("kv_lens", "q_lens", "q_offset", "page_table", "k_scale", "v_scale", "sinks")
+        given = {name: getattr(inputs, name) for name in names}
+        moved: dict[str, Any] = {n: x.to("meta") for n, x in given.items() if isinstance(x, torch.Tensor)}
+        shapes = inputs._replace(**moved)
     sizes = check_inputs(shapes, options)
     if options.backend is None and (device is not None or meta):
         options = replace(options, backend="triton")
@@ -299,11 +304,18 @@ def _bytes(key: torch.Tensor, value: torch.Tensor, batch: int, count: Callable[[
     return sum(count(t.shape[0] != batch) * t.shape[3] * t.element_size() for t in (key, value))
 
 
+def _cache_kind(signature: Signature) -> str:
+    """What is special about a cache."""
+    pages = f", from pages of {signature.page_size}" if signature.page_size else ""
+    dtype = str(signature.kv_dtype).removeprefix("torch.")
+    return pages + (f", {dtype}" if signature.kv_dtype != signature.dtype else "")
+
+
 def _shares(step: Step) -> str:
     """How the work is spread over the programs."""
-    most = -(-int(step.work.max()) // step.num_splits)
-    busy = int(step.work.clamp(max=step.num_splits).sum())
-    idle = "" if busy == step.num_items * step.num_splits else f"; {busy} have work"
+    per_program = step.work_of_programs
+    most, busy = int(per_program.max()), int((per_program > 0).sum())
+    idle = "" if busy == len(per_program) else f"; {busy} have work"
     return f"{idle}, at most {most} block{'' if most == 1 else 's'} each"
 
 

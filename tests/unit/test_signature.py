@@ -9,7 +9,7 @@ import torch
 from support import make_inputs
 
 from flexdecode import DecodeOptions, flex_decode
-from flexdecode.inputs import DEFAULT_OPTIONS, check_inputs, check_lens
+from flexdecode.inputs import DEFAULT_OPTIONS, Inputs, check_inputs, check_lens
 from flexdecode.signature import UNIT, describe, kernel_strides
 
 B, Hq, Hkv, Q, N, D, Dv = 2, 4, 2, 3, 9, 16, 32
@@ -96,13 +96,14 @@ def test_heads_divide():
     )
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 257, 512])
+@pytest.mark.parametrize("size", [0, 1, 15, 577, 1024])
 def test_head_dims(size):
     query, key, value = make_inputs(1, 2, 1, 1, 4, size, 16)
-    message = f"the head dimension of `query` must be between 16 and 256, got {size}"
+    message = f"the head dimension of `query` must be between 16 and 576, got {size}"
     refused(ValueError, message, query=query, key=key, value=value)
     query, key, value = make_inputs(1, 2, 1, 1, 4, 16, size)
-    refused(ValueError, message.replace("query", "value"), query=query, key=key, value=value)
+    message = f"the head dimension of `value` must be between 16 and 512, got {size}"
+    refused(ValueError, message, query=query, key=key, value=value)
 
 
 def test_sizes_that_indices_do_not_hold():
