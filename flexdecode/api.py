@@ -128,8 +128,9 @@ def flex_decode(
 
 def _same_start(key: object, value: object) -> bool:
     """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
-    tensors = [x for x in (key, value) if isinstance(x, torch.Tensor) and x.layout == torch.strided]
-    return len(tensors) == 2 and key.data_ptr() == value.data_ptr()
+    if not (isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        return False
+    return key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
 
 
 def _from_cache(cache: KVCache | PagedKVCache, given: tuple) -> tuple:

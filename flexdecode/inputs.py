@@ -25,7 +25,8 @@ class DecodeOptions:
     Attributes:
         backend: `triton` (generated kernel) or `torch` (the traced graph in PyTorch operations); by default the
             former for CUDA tensors and the latter for CPU tensors.
-        num_splits: how many programs share the KV cache of one head; by default chosen to fill the GPU.
+        num_splits: how many programs share the KV cache of one head; with the balanced schedule, how many share all.
+            By default chosen to fill the GPU.
         block_n: keys per step of the kernel, a power of two from 16.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
@@ -61,9 +62,8 @@ class DecodeOptions:
         for name in ("batch_invariant", "debug"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"`options.{name}` must be a bool, got {getattr(self, name)!r}")
-        if self.schedule == "balanced" and (self.batch_invariant or self.num_splits):
-            other = "batch_invariant=True" if self.batch_invariant else "num_splits"
-            raise ValueError(f'`options.schedule="balanced"` and `options.{other}` exclude one another')
+        if self.schedule == "balanced" and self.batch_invariant:
+            raise ValueError('`options.schedule="balanced"` and `options.batch_invariant=True` exclude one another')
         for name in ("block_n", "num_warps"):
             value = getattr(self, name)
             if value is not None and value & (value - 1):

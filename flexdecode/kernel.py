@@ -118,6 +118,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "BLOCK_B": tiles.block_b,
         "PAGE_SIZE": signature.page_size,
         "SHARED": tiles.shared,
+        "PACKED": TYPE_NAMES[signature.kv_dtype] if tiles.packed else None,
         "SPLIT": tiles.split,
         "NUM_LIVE": spec.num_live,
         "NUM_FULL": spec.num_full,
@@ -129,14 +130,14 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
     """The Triton type of each argument; `constexpr` for what is absent or known to be 1."""
     signature = spec.signature
     offset, tiles = signature.q_offset, spec.tiles
-    element, cached = ("*" + TYPE_NAMES[dtype] for dtype in (signature.dtype, signature.kv_dtype))
+    element, cached = "*" + TYPE_NAMES[signature.dtype], "*" + _cache_type(spec)
     known: dict[str, Any] = {
         "query": element,
         "key": cached,
         "value": cached,
         "out": element,
-        "key_descriptor": _descriptor_type(spec, tiles.block_d),
-        "value_descriptor": _descriptor_type(spec, tiles.block_dv),
+        "key_descriptor": _descriptor_type(spec, tiles.key_columns),
+        "value_descriptor": _descriptor_type(spec, tiles.value_columns),
         "lse": "*fp32" if signature.return_lse else "constexpr",
         "partial_out": "*fp32" if tiles.split else "constexpr",
         "partial_lse": "*fp32" if tiles.split else "constexpr",
@@ -155,7 +156,7 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if tiles.descriptors else ("i64",) * 2),
         **dict.fromkeys(("batch", "num_kv_heads", "max_kv_len", "num_splits"), "i32"),
     }
-    for name, stride_class in _strides(signature).items():
+    for name, stride_class in _strides(spec).items():
         known[name] = "constexpr" if stride_class == UNIT else "i64"
     return {name: known.get(name, "constexpr") for name in names}
 
@@ -186,17 +187,26 @@ def scale_arguments(scale: float | torch.Tensor | None, pointers: bool) -> tuple
 def _descriptor_type(spec: KernelSpec, width: int) -> str:
     if not spec.tiles.descriptors:
         return "constexpr"
-    return f"tensordesc<{TYPE_NAMES[spec.signature.kv_dtype]}[{spec.tiles.block_n}, {width}]>"
+    return f"tensordesc<{_cache_type(spec)}[{spec.tiles.block_n}, {width}]>"
 
 
-def _strides(signature: Signature) -> dict[str, int]:
+def _cache_type(spec: KernelSpec) -> str:
+    """Triton's type of what is loaded from a cache."""
+    return "i16" if spec.tiles.packed else TYPE_NAMES[spec.signature.kv_dtype]
+
+
+def _strides(spec: KernelSpec) -> dict[str, int]:
+    """Class of each stride, in units of what is loaded."""
     names = [f"stride_{t}{d}" for t, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd")) for d in dims]
-    return dict(zip(names, signature.strides, strict=True))
+    classes = dict(zip(names, spec.signature.strides, strict=True))
+    if spec.tiles.packed:
+        classes |= {name: c // 2 for name, c in classes.items() if name[-2] in "kv" and c != UNIT}
+    return classes
 
 
 def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list]:
     """Divisibility that Triton may rely on, by argument position."""
-    divisors = dict(_strides(spec.signature))
+    divisors = _strides(spec)
     if spec.signature.aligned:
         divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
     divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)

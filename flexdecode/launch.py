@@ -75,8 +75,8 @@ class TritonLauncher:
         signature, tiles = spec.signature, spec.tiles
         self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices
-        self.block_shape = (tiles.block_n, tiles.block_d, tiles.block_dv)
-        self.dtype = signature.kv_dtype
+        self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
+        self.dtype = torch.int16 if tiles.packed else signature.kv_dtype
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         num_q_heads = signature.group_size * sizes.num_kv_heads
         num_rows = sizes.batch * num_q_heads * signature.num_queries

@@ -29,7 +29,7 @@ from .launch import TritonLauncher
 from .program import Program
 from .proofs import CallSizes, find_checks, integers
 from .schedule import DeviceFacts, Schedule, schedule, smaller
-from .signature import Signature, all_strides, describe
+from .signature import Signature, all_strides, describe, packed
 
 if TYPE_CHECKING:
     from .printing import Names
@@ -223,7 +223,7 @@ def _triton_launcher(
     """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller."""
     facts = device_facts(signature.device)
     cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
-    strides = all_strides(inputs, out)
+    strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, out)
     while True:
         spec = KernelSpec(
             signature,
@@ -256,10 +256,15 @@ def cut_call(
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
     caches = inputs.key.shape[0] if signature.page_size else sizes.batch
-    matrices = as_matrices(inputs.key, inputs.value, caches) if program.num_full else None
-    describable = matrices is not None and signature.page_size % 128 == 0
-    cut = schedule(signature, sizes, facts, options, describable, bounds.is_bounded, program.fetches)
-    return cut, matrices if cut.tiles.descriptors else None
+    cut = schedule(signature, sizes, facts, options, True, bounds.is_bounded, program.fetches)
+    seen = packed(inputs) if cut.tiles.packed else inputs
+    matrices = None
+    listed = program.block_lists  # whose blocks may all be partial
+    if cut.tiles.descriptors and program.num_full and not listed and signature.page_size % cut.tiles.block_n == 0:
+        matrices = as_matrices(seen.key, seen.value, caches)
+    if matrices is None:
+        cut = schedule(signature, sizes, facts, options, False, bounds.is_bounded, program.fetches)
+    return cut, matrices
 
 
 def check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:

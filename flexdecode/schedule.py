@@ -37,6 +37,11 @@ class DeviceFacts:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
     @property
+    def can_unpack(self) -> bool:
+        """Whether the device converts pairs of float8 numbers."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
+
+    @property
     def has_descriptors(self) -> bool:
         """Whether the device copies tiles by tensor descriptors."""
         return self.has_pdl
@@ -48,8 +53,9 @@ class Tiles:
 
     `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
     loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
-    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `balanced` makes equal
-    runs of all work, which sums the weights of `block_b` sequences per step.
+    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `packed` loads the
+    columns of a quantised cache two by two. `balanced` makes equal runs of all work, which sums the weights of
+    `block_b` sequences per step.
     """
 
     block_m: int
@@ -63,8 +69,19 @@ class Tiles:
     descriptors: bool
     block_s: int
     shared: bool = False
+    packed: bool = False
     balanced: bool = False
     block_b: int = 0
+
+    @property
+    def key_columns(self) -> int:
+        """Elements of a row that the first load of a key takes."""
+        return self.block_d // 2 if self.packed else self.block_d
+
+    @property
+    def value_columns(self) -> int:
+        """Elements of a row that the load of a value takes."""
+        return self.block_dv // 2 if self.packed else self.block_dv
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ def schedule(
         and total_bytes >= BALANCED_BYTES
     )
     if balanced:
-        num_splits = max(1, min(2 * facts.num_sms, num_items * longest))
+        num_splits = options.num_splits or max(1, min(2 * facts.num_sms, num_items * longest))
     elif options.batch_invariant:
         num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
     else:
@@ -162,6 +179,7 @@ def schedule(
         descriptors=descriptors,
         block_s=4 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
         shared=shared,
+        packed=signature.packable and facts.can_unpack and block_r == 0,
         balanced=balanced,
         block_b=next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0,
     )

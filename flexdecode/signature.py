@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .inputs import DecodeOptions, Inputs
+from .inputs import QUANTISED, DecodeOptions, Inputs
 
 UNIT = 0  # the class of a stride that is known to be 1
 ScaleType = tuple[torch.dtype | None, int]  # of a cache: dtype, None for a Python number, and rank; None if absent
@@ -27,6 +27,7 @@ class Signature:
         page_size: tokens of a page, 0 without a page table.
         k_scale, v_scale: how the caches are scaled.
         shared_kv: whether each value is the first columns of its key, in the same memory.
+        packable: whether key and value are quantised and can be seen as int16, two columns in one.
         return_lse: whether the log-sum-exp is written.
         aligned: whether query, key, value and output all start at a multiple of 16 bytes.
         strides: 16 stride classes, four for each of query, key, value, output: `UNIT` for a last stride of 1, else
@@ -50,6 +51,7 @@ class Signature:
     v_scale: ScaleType | None
     sinks: torch.dtype | None
     shared_kv: bool
+    packable: bool
     return_lse: bool
     aligned: bool
     strides: tuple[int, ...]
@@ -77,6 +79,7 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
         v_scale=_scale_type(inputs.v_scale),
         sinks=_dtype(inputs.sinks),
         shared_kv=shares_storage(key, value),
+        packable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
         return_lse=return_lse,
         aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
         strides=tuple(c for strides in _grouped_strides(inputs, out) for c in _stride_classes(strides)),
@@ -102,6 +105,16 @@ def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:
         bases = [t if t._base is None else t._base for t in (key, value)]
         return same and bases[0] is bases[1] and key.storage_offset() == value.storage_offset()
     return same and value.data_ptr() == key.data_ptr() != 0
+
+
+def _in_pairs(cache: torch.Tensor) -> bool:
+    *strides, last = cache.stride()
+    return last == 1 and cache.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (*strides, cache.shape[3]))
+
+
+def packed(inputs: Inputs) -> Inputs:
+    """The same call with two columns of its caches seen as one int16."""
+    return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
 
 
 def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:

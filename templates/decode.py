@@ -347,18 +347,77 @@ def find_sequence(
     return found, first, weight, total
 
 
+# --- quantised caches -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def unpack(pairs, KIND: tl.constexpr):
+    """The even and the odd columns of a quantised tile whose columns were loaded two by two, as int16: exact float16.
+
+    A tensor core takes pairs of rows of V. Words of two columns can be transposed on their way to it, bytes cannot.
+    """
+    if KIND == "fp8e4nv":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 lo, hi;
+            .reg .b32 a, b;
+            mov.b32 {lo, hi}, $2;
+            cvt.rn.f16x2.e4m3x2 a, lo;
+            cvt.rn.f16x2.e4m3x2 b, hi;
+            prmt.b32 $0, a, b, 0x5410;
+            prmt.b32 $1, a, b, 0x7632;
+            }""",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif KIND == "fp8e5":  # the upper half of a float16
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero;
+            mov.b32 zero, 0;
+            prmt.b32 $0, $2, zero, 0x2404;
+            and.b32 $1, $2, 0xFF00FF00;
+            }""",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # int8: as the last bits of 1024 + 128 + x
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, high, less, a, b;
+            mov.b32 high, 0x64646464;
+            mov.b32 less, 0x64806480;
+            xor.b32 bytes, $2, 0x80808080;
+            prmt.b32 a, bytes, high, 0x4240;
+            prmt.b32 b, bytes, high, 0x4341;
+            sub.rn.f16x2 $0, a, less;
+            sub.rn.f16x2 $1, b, less;
+            }""",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest power of two that is not above |x|; 1 where x is 0 or too small for that."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(power == 0.0, 1.0, power)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def attend_block(
-    acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, pages, kv_len, b, kv_head, h,
-    q_idx, score_rows, score_captures, mask_rows, mask_captures,
+    acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, pages, kv_len, b, kv_head,
+    h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr,
-    CHECKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length."""
+    """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length.
+
+    `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`.
+    """
+    PER_WORD: tl.constexpr = 1 if PACKED is None else 2
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
     live = None
     if CHECKED:
@@ -371,8 +430,16 @@ def attend_block(
         key_scale = load_scales(key_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
     if len(value_scales) == 4:
         value_scale = load_scales(value_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
-    k = load_kv(keys, pages, start_n, kv_len, BLOCK_N, 0, HEAD_DIM, BLOCK_D, PAGE_SIZE, CHECKED).to(q.dtype)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    k = load_kv(
+        keys, pages, start_n, kv_len, BLOCK_N, 0, HEAD_DIM // PER_WORD, BLOCK_D // PER_WORD, PAGE_SIZE, CHECKED
+    )  # fmt: skip
+    if PACKED is not None:
+        k_even, k_odd = unpack(k, PACKED)
+        score = tl.dot(q, tl.trans(k_even))
+        score = tl.dot(q_rest, tl.trans(k_odd), score)
+    else:
+        k = k.to(q.dtype)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if BLOCK_R > 0:
         k_rest = load_kv(keys, pages, start_n, kv_len, BLOCK_N, BLOCK_D, HEAD_DIM, BLOCK_R, PAGE_SIZE, CHECKED)
         score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=PRECISION)
@@ -389,14 +456,26 @@ def attend_block(
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
     if len(value_scales) == 4:
+        if PACKED is not None:
+            # Weights are rounded to float16, whose range is small: they are kept relative to the largest scale so far.
+            v_new = tl.maximum(v_unit, tl.max(tl.abs(value_scale), 0))
+            value_scale = value_scale / tl.where(v_new == 0.0, 1.0, v_new)
+            alpha = alpha * (v_unit / tl.where(v_new == 0.0, 1.0, v_new))
+            v_unit = v_new
         p = p * value_scale[None, :]
+    p = p.to(q.dtype)
     if SHARED:
         v = k
     else:
-        v = load_kv(values, pages, start_n, kv_len, BLOCK_N, 0, V_HEAD_DIM, BLOCK_DV, PAGE_SIZE, CHECKED).to(q.dtype)
-    acc = acc * alpha[:, None]
-    acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return acc, m_new, l_i
+        v = load_kv(
+            values, pages, start_n, kv_len, BLOCK_N, 0, V_HEAD_DIM // PER_WORD, BLOCK_DV // PER_WORD, PAGE_SIZE, CHECKED
+        )  # fmt: skip
+    if PACKED is not None:
+        v_even, v_odd = unpack(v, PACKED)
+        acc = (tl.dot(p, v_even, acc[0] * alpha[:, None]), tl.dot(p, v_odd, acc[1] * alpha[:, None]))
+    else:
+        acc = (acc[0] * alpha[:, None] + tl.dot(p, v.to(q.dtype), input_precision=PRECISION),)
+    return acc, m_new, l_i, v_unit
 
 
 @triton.jit
@@ -428,8 +507,9 @@ def attend_run(
     stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, NUM_LIVE: tl.constexpr,
-    NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
+    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attends one item, a tile of query rows, to the share `start .. end` of `parts` of its KV blocks.
 
@@ -466,8 +546,19 @@ def attend_run(
     mask_rows = mask_row(b, h, q_idx, mask_captures)
     scale = scale * item_scale(key_scales, b, kv_head)
 
-    q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     q_rest = None
+    if PACKED is not None:
+        offs_q = 2 * tl.arange(0, BLOCK_D // 2)[None, :]
+        q = tl.load(query_row[:, None] + offs_q * stride_qd, mask=offs_q < HEAD_DIM, other=0.0)
+        q_rest = tl.load(query_row[:, None] + (offs_q + 1) * stride_qd, mask=offs_q < HEAD_DIM, other=0.0)
+        if q.dtype != tl.float16:
+            # Each row in units of its own, so that float16 holds it.
+            unit = power_of_two(tl.max(tl.maximum(tl.abs(q), tl.abs(q_rest)).to(tl.float32), 1))[:, None]
+            q = (q.to(tl.float32) / unit).to(tl.float16)
+            q_rest = (q_rest.to(tl.float32) / unit).to(tl.float16)
+            scale = scale * unit
+    else:
+        q = tl.load(query_row[:, None] + offs_d[None, :] * stride_qd, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     if BLOCK_R > 0:
         offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
         q_rest = tl.load(query_row[:, None] + offs_r[None, :] * stride_qd, mask=offs_r[None, :] < HEAD_DIM, other=0.0)
@@ -493,7 +584,11 @@ def attend_run(
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    v_unit = 1.0 if PACKED is None or len(value_scales) < 4 else 0.0
+    if PACKED is not None:
+        acc = (tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32))
+    else:
+        acc = (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),)
     if NUM_FULL > 0:
         last_full = tl.minimum(last, num_full)
         block = full_block(runs, first, block_lists, NUM_LIVE)
@@ -504,9 +599,9 @@ def attend_run(
             block = full_block(runs, i + 1, block_lists, NUM_LIVE)
             pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
+                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
                 b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, False, PRECISION,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, False, PRECISION,
             )  # fmt: skip
     first = tl.maximum(first - num_full, 0)
     last = tl.maximum(last - num_full, 0)
@@ -519,12 +614,16 @@ def attend_run(
             block = partial_block(runs, i + 1, block_lists, NUM_LIVE)
             pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
+                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
                 b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, True, PRECISION,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, True, PRECISION,
             )  # fmt: skip
 
-    acc = acc * item_scale(value_scales, b, kv_head)
+    if PACKED is not None:
+        acc = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, BLOCK_DV])
+    else:
+        acc = acc[0]
+    acc = acc * (item_scale(value_scales, b, kv_head) * v_unit)
     # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
     store = row_valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM)
     flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * NUM_ROWS + rows
@@ -561,7 +660,7 @@ def decode_split(
     stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -572,7 +671,8 @@ def decode_split(
     number, a [B] pointer or None, page_table empty or (pointer, stride_b), block_lists empty (block_lists.py says what
     else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h,
     stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is evaluated
-    in every block that is not proven full. SHARED: a value is the first columns of its key.
+    in every block that is not proven full. SHARED: a value is the first columns of its key. PACKED
+    names the dtype of a quantised cache whose columns are loaded two by two, as int16.
 
     An item is a tile of query rows of one KV head of one sequence. In the closed form a program takes the share
     `program_id(1)` of an item. BALANCED, the blocks of all items form one line of slots, and a worker takes an equal
@@ -622,7 +722,7 @@ def decode_split(
                 mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
                 value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
                 max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-                BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
+                BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
             )  # fmt: skip
             slot += end - start
     else:
@@ -635,7 +735,7 @@ def decode_split(
             mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
             value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
             max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-            BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
+            BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
         )  # fmt: skip
 
 

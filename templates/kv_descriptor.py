@@ -24,5 +24,5 @@ def load_kv(
     block = cache[1].load([cache[0][0] + start_n, cache[0][1]])
     if CHECKED:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        block = tl.where(offs_n[:, None] < kv_len, block, 0.0)
+        block = tl.where(offs_n[:, None] < kv_len, block, tl.zeros_like(block))
     return block
