@@ -12,7 +12,7 @@ from .cache import Bounded, CacheInfo, counters, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
 from .identity import forget_graphs, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs, read_cache
 from .launch import forget_workspaces
 from .plan import layout, prepare
 
@@ -85,7 +85,7 @@ def flex_decode(
 
     Returns:
         `[B, Hq, Q, Dv]` in the dtype of `query`, and the log-sum-exp if asked for. A row without a live key is 0 with
-        a log-sum-exp of -inf.
+        a log-sum-exp of -inf, or of its sink.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together.
@@ -97,7 +97,7 @@ def flex_decode(
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = _from_cache(cache, given)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
     inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
@@ -131,17 +131,6 @@ def _same_start(key: object, value: object) -> bool:
     if not (isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
         return False
     return key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
-
-
-def _from_cache(cache: KVCache | PagedKVCache, given: tuple) -> tuple:
-    """What a cache stands for."""
-    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
-    if not all(hasattr(cache, name) for name in names):
-        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
-    for name, value in zip(names, given, strict=True):
-        if value is not None:
-            raise ValueError(f"`{name}` is given twice: `cache` has it already")
-    return tuple(getattr(cache, name) for name in names)
 
 
 def cache_info() -> CacheInfo:

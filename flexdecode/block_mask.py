@@ -77,14 +77,13 @@ class BlockLists:
         kv_lens, q_offset = inputs.kv_lens, inputs.q_offset
         if kv_lens is None and max_kv_len > self.num_kv:
             raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {max_kv_len}")
-        start = q_offset
-        if start is None:
-            tokens = num_queries if inputs.q_lens is None else inputs.q_lens
-            start = (max_kv_len if kv_lens is None else kv_lens) - tokens
-        if isinstance(start, torch.Tensor) and (start.device.type != "cpu" or start.numel() == 0):
+        tokens = num_queries if inputs.q_lens is None else inputs.q_lens
+        start = (max_kv_len if kv_lens is None else kv_lens) - tokens if q_offset is None else q_offset
+        ends = start + tokens
+        known = [x for x in (start, ends) if not isinstance(x, torch.Tensor) or (x.device.type == "cpu" and x.numel())]
+        if len(known) < 2:
             return
-        first, last = (int(x) for x in torch.as_tensor(start).aminmax())
-        last += num_queries - 1
+        first, last = int(torch.as_tensor(start).min()), int(torch.as_tensor(ends).max()) - 1
         short = q_offset is None and first < 0  # the first tokens of a sequence shorter than the query attend nowhere
         if num_queries and (last >= self.num_q or (first < 0 and not short)):
             raise ValueError(

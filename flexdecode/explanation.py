@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -15,15 +16,17 @@ from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
 from .device import find_target
 from .identity import Mod, graph_of, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs, read_cache
 from .mod_report import ModReport, report_mod
 from .plan import check_captures, cut_call, make_program
 from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
-from .signature import Signature, describe
+from .signature import Signature, describe, shares_storage
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from .kv_cache import KVCache, PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ class Explanation:
 
 def explain(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     *,
@@ -136,6 +139,7 @@ def explain(
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    cache: KVCache | PagedKVCache | None = None,
     options: DecodeOptions | None = None,
     device: str | DeviceFacts | None = None,
 ) -> Explanation:
@@ -161,6 +165,7 @@ def explain(
         k_scale: of quantised keys.
         v_scale: of quantised values.
         sinks: a logit for each query head.
+        cache: in place of key, value, kv_lens, page_table, k_scale and v_scale.
         options: how to execute the call.
         device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
 
@@ -170,6 +175,11 @@ def explain(
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
     """
+    if cache is not None:
+        given = (key, value, kv_lens, page_table, k_scale, v_scale)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
+    if key is None or value is None:
+        raise TypeError("explain needs `key` and `value`, or a `cache` that has them")
     combined = block_mask is not None and mask_mod is not None
     if block_mask is not None:
         mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
@@ -183,13 +193,13 @@ def explain(
         cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
         source = module_path(call.program, cut.tiles.descriptors, call.signature.page_size > 0)
     step = _step(call, cut)
-    batch, num_kv_heads, max_kv_len = call.sizes
+    batch, num_kv_heads, _ = call.sizes
     used, read = None, None
     if call.kv_lens is not None:
         longest, total = (int(x) * num_kv_heads for x in (call.kv_lens.amax() if batch else 0, call.kv_lens.sum()))
-        used = _bytes(key, value, batch, lambda shared: longest if shared else total)
+        used = _bytes(inputs, lambda shared: longest if shared else total)
     if isinstance(step, Step):
-        read = _bytes(key, value, batch, step.keys_read)
+        read = _bytes(inputs, step.keys_read)
     elif cut is None:
         read = 0 if 0 in inputs.out_shape else used
     return Explanation(
@@ -201,7 +211,7 @@ def explain(
         schedule=cut,
         step=None if isinstance(step, str) else step,
         unknown=step if isinstance(step, str) else "",
-        cache_bytes=_bytes(key, value, batch, lambda shared: (1 if shared else batch) * num_kv_heads * max_kv_len),
+        cache_bytes=_bytes(inputs, lambda shared: math.prod(key.shape[:3])),
         used_bytes=used,
         read_bytes=read,
         floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
@@ -299,9 +309,18 @@ def _shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     return f"flex_decode: {shapes}, {str(query.dtype).removeprefix('torch.')}"
 
 
-def _bytes(key: torch.Tensor, value: torch.Tensor, batch: int, count: Callable[[bool], int]) -> int:
-    """Bytes of keys and values, by how many of each there are; `count(True)` where all sequences share one cache."""
-    return sum(count(t.shape[0] != batch) * t.shape[3] * t.element_size() for t in (key, value))
+def _bytes(inputs: Inputs, count: Callable[[bool], int]) -> int:
+    """Bytes of keys, values and their scales, by how many keys there are; `count(True)` where sequences share them."""
+    key, value, batch = inputs.key, inputs.value, inputs.query.shape[0]
+    total = 0
+    values_extra = not shares_storage(key, value)
+    for cache, scale, own in ((key, inputs.k_scale, True), (value, inputs.v_scale, values_extra)):
+        shared = inputs.page_table is None and cache.shape[0] != batch
+        per_key = cache.shape[3] * cache.element_size() if own else 0
+        if isinstance(scale, torch.Tensor) and scale.dim() == 3:
+            per_key += scale.element_size()
+        total += count(shared) * per_key
+    return total
 
 
 def _cache_kind(signature: Signature) -> str:

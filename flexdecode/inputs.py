@@ -102,6 +102,26 @@ class Inputs(NamedTuple):
         return batch, heads, tokens, self.value.shape[3]
 
 
+def read_cache(cache: object, given: tuple) -> tuple:
+    """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
+
+    Args:
+        cache: the cache.
+        given: what the caller passed for these six, which must be nothing.
+
+    Raises:
+        TypeError: it is no cache.
+        ValueError: one of the six is given as well.
+    """
+    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
+    if not all(hasattr(cache, name) for name in names):
+        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    return tuple(getattr(cache, name) for name in names)
+
+
 class Sizes(NamedTuple):
     """Run-time sizes: they change without a new kernel."""
 
@@ -158,7 +178,6 @@ def _check_caches(inputs: Inputs) -> Sizes:
     num_caches, num_kv_heads, rows, _ = key.shape
     source = f"Hkv = {num_kv_heads} and N = {rows} (from key)"
     if table is not None:
-        caches = num_caches
         source = f"num_pages = {num_caches}, Hkv = {num_kv_heads} and page_size = {rows} (from key)"
     _check_shape("value", value, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
     if table is not None and value.shape[0] != num_caches:

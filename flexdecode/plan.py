@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -119,6 +119,8 @@ class Plan:
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
         self.loose = loose  # what the kernels want contiguous
+        scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
+        self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
 
     def run(
         self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
@@ -130,6 +132,9 @@ class Plan:
             check_all_lens(inputs, self.options)
         if not self.empty:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
+            if self.number_scales:
+                numbers: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.number_scales}
+                inputs = inputs._replace(**numbers)
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
             if self.checker is not None:
@@ -167,6 +172,10 @@ def prepare(
     graphs = score_graph, mask_graph
     names = _names(graphs, (score, mask)) if options.debug else None
     launcher: Launcher
+    if signature.backend == "torch" and options.batch_invariant:
+        raise ValueError(
+            '`options.batch_invariant=True` needs backend="triton": PyTorch\'s products depend on the batch'
+        )
     if signature.backend == "torch" or 0 in inputs.out_shape:
         launcher = EagerLauncher(graphs, names)
     else:
@@ -222,6 +231,7 @@ def _triton_launcher(
 ) -> TritonLauncher:
     """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller."""
     facts = device_facts(signature.device)
+    check_device(signature, facts)
     cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
     strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, out)
     while True:
@@ -244,6 +254,20 @@ def _triton_launcher(
             cut = next_cut
 
 
+def check_device(signature: Signature, facts: DeviceFacts) -> None:
+    """Refuses what Triton has no type for on a device.
+
+    Raises:
+        ValueError: float8_e4m3fn caches on a GPU without that type.
+    """
+    known = facts.backend == "cpu" or (facts.backend == "cuda" and isinstance(facts.arch, int) and facts.arch >= 89)
+    if signature.kv_dtype == torch.float8_e4m3fn and not known:
+        raise ValueError(
+            f"float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got {facts.backend} "
+            f"{facts.arch}: use float8_e5m2 or int8"
+        )
+
+
 def cut_call(
     signature: Signature,
     sizes: Sizes,
@@ -256,7 +280,9 @@ def cut_call(
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
     caches = inputs.key.shape[0] if signature.page_size else sizes.batch
-    cut = schedule(signature, sizes, facts, options, True, bounds.is_bounded, program.fetches)
+    # Whether there are matrices may depend on the batch, and with it the tiles.
+    hopeful = not options.batch_invariant
+    cut = schedule(signature, sizes, facts, options, hopeful, bounds.is_bounded, program.fetches)
     seen = packed(inputs) if cut.tiles.packed else inputs
     matrices = None
     listed = program.block_lists  # whose blocks may all be partial

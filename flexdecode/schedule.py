@@ -54,8 +54,8 @@ class Tiles:
     `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
     loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
     `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `packed` loads the
-    columns of a quantised cache two by two. `balanced` makes equal runs of all work, which sums the weights of
-    `block_b` sequences per step.
+    columns of a quantised cache two by two. `balanced` makes equal runs of all work, which needs the weights of all
+    sequences: of `block_b` at once, or, if there are `many`, in steps of so many.
     """
 
     block_m: int
@@ -72,6 +72,7 @@ class Tiles:
     packed: bool = False
     balanced: bool = False
     block_b: int = 0
+    many: bool = False
 
     @property
     def key_columns(self) -> int:
@@ -165,7 +166,8 @@ def schedule(
     crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
-    block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, descriptors, facts)
+    packed = signature.packable and facts.can_unpack and block_r == 0
+    block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
     block_n = min(block_n, 64) if is_bounded else block_n
     tiles = Tiles(
         block_m,
@@ -179,9 +181,10 @@ def schedule(
         descriptors=descriptors,
         block_s=4 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
         shared=shared,
-        packed=signature.packable and facts.can_unpack and block_r == 0,
+        packed=packed,
         balanced=balanced,
         block_b=next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0,
+        many=balanced and sizes.batch > 256,
     )
     return Schedule(tiles, num_items, num_splits)
 
@@ -203,7 +206,14 @@ def smaller(cut: Schedule) -> Schedule | None:
 
 
 def _pipeline(
-    block_m: int, kv_bytes: int, is_float32: bool, crowded: bool, descriptors: bool, facts: DeviceFacts
+    block_m: int,
+    kv_bytes: int,
+    is_float32: bool,
+    crowded: bool,
+    balanced: bool,
+    descriptors: bool,
+    packed: bool,
+    facts: DeviceFacts,
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth.
 
@@ -215,11 +225,15 @@ def _pipeline(
         kv_bytes: bytes of one key and its value, as they are loaded.
         is_float32: whether the inputs are float32.
         crowded: more programs than multiprocessors.
+        balanced: as many workers as fit, two on each multiprocessor.
+        packed: a quantised cache, of half the bytes.
         descriptors: KV loads through tensor descriptors.
         facts: of the device.
     """
-    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32)) else 3
-    block_n = 64 if crowded and (is_float32 or (block_m > 16 and not descriptors)) else 128
+    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not packed) else 3
+    block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
+    if packed:
+        block_n *= 1 if crowded and descriptors else 2
     # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
     # descriptors, and per row the query, the output and a few values per key.
     tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
@@ -228,7 +242,10 @@ def _pipeline(
         needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
         if needed <= facts.shared_memory:
             break
-        block_n //= 2
+        if block_n == 64 and stages == 3:  # rather than fewer keys: a step has a fixed price
+            stages, tiles_kept = 2, tiles_kept - 1
+        else:
+            block_n //= 2
     return block_n, stages
 
 

@@ -106,13 +106,20 @@ def _body(template: dict[str, ast.FunctionDef], name: str, body: str) -> _Edit:
 
 
 def _whole_functions(template: dict[str, ast.FunctionDef], other: str) -> list[_Edit]:
-    """Exchanges whole functions for those of the same name and parameters in another file."""
-    edits = []
+    """Exchanges whole functions for those of the same name and parameters in another file.
+
+    Functions of that file whose names start with an underscore come along.
+    """
+    edits, helpers = [], ""
     for name, node in _functions(other).items():
+        if name.startswith("_"):
+            helpers += _source(other, node) + "\n\n"
+            continue
         old = template.get(name)
         if old is None or _parameters(old) != _parameters(node):
             raise ValueError(f"the template has no hook {name}{_parameters(node)}")
-        edits.append((*_lines_of(old), _source(other, node)))
+        edits.append((*_lines_of(old), helpers + _source(other, node)))
+        helpers = ""
     return edits
 
 

@@ -131,7 +131,10 @@ def load_scales(
     """Loads the scale of each key [BLOCK_N] from `scales` (pointer, stride_b, stride_h, stride_n); CHECKED as above."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     pointers = scales[0] + b.to(tl.int64) * scales[1] + kv_head.to(tl.int64) * scales[2] + offs_n * scales[3]
-    return fetch(pointers, offs_n < kv_len if CHECKED else None).to(tl.float32)
+    if CHECKED:
+        return tl.load(pointers, mask=offs_n < kv_len, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointers).to(tl.float32)
 
 
 # --- KV ranges --------------------------------------------------------------------------------------------------------
@@ -319,14 +322,20 @@ def sequence_weights(
 
 
 @triton.jit
-def find_sequence(
-    slot, num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+def find_slot(slot, sequences, starts, weights):
+    """The sequence among `sequences` that holds a slot, its first slot and its weight; zeros if none does."""
+    here = (starts <= slot) & (slot < starts + weights)
+    first = tl.sum(tl.where(here, starts, 0), 0)
+    both = tl.sum(tl.where(here, (sequences.to(tl.int64) << 40) + weights, 0), 0)
+    return (both >> 40).to(tl.int32), first, both & ((1 << 40) - 1)
+
+
+@triton.jit
+def find_in_chunks(
+    slot, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
     NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """The sequence that a slot belongs to, its first slot, its weight, and how many slots there are in all.
-
-    A sequence has `num_items` times its weight slots.
-    """
+    """As find_slot, among all sequences; also how many slots there are in all. Slots are counted per item here."""
     found = tl.zeros((), tl.int32)
     first = tl.zeros((), tl.int64)
     weight = tl.zeros((), tl.int64)
@@ -337,13 +346,12 @@ def find_sequence(
             sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
             NUM_QUERIES, BLOCK_N, NUM_LIVE,
         )  # fmt: skip
-        ends = total + tl.cumsum(weights, 0) * num_items
-        starts = ends - weights * num_items
-        here = (starts <= slot) & (slot < ends)
-        found += tl.sum(tl.where(here, sequences, 0), 0)
-        first += tl.sum(tl.where(here, starts, 0), 0)
-        weight += tl.sum(tl.where(here, weights, 0), 0)
-        total += tl.sum(weights, 0) * num_items
+        starts = total + tl.cumsum(weights, 0) - weights
+        found_here, first_here, weight_here = find_slot(slot, sequences, starts, weights)
+        found += found_here
+        first += first_here
+        weight += weight_here
+        total += tl.sum(weights, 0)
     return found, first, weight, total
 
 
@@ -415,7 +423,8 @@ def attend_block(
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length.
 
-    `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`.
+    `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`, the largest
+    scale of a value so far.
     """
     PER_WORD: tl.constexpr = 1 if PACKED is None else 2
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
@@ -456,13 +465,12 @@ def attend_block(
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
     if len(value_scales) == 4:
-        if PACKED is not None:
-            # Weights are rounded to float16, whose range is small: they are kept relative to the largest scale so far.
-            v_new = tl.maximum(v_unit, tl.max(tl.abs(value_scale), 0))
-            value_scale = value_scale / tl.where(v_new == 0.0, 1.0, v_new)
-            alpha = alpha * (v_unit / tl.where(v_new == 0.0, 1.0, v_new))
-            v_unit = v_new
-        p = p * value_scale[None, :]
+        # Weights may be rounded to float16, whose range is small: they are kept relative to the largest scale so far.
+        v_new = tl.maximum(v_unit, tl.max(tl.abs(value_scale), 0))
+        shrink = 1.0 / tl.where(v_new == 0.0, 1.0, v_new)
+        p = p * (value_scale * shrink)[None, :]
+        alpha = alpha * (v_unit * shrink)
+        v_unit = v_new
     p = p.to(q.dtype)
     if SHARED:
         v = k
@@ -574,8 +582,12 @@ def attend_run(
         last = tl.where(num_tokens > 0, last, 0)
     if BALANCED:
         count = last.to(tl.int64)
-        first = (count * start // parts).to(tl.int32)
-        last = (count * end // parts).to(tl.int32)
+        if count == parts:
+            first = start.to(tl.int32)
+            last = end.to(tl.int32)
+        else:
+            first = (count * start // parts).to(tl.int32)
+            last = (count * end // parts).to(tl.int32)
     elif SPLIT:
         share = last // parts
         extra = last % parts
@@ -584,7 +596,9 @@ def attend_run(
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    v_unit = 1.0 if PACKED is None or len(value_scales) < 4 else 0.0
+    v_unit = 1.0
+    if len(value_scales) == 4:
+        v_unit = tl.zeros((), tl.float32)
     if PACKED is not None:
         acc = (tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32))
     else:
@@ -598,7 +612,7 @@ def attend_run(
             here = pages
             block = full_block(runs, i + 1, block_lists, NUM_LIVE)
             pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
-            acc, m_i, l_i = attend_block(
+            acc, m_i, l_i, v_unit = attend_block(
                 acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
                 b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, False, PRECISION,
@@ -613,7 +627,7 @@ def attend_run(
             here = pages
             block = partial_block(runs, i + 1, block_lists, NUM_LIVE)
             pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
-            acc, m_i, l_i = attend_block(
+            acc, m_i, l_i, v_unit = attend_block(
                 acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
                 b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, True, PRECISION,
@@ -661,7 +675,7 @@ def decode_split(
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
-    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr,
+    NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or (workers,) where the work is BALANCED.
@@ -678,7 +692,7 @@ def decode_split(
     `program_id(1)` of an item. BALANCED, the blocks of all items form one line of slots, and a worker takes an equal
     run of it: the end of one item, some whole items, the beginning of another one. A worker has two places for partial
     results, for an item that it continues and for one that it begins. item_parts [items, 2] tells the second pass
-    which worker begins an item and how many take part.
+    which worker begins an item and how many take part. MANY: there are more than BLOCK_B sequences.
     """
     NUM_TILES: tl.constexpr = (GROUP_SIZE * NUM_QUERIES + BLOCK_M - 1) // BLOCK_M
     if BALANCED:
@@ -688,10 +702,20 @@ def decode_split(
         num_items = num_kv_heads * NUM_TILES
         last_head = num_kv_heads * GROUP_SIZE - 1
         worker = tl.program_id(0).to(tl.int64)
-        _, _, _, total = find_sequence(
-            tl.full((), -1, tl.int64), num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures,
-            max_kv_len, last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
-        )  # fmt: skip
+        if MANY:
+            _, _, _, total = find_in_chunks(
+                tl.full((), -1, tl.int64), batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
+                last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+            )  # fmt: skip
+        else:
+            sequences = tl.arange(0, BLOCK_B)
+            weights = sequence_weights(
+                sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+                NUM_QUERIES, BLOCK_N, NUM_LIVE,
+            )  # fmt: skip
+            ends = tl.cumsum(weights, 0)
+            total = tl.max(ends, 0)
+        total *= num_items
         num_workers = tl.minimum(tl.num_programs(0).to(tl.int64), tl.maximum(total, 1))
         slot = worker * total // num_workers
         stop = tl.where(worker < num_workers, (worker + 1) * total // num_workers, 0)
@@ -701,10 +725,14 @@ def decode_split(
         past = slot
         while slot < stop:
             if slot == past:
-                b, first, weight, _ = find_sequence(
-                    slot, num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
-                    last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
-                )  # fmt: skip
+                if MANY:
+                    b, first, weight, _ = find_in_chunks(
+                        slot // num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
+                        last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+                    )  # fmt: skip
+                else:
+                    b, first, weight = find_slot(slot // num_items, sequences, ends - weights, weights)
+                first *= num_items
                 past = first + num_items * weight
             item = ((slot - first) // weight).to(tl.int32)
             start = slot - first - item * weight

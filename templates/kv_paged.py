@@ -10,6 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _place_in_page(start_n, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where in its page each key from `start_n` on lies [BLOCK_N]; the same for all blocks if they hold whole pages."""
+    if BLOCK_N % PAGE_SIZE == 0:
+        return tl.arange(0, BLOCK_N) % PAGE_SIZE
+    else:
+        return (start_n + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+
+
+@triton.jit
 def find_pages(page_table, b, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """The page of each key from `start_n` on [BLOCK_N], or one page for all, as offsets in the cache are counted."""
     row = page_table[0] + b.to(tl.int64) * page_table[1]
@@ -37,7 +46,7 @@ def load_kv(
     """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = COLUMN + tl.arange(0, BLOCK_D)
-    rows = pages[0].to(tl.int64) * cache[2][0] + (offs_n % PAGE_SIZE).to(tl.int64) * cache[3]
+    rows = pages[0].to(tl.int64) * cache[2][0] + _place_in_page(start_n, BLOCK_N, PAGE_SIZE).to(tl.int64) * cache[3]
     pointers = cache[0] + rows[:, None] + offs_d[None, :] * cache[4]
     if CHECKED:
         return tl.load(pointers, mask=(offs_n[:, None] < kv_len) & (offs_d[None, :] < HEAD_DIM), other=0.0)
@@ -53,6 +62,9 @@ def load_scales(
 ):
     """Loads the scale of each key [BLOCK_N] from `scales` (pointer, stride_page, stride_h, stride_n)."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    rows = pages[0].to(tl.int64) * scales[1] + (offs_n % PAGE_SIZE) * scales[3]
+    rows = pages[0].to(tl.int64) * scales[1] + _place_in_page(start_n, BLOCK_N, PAGE_SIZE) * scales[3]
     pointers = scales[0] + kv_head.to(tl.int64) * scales[2] + rows
-    return fetch(pointers, offs_n < kv_len if CHECKED else None).to(tl.float32)  # noqa: F821
+    if CHECKED:
+        return tl.load(pointers, mask=offs_n < kv_len, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointers).to(tl.float32)

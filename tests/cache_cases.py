@@ -11,8 +11,10 @@ SCALES = ["number", "heads", "sequences", "tokens"]
 def fill_with_nan(tensor):
     """Overwrites a tensor with NaN; int8, which has none, with 127."""
     if tensor.element_size() == 1:
-        return tensor.view(torch.uint8).fill_(0x7F)
-    return tensor.fill_(torch.nan)
+        tensor.view(torch.uint8).fill_(0x7F)
+    else:
+        tensor.fill_(torch.nan)
+    return tensor
 
 
 def spoil(tensor, lens):
