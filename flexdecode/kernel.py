@@ -155,7 +155,7 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         "mask_captures": spec.mask_captures,
         "scale": "fp32",
         **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if tiles.descriptors else ("i64",) * 2),
-        **dict.fromkeys(("batch", "num_kv_heads", "max_kv_len", "num_splits"), "i32"),
+        **dict.fromkeys(("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight"), "i32"),
     }
     for name, stride_class in _strides(spec).items():
         known[name] = "constexpr" if stride_class == UNIT else "i64"

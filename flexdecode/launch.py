@@ -86,12 +86,13 @@ class TritonLauncher:
         self.parts_size = 2 * cut.num_items if tiles.balanced else 0
         self.workspace_size = -(-(self.places + self.parts_size) // 4) * 4 + self.places * signature.v_head_dim
         self.device = signature.device
-        self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits)
+        max_weight = max(1, (1 << 30) // max(cut.num_items, 1))
+        self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits, max_weight)
         key_steps, value_steps = strides[4:6], strides[8:10]
         if matrices is not None:
             key_steps, value_steps = matrices[0].steps, matrices[1].steps
         self.strides = (*strides[:4], key_steps, *strides[6:8], value_steps, *strides[10:])
-        self.combine_tail = (*strides[12:], *self.sizes[1:])
+        self.combine_tail = (*strides[12:], *self.sizes[1:4])
         self.grid = cut.grid
         self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
 

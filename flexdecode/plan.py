@@ -133,7 +133,9 @@ class Plan:
         if not self.empty:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
             if self.number_scales:
-                numbers: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.number_scales}
+                numbers: dict[str, Any] = {
+                    name: checked_scale(getattr(inputs, name), name) for name in self.number_scales
+                }
                 inputs = inputs._replace(**numbers)
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})

@@ -10,7 +10,9 @@ from .inputs import DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
-BALANCED_BYTES = 64 << 20  # below, finding out who does what takes longer than what it evens out
+# Below these, finding out who does what takes longer than what it evens out.
+BALANCED_BYTES = 64 << 20
+BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
 
@@ -154,6 +156,7 @@ def schedule(
         and signature.kv_lens is not None
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
+        and sizes.max_kv_len >= BALANCED_LENGTH
     )
     if balanced:
         num_splits = options.num_splits or max(1, min(2 * facts.num_sms, num_items * longest))
@@ -179,7 +182,7 @@ def schedule(
         options.num_stages or num_stages,
         split=num_splits > 1 or balanced,
         descriptors=descriptors,
-        block_s=4 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        block_s=32 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
         shared=shared,
         packed=packed,
         balanced=balanced,

@@ -298,10 +298,10 @@ def first_position(q_offset, b, kv_len, q_len):
 
 @triton.jit
 def sequence_weights(
-    sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+    sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head, max_weight,
     NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """How many blocks an item of each sequence is about to visit, int64; 0 where there is none, which is exact.
+    """How many blocks an item of each sequence is about to visit, int32; 0 where there is none, which is exact.
 
     An estimate, from the newest token and the outer heads: it decides who does the work, never which work is done.
     """
@@ -311,40 +311,39 @@ def sequence_weights(
     newest = first_position(q_offset, b, kv_len, q_len) + tl.maximum(q_len, 1) - 1
     h = (tl.arange(0, 2) * last_head)[None, :]
     bound = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], score_captures, mask_captures)
-    weight = tl.zeros([sequences.shape[0], 2], tl.int64)
+    weight = tl.zeros([sequences.shape[0], 2], tl.int32)
     end = (kv_len + tl.zeros_like(b))[:, None]
     for i in tl.static_range(NUM_LIVE):
-        lo = tl.minimum(tl.maximum(bound[2 * i], 0), 1 << 30)
-        hi = tl.minimum(bound[2 * i + 1], end)
+        lo = tl.minimum(tl.maximum(bound[2 * i], 0), 1 << 30).to(tl.int32)
+        hi = tl.maximum(tl.minimum(bound[2 * i + 1], end), 0).to(tl.int32)
         weight += tl.where(lo < hi, (hi + BLOCK_N - 1) // BLOCK_N - lo // BLOCK_N, 0)
     busy = (sequences < batch) & (kv_len > 0) & (q_len > 0)
-    return tl.where(busy, tl.maximum(tl.max(weight, 1), 1), 0)
+    return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), max_weight), 0)
 
 
 @triton.jit
 def find_slot(slot, sequences, starts, weights):
     """The sequence among `sequences` that holds a slot, its first slot and its weight; zeros if none does."""
     here = (starts <= slot) & (slot < starts + weights)
-    first = tl.sum(tl.where(here, starts, 0), 0)
-    both = tl.sum(tl.where(here, (sequences.to(tl.int64) << 40) + weights, 0), 0)
-    return (both >> 40).to(tl.int32), first, both & ((1 << 40) - 1)
+    found = tl.sum(tl.where(here, sequences, 0), 0)
+    return found, tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, weights, 0), 0)
 
 
 @triton.jit
 def find_in_chunks(
-    slot, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
+    slot, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head, max_weight,
     NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """As find_slot, among all sequences; also how many slots there are in all. Slots are counted per item here."""
+    """As find_slot, among all sequences; also how many slots there are in all."""
     found = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int64)
-    weight = tl.zeros((), tl.int64)
-    total = tl.zeros((), tl.int64)
+    first = tl.zeros((), tl.int32)
+    weight = tl.zeros((), tl.int32)
+    total = tl.zeros((), tl.int32)
     for chunk in tl.range(0, batch, BLOCK_B):
         sequences = chunk + tl.arange(0, BLOCK_B)
         weights = sequence_weights(
             sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
-            NUM_QUERIES, BLOCK_N, NUM_LIVE,
+            max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE,
         )  # fmt: skip
         starts = total + tl.cumsum(weights, 0) - weights
         found_here, first_here, weight_here = find_slot(slot, sequences, starts, weights)
@@ -581,11 +580,11 @@ def attend_run(
     if q_lens is not None:
         last = tl.where(num_tokens > 0, last, 0)
     if BALANCED:
-        count = last.to(tl.int64)
-        if count == parts:
-            first = start.to(tl.int32)
-            last = end.to(tl.int32)
+        if last == parts:
+            first = start
+            last = end
         else:
+            count = last.to(tl.int64)
             first = (count * start // parts).to(tl.int32)
             last = (count * end // parts).to(tl.int32)
     elif SPLIT:
@@ -671,7 +670,7 @@ def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, item_parts, kv_lens,
     q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
     stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits,
+    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits, max_weight,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
@@ -692,7 +691,8 @@ def decode_split(
     `program_id(1)` of an item. BALANCED, the blocks of all items form one line of slots, and a worker takes an equal
     run of it: the end of one item, some whole items, the beginning of another one. A worker has two places for partial
     results, for an item that it continues and for one that it begins. item_parts [items, 2] tells the second pass
-    which worker begins an item and how many take part. MANY: there are more than BLOCK_B sequences.
+    which worker begins an item and how many take part. A sequence has at most `max_weight` slots per item, which keeps
+    their number in 32 bits. MANY: there are more than BLOCK_B sequences.
     """
     NUM_TILES: tl.constexpr = (GROUP_SIZE * NUM_QUERIES + BLOCK_M - 1) // BLOCK_M
     if BALANCED:
@@ -701,26 +701,28 @@ def decode_split(
             gdc_launch_dependents()
         num_items = num_kv_heads * NUM_TILES
         last_head = num_kv_heads * GROUP_SIZE - 1
-        worker = tl.program_id(0).to(tl.int64)
+        worker = tl.program_id(0)
         if MANY:
             _, _, _, total = find_in_chunks(
-                tl.full((), -1, tl.int64), batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
-                last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+                -1, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head, max_weight,
+                NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
             )  # fmt: skip
         else:
             sequences = tl.arange(0, BLOCK_B)
             weights = sequence_weights(
                 sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
-                NUM_QUERIES, BLOCK_N, NUM_LIVE,
+                max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE,
             )  # fmt: skip
-            ends = tl.cumsum(weights, 0)
-            total = tl.max(ends, 0)
+            starts = tl.cumsum(weights, 0) - weights
+            total = tl.sum(weights, 0)
+        # Runs of `share` slots; the first `extra` workers have one more.
         total *= num_items
-        num_workers = tl.minimum(tl.num_programs(0).to(tl.int64), tl.maximum(total, 1))
-        slot = worker * total // num_workers
-        stop = tl.where(worker < num_workers, (worker + 1) * total // num_workers, 0)
+        share = total // tl.num_programs(0)
+        extra = total % tl.num_programs(0)
+        slot = worker * share + tl.minimum(worker, extra)
+        stop = slot + share + tl.where(worker < extra, 1, 0)
         b = tl.zeros((), tl.int32)
-        weight = tl.full((), 1, tl.int64)
+        weight = tl.full((), 1, tl.int32)
         first = slot
         past = slot
         while slot < stop:
@@ -728,20 +730,23 @@ def decode_split(
                 if MANY:
                     b, first, weight, _ = find_in_chunks(
                         slot // num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
-                        last_head, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+                        last_head, max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
                     )  # fmt: skip
                 else:
-                    b, first, weight = find_slot(slot // num_items, sequences, ends - weights, weights)
+                    b, first, weight = find_slot(slot // num_items, sequences, starts, weights)
                 first *= num_items
                 past = first + num_items * weight
-            item = ((slot - first) // weight).to(tl.int32)
+            item = (slot - first) // weight
             start = slot - first - item * weight
             end = tl.minimum(weight, start + stop - slot)
             if start == 0:
                 flat_item = item_parts + 2 * (b.to(tl.int64) * num_items + item)
-                final = ((slot + weight) * num_workers - 1) // total
-                tl.store(flat_item, worker.to(tl.int32))
-                tl.store(flat_item + 1, (final - worker + 1).to(tl.int32))
+                last_slot = slot + weight - 1
+                final = last_slot // (share + 1)
+                if final >= extra:
+                    final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
+                tl.store(flat_item, worker)
+                tl.store(flat_item + 1, final - worker + 1)
             attend_run(
                 b, item // NUM_TILES, item % NUM_TILES, start, end, weight,
                 2 * worker + tl.where(start == 0, 1, 0), (start == 0) & (end == weight),

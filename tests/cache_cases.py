@@ -77,10 +77,11 @@ class Pages:
         storage = torch.empty(self.num_pages + 2, *inner, *rest, dtype=cache.dtype, device=cache.device)
         pool = fill_with_nan(storage)[1:-1]
         pool = pool if layout == "hnd" else pool.transpose(1, 2)
-        for sequence, length, pages in zip(cache, self.lens, self.pages, strict=True):
-            for i, page in enumerate(pages):
-                rows = sequence[:, i * self.page_size : min((i + 1) * self.page_size, length)]
-                pool[page, :, : rows.shape[1]] = rows
+        as_bytes = (lambda x: x.view(torch.uint8)) if cache.element_size() == 1 else (lambda x: x)
+        for sequence, length, pages in zip(as_bytes(cache), self.lens, self.pages, strict=True):
+            at = torch.arange(length, device=cache.device)
+            page = torch.tensor(pages, dtype=torch.long, device=cache.device)[at // self.page_size]
+            as_bytes(pool)[page, :, at % self.page_size] = sequence[:, :length].transpose(0, 1)
         return pool
 
 

@@ -391,7 +391,7 @@ def test_more_sequences_than_are_summed_at_a_time(batch, monkeypatch):
 
     def schedule(*arguments, **more):
         found = cut(*arguments, **more)
-        tiles = {**vars(found.tiles), "block_b": 32}
+        tiles = {**vars(found.tiles), "block_b": 32, "many": batch > 32}
         return type(found)(type(found.tiles)(**tiles), found.num_items, found.num_splits)
 
     clear_cache()
