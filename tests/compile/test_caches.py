@@ -8,6 +8,7 @@ from support import MODS
 from flexdecode import DecodeOptions, mods
 
 BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
+SPLIT = DecodeOptions(backend="triton", schedule="split")
 BALANCED = DecodeOptions(backend="triton", schedule="balanced")
 INVARIANT = DecodeOptions(backend="triton", batch_invariant=True)
 
@@ -18,7 +19,7 @@ def meta(*shape, dtype=torch.float32):
 
 def call(
     device, B=8, Hq=16, Hkv=2, Q=1, N=8192, D=128, Dv=None, page_size=None, stored=None, scale=None, shared=False,
-    options=None, mod=None, dtype=BF16, **arguments,
+    options=SPLIT, mod=None, dtype=BF16, **arguments,
 ):  # fmt: skip
     """Compiles a call on caches without content; `scale` is the shape class of both scales."""
     query, key, value = meta_inputs(B, Hq, Hkv, Q, N, D, Dv, dtype=dtype)
@@ -48,31 +49,28 @@ CASES = {
     "pages_of_16": {"page_size": 16},
     "pages_of_128": {"page_size": 128, "mod": "causal"},
     "pages_of_1": {"page_size": 1, "mod": "window", "N": 4096},
-    "pages_and_document": {"page_size": 16, "mod": "document", "B": 2},
     "int8": {"stored": INT8, "scale": "tokens", **lengths()},
     "int8_pages": {"stored": INT8, "scale": "tokens", "page_size": 16, "mod": "alibi"},
     "int8_heads": {"stored": INT8, "scale": "heads", "page_size": 128},
     "e5m2": {"stored": E5M2, "scale": "sequences", "page_size": 16, "dtype": torch.float16},
     "latent_16": {"Hq": 16, "Hkv": 1, "D": 576, "Dv": 512, "shared": True, "page_size": 64},
     "latent_128": {"Hq": 128, "Hkv": 1, "D": 576, "Dv": 512, "shared": True, **lengths()},
-    "latent_apart": {"Hq": 16, "Hkv": 1, "D": 576, "Dv": 512, "B": 2},
     "wide_key": {"Hq": 128, "Hkv": 128, "D": 192, "Dv": 128, "N": 1024, **lengths()},
     "balanced": {"options": BALANCED, "mod": "alibi", **lengths()},
     "balanced_many": {"options": BALANCED, "B": 2000, "N": 512, "mod": "streaming", "kv_lens": meta_lengths(2000)},
     "balanced_pages": {"options": BALANCED, "page_size": 16, "stored": INT8, "scale": "heads"},
     "ragged_and_sinks": {"Q": 4, "q_lens": meta_lengths(8), "sinks": meta(16), "mod": "causal", "page_size": 16},
     "balanced_ragged": {"options": BALANCED, "Q": 4, "q_lens": meta_lengths(8), "sinks": meta(16), **lengths()},
-    "invariant": {"options": INVARIANT, "N": 8192, **lengths()},
 }  # fmt: skip
-TOO_WIDE = ("latent_16", "latent_128", "latent_apart")  # an accumulator of 512 columns fills the registers
+TOO_WIDE = ("latent_16", "latent_128")  # an accumulator of 512 columns fills the registers
 
 
 def chosen():
-    """Hopper for all, and another device for each in turn."""
-    others = [device for device in DEVICES if device != "sm_90"]
+    """A device for each in turn, and Hopper for every other."""
     for i, name in enumerate(CASES):
-        for device in DEVICES if FULL else ("sm_90", others[i % 3]):
-            yield pytest.param(device, name, id=f"{name}-{device}")
+        for j, device in enumerate(DEVICES):
+            if FULL or j == i % 4 or (j == 1 and i % 2 == 0):
+                yield pytest.param(device, name, id=f"{name}-{device}")
 
 
 @pytest.mark.parametrize(("device", "name"), list(chosen()))
@@ -87,9 +85,8 @@ def test_compiles(device, name):
         assert resources(found.split)[1] <= 64
 
 
-@pytest.mark.parametrize("device", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("page_size", [None, 16])
-def test_float8_e4m3(page_size, device):
+@pytest.mark.parametrize(("device", "page_size"), [("sm_90", 16), ("sm_100", None)])
+def test_float8_e4m3(device, page_size):
     arguments = {"stored": E4M3, "scale": "tokens", "page_size": page_size} | ({} if page_size else lengths())
     found = call(device, **arguments)
     assert resources(found.split)[1] <= 64
@@ -97,7 +94,7 @@ def test_float8_e4m3(page_size, device):
 
 @pytest.mark.parametrize("device", ["sm_80", "gfx942"])
 def test_float8_e4m3_where_there_is_none(device):
-    with pytest.raises(ValueError, match="float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later"):
+    with pytest.raises(ValueError, match="float8_e4m3fn caches need an NVIDIA GPU"):
         call(device, stored=E4M3, scale="heads", **lengths())
 
 
@@ -116,20 +113,19 @@ def test_blocks_that_are_no_page(block_n):
     assert found.spec.tiles.descriptors == (block_n == 16)
 
 
-@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-def test_a_shared_value_is_loaded_once(device):
-    shared, apart = (
-        call(device, Hq=16, Hkv=1, D=288, Dv=256, shared=shared, dtype=torch.float16) for shared in (True, False)
-    )
+def test_a_shared_value_is_loaded_once():
+    options = DecodeOptions(backend="triton", block_n=32, num_stages=2, num_splits=4)
+    shapes = {"Hq": 16, "Hkv": 1, "D": 288, "Dv": 256, "dtype": torch.float16, "options": options}
+    shared, apart = (call("sm_80", shared=shared, **shapes) for shared in (True, False))
     assert shared.spec.tiles.shared and not apart.spec.tiles.shared
-    loads = [assembly(x.split).count("cp.async.cg") + assembly(x.split).count("ld.global") for x in (shared, apart)]
-    assert loads[0] < loads[1]
+    loads = [assembly(x.split).count("cp.async.cg") for x in (shared, apart)]
+    assert 0 < loads[0] < loads[1]
 
 
 def test_no_length_table_or_number_makes_another_kernel():
     """Scales that are numbers, other lengths of the table and other numbers of pages: run-time values."""
     first = call("sm_90", page_size=16, stored=INT8, scale="number", options=INVARIANT)
-    for B, N in ((8, 4096), (3, 16384), (1, 160)):
+    for B, N in ((8, 4096), (3, 16384), (2, 160)):
         other = call("sm_90", B=B, N=N, page_size=16, stored=INT8, scale="number", options=INVARIANT)
         assert other.spec == first.spec and other.split.hash == first.split.hash
     both = [compile_with_mod(window) for window in (10, 1 << 40)]
@@ -139,5 +135,6 @@ def test_no_length_table_or_number_makes_another_kernel():
 def compile_with_mod(window):
     query, *_ = meta_inputs(4, 16, 2, 1, 1, 128, dtype=BF16)
     cache = meta(100, 2, 16, 128, dtype=BF16)
+    inputs = query, cache, torch.empty_like(cache)
     arguments = {"page_table": meta(4, 64, dtype=torch.int32), "kv_lens": meta_lengths(4)}
-    return compile_call("sm_90", (query, cache, meta(100, 2, 16, 128, dtype=BF16)), None, mods.sliding_window(window), **arguments)
+    return compile_call("sm_90", inputs, None, mods.sliding_window(window), **arguments)

@@ -1,6 +1,7 @@
 """Paged, quantised and ragged caches, sinks, large heads, balanced work and batch invariance through the kernel."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -302,7 +303,7 @@ def test_scales_of_peaked_attention(name):
 
 def test_unsigned_and_signed_ends_of_int8():
     key = torch.tensor([-128, -127, -1, 0, 1, 127], dtype=torch.int8).repeat(1, 1, 8, 8)
-    query, _, value = make_inputs(1, 2, 1, 1, 8, 48)
+    query = make_inputs(1, 2, 1, 1, 8, 48)[0]
     check_decode(query, key, key.flip(2), k_scale=-0.01, v_scale=torch.tensor([0.5]))
 
 
@@ -350,7 +351,7 @@ def test_a_shared_quantised_cache(name):
 
 def test_sharing_is_told_by_memory_not_by_shape():
     """The plan of a call whose value is in its key does not fit one whose value is not."""
-    query, key, value = make_inputs(1, 2, 1, 1, 20, 48, 32)
+    query, key, _ = make_inputs(1, 2, 1, 1, 20, 48)
     wide = torch.randn_like(key)
     for x in (key[..., :32], wide[..., :32], key[..., :32], key[..., 16:], key.flip(2)[..., :32]):
         check_decode(query, key, x)
@@ -391,8 +392,7 @@ def test_more_sequences_than_are_summed_at_a_time(batch, monkeypatch):
 
     def schedule(*arguments, **more):
         found = cut(*arguments, **more)
-        tiles = {**vars(found.tiles), "block_b": 32, "many": batch > 32}
-        return type(found)(type(found.tiles)(**tiles), found.num_items, found.num_splits)
+        return replace(found, tiles=replace(found.tiles, block_b=32, many=batch > 32))
 
     clear_cache()
     monkeypatch.setattr(plan, "schedule", schedule)
@@ -553,11 +553,12 @@ def test_fork_and_truncate():
         k, v = (torch.randn(3, HKV, max(counts), width, generator=generator) for width in (D, 24))
         cache.append(k, v, num_tokens=counts)
         query = torch.randn(3, HQ, num_queries, D, generator=generator)
-        return query, check_cache(query, cache, mods.alibi(HQ), mods.causal())
+        check_cache(query, cache, mods.alibi(HQ), mods.causal(), "one")
+        return query
 
     step([10, 0, 3])
     cache.fork(0, 1)
-    query, out = step([0, 0, 1])
+    query = step([0, 0, 1])
     same = flex_decode(query[[0, 0, 0]], cache=cache)
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
     step([1, 1, 1], num_queries=2)

@@ -1,11 +1,11 @@
-"""Pages, quantised caches, ragged queries and sinks: every refusal word for word, and the results of the torch backend."""
+"""Pages, quantised caches, ragged queries and sinks: every refusal word for word, and results of the torch backend."""
 
 import fractions
 
 import numpy as np
 import pytest
 import torch
-from cache_cases import QUANTISED, SCALES, Pages, position_score, quantise, spoil
+from cache_cases import QUANTISED, SCALES, Pages, quantise, spoil
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MODS, assert_close_to_reference, make_inputs
