@@ -86,7 +86,7 @@ def ragged() -> Iterator[dict]:
         query = normal(len(lens), NUM_Q_HEADS, 1, HEAD_DIM)
         shape = (len(lens), NUM_KV_HEADS, max(lens), HEAD_DIM)
         caches = [(normal(*shape), normal(*shape)) for _ in range(copies(num_bytes))]
-        calls = [lambda kv=kv: flex_decode(query, *kv, kv_lens=kv_lens) for kv in caches]
+        calls = [lambda kv=kv: flex_decode(query, *kv, kv_lens=kv_lens) for kv in caches]  # noqa: B023
         record = measure(case, calls, expect(query, *caches[0], lens), num_bytes)
         yield record | {"bar_us": bar, "source": "the prototype's time, improved"}
         del caches, calls
