@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import live_kv, report
+from benchmarks import live_kv, report, server_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
@@ -19,6 +19,12 @@ def test_live_kv_page(tmp_path):
     page = tmp_path / "live-kv.md"
     assert live_kv.main(["--read", str(RESULTS / "live_kv.json"), "--page", str(page)]) == 0
     assert page.read_text() == (ROOT / "docs" / "live-kv.md").read_text()
+
+
+def test_server_caches_page(tmp_path):
+    page = tmp_path / "server-caches.md"
+    assert server_caches.main(["--read", str(RESULTS / "server_caches.json"), "--page", str(page)]) == 0
+    assert page.read_text() == (ROOT / "docs" / "server-caches.md").read_text()
 
 
 def test_a_case_over_its_bar_falls_short():

@@ -55,9 +55,9 @@ def on_device(monkeypatch, num_sms):
 
 
 def paged_cases():
-    """Every family with two page sizes and two schedules; what else there is to choose rotates."""
+    """Every family with a page size and a schedule, every other with two; what else there is to choose rotates."""
     for i, family in enumerate(MODS):
-        for j in (0, 1):
+        for j in range(1 + i % 2):
             page_size = PAGE_SIZES[(i + 3 * j + i // 6) % 6]
             schedule = list(SCHEDULES)[(i + i // 3 + j) % 3]
             dtype = torch.float16 if (i + j) % 3 == 0 else torch.float32
@@ -86,9 +86,7 @@ def test_page_sizes(page_size, schedule):
     pages = Pages(lens, page_size, dtype=dtype, strided=number % 3 == 1, shared=number % 4, seed=number)
     inputs = paged_inputs(pages, 1 + number % 2, layout=("nhd", "hnd")[number // 2 % 2])
     arguments = {"page_table": pages.table, "kv_lens": tensor(lens, dtype)}
-    out, lse = check_decode(*inputs, position_score, mods.causal(), **arguments, **SCHEDULES[schedule])
-    again = decode(*inputs, position_score, mods.causal(), **arguments, **SCHEDULES[schedule])
-    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    check_decode(*inputs, position_score, mods.causal(), **arguments, **SCHEDULES[schedule])
 
 
 @pytest.mark.parametrize("block_n", [16, 64])
@@ -133,8 +131,7 @@ def test_a_table_that_changes_between_calls():
     assert all(torch.equal(out, results[0][0]) for out, _ in results)
 
 
-@pytest.mark.parametrize("schedule", ["splits", "balanced"])
-@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize(("schedule", "size"), [("splits", 16), ("balanced", 8)])
 def test_a_block_mask_on_pages(size, schedule):
     """Its blocks are those of the sequence, not of the cache."""
 
@@ -424,8 +421,8 @@ BALANCED_MASKS = {
 def test_balanced_masks(mask):
     num_queries = 1 + 4 * (len(mask) % 2)
     inputs = make_inputs(4, 4, 2, num_queries, 110, D)
-    for lens in ([110, 7, 0, 64], [0, 99, 110, 1]):
-        check_decode(*inputs, mods.alibi(4), BALANCED_MASKS[mask], schedule="balanced", kv_lens=tensor(lens))
+    kv_lens = tensor([110, 7, 0, 64])
+    check_decode(*inputs, mods.alibi(4), BALANCED_MASKS[mask], schedule="balanced", kv_lens=kv_lens)
 
 
 @pytest.mark.parametrize("q_offset", [None, 3, tensor([129, 0, 500, -7])], ids=["newest", "number", "tensor"])
@@ -511,8 +508,7 @@ def test_batch_invariance_with_ragged_queries_and_sinks():
 def make_caches(batch, max_kv_len, **arguments):
     sizes = {"batch": batch, "num_kv_heads": HKV, "head_dim": D, "v_head_dim": 24}
     yield KVCache(max_kv_len=max_kv_len, **sizes, **arguments)
-    for page_size in (1, 8):
-        yield PagedKVCache(num_pages=batch * max_kv_len // page_size, page_size=page_size, **sizes, **arguments)
+    yield PagedKVCache(num_pages=batch * max_kv_len // 8, page_size=8, **sizes, **arguments)
 
 
 def check_cache(query, cache, score_mod=None, mask_mod=None, schedule="splits", **arguments):
@@ -539,7 +535,7 @@ def test_a_few_steps(dtype, schedule):
             query = torch.randn(2, HQ, 1, D, generator=generator).half()
             results.append(check_cache(query, cache, mods.alibi(HQ), mods.sliding_window(12 + step), schedule))
         outs.append(torch.stack(results))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[0], outs[1])
 
 
 def test_fork_and_truncate():
