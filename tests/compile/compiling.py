@@ -70,13 +70,14 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
 
     compiled.forget_kernels()
     return_lse = arguments.pop("return_lse", True)
+    lists = arguments.pop("listed", False), arguments.pop("combined", False)
     with (
         mock.patch.object(plan, "device_facts", lambda _: DEVICES[device]),
         mock.patch.object(compiled.Kernel, "_pass", compile_only),
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
         options = options or DecodeOptions(backend="triton")
-        plan.prepare(Inputs(*inputs, **arguments), *mods, return_lse, options)
+        plan.prepare(Inputs(*inputs, **arguments), *mods, return_lse, options, *lists)
     return Compiled(found["spec"], found["path"], found[False], found.get(True))
 
 
