@@ -127,7 +127,8 @@ class TritonLauncher:
         at = _address if self.on_gpu else _itself
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
         caches = at(inputs.key), at(inputs.value)
-        descriptors = (None, None) if self.matrices is None else self._descriptors(*caches)
+        described = self.on_gpu and self.matrices is not None
+        descriptors = self._descriptors(*caches) if described else (None, None)
         partials = self._workspace(stream) if self.workspace_size else (None, None, None)
         outputs = at(out), at(lse), *partials
         lens = at(inputs.kv_lens), at(inputs.q_lens)

@@ -22,9 +22,10 @@ def test_on_every_target(device, num_queries):
     inputs = meta_inputs(4, 16, 2, num_queries, 8192, 128)
     call = compile_call(device, inputs, None, mask_of_lists(mods.causal()), listed=True)
     assert call.spec.block_lists and call.spec.num_full == 1
-    assert call.spec.tiles.descriptors == (device in ("sm_90", "sm_100"))
-    if call.spec.tiles.descriptors:
-        assert "cp.async.bulk.tensor.2d" in assembly(call.split)
+    # Listed blocks may all be partial, and where the mask is evaluated descriptors cost more than they gain.
+    assert not call.spec.tiles.descriptors
+    if device != "gfx942":
+        assert "cp.async" in assembly(call.split)
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])
