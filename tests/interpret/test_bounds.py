@@ -86,9 +86,9 @@ def visited(monkeypatch):
         module = real_load_module(path)
         load_kv, mask_mod = module.load_kv, module.mask_mod
 
-        def load(base, descriptor, origin, start_n, *rest):
+        def load(cache, pages, start_n, *rest):
             seen["loaded"].append(int(start_n.handle.data.item()) // BLOCK_N)
-            return load_kv(base, descriptor, origin, start_n, *rest)
+            return load_kv(cache, pages, start_n, *rest)
 
         def mask(live, b, h, q_idx, kv_idx, row, captures):
             seen["masked"].append(int(kv_idx.handle.data.min()) // BLOCK_N)
