@@ -136,11 +136,13 @@ class Step:
             sizes[:extra] += 1
             return torch.arange(self.num_splits).repeat_interleave(sizes)
         starts, weights = self._slots
-        weight, total = int(weights[item]), int(weights.sum())
-        workers = min(self.num_splits, max(total, 1))
+        weight = int(weights[item])
+        share, extra = divmod(int(weights.sum()), self.num_splits)  # the first `extra` workers have one slot more
         ends = torch.arange(weight + 1) * work // max(weight, 1)
         slots = int(starts[item]) + torch.arange(weight)
-        return (((slots + 1) * workers - 1) // max(total, 1)).repeat_interleave(ends.diff())
+        later = extra + (slots - extra * (share + 1)) // max(share, 1)
+        workers = torch.where(slots < extra * (share + 1), slots // (share + 1), later)
+        return workers.repeat_interleave(ends.diff())
 
 
 def find_step(

@@ -19,7 +19,7 @@ SAME = "the same: the mask is evaluated only in blocks that an end cuts"
 
 def meta_inputs(B=2, Hq=8, Hkv=2, Q=1, N=4096, D=128, dtype=torch.bfloat16):
     key = torch.empty(B, Hkv, N, D, dtype=dtype, device="meta")
-    return torch.empty(B, Hq, Q, D, dtype=dtype, device="meta"), key, key
+    return torch.empty(B, Hq, Q, D, dtype=dtype, device="meta"), key, torch.empty_like(key)
 
 
 def report(mask_mod=None, score_mod=None, **arguments):
@@ -238,6 +238,41 @@ def test_the_source_is_the_module_that_a_call_uses():
     assert str(found.source) in str(found)
     assert report(mods.sliding_window(11)).source == found.source  # a window is an argument
     assert report(mods.chunked(11)).source != report(mods.chunked(12)).source
+
+
+def test_bytes_of_pages():
+    query, key, value = (torch.empty(*shape, 128, dtype=torch.bfloat16, device="meta") for shape in (
+        (2, 8, 1), (50, 2, 64), (50, 2, 64)
+    ))  # fmt: skip
+    table = torch.empty(2, 16, dtype=torch.int32, device="meta")
+    found = explain(query, key, value, kv_lens=torch.tensor([1000, 10]), page_table=table, device="H200")
+    per_token = 2 * 2 * 128 * 2
+    assert found.cache_bytes == 50 * 64 * per_token
+    assert found.used_bytes == found.read_bytes == 1010 * per_token
+    assert "from pages of 64" in str(found)
+
+
+def test_bytes_of_latents_and_of_quantised_keys():
+    query, cache = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in (
+        (2, 16, 1, 576), (2, 1, 500, 576)
+    ))  # fmt: skip
+    found = explain(query, cache, cache[..., :512], device="H200")
+    assert found.cache_bytes == found.read_bytes == 2 * 500 * 576 * 2
+    stored = torch.empty(2, 2, 500, 128, dtype=torch.int8, device="meta")
+    query, scale = torch.empty(2, 8, 1, 128, dtype=torch.bfloat16, device="meta"), torch.ones(2, 2, 500)
+    found = explain(query, stored, torch.empty_like(stored), k_scale=scale, v_scale=0.5, device="H200")
+    assert found.cache_bytes == 2 * 2 * 500 * (2 * 128 + 4)
+
+
+def test_the_workers_of_a_balanced_schedule():
+    lens = torch.tensor([4096, 100])
+    found = report(kv_lens=lens, options=DecodeOptions(schedule="balanced", block_n=64))
+    work = found.step.work_of_programs
+    assert int(work.sum()) == 2 * (64 + 2) and len(work) == found.schedule.num_splits
+    assert int(work.max()) == 1 and "workers share 4 (sequence, KV head) in equal runs" in str(found)
+    few = report(kv_lens=lens, options=DecodeOptions(schedule="balanced", block_n=64, num_splits=10)).step
+    assert few.work_of_programs.tolist() == [14, 14, *[13] * 8]
+    assert few.blocks(0)[1][:64].tolist() == sorted(few.blocks(0)[1][:64].tolist())
 
 
 def test_the_facts_of_another_device():
