@@ -117,6 +117,10 @@ def flex_decode(
     except TypeError:  # options that are no DecodeOptions: the checks of inputs say so
         found = None
     if found is None:
+        if getattr(query, "is_meta", False):
+            raise ValueError(
+                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
+            )
         plan, score, mask = prepare(inputs, score, mask, return_lse, options, lists is not None, combined)
         kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
         _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))

@@ -150,6 +150,7 @@ def find_step(
     mods: tuple[Mod, Mod],
     kv_lens: torch.Tensor,
     first_token: torch.Tensor,
+    num_tokens: torch.Tensor,
     signature: Signature,
     sizes: Sizes,
     cut: Schedule,
@@ -161,6 +162,7 @@ def find_step(
         mods: captures of the score_mod and the mask_mod.
         kv_lens: keys in use, int64 [B], within the cache.
         first_token: position of the first query token, int64 [B].
+        num_tokens: query tokens, int64 [B]; later ones stand where the last one stands.
         signature: of the call.
         sizes: of the call.
         cut: its schedule.
@@ -174,10 +176,11 @@ def find_step(
     rows = torch.arange(num_tiles * cut.tiles.block_m, device=device).clamp(max=num_rows - 1)
     heads = torch.arange(sizes.num_kv_heads, device=device)[:, None] * signature.group_size
     shape = (sizes.batch, sizes.num_kv_heads, num_tiles, cut.tiles.block_m)
+    token = (rows % signature.num_queries).minimum(num_tokens.clamp(min=1)[:, None] - 1)
     indices = {
         "b": torch.arange(sizes.batch, device=device).view(-1, 1, 1, 1),
         "h": (heads + rows // signature.num_queries).view(1, *shape[1:]),
-        "q_idx": (first_token[:, None] + rows % signature.num_queries).view(shape[0], 1, *shape[2:]),
+        "q_idx": (first_token[:, None] + token).view(shape[0], 1, *shape[2:]),
     }
     lens = kv_lens.view(-1, 1, 1, 1)
     regions: list[list[_Range]] = []

@@ -86,7 +86,8 @@ def decode(
         partial = (p.reshape(batch, inputs.key.shape[1], -1, len(kv)) @ v).view_as(acc)
         acc = acc * alpha[..., None] + partial
         m_i = m_new
-    out.copy_(acc / torch.where(l_i == 0, 1.0, l_i)[..., None])
+    result = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
+    out.copy_(torch.where(row_live[..., None], result, 0.0))  # a weight of 0 does not hide NaN
     if lse is not None:
         lse.copy_(m_i + torch.log(l_i))
 
@@ -112,6 +113,11 @@ def _read(
             rows = rows * per_token[:, :, kv, None].float()
     else:
         pages = torch.where(inside, page_table[:, kv // cache.shape[2]], 0).long()
+        wrong = (pages < 0) | (pages >= len(cache))
+        if pages.device.type == "cpu" and wrong.any():
+            raise ValueError(
+                f"`page_table` names page {int(pages[wrong][0])} within a sequence, but `key` has {len(cache)} pages"
+            )
         rows = cache[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
         if per_token is not None:
             rows = rows * per_token[pages, :, kv % cache.shape[2]].float().transpose(1, 2)[..., None]

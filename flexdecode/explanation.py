@@ -18,7 +18,7 @@ from .device import find_target
 from .identity import Mod, graph_of, identify
 from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs, read_cache
 from .mod_report import ModReport, report_mod
-from .plan import check_captures, cut_call, make_program
+from .plan import check_backend, check_captures, cut_call, make_program
 from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
 from .signature import Signature, describe, shares_storage
@@ -229,6 +229,7 @@ class _Call(NamedTuple):
         place: where captured values are read.
         kv_lens: keys in use, int64 [B]; None where they are not known.
         first_token: position of the first query token, int64 [B]; None where it is not known.
+        num_tokens: query tokens, int64 [B]; None where they are not known.
     """
 
     mods: tuple[Mod, Mod]
@@ -239,6 +240,7 @@ class _Call(NamedTuple):
     place: torch.device
     kv_lens: torch.Tensor | None
     first_token: torch.Tensor | None
+    num_tokens: torch.Tensor | None
 
 
 def _check(
@@ -280,8 +282,9 @@ def _check(
         first = _known(torch.as_tensor(inputs.q_offset), place)
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
     signature = describe(shapes, query.new_empty(inputs.out_shape), False, options)
+    check_backend(signature, options)
     program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes, *lists)
-    return _Call(mods, program, signature, sizes, options, place, lens, first)
+    return _Call(mods, program, signature, sizes, options, place, lens, first, tokens)
 
 
 def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
@@ -297,9 +300,14 @@ def _step(call: _Call, cut: Schedule | None) -> Step | str:
         return "there is no query, so nothing is launched"
     if call.program.block_lists:
         return "the lists of `block_mask` say which blocks are read"
-    if call.kv_lens is None or call.first_token is None:
-        return f"`{'kv_lens' if call.kv_lens is None else 'q_offset'}` is on the meta device"
-    step = find_step(call.program, call.mods, call.kv_lens, call.first_token, call.signature, call.sizes, cut)
+    for name, known in (("kv_lens", call.kv_lens), ("q_lens", call.num_tokens), ("q_offset", call.first_token)):
+        if known is None:
+            return f"`{name}` is on the meta device"
+    assert call.kv_lens is not None and call.num_tokens is not None and call.first_token is not None
+    # A sequence without a query token reads nothing.
+    lens = call.kv_lens.where(call.num_tokens > 0, 0)
+    at = lens, call.first_token, call.num_tokens
+    step = find_step(call.program, call.mods, *at, call.signature, call.sizes, cut)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

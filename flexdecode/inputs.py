@@ -15,6 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 576, 512
 MAX_HEADS = 1 << 20
+MAX_PROGRAMS = 65535  # that share one head: a limit of CUDA's grids
 MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
 
 
@@ -64,6 +65,8 @@ class DecodeOptions:
                 raise ValueError(f"`options.{name}` must be a bool, got {getattr(self, name)!r}")
         if self.schedule == "balanced" and self.batch_invariant:
             raise ValueError('`options.schedule="balanced"` and `options.batch_invariant=True` exclude one another')
+        if self.num_splits is not None and self.num_splits > MAX_PROGRAMS:
+            raise ValueError(f"`options.num_splits` must be at most {MAX_PROGRAMS}, got {self.num_splits}")
         for name in ("block_n", "num_warps"):
             value = getattr(self, name)
             if value is not None and value & (value - 1):
@@ -113,8 +116,10 @@ def read_cache(cache: object, given: tuple) -> tuple:
         TypeError: it is no cache.
         ValueError: one of the six is given as well.
     """
+    from .kv_cache import KVCache, PagedKVCache
+
     names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
-    if not all(hasattr(cache, name) for name in names):
+    if not isinstance(cache, (KVCache, PagedKVCache)):
         raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
     for name, value in zip(names, given, strict=True):
         if value is not None:
@@ -207,8 +212,7 @@ def _check_page_table(table: torch.Tensor, inputs: Inputs) -> None:
         raise ValueError(f"`page_table` must have shape {expected}, got {list(table.shape)}")
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`page_table` must be int32 or int64, got {table.dtype}")
-    if table.device != query.device:
-        raise ValueError(f"`page_table` must be on the device of `query`, {query.device}, got {table.device}")
+    _check_place("page_table", table, query)
     if page_size == 0:
         raise ValueError("`key` must have pages of at least one token, got page_size = 0")
     if inputs.kv_lens is None:
@@ -260,8 +264,7 @@ def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Ten
         raise ValueError(f"`{name}` must have shape [B] = [{query.shape[0]}], got {list(tensor.shape)}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+    _check_place(name, tensor, query)
 
 
 def checked_scale(scale: object, name: str = "scale") -> float:

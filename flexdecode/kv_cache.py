@@ -26,8 +26,8 @@ graph reads and writes the tensors of the cache: keep the cache as long as the g
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -97,9 +97,11 @@ class _Cache:
             expected = f"a number or a float32 tensor [Hkv] = [{heads}]"
             raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
         numbers = given.tolist() if isinstance(given, torch.Tensor) else [given] * heads
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) and x > 0 for x in numbers):
+        real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
+        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32)
+        if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
-        return torch.tensor(numbers, dtype=torch.float32, device=self.key.device)
+        return scales.to(self.key.device)
 
     # --- Tokens -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +126,7 @@ class _Cache:
         offered = k.shape[2]
         if v.shape[2] != offered:
             raise ValueError(f"`v` must have as many tokens as `k`, T = {offered}, got {v.shape[2]}")
+        self._check_writable()
         capturing = self._capturing()
         if capturing and num_tokens is not None:
             raise ValueError("a CUDA graph cannot keep `num_tokens`: give it to `reserve()` before each replay")
@@ -239,7 +242,13 @@ class _Cache:
     def _capturing(self) -> bool:
         return self.key.is_cuda and torch.cuda.is_current_stream_capturing()
 
+    def _check_writable(self) -> None:
+        """Refuses, before anything is changed, what PyTorch would refuse in the middle."""
+        if self.kv_lens.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("the cache was made in torch.inference_mode(): use it there, or make it outside")
+
     def _refuse_capture(self, name: str) -> None:
+        self._check_writable()
         if self._capturing():
             raise RuntimeError(f"{name}() works on the host: call it before the replay, not while a graph is captured")
 

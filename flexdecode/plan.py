@@ -174,10 +174,7 @@ def prepare(
     graphs = score_graph, mask_graph
     names = _names(graphs, (score, mask)) if options.debug else None
     launcher: Launcher
-    if signature.backend == "torch" and options.batch_invariant:
-        raise ValueError(
-            '`options.batch_invariant=True` needs backend="triton": PyTorch\'s products depend on the batch'
-        )
+    check_backend(signature, options)
     if signature.backend == "torch" or 0 in inputs.out_shape:
         launcher = EagerLauncher(graphs, names)
     else:
@@ -254,6 +251,18 @@ def _triton_launcher(
             if next_cut is None:
                 raise
             cut = next_cut
+
+
+def check_backend(signature: Signature, options: DecodeOptions) -> None:
+    """Refuses what a backend cannot do.
+
+    Raises:
+        ValueError: batch invariance in PyTorch operations.
+    """
+    if signature.backend == "torch" and options.batch_invariant:
+        raise ValueError(
+            '`options.batch_invariant=True` needs backend="triton": PyTorch\'s products depend on the batch'
+        )
 
 
 def check_device(signature: Signature, facts: DeviceFacts) -> None:

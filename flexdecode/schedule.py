@@ -169,7 +169,8 @@ def schedule(
     crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
-    packed = signature.packable and facts.can_unpack and block_r == 0
+    # Whether a cache is packable may depend on where in memory a sequence lies.
+    packed = signature.packable and facts.can_unpack and block_r == 0 and not options.batch_invariant
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
     block_n = min(block_n, 64) if is_bounded else block_n
     tiles = Tiles(

@@ -19,7 +19,7 @@ def load_rows(
     offsets = b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + token.to(tl.int64) * stride_t
     if ALIGNED:
         offsets = tl.multiple_of(offsets, 8)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     pointers = base + offsets[:, None] + offs_d[None, :] * stride_d
     return tl.load(pointers, mask=inside[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
 

@@ -308,7 +308,8 @@ def sequence_weights(
     b = tl.minimum(sequences, batch - 1)
     kv_len = read_length(kv_lens, b, max_kv_len)
     q_len = read_length(q_lens, b, NUM_QUERIES)
-    newest = first_position(q_offset, b, kv_len, q_len) + tl.maximum(q_len, 1) - 1
+    num_tokens = tl.maximum(q_len, 1)
+    newest = first_position(q_offset, b, kv_len, num_tokens) + num_tokens - 1
     h = (tl.arange(0, 2) * last_head)[None, :]
     bound = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], score_captures, mask_captures)
     weight = tl.zeros([sequences.shape[0], 2], tl.int32)
@@ -422,8 +423,8 @@ def attend_block(
 ):  # fmt: skip
     """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length.
 
-    `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`, the largest
-    scale of a value so far.
+    `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`, which
+    is the largest weight of a row so far where values have scales of their own.
     """
     PER_WORD: tl.constexpr = 1 if PACKED is None else 2
     kv_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
@@ -464,12 +465,12 @@ def attend_block(
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
     if len(value_scales) == 4:
-        # Weights may be rounded to float16, whose range is small: they are kept relative to the largest scale so far.
-        v_new = tl.maximum(v_unit, tl.max(tl.abs(value_scale), 0))
-        shrink = 1.0 / tl.where(v_new == 0.0, 1.0, v_new)
-        p = p * (value_scale * shrink)[None, :]
-        alpha = alpha * (v_unit * shrink)
-        v_unit = v_new
+        # Weights may be rounded to float16, whose range is small: a row keeps them relative to its largest one so far.
+        p = p * value_scale[None, :]
+        unit = v_unit * alpha
+        v_unit = tl.maximum(tl.maximum(unit, tl.max(tl.abs(p), 1)), 1e-30)
+        p = p / v_unit[:, None]
+        alpha = unit / v_unit
     p = p.to(q.dtype)
     if SHARED:
         v = k
@@ -597,7 +598,7 @@ def attend_run(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     v_unit = 1.0
     if len(value_scales) == 4:
-        v_unit = tl.zeros((), tl.float32)
+        v_unit = tl.zeros([BLOCK_M], tl.float32)
     if PACKED is not None:
         acc = (tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV // 2], tl.float32))
     else:
@@ -636,7 +637,10 @@ def attend_run(
         acc = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, BLOCK_DV])
     else:
         acc = acc[0]
-    acc = acc * (item_scale(value_scales, b, kv_head) * v_unit)
+    if len(value_scales) == 4:
+        acc = acc * v_unit[:, None]
+    else:
+        acc = acc * item_scale(value_scales, b, kv_head)
     # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
     store = row_valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM)
     flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * NUM_ROWS + rows

@@ -579,3 +579,32 @@ def test_the_same_call_gives_the_same_bits(schedule):
         decode(*inputs, mods.alibi(HQ), **(arguments | {"kv_lens": tensor(other)}))
         out, lse = decode(*inputs, mods.alibi(HQ), **arguments)
         assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+# --- What a reading found ---------------------------------------------------------------------------------------------
+
+
+def test_weights_of_a_sequence_without_query_tokens():
+    """Its newest token is not one past the end of the cache, where a captured tensor has no element."""
+    storage = torch.full((65,), 1000, dtype=torch.int64)  # the last one is not in `starts`
+    starts = storage[:64].zero_()
+    inputs = make_inputs(2, 2, 1, 1, 64, D)
+    mask = lambda b, h, q, k: (k >= starts[q.clamp(min=0)]) & (k <= q)
+    starts[-1] = 60
+    check_decode(*inputs, mask_mod=mask, schedule="balanced", kv_lens=tensor([64, 64]), q_lens=tensor([0, 1]))
+
+
+@pytest.mark.parametrize("outlier", [1e5, 1e8])
+def test_a_masked_key_with_a_large_scale_does_not_round_the_others(outlier):
+    query, key, value = make_inputs(1, 2, 1, 1, 40, D, dtype=torch.float16)
+    stored = (value.float() * 20).round().clamp(-127, 127).to(torch.int8)
+    keys = (key.float() * 20).round().clamp(-127, 127).to(torch.int8)
+    v_scale = torch.full((1, 1, 40), 0.05)
+    v_scale[:, :, 3] = 0.05 * outlier
+    check_decode(query, keys, stored, mask_mod=lambda b, h, q, k: k > 3, k_scale=0.05, v_scale=v_scale, num_splits=1)
+
+
+def test_subnormal_scales_of_values_give_no_nan():
+    query, keys, stored = (x.to(torch.int8) for x in make_inputs(1, 2, 1, 1, 40, D))
+    out, lse = decode(query.half(), keys, stored, k_scale=0.05, v_scale=torch.full((1, 1, 40), 1e-39))
+    assert (out == 0).all() and lse.isfinite().all()

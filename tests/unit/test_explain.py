@@ -240,6 +240,13 @@ def test_the_source_is_the_module_that_a_call_uses():
     assert report(mods.chunked(11)).source != report(mods.chunked(12)).source
 
 
+def test_sequences_without_query_tokens_read_nothing():
+    found = report(q_lens=torch.tensor([1, 0]))
+    assert found.read_bytes * 2 == found.used_bytes
+    with pytest.raises(ValueError, match="batch_invariant"):
+        explain(*make_inputs(1, 2, 1, 1, 4, 16), options=DecodeOptions(batch_invariant=True))
+
+
 def test_bytes_of_pages():
     query, key, value = (torch.empty(*shape, 128, dtype=torch.bfloat16, device="meta") for shape in (
         (2, 8, 1), (50, 2, 64), (50, 2, 64)

@@ -473,3 +473,57 @@ def test_the_inputs_are_not_changed():
     copies = {name: x.clone() for name, x in arguments.items()}
     call(arguments)
     assert all(torch.equal(x.view(torch.uint8), copies[name].view(torch.uint8)) for name, x in arguments.items())
+
+
+# --- What a reading found ---------------------------------------------------------------------------------------------
+
+
+def test_nan_in_a_value_does_not_reach_rows_past_q_lens():
+    value = VALUE.clone()
+    value[0, 0, 3] = torch.nan
+    out = flex_decode(QUERY, KEY, value, q_lens=torch.tensor([1, 0]))
+    assert (out[0, :, 1:] == 0).all() and (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("page", [-1, 4])
+def test_live_pages_that_do_not_exist(page):
+    key = torch.zeros(4, 2, 8, 16)
+    with pytest.raises(ValueError, match=f"`page_table` names page {page} within a sequence, but `key` has 4 pages"):
+        flex_decode(
+            torch.zeros(1, 2, 1, 16), key, key.clone(), kv_lens=torch.tensor([8]), page_table=torch.tensor([[page]])
+        )
+
+
+def test_the_meta_device():
+    query, key = torch.zeros(1, 2, 1, 16, device="meta"), torch.zeros(1, 2, 8, 16, device="meta")
+    with pytest.raises(ValueError, match="flex_decode needs tensors with values, got the meta device"):
+        flex_decode(query, key, key)
+
+
+def test_sparse_lengths():
+    with pytest.raises(ValueError, match="`kv_lens` must be a dense tensor, got layout"):
+        flex_decode(QUERY, KEY, VALUE, kv_lens=torch.tensor([3, 4]).to_sparse())
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e300])
+def test_scales_of_a_cache_that_float32_does_not_hold(scale):
+    with pytest.raises(ValueError, match="`k_scale` must be positive and finite, got"):
+        KVCache(
+            batch=1,
+            num_kv_heads=1,
+            max_kv_len=4,
+            head_dim=16,
+            dtype=torch.int8,
+            device="cpu",
+            k_scale=scale,
+            v_scale=1.0,
+        )
+
+
+def test_a_cache_made_in_inference_mode_is_refused_before_it_changes():
+    with torch.inference_mode():
+        cache = KVCache(batch=1, num_kv_heads=1, max_kv_len=4, head_dim=16, dtype=torch.float32, device="cpu")
+    new = torch.zeros(1, 1, 1, 16)
+    with pytest.raises(RuntimeError, match="the cache was made in "):
+        cache.append(new, new)
+    assert list(cache.lengths) == [0]
