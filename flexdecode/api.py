@@ -12,14 +12,13 @@ from .cache import Bounded, CacheInfo, counters, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
 from .identity import forget_graphs, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs, read_cache
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs
+from .kv_cache import KVCache, PagedKVCache, read_cache
 from .launch import forget_workspaces
 from .plan import layout, prepare
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-    from .kv_cache import KVCache, PagedKVCache
 
 _plans = Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
 

@@ -16,7 +16,8 @@ from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
 from .device import find_target
 from .identity import Mod, graph_of, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs, read_cache
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs
+from .kv_cache import KVCache, PagedKVCache, read_cache
 from .mod_report import ModReport, report_mod
 from .plan import check_backend, check_captures, cut_call, make_program
 from .program import Program
@@ -25,8 +26,6 @@ from .signature import Signature, describe, shares_storage
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-    from .kv_cache import KVCache, PagedKVCache
 
 
 @dataclass(frozen=True)

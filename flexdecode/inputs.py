@@ -105,28 +105,6 @@ class Inputs(NamedTuple):
         return batch, heads, tokens, self.value.shape[3]
 
 
-def read_cache(cache: object, given: tuple) -> tuple:
-    """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
-
-    Args:
-        cache: the cache.
-        given: what the caller passed for these six, which must be nothing.
-
-    Raises:
-        TypeError: it is no cache.
-        ValueError: one of the six is given as well.
-    """
-    from .kv_cache import KVCache, PagedKVCache
-
-    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
-    if not isinstance(cache, (KVCache, PagedKVCache)):
-        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
-    for name, value in zip(names, given, strict=True):
-        if value is not None:
-            raise ValueError(f"`{name}` is given twice: `cache` has it already")
-    return tuple(getattr(cache, name) for name in names)
-
-
 class Sizes(NamedTuple):
     """Run-time sizes: they change without a new kernel."""
 

@@ -26,6 +26,7 @@ graph reads and writes the tensors of the cache: keep the cache as long as the g
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -46,7 +47,7 @@ class OutOfPagesError(FlexDecodeError):
     """A `PagedKVCache` has too few free pages for what shall be appended; nothing was changed."""
 
 
-class _Cache:
+class _Cache(ABC):
     """What both caches share: the tensors, and how tokens are written into them.
 
     Attributes:
@@ -194,9 +195,9 @@ class _Cache:
 
     # --- The host's half ----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _grow(self, counts: list[int]) -> None:
         """Takes the room for new tokens, or raises and changes nothing."""
-        raise NotImplementedError
 
     def _shrink(self, sequence: int, length: int) -> None:
         self.lengths[sequence] = length
@@ -547,3 +548,23 @@ def _largest(dtype: torch.dtype) -> float:
 @functools.cache
 def _append_kernel() -> Any:
     return load_module(template_folder() / "append.py").append
+
+
+def read_cache(cache: object, given: tuple) -> tuple:
+    """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
+
+    Args:
+        cache: the cache.
+        given: what the caller passed for these six, which must be nothing.
+
+    Raises:
+        TypeError: it is no cache.
+        ValueError: one of the six is given as well.
+    """
+    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
+    if not isinstance(cache, _Cache):
+        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    return tuple(getattr(cache, name) for name in names)

@@ -104,21 +104,22 @@ def _names(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> 
 class Plan:
     """Allocates the outputs of a call and runs it."""
 
-    def __init__(self, launcher: Launcher, inputs: Inputs, return_lse: bool, options: DecodeOptions) -> None:
+    def __init__(
+        self, launcher: Launcher, checker: Launcher | None, inputs: Inputs, return_lse: bool, options: DecodeOptions
+    ) -> None:
         self.launcher = launcher
-        self.checker: Launcher | None = None
+        self.checker = checker
         self.out_shape = inputs.out_shape
         self.default_scale = 1.0 / math.sqrt(inputs.query.shape[3])
         self.return_lse = return_lse
         self.checks_lens = options.debug or inputs.query.device.type == "cpu"
         self.options = options
         self.empty = 0 in self.out_shape
-        loose = [
+        self.loose = [  # what the kernels want contiguous
             name
             for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        self.loose = loose  # what the kernels want contiguous
         scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
         self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
 
@@ -180,9 +181,8 @@ def prepare(
     else:
         program, mask = make_program(graphs, (score, mask), signature, sizes, listed, combined)
         launcher = _triton_launcher(signature, sizes, inputs, sample, program, options)
-    plan = Plan(launcher, inputs, return_lse, options)
-    plan.checker = EagerLauncher(graphs, names) if options.debug else None
-    return plan, score, mask
+    checker = EagerLauncher(graphs, names) if options.debug else None
+    return Plan(launcher, checker, inputs, return_lse, options), score, mask
 
 
 def make_program(
