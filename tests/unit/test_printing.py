@@ -262,5 +262,5 @@ def test_texts_of_random_masks_say_what_their_bounds_compute(example):
             for lines in texts:
                 try:
                     assert joined(read(line, known) for line in lines) == expected
-                except RuntimeError as error:  # x // 0 is 0 in a mod
-                    assert "ZeroDivisionError" in str(error)
+                except RuntimeError as error:  # a mod has x // 0 = 0 and 3 ** -1 = 0, which PyTorch refuses on a CPU
+                    assert "ZeroDivisionError" in str(error) or "negative integer powers" in str(error)
