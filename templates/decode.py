@@ -507,6 +507,91 @@ def add_sink(m_i, l_i, sink):
 
 
 @triton.jit
+def query_rows(rows, kv_head, GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr):
+    """The rows of a tile, which of them there are, and the query head and token of each."""
+    NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
+    row_valid = rows < NUM_ROWS
+    # A padding row computes what the last row computes, so that whatever is proven of valid rows holds for it.
+    rows = tl.minimum(rows, NUM_ROWS - 1)
+    return rows, row_valid, kv_head * GROUP_SIZE + rows // NUM_QUERIES, rows % NUM_QUERIES
+
+
+@triton.jit
+def positions(b, token, kv_lens, q_lens, q_offset, max_kv_len, NUM_QUERIES: tl.constexpr):
+    """Length of a sequence, how many query tokens it has, and their positions: a scalar if there is at most one."""
+    kv_len = read_length(kv_lens, b, max_kv_len)
+    # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
+    offset = token[:, None] if NUM_QUERIES > 1 else 0
+    num_tokens = NUM_QUERIES
+    if q_lens is not None:
+        num_tokens = read_length(q_lens, b, NUM_QUERIES)
+        offset = tl.minimum(offset, tl.maximum(num_tokens, 1) - 1)
+        q_idx = first_position(q_offset, b, kv_len, tl.maximum(num_tokens, 1)) + offset
+    else:
+        q_idx = first_position(q_offset, b, kv_len, NUM_QUERIES) + offset
+    return kv_len, num_tokens, q_idx
+
+
+@triton.jit
+def share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT: tl.constexpr, BALANCED: tl.constexpr):
+    """The share `start .. end` of `parts` of an item: its full blocks come first, then its partial ones."""
+    first = 0
+    last = runs[0] + runs[1]
+    if q_lens is not None:
+        last = tl.where(num_tokens > 0, last, 0)
+    if BALANCED:
+        if last == parts:
+            first = start
+            last = end
+        else:
+            count = last.to(tl.int64)
+            first = (count * start // parts).to(tl.int32)
+            last = (count * end // parts).to(tl.int32)
+    elif SPLIT:  # shares differ by one block at most
+        share = last // parts
+        extra = last % parts
+        first = start * share + tl.minimum(start, extra)
+        last = first + share + tl.where(start < extra, 1, 0)
+    return first, last
+
+
+@triton.jit
+def store_run(
+    acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens, out, lse,
+    partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
+    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr, BALANCED: tl.constexpr,
+):  # fmt: skip
+    """Writes columns `offs_dv` of the output of a `whole` item, else of its partial result at `place`."""
+    # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
+    store = row_valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM)
+    flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * (GROUP_SIZE * NUM_QUERIES) + rows
+    if SPLIT:
+        if BALANCED:
+            partial_row = place.to(tl.int64) * BLOCK_M + lanes
+        else:
+            partial_row = flat_row * num_splits + place
+        if not whole:
+            partial = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+            tl.store(partial_lse + partial_row, m_i + tl.log2(l_i), mask=row_valid)
+            tl.store(partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :], partial, mask=store)
+    if BALANCED or not SPLIT:
+        if whole:
+            if sinks is not None:
+                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
+                acc = acc * alpha[:, None]
+            result = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+            row_lse = (m_i + tl.log2(l_i)) * LN2
+            if q_lens is not None:
+                result = tl.where((token < num_tokens)[:, None], result, 0.0)
+                row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
+            out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
+            tl.store(out_row[:, None] + offs_dv[None, :] * stride_od, result.to(out.dtype.element_ty), mask=store)
+            if lse is not None:
+                tl.store(lse + flat_row, row_lse, mask=row_valid)
+
+
+@triton.jit
 def attend_run(
     b, kv_head, tile, start, end, parts, place, whole,
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_lens,
@@ -523,13 +608,8 @@ def attend_run(
 
     A `whole` item writes the output; otherwise its partial result goes to `place`.
     """
-    NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_valid = rows < NUM_ROWS
-    # A padding row computes what the last row computes, so that whatever is proven of valid rows holds for it.
-    rows = tl.minimum(rows, NUM_ROWS - 1)
-    head = kv_head * GROUP_SIZE + rows // NUM_QUERIES
-    token = rows % NUM_QUERIES
+    lanes = tl.arange(0, BLOCK_M)
+    rows, row_valid, head, token = query_rows(tile * BLOCK_M + lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     query_row = query + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qm
@@ -539,16 +619,7 @@ def attend_run(
         gdc_wait()
         gdc_launch_dependents()
 
-    kv_len = read_length(kv_lens, b, max_kv_len)
-    # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
-    offset = token[:, None] if NUM_QUERIES > 1 else 0
-    num_tokens = NUM_QUERIES
-    if q_lens is not None:
-        num_tokens = read_length(q_lens, b, NUM_QUERIES)
-        offset = tl.minimum(offset, tl.maximum(num_tokens, 1) - 1)
-        q_idx = first_position(q_offset, b, kv_len, tl.maximum(num_tokens, 1)) + offset
-    else:
-        q_idx = first_position(q_offset, b, kv_len, NUM_QUERIES) + offset
+    kv_len, num_tokens, q_idx = positions(b, token, kv_lens, q_lens, q_offset, max_kv_len, NUM_QUERIES)
     h = head[:, None]
     score_rows = score_row(b, h, q_idx, score_captures)
     mask_rows = mask_row(b, h, q_idx, mask_captures)
@@ -575,24 +646,7 @@ def attend_run(
         b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
     )  # fmt: skip
     num_full = runs[0]
-    # The work of an item is its full blocks, then its partial ones; shares differ by one block at most.
-    first = 0
-    last = num_full + runs[1]
-    if q_lens is not None:
-        last = tl.where(num_tokens > 0, last, 0)
-    if BALANCED:
-        if last == parts:
-            first = start
-            last = end
-        else:
-            count = last.to(tl.int64)
-            first = (count * start // parts).to(tl.int32)
-            last = (count * end // parts).to(tl.int32)
-    elif SPLIT:
-        share = last // parts
-        extra = last % parts
-        first = start * share + tl.minimum(start, extra)
-        last = first + share + tl.where(start < extra, 1, 0)
+    first, last = share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT, BALANCED)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -641,32 +695,11 @@ def attend_run(
         acc = acc * v_unit[:, None]
     else:
         acc = acc * item_scale(value_scales, b, kv_head)
-    # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
-    store = row_valid[:, None] & (offs_dv[None, :] < V_HEAD_DIM)
-    flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * NUM_ROWS + rows
-    if SPLIT:
-        if BALANCED:
-            partial_row = place.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        else:
-            partial_row = flat_row * num_splits + place
-        if not whole:
-            partial = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-            tl.store(partial_lse + partial_row, m_i + tl.log2(l_i), mask=row_valid)
-            tl.store(partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :], partial, mask=store)
-    if BALANCED or not SPLIT:
-        if whole:
-            if sinks is not None:
-                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
-                acc = acc * alpha[:, None]
-            result = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-            row_lse = (m_i + tl.log2(l_i)) * LN2
-            if q_lens is not None:
-                result = tl.where((token < num_tokens)[:, None], result, 0.0)
-                row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
-            out_row = out + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_om
-            tl.store(out_row[:, None] + offs_dv[None, :] * stride_od, result.to(out.dtype.element_ty), mask=store)
-            if lse is not None:
-                tl.store(lse + flat_row, row_lse, mask=row_valid)
+    store_run(
+        acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens, out, lse,
+        partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
+        GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
+    )  # fmt: skip
 
 
 @triton.jit
