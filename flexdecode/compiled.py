@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -67,19 +68,21 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
 
 
 def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
-    path = module_path(program, spec.tiles.descriptors, spec.signature.page_size > 0)
+    path = module_path(program, spec.tiles.descriptors, spec.signature.page_size > 0, spec.tiles.latent)
     kernel = Kernel(load_module(path), path, spec, facts)
     cache.counters.compilations += 1
     return kernel
 
 
-def module_path(program: Program, descriptors: bool, paged: bool = False) -> Path:
+def module_path(program: Program, descriptors: bool, paged: bool = False, latent: bool = False) -> Path:
     """The file of the module for two mods, found on disk or written there."""
-    identity = f"descriptors {descriptors}, paged {paged}\n{sources_digest()}\n{program.text}"
-    return cache.stored_module(identity, lambda: generate_module(program, descriptors, paged))
+    identity = f"descriptors {descriptors}, paged {paged}, latent {latent}\n{sources_digest()}\n{program.text}"
+    return cache.stored_module(identity, lambda: generate_module(program, descriptors, paged, latent))
 
 
-def generate_module(program: Program, descriptors: bool = False, paged: bool = False) -> str:
+def generate_module(
+    program: Program, descriptors: bool = False, paged: bool = False, latent: bool = False
+) -> str:
     """The text of the module for two mods; with `descriptors`, K and V are loaded through tensor descriptors."""
     hooks = [lower_bounds(program)]
     for kind, graph, checks in (
@@ -93,8 +96,12 @@ def generate_module(program: Program, descriptors: bool = False, paged: bool = F
         "kv_paged.py": paged,
         "kv_paged_descriptor.py": descriptors and paged,
         "block_lists.py": program.block_lists,
+        "latent.py": latent,
     }
-    return generate(hooks, [name for name, wanted in files.items() if wanted])
+    text = generate(hooks, [name for name, wanted in files.items() if wanted])
+    if latent:  # Gluon has functions of its own that make tensors
+        text = re.sub(r"\btl\.(full|zeros_like)\(", r"gl.\1(", text)
+    return text
 
 
 def forget_kernels() -> None:

@@ -29,12 +29,12 @@ class Matrix(NamedTuple):
 def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
     """Describes `[B, H, N, D]` as a matrix in which every head is a rectangle, or gives None.
 
-    The bulk copy engine asks for a power-of-two D here, a base and a pitch of whole 16 bytes, and unit stride in D.
+    The bulk copy engine asks for a base and a pitch of whole 16 bytes, and unit stride in D.
     """
     b, num_heads, num_tokens, head_dim = tensor.shape
     stride_b, stride_h, pitch, stride_d = tensor.stride()
     itemsize = tensor.element_size()
-    if tensor.numel() == 0 or stride_d != 1 or pitch < head_dim or head_dim != next_power_of_2(head_dim):
+    if tensor.numel() == 0 or stride_d != 1 or pitch < head_dim:
         return None
     if tensor.data_ptr() % 16 or pitch * itemsize % 16 or head_dim < 16:
         return None
@@ -48,6 +48,8 @@ def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
 
 def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Matrix, Matrix] | None:
     """Both caches as matrices, or None if one has no such form."""
+    if any(tensor.shape[3] != next_power_of_2(tensor.shape[3]) for tensor in (key, value)):  # one box for a row
+        return None
     matrices = as_matrix(key, batch), as_matrix(value, batch)
     return None if matrices[0] is None or matrices[1] is None else (matrices[0], matrices[1])
 

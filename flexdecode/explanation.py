@@ -190,7 +190,7 @@ def explain(
     cut, source = None, None
     if target.facts is not None and 0 not in inputs.out_shape:
         cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, cut.tiles.descriptors, call.signature.page_size > 0)
+        source = module_path(call.program, cut.tiles.descriptors, call.signature.page_size > 0, cut.tiles.latent)
     step = _step(call, cut)
     batch, num_kv_heads, _ = call.sizes
     used, read = None, None

@@ -188,7 +188,8 @@ def scale_arguments(scale: float | torch.Tensor | None, pointers: bool) -> tuple
 def _descriptor_type(spec: KernelSpec, width: int) -> str:
     if not spec.tiles.descriptors:
         return "constexpr"
-    return f"tensordesc<{_cache_type(spec)}[{spec.tiles.block_n}, {width}]>"
+    layout = ",NVMMASharedLayout(128, 16)" if spec.tiles.latent else ""
+    return f"tensordesc<{_cache_type(spec)}[{spec.tiles.block_n}, {width}]{layout}>"
 
 
 def _cache_type(spec: KernelSpec) -> str:
@@ -244,7 +245,14 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     types = argument_types(spec, names)
     known = constants(spec, facts, combine)
     known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
-    source = ASTSource(function, types, {(names.index(n),): v for n, v in known.items()}, attributes(spec, names))
+    known_at, attrs = {(names.index(n),): v for n, v in known.items()}, attributes(spec, names)
+    if spec.tiles.latent and not combine:
+        from triton.experimental.gluon import jit
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source: ASTSource = GluonASTSource(jit(function.fn), types, known_at, attrs)
+    else:
+        source = ASTSource(function, types, known_at, attrs)
     warp_size = 64 if facts.backend == "hip" else 32
     options: dict[str, Any] = {
         "num_warps": 1 if combine else spec.tiles.num_warps,

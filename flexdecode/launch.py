@@ -75,6 +75,7 @@ class TritonLauncher:
         signature, tiles = spec.signature, spec.tiles
         self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices
+        self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
         self.dtype = torch.int16 if tiles.packed else signature.kv_dtype
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
@@ -128,7 +129,8 @@ class TritonLauncher:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
         caches = at(inputs.key), at(inputs.value)
         described = self.on_gpu and self.matrices is not None
-        descriptors = self._descriptors(*caches) if described else (None, None)
+        seen = (caches[0], caches[0]) if self.latent else caches
+        descriptors = self._descriptors(*seen) if described else (None, None)
         partials = self._workspace(stream) if self.workspace_size else (None, None, None)
         outputs = at(out), at(lse), *partials
         lens = at(inputs.kv_lens), at(inputs.q_lens)

@@ -10,7 +10,7 @@ import torch
 from . import eager
 from .block_mask import BlockLists
 from .captures import leaf_names
-from .descriptor import Matrix, as_matrices
+from .descriptor import Matrix, as_matrices, as_matrix
 from .device import device_facts
 from .errors import FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
@@ -28,7 +28,7 @@ from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
 from .program import Program
 from .proofs import CallSizes, find_checks, integers
-from .schedule import DeviceFacts, Schedule, schedule, smaller
+from .schedule import DeviceFacts, Schedule, has_latent_kernel, schedule, smaller
 from .signature import Signature, all_strides, describe, packed
 
 if TYPE_CHECKING:
@@ -293,6 +293,11 @@ def cut_call(
     caches = inputs.key.shape[0] if signature.page_size else sizes.batch
     # Whether there are matrices may depend on the batch, and with it the tiles.
     hopeful = not options.batch_invariant
+    if hopeful and not program.block_lists and has_latent_kernel(signature, facts, options):
+        latents = as_matrix(inputs.key, caches)
+        if latents is not None:
+            cut = schedule(signature, sizes, facts, options, is_bounded=bounds.is_bounded, latent=True)
+            return cut, (latents, latents)
     cut = schedule(signature, sizes, facts, options, hopeful, bounds.is_bounded, program.fetches)
     seen = packed(inputs) if cut.tiles.packed else inputs
     matrices = None

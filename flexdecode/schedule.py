@@ -15,6 +15,7 @@ BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
+LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class DeviceFacts:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
 
     @property
+    def has_warpgroups(self) -> bool:
+        """Whether products are those of Hopper, which four warps compute together."""
+        return self.backend == "cuda" and self.arch == 90
+
+    @property
     def has_descriptors(self) -> bool:
         """Whether the device copies tiles by tensor descriptors."""
         return self.has_pdl
@@ -57,7 +63,8 @@ class Tiles:
     loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
     `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `packed` loads the
     columns of a quantised cache two by two. `balanced` makes equal runs of all work, which needs the weights of all
-    sequences: of `block_b` at once, or, if there are `many`, in steps of so many.
+    sequences: of `block_b` at once, or, if there are `many`, in steps of so many. `latent` is the kernel of
+    `templates/latent.py`.
     """
 
     block_m: int
@@ -75,15 +82,18 @@ class Tiles:
     balanced: bool = False
     block_b: int = 0
     many: bool = False
+    latent: bool = False
 
     @property
     def key_columns(self) -> int:
         """Elements of a row that the first load of a key takes."""
-        return self.block_d // 2 if self.packed else self.block_d
+        return self.block_d // 2 if self.packed or self.latent else self.block_d
 
     @property
     def value_columns(self) -> int:
-        """Elements of a row that the load of a value takes."""
+        """Elements of a row that the load of a value takes; of latents, what the last load of a key takes."""
+        if self.latent:
+            return self.block_r
         return self.block_dv // 2 if self.packed else self.block_dv
 
 
@@ -125,6 +135,7 @@ def schedule(
     describable: bool = False,
     is_bounded: bool = False,
     fetches: bool = False,
+    latent: bool = False,
 ) -> Schedule:
     """Chooses tiles and splits for the longest sequence that the cache can hold.
 
@@ -137,6 +148,7 @@ def schedule(
         is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
         fetches: whether the score_mod reads captured tensors for every key; a second program on each multiprocessor
             works while the first one waits for them.
+        latent: whether to use the kernel of `templates/latent.py`, which `has_latent_kernel` must allow.
     """
     rows = signature.group_size * signature.num_queries
     is_float32 = signature.dtype == torch.float32
@@ -168,18 +180,20 @@ def schedule(
         )
     crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
-    descriptors = facts.has_descriptors and describable and not (is_float32 and crowded)
+    descriptors = latent or (facts.has_descriptors and describable and not (is_float32 and crowded))
     # Whether a cache is packable may depend on where in memory a sequence lies.
     packed = signature.packable and facts.can_unpack and block_r == 0 and not options.batch_invariant
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
     block_n = min(block_n, 64) if is_bounded else block_n
+    if latent:
+        block_n, num_stages = LATENT_BLOCK, 2
     tiles = Tiles(
         block_m,
         options.block_n or block_n,
         block_d,
         block_r,
         block_dv,
-        options.num_warps or (8 if block_m * block_dv >= 64 * 256 else 4),
+        options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
         options.num_stages or num_stages,
         split=num_splits > 1 or balanced,
         descriptors=descriptors,
@@ -189,8 +203,24 @@ def schedule(
         balanced=balanced,
         block_b=next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0,
         many=balanced and sizes.batch > 256,
+        latent=latent,
     )
     return Schedule(tiles, num_items, num_splits)
+
+
+def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether the kernel of `templates/latent.py` does what a call asks for: many heads, latents of 512 + 64 columns."""
+    sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
+    return (
+        facts.has_warpgroups
+        and sizes == (True, 576, 512)
+        and signature.group_size * signature.num_queries > 32
+        and signature.kv_dtype == signature.dtype != torch.float32
+        and signature.page_size % LATENT_BLOCK == 0
+        and options.num_warps is None
+        and options.num_stages is None
+        and options.block_n in (None, LATENT_BLOCK)
+    )
 
 
 def _head_dim_blocks(head_dim: int) -> tuple[int, int]:

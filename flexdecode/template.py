@@ -66,10 +66,21 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
     called = frozenset().union(*(hook.functions for hook in hooks))
     start, _ = _lines_of(template["kv_bounds"])
     edits.append((start, start, _elementwise(called)))
+    known = _imports("decode.py")
+    more = [text for name in replacements for text, _ in _imports(name).items() if text not in known]
+    end = known["import triton.language as tl"]
+    edits.append((end, end, "".join(f"{text}\n" for text in more)))
     lines = read_template("decode.py").splitlines(keepends=True)
     for start, end, text in sorted(edits, reverse=True):
         lines[start:end] = [text]
     return "".join(lines)
+
+
+@functools.cache
+def _imports(name: str) -> dict[str, int]:
+    """The imports of a template file, and the line after each."""
+    nodes = ast.parse(read_template(name)).body
+    return {ast.unparse(n): n.end_lineno or 0 for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))}
 
 
 _Edit = tuple[int, int, str]  # lines start:end become the text

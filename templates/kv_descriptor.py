@@ -16,12 +16,18 @@ def kv_origin(base, b, kv_head, steps):
 
 
 @triton.jit
+def _rectangle(origin, pages, steps, start_n, PAGE_SIZE: tl.constexpr):
+    """Row and column where the keys from `start_n` on lie."""
+    return origin[0] + start_n, origin[1]
+
+
+@triton.jit
 def load_kv(
     cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
-    block = cache[1].load([cache[0][0] + start_n, cache[0][1]])
+    block = cache[1].load(_rectangle(cache[0], pages, cache[2], start_n, PAGE_SIZE))
     if CHECKED:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         block = tl.where(offs_n[:, None] < kv_len, block, tl.zeros_like(block))

@@ -15,14 +15,19 @@ def kv_origin(base, b, kv_head, steps):
 
 
 @triton.jit
+def _rectangle(origin, pages, steps, start_n, PAGE_SIZE: tl.constexpr):
+    """Row and column where the keys from `start_n` on lie."""
+    page = pages[0].to(tl.int32)
+    return origin[0] + page * steps[0] + start_n % PAGE_SIZE, origin[1] + page * steps[1]
+
+
+@triton.jit
 def load_kv(
     cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
-    page = pages[0].to(tl.int32)
-    row = cache[0][0] + page * cache[2][0] + start_n % PAGE_SIZE
-    block = cache[1].load([row, cache[0][1] + page * cache[2][1]])
+    block = cache[1].load(_rectangle(cache[0], pages, cache[2], start_n, PAGE_SIZE))
     if CHECKED:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         block = tl.where(offs_n[:, None] < kv_len, block, tl.zeros_like(block))
