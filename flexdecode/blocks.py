@@ -34,7 +34,7 @@ class Step:
 
     Attributes:
         block_n: keys in a block.
-        num_splits: programs per item; balanced, programs in all.
+        num_splits: programs per item; balanced, workers for each row tile.
         num_kv_heads: KV heads.
         num_tiles: tiles of query rows per KV head.
         kv_lens: keys in use, int64 [B].
@@ -115,14 +115,16 @@ class Step:
             share, extra = self.work[:, None] // self.num_splits, self.work[:, None] % self.num_splits
             return (share + (splits < extra)).flatten()
         programs = [self._programs(item, int(work)) for item, work in enumerate(self.work)]
-        return torch.bincount(torch.cat(programs), minlength=self.num_splits)
+        return torch.bincount(torch.cat(programs), minlength=self.num_splits * self.num_tiles)
 
     @cached_property
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """First slot of each item, and the slots of each: as many as the largest item of its sequence has blocks."""
-        per_sequence = self.work.view(len(self.kv_lens), -1)
-        weights = per_sequence.amax(1).maximum((self.kv_lens > 0).long())
-        weights = weights[:, None].expand_as(per_sequence).flatten()
+        """First slot of each KV head of each sequence, and its slots: as many as its sequence's largest item has blocks.
+
+        All row tiles of a head have the same slots.
+        """
+        weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > 0).long())
+        weights = weights.repeat_interleave(self.num_kv_heads)
         return weights.cumsum(0) - weights, weights
 
     def _programs(self, item: int, work: int) -> torch.Tensor:
@@ -136,13 +138,14 @@ class Step:
             sizes[:extra] += 1
             return torch.arange(self.num_splits).repeat_interleave(sizes)
         starts, weights = self._slots
-        weight = int(weights[item])
+        head, tile = divmod(item, self.num_tiles)
+        weight = int(weights[head])
         share, extra = divmod(int(weights.sum()), self.num_splits)  # the first `extra` workers have one slot more
         ends = torch.arange(weight + 1) * work // max(weight, 1)
-        slots = int(starts[item]) + torch.arange(weight)
+        slots = int(starts[head]) + torch.arange(weight)
         later = extra + (slots - extra * (share + 1)) // max(share, 1)
         workers = torch.where(slots < extra * (share + 1), slots // (share + 1), later)
-        return workers.repeat_interleave(ends.diff())
+        return (workers + tile * self.num_splits).repeat_interleave(ends.diff())
 
 
 def find_step(

@@ -99,8 +99,9 @@ def generate_module(
         "latent.py": latent,
     }
     text = generate(hooks, [name for name, wanted in files.items() if wanted])
-    if latent:  # Gluon has functions of its own that make tensors
-        text = re.sub(r"\btl\.(full|zeros_like)\(", r"gl.\1(", text)
+    if latent:  # The first pass is Gluon, which has functions of its own that make tensors.
+        first, second = text.split("def decode_combine(")
+        text = re.sub(r"\btl\.(arange|full|zeros|zeros_like)\(", r"gl.\1(", first) + "def decode_combine(" + second
     return text
 
 

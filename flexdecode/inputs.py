@@ -26,7 +26,8 @@ class DecodeOptions:
     Attributes:
         backend: `triton` (generated kernel) or `torch` (the traced graph in PyTorch operations); by default the
             former for CUDA tensors and the latter for CPU tensors.
-        num_splits: how many programs share the KV cache of one head; with the balanced schedule, how many share all.
+        num_splits: how many programs share the KV cache of one head; with the balanced schedule, how many share all
+            (for each tile of query rows, where a KV head has several).
             By default chosen to fill the GPU.
         block_n: keys per step of the kernel, a power of two from 16.
         num_warps: warps per program.

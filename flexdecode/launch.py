@@ -82,9 +82,9 @@ class TritonLauncher:
         num_q_heads = signature.group_size * sizes.num_kv_heads
         num_rows = sizes.batch * num_q_heads * signature.num_queries
         # A balanced worker has two places for partial results of a tile of rows.
-        places = 2 * cut.num_splits * tiles.block_m if tiles.balanced else num_rows * cut.num_splits
+        places = 2 * cut.num_programs * tiles.block_m if tiles.balanced else num_rows * cut.num_splits
         self.places = places if tiles.split else 0
-        self.parts_size = 2 * cut.num_items if tiles.balanced else 0
+        self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
         self.workspace_size = -(-(self.places + self.parts_size) // 4) * 4 + self.places * signature.v_head_dim
         self.device = signature.device
         max_weight = max(1, (1 << 30) // max(cut.num_items, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from .block_mask import BlockLists
 from .captures import leaf_names
 from .descriptor import Matrix, as_matrices, as_matrix
 from .device import device_facts
-from .errors import FlexDecodeError, IndexRangeError, SharedMemoryError
+from .errors import CompileError, FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
 from .identity import Mod, constants_of, graph_of, watch
 from .inputs import (
@@ -228,12 +229,15 @@ def _triton_launcher(
     program: Program,
     options: DecodeOptions,
 ) -> TritonLauncher:
-    """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller."""
+    """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller.
+
+    Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
+    """
     facts = device_facts(signature.device)
     check_device(signature, facts)
     cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
-    strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, out)
     while True:
+        strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, out)
         spec = KernelSpec(
             signature,
             cut.tiles,
@@ -246,8 +250,13 @@ def _triton_launcher(
         )
         try:
             return TritonLauncher(spec, sizes, cut, strides, matrices, facts, program)
-        except SharedMemoryError:
-            next_cut = None if options.block_n else smaller(cut)
+        except CompileError as error:
+            if cut.tiles.latent:
+                text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                cut, matrices = cut_call(signature, sizes, inputs, program, facts, options, latent=False)
+                continue
+            next_cut = smaller(cut) if isinstance(error, SharedMemoryError) and not options.block_n else None
             if next_cut is None:
                 raise
             cut = next_cut
@@ -286,14 +295,18 @@ def cut_call(
     program: Program,
     facts: DeviceFacts,
     options: DecodeOptions,
+    latent: bool = True,
 ) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
-    """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors."""
+    """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors.
+
+    The kernel for latents, if it is allowed and fits, sees the keys through two descriptors.
+    """
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
     caches = inputs.key.shape[0] if signature.page_size else sizes.batch
     # Whether there are matrices may depend on the batch, and with it the tiles.
     hopeful = not options.batch_invariant
-    if hopeful and not program.block_lists and has_latent_kernel(signature, facts, options):
+    if latent and hopeful and not program.block_lists and has_latent_kernel(signature, facts, options):
         latents = as_matrix(inputs.key, caches)
         if latents is not None:
             cut = schedule(signature, sizes, facts, options, is_bounded=bounds.is_bounded, latent=True)

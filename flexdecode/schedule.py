@@ -104,17 +104,19 @@ class Schedule:
     Attributes:
         tiles: compile-time sizes.
         num_items: (sequence, KV head, row tile) triples.
-        num_splits: programs per item; balanced, how many workers share all items.
+        num_splits: programs per item; balanced, how many workers share the items of each row tile.
+        num_tiles: row tiles of a KV head.
     """
 
     tiles: Tiles
     num_items: int
     num_splits: int
+    num_tiles: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
         """Programs of the first pass."""
-        return (self.num_splits, 1) if self.tiles.balanced else (self.num_items, self.num_splits)
+        return (self.num_splits, self.num_tiles) if self.tiles.balanced else (self.num_items, self.num_splits)
 
     @property
     def num_programs(self) -> int:
@@ -156,7 +158,8 @@ def schedule(
     block_d, block_r = _head_dim_blocks(signature.head_dim)
     block_dv = max(16, next_power_of_2(signature.v_head_dim))
     shared = signature.shared_kv and block_dv == block_d
-    items_per_sequence = sizes.num_kv_heads * -(-rows // block_m)
+    num_tiles = -(-rows // block_m)
+    items_per_sequence = sizes.num_kv_heads * num_tiles
     num_items = sizes.batch * items_per_sequence
     kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
     total_bytes = num_items * sizes.max_kv_len * kv_bytes
@@ -171,7 +174,8 @@ def schedule(
         and sizes.max_kv_len >= BALANCED_LENGTH
     )
     if balanced:
-        num_splits = options.num_splits or max(1, min(2 * facts.num_sms, num_items * longest))
+        workers = (1 if latent else 2) * facts.num_sms // num_tiles
+        num_splits = options.num_splits or max(1, min(workers, num_items // num_tiles * longest))
     elif options.batch_invariant:
         num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
     else:
@@ -205,7 +209,7 @@ def schedule(
         many=balanced and sizes.batch > 256,
         latent=latent,
     )
-    return Schedule(tiles, num_items, num_splits)
+    return Schedule(tiles, num_items, num_splits, num_tiles)
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:

@@ -78,9 +78,9 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
 
 @functools.cache
 def _imports(name: str) -> dict[str, int]:
-    """The imports of a template file, and the line after each."""
+    """The imports of a template file, also those that are tried, and the line after each."""
     nodes = ast.parse(read_template(name)).body
-    return {ast.unparse(n): n.end_lineno or 0 for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))}
+    return {ast.unparse(n): n.end_lineno or 0 for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))}
 
 
 _Edit = tuple[int, int, str]  # lines start:end become the text

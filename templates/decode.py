@@ -297,6 +297,18 @@ def first_position(q_offset, b, kv_len, q_len):
 
 
 @triton.jit
+def numbers(SIZE: tl.constexpr):
+    """The numbers from 0 to SIZE."""
+    return tl.arange(0, SIZE)
+
+
+@triton.jit
+def sums_before(weights):
+    """The sum of all weights in front of each."""
+    return tl.cumsum(weights, 0) - weights
+
+
+@triton.jit
 def sequence_weights(
     sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head, max_weight,
     NUM_QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LIVE: tl.constexpr,
@@ -341,12 +353,12 @@ def find_in_chunks(
     weight = tl.zeros((), tl.int32)
     total = tl.zeros((), tl.int32)
     for chunk in tl.range(0, batch, BLOCK_B):
-        sequences = chunk + tl.arange(0, BLOCK_B)
+        sequences = chunk + numbers(BLOCK_B)
         weights = sequence_weights(
             sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
             max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE,
         )  # fmt: skip
-        starts = total + tl.cumsum(weights, 0) - weights
+        starts = total + sums_before(weights)
         found_here, first_here, weight_here = find_slot(slot, sequences, starts, weights)
         found += found_here
         first += first_here
@@ -568,7 +580,7 @@ def store_run(
     flat_row = (b.to(tl.int64) * num_kv_heads + kv_head) * (GROUP_SIZE * NUM_QUERIES) + rows
     if SPLIT:
         if BALANCED:
-            partial_row = place.to(tl.int64) * BLOCK_M + lanes
+            partial_row = (place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M + lanes
         else:
             partial_row = flat_row * num_splits + place
         if not whole:
@@ -714,7 +726,7 @@ def decode_split(
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or (workers,) where the work is BALANCED.
+    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or (workers, row tiles) if it is BALANCED.
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [places, Dv] and partial_lse [places] (base 2), kv_lens [B] or None, q_lens [B] or None, q_offset a
@@ -725,35 +737,36 @@ def decode_split(
     names the dtype of a quantised cache whose columns are loaded two by two, as int16.
 
     An item is a tile of query rows of one KV head of one sequence. In the closed form a program takes the share
-    `program_id(1)` of an item. BALANCED, the blocks of all items form one line of slots, and a worker takes an equal
-    run of it: the end of one item, some whole items, the beginning of another one. A worker has two places for partial
-    results, for an item that it continues and for one that it begins. item_parts [items, 2] tells the second pass
-    which worker begins an item and how many take part. A sequence has at most `max_weight` slots per item, which keeps
-    their number in 32 bits. MANY: there are more than BLOCK_B sequences.
+    `program_id(1)` of an item. BALANCED, the blocks of all sequences and KV heads form one line of slots, the same for
+    each row tile, so that the tiles of a head read the same keys at the same time. A worker takes an equal run of it:
+    the end of one item, some whole items, the beginning of another one. It has two places for partial results, for an
+    item that it continues and for one that it begins. item_parts [batch, num_kv_heads, 2] tells the second pass which
+    worker begins an item and how many take part. A sequence has at most `max_weight` slots per head, which keeps their
+    number in 32 bits. MANY: there are more than BLOCK_B sequences.
     """
     NUM_TILES: tl.constexpr = (GROUP_SIZE * NUM_QUERIES + BLOCK_M - 1) // BLOCK_M
     if BALANCED:
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        num_items = num_kv_heads * NUM_TILES
         last_head = num_kv_heads * GROUP_SIZE - 1
         worker = tl.program_id(0)
+        tile = tl.program_id(1)
         if MANY:
             _, _, _, total = find_in_chunks(
                 -1, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head, max_weight,
                 NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
             )  # fmt: skip
         else:
-            sequences = tl.arange(0, BLOCK_B)
+            sequences = numbers(BLOCK_B)
             weights = sequence_weights(
                 sequences, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len, last_head,
                 max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE,
             )  # fmt: skip
-            starts = tl.cumsum(weights, 0) - weights
+            starts = sums_before(weights)
             total = tl.sum(weights, 0)
         # Runs of `share` slots; the first `extra` workers have one more.
-        total *= num_items
+        total *= num_kv_heads
         share = total // tl.num_programs(0)
         extra = total % tl.num_programs(0)
         slot = worker * share + tl.minimum(worker, extra)
@@ -766,26 +779,26 @@ def decode_split(
             if slot == past:
                 if MANY:
                     b, first, weight, _ = find_in_chunks(
-                        slot // num_items, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
+                        slot // num_kv_heads, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
                         last_head, max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
                     )  # fmt: skip
                 else:
-                    b, first, weight = find_slot(slot // num_items, sequences, starts, weights)
-                first *= num_items
-                past = first + num_items * weight
-            item = (slot - first) // weight
-            start = slot - first - item * weight
+                    b, first, weight = find_slot(slot // num_kv_heads, sequences, starts, weights)
+                first *= num_kv_heads
+                past = first + num_kv_heads * weight
+            kv_head = (slot - first) // weight
+            start = slot - first - kv_head * weight
             end = tl.minimum(weight, start + stop - slot)
             if start == 0:
-                flat_item = item_parts + 2 * (b.to(tl.int64) * num_items + item)
+                shared_out = item_parts + 2 * (b.to(tl.int64) * num_kv_heads + kv_head)
                 last_slot = slot + weight - 1
                 final = last_slot // (share + 1)
                 if final >= extra:
                     final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
-                tl.store(flat_item, worker)
-                tl.store(flat_item + 1, final - worker + 1)
+                tl.store(shared_out, worker)
+                tl.store(shared_out + 1, final - worker + 1)
             attend_run(
-                b, item // NUM_TILES, item % NUM_TILES, start, end, weight,
+                b, kv_head, tile, start, end, weight,
                 2 * worker + tl.where(start == 0, 1, 0), (start == 0) & (end == weight),
                 query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens,
                 q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
@@ -839,7 +852,7 @@ def decode_combine(
     first = flat_row.to(tl.int64) * num_splits
     num_tokens = read_length(q_lens, b, NUM_QUERIES)
     if BALANCED:
-        parts = item_parts + 2 * (group.to(tl.int64) * NUM_TILES + row // BLOCK_M)
+        parts = item_parts + 2 * group.to(tl.int64)
         busy = (read_length(kv_lens, b, max_kv_len) > 0) & (num_tokens > 0)
         count = tl.load(parts + 1, mask=busy, other=0)
         first = 2 * tl.load(parts, mask=busy, other=0).to(tl.int64)
@@ -850,7 +863,7 @@ def decode_combine(
         for start in tl.range(0, count, BLOCK_S):
             part = start + offs_s
             if BALANCED:
-                place = (first + 2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M + row % BLOCK_M
+                place = (first + 2 * part + tl.where(part == 0, 1, 0)) * (NUM_TILES * BLOCK_M) + row
             else:
                 place = first + part
             part_lse = tl.load(partial_lse + place, mask=part < count, other=float("-inf"))

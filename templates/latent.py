@@ -2,32 +2,36 @@
 
 The function is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill
 a multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
-latent is loaded once and used three times, by three groups of warps that work side by side:
+latent is loaded once and used three times. Four groups of warps work side by side:
 
-- one warp copies the next block while the present one is used (`_copy_blocks`),
-- four warps compute the scores, the weights and the left half of the result (`_attend_left`),
-- four warps compute its right half from the same weights (`_attend_right`).
+- one warp copies blocks of latents as soon as their places are free (`_copy_blocks`),
+- four warps compute scores and weights (`_weigh_keys`),
+- twice four warps compute one half of the columns of the result each (`_sum_values`).
 
-They hand one another blocks and weights through shared memory, each with a barrier for "full" and one for "empty".
+So the scores of a block are computed while the values of the one before it are summed. A block is 64 columns wide for
+the scores alone; when these are computed, the weights take that part's place. What one group hands to another has a
+barrier for "full" or "ready", and one for "empty". There are two places; step i uses place i % 2, for the i // 2-th time.
 """
 
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+
+try:
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_load
+except ImportError:  # its name until Triton 3.6
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as async_load
 
 
 @gluon.jit
 def _find_block(runs, i, block_lists, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr):
-    """The block that step `i` of an item visits: full ones, then partial ones."""
+    """The block with the number `i` of an item: first its full ones, then its partial ones."""
     block = partial_block(runs, i - runs[0], block_lists, NUM_LIVE)
     if NUM_FULL > 0:
         block = gl.where(i < runs[0], full_block(runs, i, block_lists, NUM_LIVE), block)
@@ -35,23 +39,30 @@ def _find_block(runs, i, block_lists, NUM_LIVE: gl.constexpr, NUM_FULL: gl.const
 
 
 @gluon.jit
+def _copy(descriptor, row, column, tile, full, empty, phase):
+    """Copies a part of a block once its place is empty."""
+    mbarrier.wait(empty, phase)
+    mbarrier.expect(full, 2 * tile.shape[0] * tile.shape[1])
+    async_load(descriptor, [row, column], full, tile)
+
+
+@gluon.jit
 def _copy_blocks(
-    wide, narrow, left, right, rest, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, kv_len,
+    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, kv_len,
     BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr,
 ):  # fmt: skip
-    """Keeps both places for latents filled, as soon as both halves of a result are done with what lies there."""
-    COLUMNS: gl.constexpr = left.shape[2]
+    """Keeps both places filled."""
+    HALF: gl.constexpr = latents[0].shape[2]
     for i in range(first, last):
         place = (i - first) % 2
+        phase = ((i - first) // 2 + 1) % 2
         start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
         pages = find_pages(page_table, b, start_n, kv_len, BLOCK_N, PAGE_SIZE)
         row, column = _rectangle(origin, pages, steps, start_n, PAGE_SIZE)
-        mbarrier.wait(empty.index(place), ((i - first) // 2 + 1) % 2)
-        arrived = full.index(place)
-        mbarrier.expect(arrived, 2 * BLOCK_N * (2 * COLUMNS + rest.shape[2]))
-        tma.async_copy_global_to_shared(wide, [row, column], arrived, left.index(place))
-        tma.async_copy_global_to_shared(wide, [row, column + COLUMNS], arrived, right.index(place))
-        tma.async_copy_global_to_shared(narrow, [row, column + 2 * COLUMNS], arrived, rest.index(place))
+        left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
+        _copy(narrow, row, column + 2 * HALF, rest, full[2].index(place), empty[2].index(place), phase)
+        _copy(wide, row, column, left, full[0].index(place), empty[0].index(place), phase)
+        _copy(wide, row, column + HALF, right, full[1].index(place), empty[1].index(place), phase)
 
 
 @gluon.jit
@@ -60,19 +71,18 @@ def _clear_rows(tile, count, LAYOUT: gl.constexpr):
     rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     loaded = tile.load(LAYOUT)
     tile.store(gl.where((rows < count)[:, None], loaded, gl.zeros_like(loaded)))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit
-def _attend_block(
-    acc, m_i, l_i, i, step, queries, left, right, rest, weights, factors, full, empty, ready, taken, runs, scale,
-    kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+def _weigh_block(
+    m_i, l_i, i, step, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx, score_rows,
+    score_captures, mask_rows, mask_captures, block_lists,
     BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, CHECKED: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+    SCORES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, and the left half of its result; the last product is still under way after it."""
+    """One step of the online softmax; CHECKED evaluates the mask and the length."""
     place = step % 2
+    phase = step // 2 % 2
     start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
     kv_idx = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))[None, :]
     live = None
@@ -81,13 +91,14 @@ def _attend_block(
         kv_idx = gl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(1 - place), count=1, pred=step > 0)
-    mbarrier.wait(full.index(place), step // 2 % 2)
+    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
     score = gl.full([queries[0].shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
-    score = warpgroup_mma(queries[0], left.index(place).permute((1, 0)), score, use_acc=False, is_async=True)
-    score = warpgroup_mma(queries[1], right.index(place).permute((1, 0)), score, is_async=True)
-    score = warpgroup_mma(queries[2], rest.index(place).permute((1, 0)), score, is_async=True)
+    mbarrier.wait(full[2].index(place), phase)
+    score = warpgroup_mma(queries[2], rest.permute((1, 0)), score, use_acc=False, is_async=True)
+    mbarrier.wait(full[0].index(place), phase)
+    score = warpgroup_mma(queries[0], left.permute((1, 0)), score, is_async=True)
+    mbarrier.wait(full[1].index(place), phase)
+    score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score]) * scale
     score = score_mod(score, b, h, q_idx, kv_idx, score_rows, fetched, score_captures) * LOG2E
     if CHECKED:
@@ -97,102 +108,72 @@ def _attend_block(
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
     p = gl.exp2(score - m_safe[:, None])
     alpha = gl.exp2(m_i - m_safe)
-    l_i = l_i * alpha + gl.sum(p, 1)
-    mbarrier.wait(taken, (step + 1) % 2)
-    weights.store(p.to(weights.dtype))
-    factors.store(alpha)
-    fence_async_shared()
-    mbarrier.arrive(ready, count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+    factors.index(place).store(alpha)
+    rest.store(p.to(rest.dtype))
     if CHECKED:
         if start_n + BLOCK_N > kv_len:
-            _clear_rows(left.index(place), kv_len - start_n, ROWS)
-    acc = warpgroup_mma(weights, left.index(place), acc, is_async=True)
-    return acc, m_new, l_i
+            _clear_rows(left, kv_len - start_n, ROWS)
+            _clear_rows(right, kv_len - start_n, ROWS)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(place), count=1)
+    return m_new, l_i * alpha + gl.sum(p, 1)
 
 
 @gluon.jit
-def _attend_left(
-    queries, left, right, rest, weights, factors, sums, full, empty, ready, taken, runs, first, last, scale, kv_len, b,
-    h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr,
-    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+def _weigh_keys(
+    queries, latents, factors, sums, full, ready, runs, first, last, scale, kv_len, b, h, q_idx, score_rows,
+    score_captures, mask_rows, mask_captures, block_lists,
+    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
+    """The weights of a run, and at its end each row's largest score and the sum of its weights."""
     BLOCK_M: gl.constexpr = queries[0].shape[0]
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l_i = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-    acc = warpgroup_mma_init(gl.full([BLOCK_M, left.shape[2]], 0.0, gl.float32, OUTPUT))
     last_full = first
     if NUM_FULL > 0:
         last_full = gl.maximum(gl.minimum(last, runs[0]), first)
         for i in range(first, last_full):
-            acc, m_i, l_i = _attend_block(
-                acc, m_i, l_i, i, i - first, queries, left, right, rest, weights, factors, full, empty, ready, taken,
-                runs, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
+            m_i, l_i = _weigh_block(
+                m_i, l_i, i, i - first, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx,
+                score_rows, score_captures, mask_rows, mask_captures, block_lists,
+                BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, ROWS,
             )  # fmt: skip
-        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
     for i in range(last_full, last):
-        acc, m_i, l_i = _attend_block(
-            acc, m_i, l_i, i, i - first, queries, left, right, rest, weights, factors, full, empty, ready, taken, runs,
-            scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-            BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
+        m_i, l_i = _weigh_block(
+            m_i, l_i, i, i - first, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx,
+            score_rows, score_captures, mask_rows, mask_captures, block_lists,
+            BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, ROWS,
         )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.wait(taken, (last - first + 1) % 2)
-    factors.store(m_i)
-    sums.store(l_i)
-    mbarrier.arrive(ready, count=1)
-    return acc, gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, OUTPUT))
+    sums.index(0).store(m_i)
+    sums.index(1).store(l_i)
+    mbarrier.arrive(ready.index(2), count=1)
 
 
 @gluon.jit
-def _attend_right(
-    right, weights, factors, sums, empty, ready, taken, runs, first, last, kv_len, v_scale, tile, b, kv_head, place,
-    whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists, stride_ob, stride_oh, stride_om,
+def _sum_values(
+    values, weights, factors, sums, empty, weights_empty, ready, count, COLUMN: gl.constexpr, v_scale, tile, b, kv_head,
+    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om,
     stride_od, num_kv_heads, num_splits,
-    GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr,
-    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """The right half of the result of a run, which it also writes."""
-    BLOCK_M: gl.constexpr = weights.shape[0]
-    COLUMNS: gl.constexpr = right.shape[2]
-    acc = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, OUTPUT)
-    for i in range(first, last):
-        step = i - first
-        mbarrier.wait(ready, step % 2)
-        acc = acc * factors.load(gl.SliceLayout(1, OUTPUT))[:, None]
-        latents = right.index(step % 2)
-        left_over = kv_len - _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        if left_over < BLOCK_N:
-            _clear_rows(latents, left_over, ROWS)
-        acc = warpgroup_mma(weights, latents, acc)
-        mbarrier.arrive(taken, count=1)
-        mbarrier.arrive(empty.index(step % 2), count=1)
-    mbarrier.wait(ready, (last - first) % 2)
-    m_i = factors.load(gl.SliceLayout(1, OUTPUT))
-    l_i = sums.load(gl.SliceLayout(1, OUTPUT))
-    _store_half(
-        acc, m_i, l_i, COLUMNS, v_scale, tile, b, kv_head, place, whole, num_tokens, out, None, partial_out, partial_lse,
-        q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
-        V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _store_half(
-    acc, m_i, l_i, COLUMN: gl.constexpr, v_scale, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out,
-    partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
     GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, SPLIT: gl.constexpr,
     BALANCED: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """Writes the columns of a result from `COLUMN` on."""
-    BLOCK_M: gl.constexpr = acc.shape[0]
+    """The columns of the result from `COLUMN` on, over the `count` steps of a run."""
+    BLOCK_M: gl.constexpr = factors.shape[1]
+    COLUMNS: gl.constexpr = values.shape[2]
+    acc = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, OUTPUT)
+    for step in range(count):
+        spot = step % 2
+        mbarrier.wait(ready.index(spot), step // 2 % 2)
+        acc = acc * factors.index(spot).load(gl.SliceLayout(1, OUTPUT))[:, None]
+        acc = warpgroup_mma(weights.index(spot), values.index(spot), acc)
+        mbarrier.arrive(empty.index(spot), count=1)
+        mbarrier.arrive(weights_empty.index(spot), count=1)
+    mbarrier.wait(ready.index(2), 0)
+    m_i = sums.index(0).load(gl.SliceLayout(1, OUTPUT))
+    l_i = sums.index(1).load(gl.SliceLayout(1, OUTPUT))
     lanes = gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows, row_valid, head, token = query_rows(tile * BLOCK_M + lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
-    offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
+    offs_dv = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUTPUT))
     store_run(
         acc * v_scale, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens,
         out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
@@ -216,6 +197,36 @@ def _load_query(
 
 
 @gluon.jit
+def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
+    """Barriers that are passed when `COUNT` groups of warps, or one copy, arrived."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def _end_barriers(barriers):
+    """Leaves their memory to others."""
+    NUM: gl.constexpr = barriers.shape[0]
+    for i in gl.static_range(NUM):
+        mbarrier.invalidate(barriers.index(i))
+
+
+@gluon.jit
+def numbers(SIZE: gl.constexpr):
+    """The numbers from 0 to SIZE, as rows of a matrix."""
+    return gl.arange(0, SIZE, gl.SliceLayout(1, gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])))
+
+
+@gluon.jit
+def sums_before(weights):
+    """The sum of all weights in front of each."""
+    flat = gl.convert_layout(weights, gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.convert_layout(tl.cumsum(flat, 0), weights.type.layout) - weights
+
+
+@gluon.jit
 def attend_run(
     b, kv_head, tile, start, end, parts, place, whole,
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_lens,
@@ -227,10 +238,13 @@ def attend_run(
     PAGE_SIZE: gl.constexpr, SHARED: gl.constexpr, PACKED: gl.constexpr, NUM_LIVE: gl.constexpr,
     NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr, PRECISION: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
+    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns.
+
+    BLOCK_M, BLOCK_N and BLOCK_R are the same.
+    """
     HALF: gl.constexpr = BLOCK_DV // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF // 2, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -240,7 +254,7 @@ def attend_run(
         gdc_launch_dependents()
 
     lanes = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
-    rows, row_valid, head, token = query_rows(lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
+    _, _, head, token = query_rows(lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
     kv_len, num_tokens, q_idx = positions(b, token, kv_lens, q_lens, q_offset, max_kv_len, NUM_QUERIES)
     h = head[:, None]
     score_rows = score_row(b, h, q_idx, score_captures)
@@ -267,55 +281,57 @@ def attend_run(
     left = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS)
     right = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS)
     rest = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_R], LATENTS)
-    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], LATENTS)
-    factors = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
-    sums = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    mbarrier.init(ready, count=1)
-    mbarrier.init(taken, count=1)
+    latents = left, right, rest
+    factors = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], NUMBERS)
+    sums = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], NUMBERS)
+    full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
+    empty = _barriers(2, 1), _barriers(2, 1), _barriers(2, 2)
+    ready = _barriers(3, 1)
     fence_async_shared()
 
     scale = scale * item_scale(key_scales, b, kv_head)
     v_scale = item_scale(value_scales, b, kv_head)
     origin = kv_origin(key, b, kv_head, key_steps)
-    acc, m_i, l_i = gl.warp_specialize(
+    gl.warp_specialize(
         [
             (
-                _attend_left,
+                _weigh_keys,
                 (
-                    queries, left, right, rest, weights, factors, sums, full, empty, ready, taken, runs, first, last,
-                    scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                    BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, OUTPUT, ROWS,
+                    queries, latents, factors, sums, full, ready, runs, first, last, scale, kv_len, b, h, q_idx,
+                    score_rows, score_captures, mask_rows, mask_captures, block_lists,
+                    BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, ROWS,
                 ),
             ),
             (
-                _attend_right,
+                _sum_values,
                 (
-                    right, weights, factors, sums, empty, ready, taken, runs, first, last, kv_len, v_scale, tile, b,
-                    kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists,
-                    stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
-                    V_HEAD_DIM, BLOCK_N, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, OUTPUT, ROWS,
+                    left, rest, factors, sums, empty[0], empty[2], ready, last - first, 0, v_scale, tile, b, kv_head,
+                    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh,
+                    stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, SPLIT,
+                    BALANCED, OUTPUT,
+                ),
+            ),
+            (
+                _sum_values,
+                (
+                    right, rest, factors, sums, empty[1], empty[2], ready, last - first, HALF, v_scale, tile, b,
+                    kv_head, place, whole, num_tokens, out, None, partial_out, partial_lse, q_lens, sinks, stride_ob,
+                    stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM,
+                    SPLIT, BALANCED, OUTPUT,
                 ),
             ),
             (
                 _copy_blocks,
                 (
-                    key_descriptor, value_descriptor, left, right, rest, full, empty, runs, first, last, origin,
-                    key_steps, page_table, block_lists, b, kv_len, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
+                    key_descriptor, value_descriptor, latents, full, empty, runs, first, last, origin, key_steps,
+                    page_table, block_lists, b, kv_len, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
                 ),
             ),
         ],
-        [4, 1],
-        [216, 40],
+        [4, 4, 1],
+        [168, 168, 24],
     )  # fmt: skip
-    _store_half(
-        acc, m_i, l_i, 0, v_scale, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse,
-        q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
-        V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
-    )  # fmt: skip
+    for i in gl.static_range(3):
+        _end_barriers(full[i])
+        _end_barriers(empty[i])
+    _end_barriers(ready)

@@ -1,6 +1,7 @@
 """Splicing of hook bodies into the template, and the modules that come out. No Triton runs here."""
 
 import ast
+import re
 import builtins
 
 import pytest
@@ -127,7 +128,19 @@ def test_other_loads():
     loads = functions_of(read_template("kv_descriptor.py"))
     for name, node in loads.items():
         assert ast.unparse(functions_of(text)[name]) == ast.unparse(node)
-    assert functions_of(text).keys() == functions_of(read_template("decode.py")).keys()
+    known = functions_of(read_template("decode.py")).keys()
+    assert functions_of(text).keys() - known == {"_rectangle"}, "helpers come along"
+
+
+def test_the_first_pass_over_latents_is_gluon():
+    program = Program(trace_mod(lambda s, b, h, q, k: s + 1.5 * h, "score_mod")[0], None, False)
+    text = generate_module(program, descriptors=True, latent=True)
+    first, second = text.split("def decode_combine(")
+    assert not re.search(r"\btl\.(arange|full|zeros|zeros_like)\(", first) and "gl.full(" in first
+    assert "gl." not in second
+    assert undefined_names(text) == set()
+    assert text.index("from triton.experimental import gluon") < text.index("@triton.jit")
+    assert text.count("import triton\n") == 1, "imports that are there do not come again"
 
 
 @pytest.mark.parametrize("name", ["no_such_hook", "attend_block"])
