@@ -119,9 +119,9 @@ class Step:
 
     @cached_property
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """First slot of each KV head of each sequence, and its slots: as many as its sequence's largest item has blocks.
+        """First slot of each KV head of each sequence, and its slots, the same for all row tiles.
 
-        All row tiles of a head have the same slots.
+        They are as many as the largest item of the sequence has blocks.
         """
         weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > 0).long())
         weights = weights.repeat_interleave(self.num_kv_heads)

@@ -80,9 +80,7 @@ def module_path(program: Program, descriptors: bool, paged: bool = False, latent
     return cache.stored_module(identity, lambda: generate_module(program, descriptors, paged, latent))
 
 
-def generate_module(
-    program: Program, descriptors: bool = False, paged: bool = False, latent: bool = False
-) -> str:
+def generate_module(program: Program, descriptors: bool = False, paged: bool = False, latent: bool = False) -> str:
     """The text of the module for two mods; with `descriptors`, K and V are loaded through tensor descriptors."""
     hooks = [lower_bounds(program)]
     for kind, graph, checks in (

@@ -94,10 +94,11 @@ class Explanation:
         programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_programs}"
         if tiles.balanced:
             programs = f"{cut.num_programs} workers share {cut.num_items} ({item}) in equal runs of blocks"
+        warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
             ("device", self.device),
             ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
-            ("", "9 warps in three groups (latent.py)" if tiles.latent else f"{tiles.num_warps} warps, {tiles.num_stages} stages"),
+            ("", "9 warps in three groups, for latents" if tiles.latent else warps),
             ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}{_cache_kind(signature)}"),
             ("programs", programs + (_shares(self.step) if self.step is not None else "")),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),

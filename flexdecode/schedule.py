@@ -201,7 +201,10 @@ def schedule(
         options.num_stages or num_stages,
         split=num_splits > 1 or balanced,
         descriptors=descriptors,
-        block_s=32 if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        # Balanced, an item of many has few parts, and one of few may have many.
+        block_s=(4 if num_items * block_m > 4096 else 32)
+        if balanced
+        else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
         shared=shared,
         packed=packed,
         balanced=balanced,
@@ -213,13 +216,14 @@ def schedule(
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
-    """Whether the kernel of `templates/latent.py` does what a call asks for: many heads, latents of 512 + 64 columns."""
+    """Whether `templates/latent.py` does what a call asks for: latents of 512 + 64 columns, many heads."""
     sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
     return (
         facts.has_warpgroups
         and sizes == (True, 576, 512)
         and signature.group_size * signature.num_queries > 32
         and signature.kv_dtype == signature.dtype != torch.float32
+        and signature.k_scale is signature.v_scale is None
         and signature.page_size % LATENT_BLOCK == 0
         and options.num_warps is None
         and options.num_stages is None

@@ -779,8 +779,8 @@ def decode_split(
             if slot == past:
                 if MANY:
                     b, first, weight, _ = find_in_chunks(
-                        slot // num_kv_heads, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures, max_kv_len,
-                        last_head, max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
+                        slot // num_kv_heads, batch, kv_lens, q_lens, q_offset, score_captures, mask_captures,
+                        max_kv_len, last_head, max_weight, NUM_QUERIES, BLOCK_N, NUM_LIVE, BLOCK_B,
                     )  # fmt: skip
                 else:
                     b, first, weight = find_slot(slot // num_kv_heads, sequences, starts, weights)

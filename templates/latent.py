@@ -1,16 +1,16 @@
 """Attention over latents on Hopper's tensor cores: this `attend_run` takes the place of that of `decode.py`.
 
-The function is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill
-a multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
-latent is loaded once and used three times. Four groups of warps work side by side:
+It is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill a
+multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
+latent is loaded once and used three times, by groups of warps that work side by side:
 
-- one warp copies blocks of latents as soon as their places are free (`_copy_blocks`),
-- four warps compute scores and weights (`_weigh_keys`),
-- twice four warps compute one half of the columns of the result each (`_sum_values`).
+- one warp copies the next block while the present one is used (`_copy_blocks`),
+- four warps compute the scores, the weights and the left half of the result (`_attend_left`),
+- four warps compute its right half with the same weights (`_attend_right`).
 
-So the scores of a block are computed while the values of the one before it are summed. A block is 64 columns wide for
-the scores alone; when these are computed, the weights take that part's place. What one group hands to another has a
-barrier for "full" or "ready", and one for "empty". There are two places; step i uses place i % 2, for the i // 2-th time.
+A block has three parts: the columns of the left half, of the right half, and the rest, which only the scores need. Each
+part has a place for even and one for odd steps, with a barrier for "full" and one for "empty". Step i waits for the
+i // 2-th passing of them; what has one place only has barriers that are passed at every step.
 """
 
 import triton.language as tl
@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -39,6 +40,25 @@ def _find_block(runs, i, block_lists, NUM_LIVE: gl.constexpr, NUM_FULL: gl.const
 
 
 @gluon.jit
+def _copy_blocks(
+    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, kv_len,
+    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr,
+):  # fmt: skip
+    """Keeps all places filled."""
+    HALF: gl.constexpr = latents[0].shape[2]
+    for i in range(first, last):
+        place = (i - first) % 2
+        start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
+        pages = find_pages(page_table, b, start_n, kv_len, BLOCK_N, PAGE_SIZE)
+        row, column = _rectangle(origin, pages, steps, start_n, PAGE_SIZE)
+        phase = ((i - first) // 2 + 1) % 2
+        left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
+        _copy(narrow, row, column + 2 * HALF, rest, full[2].index(place), empty[2].index(place), phase)
+        _copy(wide, row, column, left, full[0].index(place), empty[0].index(place), phase)
+        _copy(wide, row, column + HALF, right, full[1].index(place), empty[1].index(place), phase)
+
+
+@gluon.jit
 def _copy(descriptor, row, column, tile, full, empty, phase):
     """Copies a part of a block once its place is empty."""
     mbarrier.wait(empty, phase)
@@ -47,42 +67,24 @@ def _copy(descriptor, row, column, tile, full, empty, phase):
 
 
 @gluon.jit
-def _copy_blocks(
-    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, kv_len,
-    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr,
-):  # fmt: skip
-    """Keeps both places filled."""
-    HALF: gl.constexpr = latents[0].shape[2]
-    for i in range(first, last):
-        place = (i - first) % 2
-        phase = ((i - first) // 2 + 1) % 2
-        start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        pages = find_pages(page_table, b, start_n, kv_len, BLOCK_N, PAGE_SIZE)
-        row, column = _rectangle(origin, pages, steps, start_n, PAGE_SIZE)
-        left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
-        _copy(narrow, row, column + 2 * HALF, rest, full[2].index(place), empty[2].index(place), phase)
-        _copy(wide, row, column, left, full[0].index(place), empty[0].index(place), phase)
-        _copy(wide, row, column + HALF, right, full[1].index(place), empty[1].index(place), phase)
-
-
-@gluon.jit
 def _clear_rows(tile, count, LAYOUT: gl.constexpr):
     """Zeros in the rows of a tile from `count` on: what lies past a sequence may be NaN."""
     rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     loaded = tile.load(LAYOUT)
     tile.store(gl.where((rows < count)[:, None], loaded, gl.zeros_like(loaded)))
+    fence_async_shared()
+    tl.debug_barrier()
 
 
 @gluon.jit
-def _weigh_block(
-    m_i, l_i, i, step, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx, score_rows,
-    score_captures, mask_rows, mask_captures, block_lists,
+def _attend_block(
+    acc, m_i, l_i, i, step, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs, scale, kv_len,
+    b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
     BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, CHECKED: gl.constexpr,
-    SCORES: gl.constexpr, ROWS: gl.constexpr,
+    SCORES: gl.constexpr, OUTPUT: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax; CHECKED evaluates the mask and the length."""
+    """One step of the online softmax, and the left half of its result; the last product is still under way after it."""
     place = step % 2
-    phase = step // 2 % 2
     start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
     kv_idx = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))[None, :]
     live = None
@@ -91,7 +93,10 @@ def _weigh_block(
         kv_idx = gl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty[0].index(1 - place), count=1, pred=step > 0)
     left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
+    phase = step // 2 % 2
     score = gl.full([queries[0].shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
     mbarrier.wait(full[2].index(place), phase)
     score = warpgroup_mma(queries[2], rest.permute((1, 0)), score, use_acc=False, is_async=True)
@@ -106,76 +111,110 @@ def _weigh_block(
     m_new = gl.maximum(m_i, gl.max(score, 1))
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(score - m_safe[:, None])
     alpha = gl.exp2(m_i - m_safe)
-    factors.index(place).store(alpha)
-    rest.store(p.to(rest.dtype))
+    mbarrier.wait(taken, (step + 1) % 2)  # the other half has used the weights of the last step
+    factors.store(alpha)
+    mbarrier.arrive(scaled, count=1)
+    p = gl.exp2(score - m_safe[:, None])
+    l_i = l_i * alpha + gl.sum(p, 1)
+    weights.store(p.to(weights.dtype))
+    fence_async_shared()
+    mbarrier.arrive(ready, count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
     if CHECKED:
         if start_n + BLOCK_N > kv_len:
             _clear_rows(left, kv_len - start_n, ROWS)
-            _clear_rows(right, kv_len - start_n, ROWS)
-    fence_async_shared()
-    mbarrier.arrive(ready.index(place), count=1)
-    return m_new, l_i * alpha + gl.sum(p, 1)
+    acc = warpgroup_mma(weights, left, acc, is_async=True)
+    return acc, m_new, l_i
 
 
 @gluon.jit
-def _weigh_keys(
-    queries, latents, factors, sums, full, ready, runs, first, last, scale, kv_len, b, h, q_idx, score_rows,
-    score_captures, mask_rows, mask_captures, block_lists,
-    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr, ROWS: gl.constexpr,
+def _attend_left(
+    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, first, last, scale, kv_len, b, h,
+    q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr,
+    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The weights of a run, and at its end each row's largest score and the sum of its weights."""
+    """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
     BLOCK_M: gl.constexpr = queries[0].shape[0]
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l_i = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
+    acc = warpgroup_mma_init(gl.full([BLOCK_M, latents[0].shape[2]], 0.0, gl.float32, OUTPUT))
     last_full = first
     if NUM_FULL > 0:
         last_full = gl.maximum(gl.minimum(last, runs[0]), first)
         for i in range(first, last_full):
-            m_i, l_i = _weigh_block(
-                m_i, l_i, i, i - first, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx,
-                score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, ROWS,
+            acc, m_i, l_i = _attend_block(
+                acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken,
+                runs, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+                BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
             )  # fmt: skip
+        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
     for i in range(last_full, last):
-        m_i, l_i = _weigh_block(
-            m_i, l_i, i, i - first, queries, latents, factors, full, ready, runs, scale, kv_len, b, h, q_idx,
-            score_rows, score_captures, mask_rows, mask_captures, block_lists,
-            BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, ROWS,
+        acc, m_i, l_i = _attend_block(
+            acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs,
+            scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+            BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
         )  # fmt: skip
-    sums.index(0).store(m_i)
-    sums.index(1).store(l_i)
-    mbarrier.arrive(ready.index(2), count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.wait(taken, (last - first + 1) % 2)
+    factors.store(m_i)
+    sums.store(l_i)
+    mbarrier.arrive(ready, count=1)
+    return acc, gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, OUTPUT))
 
 
 @gluon.jit
-def _sum_values(
-    values, weights, factors, sums, empty, weights_empty, ready, count, COLUMN: gl.constexpr, v_scale, tile, b, kv_head,
-    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om,
-    stride_od, num_kv_heads, num_splits,
+def _attend_right(
+    latents, weights, factors, sums, empty, scaled, ready, taken, runs, first, last, kv_len, tile, b, kv_head,
+    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists, stride_ob, stride_oh,
+    stride_om, stride_od, num_kv_heads, num_splits,
+    GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr,
+    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """The right half of the result of a run; also writes it."""
+    BLOCK_M: gl.constexpr = weights.shape[0]
+    COLUMNS: gl.constexpr = latents[1].shape[2]
+    acc = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, OUTPUT)
+    for i in range(first, last):
+        step = i - first
+        spot = step % 2
+        mbarrier.wait(scaled, spot)
+        mbarrier.arrive(empty[2].index(spot), count=1)  # the scores are there
+        acc = acc * factors.load(gl.SliceLayout(1, OUTPUT))[:, None]
+        values = latents[1].index(spot)
+        kept = kv_len - _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
+        if kept < BLOCK_N:
+            _clear_rows(values, kept, ROWS)
+        mbarrier.wait(ready, spot)
+        acc = warpgroup_mma(weights, values, acc)
+        mbarrier.arrive(empty[1].index(spot), count=1)
+        mbarrier.arrive(taken, count=1)
+    mbarrier.wait(ready, (last - first) % 2)
+    m_i = factors.load(gl.SliceLayout(1, OUTPUT))
+    l_i = sums.load(gl.SliceLayout(1, OUTPUT))
+    _store_half(
+        acc, m_i, l_i, COLUMNS, tile, b, kv_head, place, whole, num_tokens, out, None, partial_out,
+        partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE,
+        NUM_QUERIES, V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _store_half(
+    acc, m_i, l_i, COLUMN: gl.constexpr, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out,
+    partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
     GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, SPLIT: gl.constexpr,
     BALANCED: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """The columns of the result from `COLUMN` on, over the `count` steps of a run."""
-    BLOCK_M: gl.constexpr = factors.shape[1]
-    COLUMNS: gl.constexpr = values.shape[2]
-    acc = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, OUTPUT)
-    for step in range(count):
-        spot = step % 2
-        mbarrier.wait(ready.index(spot), step // 2 % 2)
-        acc = acc * factors.index(spot).load(gl.SliceLayout(1, OUTPUT))[:, None]
-        acc = warpgroup_mma(weights.index(spot), values.index(spot), acc)
-        mbarrier.arrive(empty.index(spot), count=1)
-        mbarrier.arrive(weights_empty.index(spot), count=1)
-    mbarrier.wait(ready.index(2), 0)
-    m_i = sums.index(0).load(gl.SliceLayout(1, OUTPUT))
-    l_i = sums.index(1).load(gl.SliceLayout(1, OUTPUT))
+    """Writes the columns of a result from `COLUMN` on."""
+    BLOCK_M: gl.constexpr = acc.shape[0]
     lanes = gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows, row_valid, head, token = query_rows(tile * BLOCK_M + lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
-    offs_dv = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUTPUT))
+    offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
     store_run(
-        acc * v_scale, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens,
+        acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens,
         out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
         num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
     )  # fmt: skip
@@ -197,11 +236,11 @@ def _load_query(
 
 
 @gluon.jit
-def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
-    """Barriers that are passed when `COUNT` groups of warps, or one copy, arrived."""
+def _barriers(NUM: gl.constexpr):
+    """Barriers at each of which one group of warps, or one copy, arrives."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUM):
-        mbarrier.init(barriers.index(i), count=COUNT)
+        mbarrier.init(barriers.index(i), count=1)
     return barriers
 
 
@@ -238,13 +277,10 @@ def attend_run(
     PAGE_SIZE: gl.constexpr, SHARED: gl.constexpr, PACKED: gl.constexpr, NUM_LIVE: gl.constexpr,
     NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr, PRECISION: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns.
-
-    BLOCK_M, BLOCK_N and BLOCK_R are the same.
-    """
+    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
     HALF: gl.constexpr = BLOCK_DV // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF // 2, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -278,60 +314,57 @@ def attend_run(
     )  # fmt: skip
     queries = q_left, q_right, q_rest
     dtype: gl.constexpr = query.dtype.element_ty
-    left = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS)
-    right = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS)
-    rest = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_R], LATENTS)
-    latents = left, right, rest
-    factors = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], NUMBERS)
-    sums = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], NUMBERS)
-    full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
-    empty = _barriers(2, 1), _barriers(2, 1), _barriers(2, 2)
-    ready = _barriers(3, 1)
+    latents = (
+        gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_R], LATENTS),
+    )
+    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], LATENTS)
+    factors = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
+    sums = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
+    full = _barriers(2), _barriers(2), _barriers(2)
+    empty = _barriers(2), _barriers(2), _barriers(2)
+    handed = _barriers(3)
+    scaled, ready, taken = handed.index(0), handed.index(1), handed.index(2)
     fence_async_shared()
 
-    scale = scale * item_scale(key_scales, b, kv_head)
-    v_scale = item_scale(value_scales, b, kv_head)
     origin = kv_origin(key, b, kv_head, key_steps)
-    gl.warp_specialize(
+    acc, m_i, l_i = gl.warp_specialize(
         [
             (
-                _weigh_keys,
+                _attend_left,
                 (
-                    queries, latents, factors, sums, full, ready, runs, first, last, scale, kv_len, b, h, q_idx,
-                    score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                    BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, ROWS,
+                    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, first, last,
+                    scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+                    BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, OUTPUT, ROWS,
                 ),
             ),
             (
-                _sum_values,
+                _attend_right,
                 (
-                    left, rest, factors, sums, empty[0], empty[2], ready, last - first, 0, v_scale, tile, b, kv_head,
-                    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh,
-                    stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, SPLIT,
-                    BALANCED, OUTPUT,
-                ),
-            ),
-            (
-                _sum_values,
-                (
-                    right, rest, factors, sums, empty[1], empty[2], ready, last - first, HALF, v_scale, tile, b,
-                    kv_head, place, whole, num_tokens, out, None, partial_out, partial_lse, q_lens, sinks, stride_ob,
-                    stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM,
-                    SPLIT, BALANCED, OUTPUT,
+                    latents, weights, factors, sums, empty, scaled, ready, taken, runs, first, last, kv_len, tile, b,
+                    kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists,
+                    stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
+                    V_HEAD_DIM, BLOCK_N, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, OUTPUT, ROWS,
                 ),
             ),
             (
                 _copy_blocks,
                 (
-                    key_descriptor, value_descriptor, latents, full, empty, runs, first, last, origin, key_steps,
-                    page_table, block_lists, b, kv_len, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
+                    key_descriptor, value_descriptor, latents, full, empty, runs, first, last, origin,
+                    key_steps, page_table, block_lists, b, kv_len, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
                 ),
             ),
         ],
-        [4, 4, 1],
-        [168, 168, 24],
+        [4, 1],
+        [216, 40],
     )  # fmt: skip
-    for i in gl.static_range(3):
-        _end_barriers(full[i])
-        _end_barriers(empty[i])
-    _end_barriers(ready)
+    for part in gl.static_range(3):
+        _end_barriers(full[part])
+        _end_barriers(empty[part])
+    _end_barriers(handed)
+    _store_half(
+        acc, m_i, l_i, 0, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse,
+        q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
+        V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
+    )  # fmt: skip

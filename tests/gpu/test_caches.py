@@ -272,6 +272,54 @@ def test_multi_head_latent_attention(num_heads, page_size, dtype, num_queries, o
         check(query, key, key[..., :512], score_mod, mask_mod, **arguments)
 
 
+def of_latents(num_heads, num_queries, dtype, page_size=None, lens=MLA_LENS):
+    """Query, keys and arguments for the kernel for latents of many heads."""
+    query, key, _ = make_inputs(len(lens), num_heads, 1, num_queries, 1024, 576, dtype=dtype, device=DEVICE)
+    arguments = {"kv_lens": tensor(lens), "scale": 192**-0.5}
+    if page_size is None:
+        return query, spoil(key, lens), arguments
+    pages = pages_for(lens, page_size)
+    return query, pages.place(key), arguments | {"page_table": pages.table}
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_queries", "dtype", "page_size", "family", "options"),
+    [
+        (128, 1, torch.bfloat16, None, "streaming", SPLITS), (128, 1, torch.float16, 128, "alibi", BALANCED),
+        (40, 1, torch.bfloat16, 64, "combined", ONE), (33, 3, torch.float16, None, "document", BALANCED),
+        (128, 2, torch.bfloat16, 256, "tree", None), (64, 1, torch.bfloat16, None, "no_key", SPLITS),
+        (36, 2, torch.float16, 64, "head_window", BALANCED),
+    ],
+)  # fmt: skip
+def test_latents_of_many_heads(num_heads, num_queries, dtype, page_size, family, options):
+    """Three groups of warps share the work of a tile; numbers of heads that fill it and that do not."""
+    family = next(mods for mods in MODS if mods.name == family)
+    query, key, arguments = of_latents(num_heads, num_queries, dtype, page_size)
+    of = of_family(family, len(MLA_LENS), num_heads, 1024, num_queries)
+    sinks = torch.linspace(-3, 3, num_heads, device=DEVICE)
+    q_lens = tensor([num_queries, 0, 1, num_queries, 1, num_queries, num_queries, 1])
+    check(query, key, key[..., :512], *of, options, **arguments)
+    check(query, key, key[..., :512], *of, options, sinks=sinks, q_lens=q_lens, **arguments)
+
+
+@pytest.mark.parametrize("options", [SPLITS, BALANCED], ids=["splits", "balanced"])
+def test_a_graph_of_latents_of_many_heads(options):
+    """Lengths change between replays, and the same call gives the same bits."""
+    query, key, arguments = of_latents(128, 1, torch.bfloat16, None, [1024] * 8)
+    call = lambda: flex_decode(query, key, key[..., :512], return_lse=True, options=options, **arguments)
+    graph, (out, lse) = captured(call)
+    for lens in (MLA_LENS, [0] * 8, [1, 1024, 63, 64, 65, 0, 128, 999]):
+        arguments["kv_lens"].copy_(tensor(lens))
+        graph.replay()
+        first = out.clone()
+        assert_close_to_reference(
+            out, lse, query.cpu(), key.cpu(), key[..., :512].cpu(), None, None, **on_cpu(arguments)
+        )
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(out, first)
+
+
 @pytest.mark.parametrize("name", ["e4m3", "int8"])
 def test_quantised_latent_attention(name):
     query, key, _ = make_inputs(8, 16, 1, 1, 1024, 576, dtype=torch.bfloat16, device=DEVICE)

@@ -1,8 +1,8 @@
 """Splicing of hook bodies into the template, and the modules that come out. No Triton runs here."""
 
 import ast
-import re
 import builtins
+import re
 
 import pytest
 from support import MODS, trace_mod
