@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -83,7 +82,10 @@ def _attend_block(
     BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, CHECKED: gl.constexpr,
     SCORES: gl.constexpr, OUTPUT: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, and the left half of its result; the last product is still under way after it."""
+    """One step of the online softmax, and the left half of its result.
+
+    No product stays under way at its end: where other work follows, the assembler would let every product wait.
+    """
     place = step % 2
     start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
     kv_idx = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))[None, :]
@@ -93,8 +95,6 @@ def _attend_block(
         kv_idx = gl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty[0].index(1 - place), count=1, pred=step > 0)
     left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
     phase = step // 2 % 2
     score = gl.full([queries[0].shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
@@ -125,6 +125,8 @@ def _attend_block(
         if start_n + BLOCK_N > kv_len:
             _clear_rows(left, kv_len - start_n, ROWS)
     acc = warpgroup_mma(weights, left, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty[0].index(place), count=1)
     return acc, m_new, l_i
 
 
@@ -139,7 +141,7 @@ def _attend_left(
     BLOCK_M: gl.constexpr = queries[0].shape[0]
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l_i = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-    acc = warpgroup_mma_init(gl.full([BLOCK_M, latents[0].shape[2]], 0.0, gl.float32, OUTPUT))
+    acc = gl.full([BLOCK_M, latents[0].shape[2]], 0.0, gl.float32, OUTPUT)
     last_full = first
     if NUM_FULL > 0:
         last_full = gl.maximum(gl.minimum(last, runs[0]), first)
@@ -149,14 +151,12 @@ def _attend_left(
                 runs, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
                 BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
             )  # fmt: skip
-        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
     for i in range(last_full, last):
         acc, m_i, l_i = _attend_block(
             acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs,
             scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
             BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
         )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.wait(taken, (last - first + 1) % 2)
     factors.store(m_i)
     sums.store(l_i)

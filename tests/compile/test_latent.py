@@ -42,6 +42,7 @@ CASES = {
     "pages": ({"page_size": 64}, "alibi", SPLITS, {}),
     "float16": ({"dtype": torch.float16, "Hq": 40}, "streaming", SPLITS, LENGTHS),
     "balanced": ({}, "softcap", BALANCED, LENGTHS),
+    "captures": ({}, "document", SPLITS, LENGTHS),
     "ragged": ({"Q": 2, "page_size": 128}, "causal", BALANCED, {"q_lens": meta_lengths(8), "sinks": SINKS}),
 }  # fmt: skip
 
