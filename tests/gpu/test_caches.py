@@ -187,12 +187,12 @@ def test_ragged_lengths(family, options, page_size):
         check(query, key, value, *of_family(family, len(lens), 8, max(1, *lens)), **arguments)
 
 
-@pytest.mark.parametrize("batch", [33, 257, 1100])
+@pytest.mark.parametrize("batch", [33, 257, 1100, 4096])
 def test_more_sequences_than_are_weighed_at_a_time(batch):
-    lens = [0] * batch
+    lens, longest = [0] * batch, 400 if batch < 4096 else 50
     for b in {0, 31, 32, batch // 2, batch - 1}:
-        lens[b] = 3 + 5 * b % 400
-    query, key, value = make_inputs(batch, 4, 2, 1, 400, 64, dtype=torch.float16, device=DEVICE)
+        lens[b] = 3 + 5 * b % (longest - 3)
+    query, key, value = make_inputs(batch, 4, 2, 1, longest, 64, dtype=torch.float16, device=DEVICE)
     slopes = torch.linspace(0.01, 1, batch, device=DEVICE)
     windows = torch.arange(batch, device=DEVICE) % 300 + 1
     for mask_mod in (mods.causal(), lambda b, h, q, k: (k <= q) & (q - k < windows[b])):

@@ -370,7 +370,7 @@ def test_balanced(num_sms, lens, monkeypatch):
     check_decode(*inputs, position_score, mods.causal(), schedule="balanced", kv_lens=tensor(lens))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 40, 300])
+@pytest.mark.parametrize("batch", [1, 2, 40, 300, 4096])
 def test_balanced_batches(batch):
     """Most sequences are empty, some are short, and the last one is long."""
     lens = [(0, 3, 0, 0, 20, 0, 0)[b % 7] if b < 40 else 0 for b in range(batch)]
