@@ -9,6 +9,7 @@ from types import ModuleType
 
 from . import cache
 from .descriptor import encoded_descriptors
+from .errors import CompileError
 from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_module
 from .lower import lower, lower_bounds
 from .program import Program
@@ -69,7 +70,11 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
 
 def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
     path = module_path(program, spec.tiles.descriptors, spec.signature.page_size > 0, spec.tiles.latent)
-    kernel = Kernel(load_module(path), path, spec, facts)
+    try:
+        module = load_module(path)
+    except ImportError as error:  # Gluon's names change
+        raise CompileError(f"{error}\n  source: {path}") from error
+    kernel = Kernel(module, path, spec, facts)
     cache.counters.compilations += 1
     return kernel
 

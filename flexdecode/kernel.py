@@ -246,13 +246,6 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     known = constants(spec, facts, combine)
     known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
     known_at, attrs = {(names.index(n),): v for n, v in known.items()}, attributes(spec, names)
-    if spec.tiles.latent and not combine:
-        from triton.experimental.gluon import jit
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        source: ASTSource = GluonASTSource(jit(function.fn), types, known_at, attrs)
-    else:
-        source = ASTSource(function, types, known_at, attrs)
     warp_size = 64 if facts.backend == "hip" else 32
     options: dict[str, Any] = {
         "num_warps": 1 if combine else spec.tiles.num_warps,
@@ -262,9 +255,20 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
     try:
+        if spec.tiles.latent and not combine:
+            from triton.experimental.gluon import jit
+            from triton.experimental.gluon._runtime import GluonASTSource
+
+            source: ASTSource = GluonASTSource(jit(function.fn), types, known_at, attrs)
+        else:
+            source = ASTSource(function, types, known_at, attrs)
         compiled = _compile(source, GPUTarget(facts.backend, facts.arch, warp_size), options)
     except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
-        raise CompileError(f"{function.__name__} did not compile: {error}\n  source: {module.__file__}") from error
+        reason: BaseException = error  # Triton reports the call that failed; why is the end of its chain
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        text = str(error) if reason is error else f"{error}\n{reason}"
+        raise CompileError(f"{function.__name__} did not compile: {text}\n  source: {module.__file__}") from error
     if compiled.metadata.shared > facts.shared_memory:
         raise SharedMemoryError(
             f"{function.__name__} needs {compiled.metadata.shared} bytes of shared memory, more than the "

@@ -252,14 +252,23 @@ def _triton_launcher(
             return TritonLauncher(spec, sizes, cut, strides, matrices, facts, program)
         except CompileError as error:
             if cut.tiles.latent:
-                text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                _refuse_latents(error)
                 cut, matrices = cut_call(signature, sizes, inputs, program, facts, options, latent=False)
                 continue
             next_cut = smaller(cut) if isinstance(error, SharedMemoryError) and not options.block_n else None
             if next_cut is None:
                 raise
             cut = next_cut
+
+
+_refusals: list[CompileError] = []  # of the kernel for latents: it is not tried again
+
+
+def _refuse_latents(error: CompileError) -> None:
+    """Goes on without the kernel for latents, and says so once."""
+    _refusals.append(error)
+    text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def check_backend(signature: Signature, options: DecodeOptions) -> None:
@@ -306,7 +315,8 @@ def cut_call(
     caches = inputs.key.shape[0] if signature.page_size else sizes.batch
     # Whether there are matrices may depend on the batch, and with it the tiles.
     hopeful = not options.batch_invariant
-    if latent and hopeful and not program.block_lists and has_latent_kernel(signature, facts, options):
+    latent = latent and hopeful and not _refusals and not program.block_lists
+    if latent and has_latent_kernel(signature, facts, options):
         latents = as_matrix(inputs.key, caches)
         if latents is not None:
             cut = schedule(signature, sizes, facts, options, is_bounded=bounds.is_bounded, latent=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from dataclasses import dataclass, replace
 
 import torch
 
-from .inputs import DecodeOptions, Sizes
+from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
@@ -172,7 +174,13 @@ def schedule(
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
+        and 8 * num_tiles <= facts.num_sms
     )
+    if balanced and num_tiles > MAX_PROGRAMS:
+        raise ValueError(
+            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {block_m} query rows, '
+            f'got {num_tiles} for each KV head: use "split"'
+        )
     if balanced:
         workers = (1 if latent else 2) * facts.num_sms // num_tiles
         num_splits = options.num_splits or max(1, min(workers, num_items // num_tiles * longest))
@@ -180,7 +188,7 @@ def schedule(
         num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
     else:
         num_splits = options.num_splits or _num_splits(
-            num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1
+            num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1, 1 if latent else 2
         )
     crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
@@ -190,7 +198,7 @@ def schedule(
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
     block_n = min(block_n, 64) if is_bounded else block_n
     if latent:
-        block_n, num_stages = LATENT_BLOCK, 2
+        block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     tiles = Tiles(
         block_m,
         options.block_n or block_n,
@@ -201,10 +209,8 @@ def schedule(
         options.num_stages or num_stages,
         split=num_splits > 1 or balanced,
         descriptors=descriptors,
-        # Balanced, an item of many has few parts, and one of few may have many.
-        block_s=(4 if num_items * block_m > 4096 else 32)
-        if balanced
-        else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        # Of latents there are many rows, each wide and mostly of few parts.
+        block_s=(4 if latent else 32) if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
         shared=shared,
         packed=packed,
         balanced=balanced,
@@ -215,11 +221,19 @@ def schedule(
     return Schedule(tiles, num_items, num_splits, num_tiles)
 
 
+@functools.cache
+def has_gluon() -> bool:
+    """Whether the installed Triton has Gluon as `templates/latent.py` uses it: from 3.6 on."""
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 6)
+
+
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether `templates/latent.py` does what a call asks for: latents of 512 + 64 columns, many heads."""
     sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
     return (
         facts.has_warpgroups
+        and has_gluon()
         and sizes == (True, 576, 512)
         and signature.group_size * signature.num_queries > 32
         and signature.kv_dtype == signature.dtype != torch.float32
@@ -291,23 +305,23 @@ def _pipeline(
     return block_n, stages
 
 
-def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int) -> int:
+def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int, fit: int) -> int:
     """Splits that minimise a model of the time: bytes over the bandwidth that so many programs reach, plus a combine.
 
     Up to `per_sm` programs per multiprocessor the bandwidth grows with the programs; above, programs run in waves of
-    two per multiprocessor, and an unfilled last wave is lost.
+    `fit` per multiprocessor, and an unfilled last wave is lost.
     """
     if num_items == 0:
         return 1
 
     def cost(num_splits: int) -> float:
         programs = num_items * num_splits
-        waves = programs / (2 * num_sms)
+        waves = programs / (fit * num_sms)
         if programs <= per_sm * num_sms:
             reached = programs / (per_sm * num_sms)
         else:
-            reached = 0.95 * waves / max(1, -(-programs // (2 * num_sms)))
+            reached = 0.95 * waves / max(1, -(-programs // (fit * num_sms)))
         return total_bytes / BYTES_PER_US / min(reached, 1.0) + (COMBINE_US if num_splits > 1 else 0.0)
 
-    most = max(1, min(num_blocks, MAX_SPLITS, 8 * num_sms // num_items + 1))
+    most = max(1, min(num_blocks, MAX_SPLITS, 4 * fit * num_sms // num_items + 1))
     return min(range(1, most + 1), key=lambda s: (cost(s), s))

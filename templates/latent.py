@@ -9,8 +9,16 @@ latent is loaded once and used three times, by groups of warps that work side by
 - four warps compute its right half with the same weights (`_attend_right`).
 
 A block has three parts: the columns of the left half, of the right half, and the rest, which only the scores need. Each
-part has a place for even and one for odd steps, with a barrier for "full" and one for "empty". Step i waits for the
-i // 2-th passing of them; what has one place only has barriers that are passed at every step.
+part has a place for even and one for odd steps. Barriers, and who passes them on:
+
+- full (a part, a place): the copy has arrived; the left half waits, and the right half inherits it through `scaled`.
+- empty (a part, a place): its last reader is done; the copying warp waits. That is the left half for its own part, the
+  right half for the two others.
+- scaled: the left half has computed the scores and written `factors`, by which the results so far are multiplied.
+- ready: it has written the weights, at the end of a run the largest scores (`factors`) and the sums of weights.
+- taken: the right half is done with both, so the next step may write them.
+
+The last three are passed once per step, the others once in two steps, so that a wait names the parity of that count.
 """
 
 import triton.language as tl
@@ -84,7 +92,7 @@ def _attend_block(
 ):  # fmt: skip
     """One step of the online softmax, and the left half of its result.
 
-    No product stays under way at its end: where other work follows, the assembler would let every product wait.
+    No product stays under way at its end: beside the loads of some mods, ptxas then serialises all products.
     """
     place = step % 2
     start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
@@ -158,7 +166,7 @@ def _attend_left(
             BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
         )  # fmt: skip
     mbarrier.wait(taken, (last - first + 1) % 2)
-    factors.store(m_i)
+    factors.store(m_i)  # in place of factors, for which there is no further use
     sums.store(l_i)
     mbarrier.arrive(ready, count=1)
     return acc, gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, OUTPUT))

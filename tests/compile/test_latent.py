@@ -1,5 +1,6 @@
 """The kernel for latents of many heads: when it is chosen, that it compiles, and that its products overlap."""
 
+import importlib
 import re
 import subprocess
 import warnings
@@ -9,10 +10,11 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from compile import compiling
 from compile.compiling import DEVICES, compile_call, meta_inputs, meta_lengths
 from support import MODS
 
-from flexdecode import CompileError, DecodeOptions, explain, kernel
+from flexdecode import CompileError, DecodeOptions, explain, kernel, plan, schedule
 
 BALANCED = DecodeOptions(backend="triton", schedule="balanced")
 SPLITS = DecodeOptions(backend="triton", schedule="split", num_splits=2)
@@ -84,9 +86,42 @@ def test_what_explain_says():
     assert found.schedule.tiles.latent and "9 warps in three groups, for latents" in str(found)
 
 
-def test_another_kernel_takes_over_where_this_one_does_not_compile():
-    """Gluon is experimental: other releases of Triton may not know what it needs."""
+def test_a_triton_without_gluon(monkeypatch):
+    monkeypatch.setattr(schedule, "has_gluon", lambda: False)
+    tensors, _ = latents()
+    assert not explain(*tensors, device="H200").schedule.tiles.latent
+
+
+def test_too_many_row_tiles_to_balance():
+    tensors, _ = latents(Q=1 << 16)
+    with pytest.raises(ValueError, match=r"takes at most 65535 tiles of 64 query rows, got 131072 for each KV head"):
+        explain(*tensors, **LENGTHS, options=BALANCED, device="H200")
+    assert not explain(*tensors, **LENGTHS, device="H200").schedule.tiles.balanced
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("language.nvidia.hopper", "warpgroup_mma"), ("_runtime", "GluonASTSource"), ("language", "warp_specialize"),
+    ],
+)  # fmt: skip
+def test_a_triton_whose_gluon_is_another(where, name, monkeypatch, tmp_path):
+    """Gluon is experimental: what a module imports, and what it uses, may be gone."""
+    monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(tmp_path / "flexdecode"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(compiling, "_compiled", {})
+    monkeypatch.setattr(plan, "_refusals", [])
+    monkeypatch.delattr(importlib.import_module(f"triton.experimental.gluon.{where}"), name)
+    tensors, _ = latents()
+    with pytest.warns(RuntimeWarning, match=rf"(?s)kernel for latents did not compile, .*{name}"):
+        found = compile_call("sm_90", tensors)
+    assert not found.spec.tiles.latent
+
+
+def test_another_kernel_takes_over_where_this_one_does_not_compile(monkeypatch):
+    """It is not tried again, and only the first call warns."""
     real = kernel.compile_pass
+    monkeypatch.setattr(plan, "_refusals", [])
 
     def refuse(module, spec, *rest):
         if spec.tiles.latent:
@@ -98,3 +133,4 @@ def test_another_kernel_takes_over_where_this_one_does_not_compile():
     with mock.patch("compile.compiling.compile_pass", refuse), pytest.warns(RuntimeWarning, match=text):
         found = compile_call("sm_90", tensors, return_lse=False)
     assert not found.spec.tiles.latent and found.spec.tiles.num_warps == 8
+    assert not compile_call("sm_90", latents(B=9)[0], return_lse=False).spec.tiles.latent

@@ -272,6 +272,9 @@ def test_multi_head_latent_attention(num_heads, page_size, dtype, num_queries, o
         check(query, key, key[..., :512], score_mod, mask_mod, **arguments)
 
 
+FEW = DecodeOptions(schedule="balanced", num_splits=3)  # workers, each with several items
+
+
 def of_latents(num_heads, num_queries, dtype, page_size=None, lens=MLA_LENS):
     """Query, keys and arguments for the kernel for latents of many heads."""
     query, key, _ = make_inputs(len(lens), num_heads, 1, num_queries, 1024, 576, dtype=dtype, device=DEVICE)
@@ -288,7 +291,8 @@ def of_latents(num_heads, num_queries, dtype, page_size=None, lens=MLA_LENS):
         (128, 1, torch.bfloat16, None, "streaming", SPLITS), (128, 1, torch.float16, 128, "alibi", BALANCED),
         (40, 1, torch.bfloat16, 64, "combined", ONE), (33, 3, torch.float16, None, "document", BALANCED),
         (128, 2, torch.bfloat16, 256, "tree", None), (64, 1, torch.bfloat16, None, "no_key", SPLITS),
-        (36, 2, torch.float16, 64, "head_window", BALANCED),
+        (36, 2, torch.float16, 64, "head_window", BALANCED), (128, 1, torch.bfloat16, None, "none", FEW),
+        (40, 2, torch.float16, 64, "causal", FEW),
     ],
 )  # fmt: skip
 def test_latents_of_many_heads(num_heads, num_queries, dtype, page_size, family, options):
@@ -302,7 +306,7 @@ def test_latents_of_many_heads(num_heads, num_queries, dtype, page_size, family,
     check(query, key, key[..., :512], *of, options, sinks=sinks, q_lens=q_lens, **arguments)
 
 
-@pytest.mark.parametrize("options", [SPLITS, BALANCED], ids=["splits", "balanced"])
+@pytest.mark.parametrize("options", [SPLITS, BALANCED, FEW], ids=["splits", "balanced", "few"])
 def test_a_graph_of_latents_of_many_heads(options):
     """Lengths change between replays, and the same call gives the same bits."""
     query, key, arguments = of_latents(128, 1, torch.bfloat16, None, [1024] * 8)
