@@ -261,12 +261,12 @@ def _triton_launcher(
             cut = next_cut
 
 
-_refusals: list[CompileError] = []  # of the kernel for latents: it is not tried again
+_refusals: list[str] = []  # of the kernel for latents: it is not tried again
 
 
 def _refuse_latents(error: CompileError) -> None:
     """Goes on without the kernel for latents, and says so once."""
-    _refusals.append(error)
+    _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
     text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 

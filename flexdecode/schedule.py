@@ -224,7 +224,10 @@ def schedule(
 @functools.cache
 def has_gluon() -> bool:
     """Whether the installed Triton has Gluon as `templates/latent.py` uses it: from 3.6 on."""
-    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:  # a build of another name: compiling shows it
+        return True
     return (int(major), int(minor)) >= (3, 6)
 
 
