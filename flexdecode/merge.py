@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from .device import interpreting
-from .kernel import load_module
 from .template import template_folder
+from .triton_api import standalone_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PARTS = 8  # parts that one launch merges
@@ -145,7 +143,8 @@ def _launch(outs: Parts, lses: Parts, dtype: torch.dtype) -> tuple[torch.Tensor,
     merged_lse = lses[0].new_empty(outs[0].shape[:3])
     absent = MAX_PARTS - len(outs)  # in their place the first part, which is not read again
     block_dv = min(MAX_BLOCK_DV, 1 << (v_head_dim - 1).bit_length())
-    _kernel()[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
+    kernel = standalone_kernel(template_folder() / "merge.py", "merge_parts")
+    kernel[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
         merged_out, merged_lse, *outs, *outs[:1] * absent, *lses, *lses[:1] * absent,
         *[stride // unit for stride in out_strides[:3]], *lse_strides, num_rows, num_q_heads, num_queries, len(outs),
         v_head_dim, BLOCK_M, block_dv, unit, num_warps=BLOCK_M, enable_fp_fusion=True,
@@ -168,8 +167,3 @@ def _same_strides(parts: Parts, rows: bool) -> tuple[Parts, tuple[int, ...]]:
     for size in parts[0].shape[:0:-1]:
         contiguous.insert(0, contiguous[0] * size)
     return tuple(part.contiguous() for part in parts), tuple(contiguous)
-
-
-@functools.cache
-def _kernel() -> Any:
-    return load_module(template_folder() / "merge.py").merge_parts
