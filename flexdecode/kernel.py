@@ -131,12 +131,13 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         "value_descriptor": _descriptor_type(spec, tiles.value_columns),
         "lse": "*fp32" if signature.return_lse else "constexpr",
         "partial_out": "*fp32" if tiles.split else "constexpr",
-        "partial_lse": "*fp32" if tiles.split else "constexpr",
+        "partial_max": "*fp32" if tiles.split else "constexpr",
+        "partial_sum": "*fp32" if tiles.split else "constexpr",
         "item_parts": "*i32" if tiles.balanced else "constexpr",
         "kv_lens": _pointer(signature.kv_lens),
         "q_lens": _pointer(signature.q_lens),
         "q_offset": "i64" if offset is int else _pointer(offset),
-        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64"),
+        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64", "i32"),
         "block_lists": BLOCK_LISTS_TYPES if spec.block_lists else (),
         "key_scales": _scale_types(signature.k_scale),
         "value_scales": _scale_types(signature.v_scale),
@@ -201,7 +202,7 @@ def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list
     divisors = _strides(spec)
     if spec.signature.aligned:
         divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
-    divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)
+    divisors |= dict.fromkeys(("partial_out", "partial_max", "partial_sum"), 16)
     types = argument_types(spec, names)
     found: dict[tuple[int, ...], list] = {
         (i,): [["tt.divisibility", divisors[name]]]

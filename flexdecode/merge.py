@@ -39,6 +39,10 @@ def merge_attention(
         The output `[B, Hq, Q, Dv]` in the dtype of `outs`, and its log-sum-exp, float32 `[B, Hq, Q]`, both contiguous.
         A part with lse -inf contributes nothing, whatever its output holds; where all are -inf, the output is 0 and lse
         -inf. A NaN of any other part reaches its row.
+        A part with lse +inf makes its row NaN, with lse +inf.
+
+        Accuracy: `lses` are float32. Around 1e5 they tell weights apart to 1%, around 1e7 not at all. A single call of
+        `flex_decode` has no such limit.
 
     Raises:
         TypeError: `outs` or `lses` is neither a tensor nor a list or tuple of tensors.
@@ -119,7 +123,7 @@ def _merge_in_pytorch(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Ten
     for out, lse, weight in zip(outs, lses, weights, strict=True):
         acc += torch.where((lse == -torch.inf)[..., None], 0.0, out.float() * weight[..., None])
     merged = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-    return merged.to(outs[0].dtype), m_safe + torch.log(l_i)
+    return merged.to(outs[0].dtype), torch.where(m_i == torch.inf, m_i, m_safe + torch.log(l_i))
 
 
 def _merge_in_rounds(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tensor]:
