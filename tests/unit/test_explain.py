@@ -445,3 +445,25 @@ def test_import_is_light():
     code = "import sys, flexdecode; print(*(m for m in ('sympy', 'matplotlib') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+READS = "also keys in there that it rules out: they have to be finite, not NaN or inf"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mod", "reads"),
+    [
+        ("mask_mod", mods.causal(), False),
+        ("mask_mod", mods.sliding_window(16), False),
+        ("mask_mod", mods.streaming(4, 16), False),
+        ("mask_mod", mods.document(torch.zeros(2, 4096, dtype=torch.int32)), True),
+        ("mask_mod", mods.dilated(64, 2), True),
+        ("mask_mod", lambda b, h, q_idx, kv_idx: kv_idx < 0, False),
+        ("score_mod", mods.alibi(8), False),
+        ("score_mod", lambda score, b, h, q_idx, kv_idx: torch.where(kv_idx % 2 == 0, score, -torch.inf), True),
+    ],
+)
+def test_mods_that_read_what_they_rule_out_are_named(kind, mod, reads):
+    query, key = torch.empty(2, 8, 1, 64, device="meta"), torch.empty(2, 2, 4096, 64, device="meta")
+    report = getattr(explain(query, key, key, device="H200", **{kind: mod}), kind)
+    assert report.reads_dead_keys == reads and (READS in str(report)) == reads
