@@ -161,8 +161,10 @@ def _assert_small_error(name, actual, expected, measure):
         return
     error, allowance = (actual - expected).abs()[finite], (measure - expected).abs()[finite]
     largest, mean = 2.0 * allowance.max().item() + 1e-5, 1.5 * allowance.mean().item() + 1e-5
-    worst = _where(((actual - expected).abs() == error.max()) & finite)
-    assert error.max() <= largest, f"{name}: largest error {error.max():.3e} > {largest:.3e}, at {worst}"
+    assert error.max() <= largest, (
+        f"{name}: largest error {error.max():.3e} > {largest:.3e}, "
+        f"at {_where(((actual - expected).abs() == error.max()) & finite)}"
+    )
     assert error.mean() <= mean, f"{name}: mean error {error.mean():.3e} > {mean:.3e}"
 
 

@@ -38,7 +38,8 @@ def main() -> int:
 
 def _run_one(chosen) -> int:
     from .check import check
-    from .generate import random_case
+    from .generate import DRAWS, random_case
+    from .runner import run_cases
     from .shrink import shrink
 
     case = random_case(chosen.seed, chosen.backend)
@@ -46,6 +47,11 @@ def _run_one(chosen) -> int:
     print(case.source(), flush=True)
     check(case)
     print("passes")
+    first = chosen.seed - chosen.seed % DRAWS[chosen.backend]
+    failed = [r for r in run_cases(chosen.backend, range(first, chosen.seed + 1)) if r["kind"]]
+    if failed and failed[-1]["seed"] == chosen.seed:
+        print(f"fails after seeds {first} to {chosen.seed - 1}: {failed[-1]['error']}")
+        return 1
     return 0
 
 

@@ -9,7 +9,7 @@ from random import Random
 from .case import DEAD, Case
 from .random_mods import Mods
 
-DRAWS = {"torch": 1, "interpret": 5, "gpu": 10}
+DRAWS = {"torch": 3, "interpret": 5, "gpu": 10}
 HEADS = ((1, 1), (1, 1), (2, 1), (4, 2), (4, 4), (3, 1), (6, 2), (5, 5), (8, 2), (7, 1), (10, 2), (16, 1))
 LAYOUTS = ("contiguous", "contiguous", "bnhd", "strided", "padded", "shifted")
 

@@ -4,15 +4,16 @@ import multiprocessing.connection
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 from .case import DEAD
 from .generate import DRAWS, random_case
 
-_CHUNK = 50  # cases that a process takes at a time
+_CHUNK = 60  # cases that a process takes at a time
 
 
-def run_cases(backend: str, seeds: range, finite: tuple = (), until: float = float("inf")) -> list[dict]:
+def run_cases(backend: str, seeds: range, finite: tuple = (), until: float = float("inf")) -> Iterator[dict]:
     """Runs cases in this process.
 
     Args:
@@ -21,13 +22,12 @@ def run_cases(backend: str, seeds: range, finite: tuple = (), until: float = flo
         finite: dead places that are to hold numbers.
         until: time at which to stop.
 
-    Returns:
+    Yields:
         For each case that ran: `seed`, and `kind` and `error` of its failure or None.
     """
     from .check import check
     from .shrink import kind_of
 
-    found = []
     for seed in seeds:
         if time.time() > until:
             break
@@ -38,18 +38,7 @@ def run_cases(backend: str, seeds: range, finite: tuple = (), until: float = flo
             check(case)
         except Exception as error:
             result |= {"kind": kind_of(error), "error": (str(error).splitlines() or [""])[0][:300]}
-        found.append(result)
-    return found
-
-
-def _job(job: tuple) -> list[dict]:
-    return run_cases(*job)
-
-
-def _start() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+        yield result
 
 
 def run_parallel(
@@ -57,26 +46,25 @@ def run_parallel(
 ) -> dict:
     """Runs cases in several processes, with a bar that shows how far it is.
 
-    A process that dies (a GPU whose context is lost) takes its chunk with it; the chunk is counted as a failure "died".
+    A case that ends its process (memory that is not there) is counted as "died", and another process goes on.
 
     Returns:
         `examples` that ran, `failed`, `kinds` (how many of each), `failures` (the results that failed), `seconds`.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    step = -(-_CHUNK // DRAWS[backend]) * DRAWS[backend]
     began = time.time()
     until = began + 60 * minutes if minutes else float("inf")
+    step = _CHUNK // DRAWS[backend] * DRAWS[backend]
     chunks = [range(first, min(first + step, start + examples)) for first in range(start, start + examples, step)]
     count, failures = 0, []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("0 failed", total=examples)
-        for chunk, results in _outcomes(backend, chunks, jobs, finite, until):
-            if results is None:
-                results = [{"seed": s, "kind": "died", "error": "the process died"} for s in chunk]
-            count += len(results)
-            failures += [result for result in results if result["kind"] is not None]
+        for result in _results(backend, chunks, jobs, finite, until):
+            count += 1
+            if result["kind"] is not None:
+                failures.append(result)
             progress.update(bar, completed=count, description=f"{len(failures)} failed")
     return {
         "backend": backend, "start": start, "examples": count, "failed": len(failures), "finite": list(finite),
@@ -85,61 +73,65 @@ def run_parallel(
     }  # fmt: skip
 
 
-def _outcomes(backend: str, chunks: list, jobs: int, finite: tuple, until: float):
-    """Yields each chunk with its results, or None where its process died."""
-    if jobs == 1:
-        for chunk in chunks:
-            yield chunk, run_cases(backend, chunk, finite, until)
-        return
-    # One process per slot, fed by a pipe: a pool would hang for ever on a worker that died.
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(reversed(chunks)), {}
-    workers: list = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                worker = workers.pop() if workers else _Worker(context)
-                chunk = waiting.pop()
-                worker.pipe.send((backend, chunk, finite, until))
-                running[worker.pipe] = worker, chunk
-            for pipe in multiprocessing.connection.wait(list(running)):
-                worker, chunk = running.pop(pipe)
-                try:
-                    results = pipe.recv()
-                except EOFError:
-                    yield chunk, None
-                    continue
-                if any("CUDA error" in (r["error"] or "") for r in results):
-                    worker.close()  # its context is lost
-                else:
-                    workers.append(worker)
-                yield chunk, results
-    finally:
-        for worker in [*workers, *(w for w, _ in running.values())]:
-            worker.close()
-
-
 class _Worker:
-    def __init__(self, context):
+    """A process that runs chunks of cases, and its end of a pipe. A pool would wait for ever for one that died."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        self.left = range(0)  # what it has not answered
 
-    def close(self):
+    def close(self) -> None:
         self.pipe.close()
-        self.process.join(timeout=5)
         self.process.terminate()
 
 
-def _serve(pipe) -> None:
-    _start()
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
     while True:
         try:
             job = pipe.recv()
-        except (EOFError, OSError):
+        except EOFError:
             os._exit(0)
-        pipe.send(_job(job))
+        for result in run_cases(*job):
+            pipe.send(result)
+        pipe.send(None)
+
+
+def _results(backend: str, chunks: list, jobs: int, finite: tuple, until: float) -> Iterator[dict]:
+    """Yields results as they come."""
+    waiting = chunks[::-1]
+    idle: list[_Worker] = []
+    busy: dict = {}
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < jobs:
+                worker = idle.pop() if idle else _Worker()
+                worker.left = waiting.pop()
+                worker.pipe.send((backend, worker.left, finite, until))
+                busy[worker.pipe] = worker
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                worker = busy[pipe]
+                try:
+                    result = pipe.recv()
+                except EOFError:
+                    result = {"seed": worker.left[0], "kind": "died", "error": "the process died"}
+                if result is None:
+                    idle.append(busy.pop(pipe))
+                    continue
+                yield result
+                worker.left = worker.left[1:]
+                if result["kind"] == "died" or "CUDA error" in (result["error"] or ""):
+                    busy.pop(pipe).close()  # what is left of it is of no use: a GPU's context is lost
+                    waiting += [worker.left] if worker.left else []
+    finally:
+        for worker in [*idle, *busy.values()]:
+            worker.close()
 
 
 def checked_places(names: str) -> tuple:
