@@ -15,10 +15,7 @@ from flexdecode.ops import OPS
 from .case import Captured
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
-FLOATS = (
-    "float32", "float32", "float32", "float16", "float16", "bfloat16", "bfloat16", "float64", "float64", "float8_e4m3fn",
-    "float8_e5m2",
-)  # fmt: skip
+FLOATS = ("float32", "float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "strided", "expanded")
 HUGE = (sys.maxsize, 2**40, 2**62, -(2**62), 2**31, 2**31 - 1)
 
@@ -104,8 +101,27 @@ class Mods:
             )
         layout = self.kind.choice(LAYOUTS)
         name = self.capture(Captured(axes, dtype, low, high, layout, used_in))
-        index = [{"B": "b", "Hq": "h", "N": "kv_idx", "Hkv": "h"}[axis] for axis in axes]
-        return name + (f"[{']['.join(index)}]" if self.kind.random() < 0.2 else f"[{', '.join(index)}]")
+        return self.read(name, [{"B": "b", "Hq": "h", "N": "kv_idx"}[axis] for axis in axes], dtype)
+
+    def read(self, name, index, dtype) -> str:
+        """One element of a captured tensor, straight or through views of it."""
+        form = self.kind.randrange(12)
+        if form == 0:
+            return f"{name}[{']['.join(index)}]"
+        if form == 1:
+            return f"{name}.unsqueeze(0)[0, {', '.join(index)}]"
+        if form == 2:
+            return f"{name}[..., {index[-1]}]" + (f"[{', '.join(index[:-1])}]" if len(index) > 1 else "")
+        if form == 3 and len(index) > 1:
+            return f"{name}.transpose(0, -1)[{', '.join([index[-1], *index[1:-1], index[0]])}]"
+        if form == 4 and len(index) > 1:
+            return f"{name}[:, {index[1]}][{', '.join([index[0], *index[2:]])}]"
+        if form == 5 and "float8" not in dtype:
+            cast = ".float()" if "float" in dtype else ".long()"
+            return f"({name}{cast} + 0)[{', '.join(index)}]{'.bool()' if dtype == 'bool' else ''}"
+        if form == 6:
+            return f"{name}[None, {', '.join(index)}, None][0, 0]"
+        return f"{name}[{', '.join(index)}]"
 
     def other_table(self, dtype, low, high, depth) -> str:
         """A read at any index: of a query's position, from the end, or outside, which gives 0."""
@@ -135,9 +151,24 @@ class Mods:
         if depth == 0:
             return self.kind.choice(("q_idx", "kv_idx", "(q_idx - kv_idx)", "b", "h", self.number()))
         inner = lambda: self.integer(depth - 1)
-        form = self.kind.randrange(12)
+        form = self.kind.randrange(16)
         if form < 3:
             return f"({inner()} {self.kind.choice('+-*')} {inner()})"
+        if form == 12:
+            return f"(({self.tensor(inner())}).clamp(-30, 30) ** {self.kind.choice((0, 1, 2, 3))})"
+        if form == 13:
+            return (
+                f"({self.tensor(inner())}).to(torch.{self.kind.choice(('int32', 'int16', 'int8', 'uint8', 'int64'))})"
+            )
+        if form == 14:
+            rounding = self.kind.choice(("'floor'", "'trunc'"))
+            return f"torch.div({self.tensor(inner())}, {self.positive()}, rounding_mode={rounding})"
+        if form == 15:
+            return self.kind.choice(
+                (f"torch.fmod({self.tensor(inner())}, {self.positive()})", f"({self.boolean(depth - 1)} * {inner()})",
+                 f"torch.sign({self.tensor(inner())})", f"(-{self.tensor(inner())})", f"(~{self.tensor(inner())})",
+                 f"torch.full_like(q_idx, {self.kind.choice((3, -2))})", "q_idx.new_ones(())", "torch.tensor(7)")
+            )  # fmt: skip
         if form == 3:
             return f"({inner()} {self.kind.choice(('//', '%'))} {self.positive()})"
         if form == 4:
@@ -173,9 +204,20 @@ class Mods:
                 return f"(0 * score + {self.factor()})"
             return self.table(self.kind.choice(FLOATS), -2, 2, used_in)
         inner = lambda: self.real(depth - 1, used_in)
-        form = self.kind.randrange(10)
+        form = self.kind.randrange(12)
         if form < 2:
             return f"({inner()} {self.kind.choice('+-*')} {inner()})"
+        if form == 10:
+            exact = f"({self.tensor(self.integer(depth - 1))}).clamp(-200, 200)"
+            cast = self.kind.choice(("half()", "bfloat16()", "double()", "to(score.dtype)", "type(torch.float32)"))
+            return f"{exact}.{cast}"
+        if form == 11:
+            return self.kind.choice(
+                (f"({self.boolean(depth - 1)}.float() * {inner()})", f"(-{inner()})", f"({inner()} ** 2)", "score",
+                 f"torch.where({self.boolean(depth - 1)}, {inner()}, {self.factor()})", "torch.zeros_like(score)",
+                 f"torch.maximum({inner()}, torch.tensor({self.kind.choice((0.5, -1.0))}))", "score.new_zeros(())",
+                 f"({self.tensor(self.integer(0))} / {self.kind.choice((2, 3, 16))}).clamp(-100, 100)")
+            )  # fmt: skip
         if form == 2:
             return f"({inner()} {self.kind.choice('+-*')} {self.factor()})"
         if form == 3:
@@ -196,6 +238,8 @@ class Mods:
         form = self.kind.randrange(8)
         if depth > 0 and form < 3:
             inner = [self.boolean(depth - 1, used_in) for _ in range(2)]
+            if self.kind.random() < 0.2:
+                return f"torch.logical_{self.kind.choice(('and', 'or', 'xor'))}({', '.join(inner)})"
             return f"({inner[0]} {self.kind.choice('&|^')} {inner[1]})"
         if depth > 0 and form == 3:
             return f"(~{self.boolean(depth - 1, used_in)})"
