@@ -142,7 +142,10 @@ def cache_info() -> CacheInfo:
 
 
 def clear_cache() -> None:
-    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays."""
+    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays.
+
+    From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
+    """
     with lock:
         _plans.clear()
         forget_graphs()

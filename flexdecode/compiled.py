@@ -8,13 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 from . import cache
-from .descriptor import encoded_descriptors
 from .errors import CompileError
-from .kernel import KernelSpec, combine_block_dv, compile_pass, constants, load_module
+from .kernel import KernelSpec, combine_block_dv, compile_pass, constants
 from .lower import lower, lower_bounds
 from .program import Program
 from .schedule import DeviceFacts
 from .template import generate, sources_digest
+from .triton_api import Launch, forget_standalone, load_module
 
 
 class Kernel:
@@ -24,7 +24,7 @@ class Kernel:
         path: the generated module.
         split, combine: run one pass: `run(grid, stream, arguments)`.
         combine_block_dv: output columns per program of the combine pass.
-        encode_descriptors: makes launch arguments of Triton's two tensor descriptors; see `encoded_descriptors`.
+        encode_descriptors: makes launch arguments of Triton's two tensor descriptors; see `Launch`.
     """
 
     def __init__(self, module: ModuleType, path: Path, spec: KernelSpec, facts: DeviceFacts) -> None:
@@ -40,19 +40,15 @@ class Kernel:
         if self.facts.backend == "cpu":
             function = module.decode_combine if combine else module.decode_split
             return lambda grid, _, arguments: function[grid](*arguments, **known)
-        compiled = compile_pass(module, spec, self.facts, combine)
-        run = compiled.run  # loads the machine code
-        if spec.tiles.descriptors and not combine:
-            self.encode_descriptors = encoded_descriptors(run) or self.encode_descriptors
-        function, metadata, tail = compiled.function, compiled.packed_metadata, (None,) * len(known)
-
-        def launch(grid: tuple, stream: int, arguments: tuple) -> None:
-            run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *arguments, *tail)
-
+        descriptors = 2 if spec.tiles.descriptors and not combine else 0
+        launch = Launch(compile_pass(module, spec, self.facts, combine), len(known), descriptors)
+        if descriptors:
+            self.encode_descriptors = launch.encode_descriptors
         return launch
 
 
-_kernels = cache.Bounded(limit=512)
+# Kernels are not forgotten to make room: a CUDA graph may launch one, and Triton unloads what is collected.
+_kernels: dict[tuple, Kernel] = {}
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
@@ -64,7 +60,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
             kernel = _kernels.get(key)
             if kernel is None:
                 kernel = _build(spec, facts, program)
-                _kernels.add(key, kernel)
+                _kernels[key] = kernel
     return kernel
 
 
@@ -109,5 +105,6 @@ def generate_module(program: Program, descriptors: bool = False, paged: bool = F
 
 
 def forget_kernels() -> None:
-    """Drops every kernel in memory."""
+    """Drops every kernel in memory, those that append and merge too."""
     _kernels.clear()
+    forget_standalone()

@@ -1,14 +1,13 @@
-"""Tensor descriptors of KV caches: which caches have one, and what the launcher needs to encode it."""
+"""Tensor descriptors of KV caches: which caches have one, and how it is made."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .schedule import next_power_of_2
+from .triton_api import tensor_descriptor
 
 
 class Matrix(NamedTuple):
@@ -67,29 +66,4 @@ class _Address:
 
 def make_descriptor(address: int, matrix: Matrix, block_shape: list[int], dtype: torch.dtype) -> object:
     """Triton's descriptor of a cache at an address."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(_Address(address, dtype), [matrix.rows, matrix.columns], [matrix.pitch, 1], block_shape)
-
-
-def encoded_descriptors(run: Any) -> Callable[[object, object], tuple] | None:
-    """Makes a launcher take descriptors that are encoded already, so that a repeated launch does not encode again.
-
-    Triton's launcher encodes each descriptor at each launch and copies all arguments in Python (about 15 us). Where it
-    is built as in Triton 3.5 and 3.6, its inner launch function is used directly.
-
-    Args:
-        run: Triton's launcher of a kernel with two descriptors; changed if the result is not None.
-
-    Returns:
-        A function from two descriptors to the launch arguments in their place, or None if `run` is built otherwise.
-    """
-    from triton.backends.nvidia import driver
-
-    encode: Any = getattr(driver, "make_tensordesc_arg", lambda: None)
-    parts = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(getattr(run, "launch", None)) else {}
-    launch, metas = parts.get("launcher"), parts.get("tensordesc_meta")
-    if launch is None or metas is None or len(metas) != 2 or len(inspect.signature(encode).parameters) != 2:
-        return None
-    run.launch = launch
-    return lambda key, value: (*encode(key, metas[0]), *encode(value, metas[1]))
+    return tensor_descriptor(_Address(address, dtype), [matrix.rows, matrix.columns], [matrix.pitch, 1], block_shape)

@@ -68,16 +68,17 @@ def decode(
     step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
-        inside = kv < lens[:, None]
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, inside)
-        s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
-        live = inside.view(batch, 1, 1, -1) & row_live[..., None]
+        live = (kv < lens[:, None]).view(batch, 1, 1, -1) & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
+        # Keys that no row of their head attends to may hold anything, and their page entries lead anywhere.
+        read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
+        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, read)
+        s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
             s = _Evaluation(score, indices, s, live, check_indices).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, inside)
+        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, read)
         m_new = torch.maximum(m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
@@ -89,7 +90,7 @@ def decode(
     result = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
     out.copy_(torch.where(row_live[..., None], result, 0.0))  # a weight of 0 does not hide NaN
     if lse is not None:
-        lse.copy_(m_i + torch.log(l_i))
+        lse.copy_(torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i)))
 
 
 def _lengths(lengths: torch.Tensor | None, most: int, query: torch.Tensor) -> torch.Tensor:
@@ -103,21 +104,22 @@ def _read(
     scale: float | torch.Tensor | None,
     page_table: torch.Tensor | None,
     kv: torch.Tensor,
-    inside: torch.Tensor,
+    read: torch.Tensor,
 ) -> torch.Tensor:
-    """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where not `inside` [B, n]."""
+    """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
     per_token = scale if isinstance(scale, torch.Tensor) and scale.dim() == 3 else None
     if page_table is None:
         rows = cache[:, :, kv[0] : kv[-1] + 1].float() if len(kv) else cache[:, :, :0].float()
         if per_token is not None:
             rows = rows * per_token[:, :, kv, None].float()
     else:
-        pages = torch.where(inside, page_table[:, kv // cache.shape[2]], 0).long()
+        pages = torch.where(read.any(1), page_table[:, kv // cache.shape[2]], 0).long()
         wrong = (pages < 0) | (pages >= len(cache))
         if pages.device.type == "cpu" and wrong.any():
             raise ValueError(
                 f"`page_table` names page {int(pages[wrong][0])} within a sequence, but `key` has {len(cache)} pages"
             )
+        pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise
         rows = cache[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
         if per_token is not None:
             rows = rows * per_token[pages, :, kv % cache.shape[2]].float().transpose(1, 2)[..., None]
@@ -125,9 +127,9 @@ def _read(
         rows = rows * scale.float()[..., None, None]
     elif isinstance(scale, (int, float)):
         rows = rows * scale
-    if inside.device.type == "cpu" and bool(inside.all()):
+    if read.device.type == "cpu" and bool(read.all()):
         return rows
-    return torch.where(inside[:, None, :, None], rows, 0.0)
+    return torch.where(read[..., None], rows, 0.0)
 
 
 def evaluate(

@@ -34,6 +34,10 @@ class CompileError(FlexDecodeError):
     """The generated kernel did not compile; the message names the source file."""
 
 
+class TritonVersionError(FlexDecodeError):
+    """The installed Triton is one that flexdecode cannot launch kernels with; the message names it and the remedy."""
+
+
 class SharedMemoryError(CompileError):
     """A compiled kernel needs more shared memory than the device gives one program."""
 

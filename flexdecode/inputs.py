@@ -97,7 +97,9 @@ class Inputs(NamedTuple):
     def max_kv_len(self) -> int:
         """The longest sequence that the cache can hold."""
         rows = self.key.shape[2]
-        return rows if self.page_table is None else rows * self.page_table.shape[1]
+        if self.page_table is None:
+            return rows
+        return rows * self.page_table.shape[1] if len(self.key) else 0
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

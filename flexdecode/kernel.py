@@ -5,21 +5,20 @@ Kernels are compiled ahead of time from declared types, so no value ever special
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from .block_mask import BLOCK_LISTS_TYPES
-from .errors import CompileError, SharedMemoryError
+from .errors import CompileError, SharedMemoryError, TritonVersionError
 from .graph import Graph
 from .lower import CaptureLayout
 from .ops import HALF
 from .schedule import DeviceFacts, Tiles
 from .signature import UNIT, ScaleType, Signature
+from .triton_api import compile_ahead
 
 TYPE_NAMES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -77,15 +76,6 @@ class KernelSpec:
     block_lists: bool = False
 
 
-def load_module(path: Path) -> ModuleType:
-    """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
-    spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def combine_block_dv(tiles: Tiles) -> int:
     """Output columns per program of the combine pass."""
     return min(tiles.block_dv, max(32, COMBINE_TILE // tiles.block_s))
@@ -141,12 +131,13 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
         "value_descriptor": _descriptor_type(spec, tiles.value_columns),
         "lse": "*fp32" if signature.return_lse else "constexpr",
         "partial_out": "*fp32" if tiles.split else "constexpr",
-        "partial_lse": "*fp32" if tiles.split else "constexpr",
+        "partial_max": "*fp32" if tiles.split else "constexpr",
+        "partial_sum": "*fp32" if tiles.split else "constexpr",
         "item_parts": "*i32" if tiles.balanced else "constexpr",
         "kv_lens": _pointer(signature.kv_lens),
         "q_lens": _pointer(signature.q_lens),
         "q_offset": "i64" if offset is int else _pointer(offset),
-        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64"),
+        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64", "i32"),
         "block_lists": BLOCK_LISTS_TYPES if spec.block_lists else (),
         "key_scales": _scale_types(signature.k_scale),
         "value_scales": _scale_types(signature.v_scale),
@@ -211,7 +202,7 @@ def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list
     divisors = _strides(spec)
     if spec.signature.aligned:
         divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
-    divisors |= dict.fromkeys(("partial_out", "partial_lse"), 16)
+    divisors |= dict.fromkeys(("partial_out", "partial_max", "partial_sum"), 16)
     types = argument_types(spec, names)
     found: dict[tuple[int, ...], list] = {
         (i,): [["tt.divisibility", divisors[name]]]
@@ -237,16 +228,12 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
         CompileError: Triton could not compile it; the message names the source file.
         SharedMemoryError: it needs more shared memory than the device has.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = module.decode_combine if combine else module.decode_split
     names = function.arg_names
     types = argument_types(spec, names)
     known = constants(spec, facts, combine)
     known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
-    known_at, attrs = {(names.index(n),): v for n, v in known.items()}, attributes(spec, names)
-    warp_size = 64 if facts.backend == "hip" else 32
+    target = facts.backend, facts.arch, 64 if facts.backend == "hip" else 32
     options: dict[str, Any] = {
         "num_warps": 1 if combine else spec.tiles.num_warps,
         "num_stages": spec.tiles.num_stages,
@@ -255,14 +242,10 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
     try:
-        if spec.tiles.latent and not combine:
-            from triton.experimental.gluon import jit
-            from triton.experimental.gluon._runtime import GluonASTSource
-
-            source: ASTSource = GluonASTSource(jit(function.fn), types, known_at, attrs)
-        else:
-            source = ASTSource(function, types, known_at, attrs)
-        compiled = _compile(source, GPUTarget(facts.backend, facts.arch, warp_size), options)
+        gluon = spec.tiles.latent and not combine
+        compiled = compile_ahead(function, types, known, attributes(spec, names), target, options, gluon)
+    except TritonVersionError:
+        raise
     except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
         reason: BaseException = error  # Triton reports the call that failed; why is the end of its chain
         while reason.__cause__ is not None:
@@ -276,23 +259,3 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
             "  Choose a smaller `options.block_n` or `options.num_stages`."
         )
     return compiled
-
-
-def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
-    """Compiles through Triton's own cache; a damaged entry there is compiled again."""
-    import triton
-    from triton.runtime.cache import FileCacheManager
-
-    try:
-        return triton.compile(source, target=target, options=options)
-    except RuntimeError:
-        # For AMD, Triton 3.6 cannot pipeline some reads of captured tensors ("failed to translate module").
-        if target.backend != "hip" or options["num_stages"] == 1:
-            raise
-        return _compile(source, target, options | {"num_stages": 1})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        manager: Any = triton.knobs.cache.manager_class or FileCacheManager
-        overwriting = type("Overwriting", (manager,), {"get_group": lambda self, filename: None})
-        with triton.knobs.cache.scope():
-            triton.knobs.cache.manager_class = overwriting
-            return triton.compile(source, target=target, options=options)

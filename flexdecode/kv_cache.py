@@ -25,7 +25,6 @@ graph reads and writes the tensors of the cache: keep the cache as long as the g
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -37,8 +36,8 @@ from .analyze import MAX_KV_LEN
 from .device import interpreting
 from .errors import FlexDecodeError
 from .inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED
-from .kernel import load_module
 from .template import template_folder
+from .triton_api import standalone_kernel
 
 _TILE = 2048  # elements of a key or value that a program holds
 
@@ -545,9 +544,8 @@ def _largest(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
-@functools.cache
 def _append_kernel() -> Any:
-    return load_module(template_folder() / "append.py").append
+    return standalone_kernel(template_folder() / "append.py", "append")
 
 
 def read_cache(cache: object, given: tuple) -> tuple:

@@ -85,7 +85,11 @@ class TritonLauncher:
         places = 2 * cut.num_programs * tiles.block_m if tiles.balanced else num_rows * cut.num_splits
         self.places = places if tiles.split else 0
         self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
-        self.workspace_size = -(-(self.places + self.parts_size) // 4) * 4 + self.places * signature.v_head_dim
+        # Largest scores, sums, parts of items and outputs, each from a multiple of 16 bytes on.
+        self.sums_at = -(-self.places // 4) * 4
+        self.parts_at = 2 * self.sums_at
+        self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
+        self.workspace_size = self.outs_at + self.places * signature.v_head_dim
         self.device = signature.device
         max_weight = max(1, (1 << 30) // max(cut.num_items, 1))
         self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits, max_weight)
@@ -131,7 +135,7 @@ class TritonLauncher:
         described = self.on_gpu and self.matrices is not None
         seen = (caches[0], caches[0]) if self.latent else caches
         descriptors = self._descriptors(*seen) if described else (None, None)
-        partials = self._workspace(stream) if self.workspace_size else (None, None, None)
+        partials = self._workspace(stream) if self.workspace_size else (None,) * 4
         outputs = at(out), at(lse), *partials
         lens = at(inputs.kv_lens), at(inputs.q_lens)
         sinks, table = at(inputs.sinks), inputs.page_table
@@ -140,7 +144,7 @@ class TritonLauncher:
             stream,
             (
                 at(inputs.query), *caches, *descriptors, *outputs, *lens, at(inputs.q_offset),
-                () if table is None else (at(table), table.stride(0)),
+                () if table is None else (at(table), table.stride(0), inputs.key.shape[0]),
                 () if lists is None else lists.arguments(*self.listed),
                 scale_arguments(inputs.k_scale, self.on_gpu), scale_arguments(inputs.v_scale, self.on_gpu), sinks,
                 self.read_score(score_leaves), self.read_mask(mask_leaves), scale, *self.strides, *self.sizes,
@@ -162,7 +166,7 @@ class TritonLauncher:
         return self.described[1]
 
     def _workspace(self, stream: int) -> tuple:
-        """Memory of the partials, kept for the next call on the same stream: outputs, log-sum-exps, parts of items.
+        """Memory of the partials, kept for the next call on the same stream: outputs, maxima, sums, parts of items.
 
         Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured the
         memory comes from the graph's pool instead: it must live as long as the graph.
@@ -173,12 +177,16 @@ class TritonLauncher:
             kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
             if not capturing:
                 _workspaces.kept[self.device, stream] = kept
-        partial_out = -(-(self.places + self.parts_size) // 4) * 4  # starts at a multiple of 16 bytes
         if self.on_gpu:
             start = kept.data_ptr()
-            return start + 4 * partial_out, start, start + 4 * self.places if self.parts_size else None
-        parts = kept[self.places :].view(torch.int32) if self.parts_size else None
-        return kept[partial_out:], kept, parts
+            parts = start + 4 * self.parts_at if self.parts_size else None
+            return start + 4 * self.outs_at, start, start + 4 * self.sums_at, parts
+        return (
+            kept[self.outs_at :],
+            kept,
+            kept[self.sums_at :],
+            kept[self.parts_at :].view(torch.int32) if self.parts_size else None,
+        )
 
 
 def _address(value: Any) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from .device import interpreting
-from .kernel import load_module
 from .template import template_folder
+from .triton_api import standalone_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PARTS = 8  # parts that one launch merges
@@ -41,6 +39,10 @@ def merge_attention(
         The output `[B, Hq, Q, Dv]` in the dtype of `outs`, and its log-sum-exp, float32 `[B, Hq, Q]`, both contiguous.
         A part with lse -inf contributes nothing, whatever its output holds; where all are -inf, the output is 0 and lse
         -inf. A NaN of any other part reaches its row.
+        A part with lse +inf makes its row NaN, with lse +inf.
+
+        Accuracy: `lses` are float32. Around 1e5 they tell weights apart to 1%, around 1e7 not at all. A single call of
+        `flex_decode` has no such limit.
 
     Raises:
         TypeError: `outs` or `lses` is neither a tensor nor a list or tuple of tensors.
@@ -121,7 +123,7 @@ def _merge_in_pytorch(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Ten
     for out, lse, weight in zip(outs, lses, weights, strict=True):
         acc += torch.where((lse == -torch.inf)[..., None], 0.0, out.float() * weight[..., None])
     merged = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-    return merged.to(outs[0].dtype), m_safe + torch.log(l_i)
+    return merged.to(outs[0].dtype), torch.where(m_i == torch.inf, m_i, m_safe + torch.log(l_i))
 
 
 def _merge_in_rounds(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +147,8 @@ def _launch(outs: Parts, lses: Parts, dtype: torch.dtype) -> tuple[torch.Tensor,
     merged_lse = lses[0].new_empty(outs[0].shape[:3])
     absent = MAX_PARTS - len(outs)  # in their place the first part, which is not read again
     block_dv = min(MAX_BLOCK_DV, 1 << (v_head_dim - 1).bit_length())
-    _kernel()[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
+    kernel = standalone_kernel(template_folder() / "merge.py", "merge_parts")
+    kernel[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
         merged_out, merged_lse, *outs, *outs[:1] * absent, *lses, *lses[:1] * absent,
         *[stride // unit for stride in out_strides[:3]], *lse_strides, num_rows, num_q_heads, num_queries, len(outs),
         v_head_dim, BLOCK_M, block_dv, unit, num_warps=BLOCK_M, enable_fp_fusion=True,
@@ -168,8 +171,3 @@ def _same_strides(parts: Parts, rows: bool) -> tuple[Parts, tuple[int, ...]]:
     for size in parts[0].shape[:0:-1]:
         contiguous.insert(0, contiguous[0] * size)
     return tuple(part.contiguous() for part in parts), tuple(contiguous)
-
-
-@functools.cache
-def _kernel() -> Any:
-    return load_module(template_folder() / "merge.py").merge_parts

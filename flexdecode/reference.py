@@ -46,7 +46,8 @@ def reference_decode(
         scale: factor on the dot products. Default: `1 / sqrt(D)`.
         page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; position
             `n` of sequence `b` is row `n % page_size` of page `page_table[b, n // page_size]`, `N` is
-            `max_pages * page_size`, and `kv_lens` is needed. Entries without a live key are not read.
+            `max_pages * page_size`, and `kv_lens` is needed. Entries without a key that any row attends to are not
+            read.
         q_lens: `[B]` integers; the tokens of sequence `b` are query rows `0 .. min(q_lens[b], Q) - 1`. Default: Q.
         k_scale: factor on the stored keys: a number, `[Hkv]`, `[B, Hkv]`, or per key in the layout of `key` without its
             last dimension. Default: 1.
@@ -58,11 +59,11 @@ def reference_decode(
     Returns:
         The output `[B, Hq, Q, Dv]` and, if asked for, lse `[B, Hq, Q]`; float64 on the CPU. A row without a live key is
         0 with lse `-inf`, or `sinks[h]`; one past `q_lens[b]` is 0 with lse `-inf`. A row with a NaN score at a live
-        position is NaN.
+        position is NaN. Keys that the mask rules out for every row that shares them may hold anything.
 
     Raises:
         ValueError: a `page_table` without `kv_lens`.
-        IndexError: an entry of `page_table` with a live key is not the number of a page.
+        IndexError: an entry of `page_table` with such a key is not the number of a page.
     """
     if page_table is not None and kv_lens is None:
         raise ValueError("`page_table` needs `kv_lens`")
@@ -77,18 +78,21 @@ def reference_decode(
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
     for batch in range(B):
-        # What lies past the length is cut off here: nothing below can see it.
-        n = int(lens[batch])
-        q = query[batch].to("cpu", torch.float64).reshape(Hkv, rows, D)
-        k = dequantized_rows(key, k_scale, batch, n, page_table)
-        v = dequantized_rows(value, v_scale, batch, n, page_table)
+        # What lies past the lengths is cut off here: nothing below can see it.
+        n, m = int(lens[batch]), int(tokens[batch])
         grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
+        live = torch.ones(Hq, Q, n, dtype=torch.bool)
+        if mask_mod is not None:
+            live = evaluate_mod(mask_mod, grid)[0]
+        read = live[:, :m].reshape(Hkv, Hq // Hkv * m, n).any(1)  # What no row attends to is not read: it may be NaN.
+        q = query[batch].to("cpu", torch.float64).reshape(Hkv, rows, D)
+        k = dequantized_rows(key, k_scale, batch, n, page_table, read=read)
+        v = dequantized_rows(value, v_scale, batch, n, page_table, read=read)
 
         score = (q @ k.mT).reshape(Hq, Q, n) * scale
         if score_mod is not None:
             score = evaluate_mod(score_mod, grid, score[None])[0]
-        if mask_mod is not None:
-            score = score.where(evaluate_mod(mask_mod, grid)[0], -torch.inf)
+        score = score.where(live, -torch.inf)
         lse[batch] = score.logsumexp(dim=-1)
         if sinks is not None:
             lse[batch] = lse[batch].logaddexp(sinks.to("cpu", torch.float64)[:, None])
@@ -96,7 +100,7 @@ def reference_decode(
         shift = lse[batch].where(lse[batch] != -torch.inf, 0.0)
         weight = (score - shift[..., None]).exp()
         out[batch] = (weight.reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
-        out[batch, :, tokens[batch] :], lse[batch, :, tokens[batch] :] = 0.0, -torch.inf
+        out[batch, :, m:], lse[batch, :, m:] = 0.0, -torch.inf
     return (out, lse) if return_lse else out
 
 
@@ -107,6 +111,7 @@ def dequantized_rows(
     length: int,
     page_table: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    read: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reads the first keys or values of one sequence as numbers: what is stored times its scale.
 
@@ -117,6 +122,7 @@ def dequantized_rows(
         length: how many rows to read.
         page_table: `[B, max_pages]` integers.
         dtype: the floating type of the arithmetic.
+        read: `[Hkv, length]` bools, which rows to read; the others are 0, whatever the cache holds. None: all.
 
     Returns:
         `[Hkv, length, D]` of type `dtype`, on the CPU.
@@ -124,25 +130,36 @@ def dequantized_rows(
     Raises:
         IndexError: a page that is to be read does not exist.
     """
-    rows = _sequence(cache, batch, length, page_table).to(dtype)
-    if scale is None:
-        return rows
-    factor = torch.as_tensor(scale, dtype=dtype, device="cpu")
-    if factor.ndim == 3:
-        return rows * _sequence(factor, batch, length, page_table)[..., None]
-    per_head = factor[batch] if factor.ndim == 2 else factor
-    return rows * per_head.reshape(-1, 1, 1)
+    if read is None:
+        read = torch.ones(cache.shape[1], length, dtype=torch.bool)
+    used = read.any(0)
+    rows = _sequence(cache, batch, used, page_table).to(dtype)
+    if scale is not None:
+        factor = torch.as_tensor(scale, dtype=dtype, device="cpu")
+        if factor.ndim == 3:
+            rows = rows * _sequence(factor, batch, used, page_table)[..., None]
+        else:
+            rows = rows * (factor[batch] if factor.ndim == 2 else factor).reshape(-1, 1, 1)
+    return rows.where(read[..., None], 0.0)
 
 
-def _sequence(cache: torch.Tensor, batch: int, length: int, page_table: torch.Tensor | None) -> torch.Tensor:
-    """The first rows of one sequence of a cache `[B or 1, Hkv, N, ...]` or `[num_pages, Hkv, page_size, ...]`."""
+def _sequence(cache: torch.Tensor, batch: int, used: torch.Tensor, page_table: torch.Tensor | None) -> torch.Tensor:
+    """The first rows of one sequence of a cache `[B or 1, Hkv, N, ...]` or `[num_pages, Hkv, page_size, ...]`.
+
+    Pages none of whose rows is `used` [length] are not followed.
+    """
+    length = len(used)
     if page_table is None:
         return cache[0 if len(cache) == 1 else batch, :, :length].cpu()
     page_size = cache.shape[2]
     pages = page_table[batch, : -(-length // page_size)].tolist()
-    if not all(0 <= page < len(cache) for page in pages):
+    needed = [bool(used[i * page_size : (i + 1) * page_size].any()) for i in range(len(pages))]
+    if not all(0 <= page < len(cache) for page, wanted in zip(pages, needed, strict=True) if wanted):
         raise IndexError(f"sequence {batch} has pages {pages}, but there are {len(cache)}")
-    return cache[pages].cpu().transpose(0, 1).flatten(1, 2)[:, :length]
+    if not any(needed):
+        return cache.new_zeros(cache.shape[1], length, *cache.shape[3:]).cpu()
+    followed = [page if wanted else 0 for page, wanted in zip(pages, needed, strict=True)]
+    return cache[followed].cpu().transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def evaluate_mod(

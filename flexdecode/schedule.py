@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from dataclasses import dataclass, replace
 
 import torch
 
 from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
 from .signature import Signature
+from .triton_api import has_gluon
 
 MAX_SPLITS = 1024
 # Below these, finding out who does what takes longer than what it evens out.
@@ -219,16 +218,6 @@ def schedule(
         latent=latent,
     )
     return Schedule(tiles, num_items, num_splits, num_tiles)
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether the installed Triton has Gluon as `templates/latent.py` uses it: from 3.6 on."""
-    try:
-        major, minor = importlib.metadata.version("triton").split(".")[:2]
-    except importlib.metadata.PackageNotFoundError:  # a build of another name: compiling shows it
-        return True
-    return (int(major), int(minor)) >= (3, 6)
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:

@@ -14,7 +14,7 @@ def block_runs(
     b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr,
 ):  # fmt: skip
-    """The blocks that a tile visits: the numbers of full and of partial ones, and what finds them.
+    """The blocks that a tile visits: the numbers of full and of partial ones, and what finds them; then its spans.
 
     A tile whose tokens lie in different rows of the mask visits all blocks within its bounds as partial ones.
     """
@@ -30,12 +30,12 @@ def block_runs(
     lists = b.to(tl.int64) * block_lists[1] + kv_head.to(tl.int64) * block_lists[2] + row * (4 * num_blocks + 2)
 
     bound = kv_bounds(b, h, q_idx, score_captures, mask_captures)  # noqa: F821 (of decode.py)
-    start, end = live_blocks(bound[0], bound[1], kv_len, BLOCK_N)  # noqa: F821
-    if NUM_LIVE > 1:
-        for i in tl.static_range(1, 4):
-            lo, hi = live_blocks(bound[2 * i], bound[2 * i + 1], kv_len, BLOCK_N)  # noqa: F821
-            start = tl.where(end > start, tl.where(hi > lo, tl.minimum(start, lo), start), lo)
-            end = tl.maximum(end, hi)
+    spans = live_spans(bound, kv_len, NUM_LIVE)  # noqa: F821
+    start, end = span_blocks(spans[0], spans[1], BLOCK_N)  # noqa: F821
+    for i in tl.static_range(2, len(spans), 2):
+        lo, hi = span_blocks(spans[i], spans[i + 1], BLOCK_N)  # noqa: F821
+        start = tl.where(end > start, tl.where(hi > lo, tl.minimum(start, lo), start), lo)
+        end = tl.maximum(end, hi)
     end = tl.where((q_high >= 0) & (q_low < num_q), tl.minimum(end, num_blocks.to(tl.int32)), 0)
     start = tl.minimum(start, end)
     # The block that the sequence ends in is not full, whatever the lists say.
@@ -50,7 +50,7 @@ def block_runs(
     num_partial = tl.load(partial_before + end) - first_partial + num_cut
     num_full = tl.where(listed, num_full, 0)
     num_partial = tl.where(listed, num_partial, end - start)
-    return num_full, num_partial, listed, lists, first_full, first_partial, num_cut, cut, start
+    return (num_full, num_partial, listed, lists, first_full, first_partial, num_cut, cut, start), spans
 
 
 @triton.jit

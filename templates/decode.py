@@ -4,12 +4,16 @@ This file is a complete Triton module: it imports, compiles and runs as it stand
 functions between `hooks` and `kernels` have identity bodies; the generator replaces them by the text of a user's mods.
 
 Two kernels make a call. `decode_split` keeps the online softmax (Milakov and Gimelshein, arXiv:1805.02867) of a run of
-KV blocks; with one split it writes the output, else a normalised partial output and its log-sum-exp. `decode_combine`
-merges the partials of a row. Both are launched with programmatic dependent launch where the target has it, so every
-program waits (`gdc_wait`) before it touches any global memory.
+KV blocks; with one split it writes the output, else a partial output with the largest score and the sum of weights of
+each row. `decode_combine` merges the partials of a row. Both are launched with programmatic dependent launch where the
+target has it, so every program waits (`gdc_wait`) before it touches any global memory.
 
 Rows: the `GROUP_SIZE * NUM_QUERIES` query rows that share a KV head are packed, row `r` is query head
-`r // NUM_QUERIES` of the group and query token `r % NUM_QUERIES`. Logits inside the loop are in base 2.
+`r // NUM_QUERIES` of the group and query token `r % NUM_QUERIES`.
+
+Which keys are read: a tile of rows has up to four *spans*, each from the first to the last key that an interval of
+`kv_bounds` has in any of its rows. Blocks that no span meets are not visited. In a block that is not wholly live, keys
+outside the spans are not loaded: they may hold anything, and no page entry leads to them.
 """
 
 import triton
@@ -93,7 +97,7 @@ def fetch(pointers, inside):
 
 
 @triton.jit
-def find_pages(page_table, b, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+def find_pages(page_table, b, start_n, spans, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """Where in a paged cache the keys from `start_n` on lie; read a step ahead of the keys themselves."""
     return ()
 
@@ -106,18 +110,18 @@ def kv_origin(base, b, kv_head, steps):
 
 @triton.jit
 def load_kv(
-    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    cache, pages, start_n, spans, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Loads columns `COLUMN .. COLUMN + BLOCK_D` of rows `start_n .. start_n + BLOCK_N`; zeros past HEAD_DIM.
 
-    `cache` is (origin, descriptor, steps, stride_n, stride_d); CHECKED reads zeros from `kv_len` on.
+    `cache` is (origin, descriptor, steps, stride_n, stride_d); CHECKED reads zeros outside of `spans`.
     """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = COLUMN + tl.arange(0, BLOCK_D)
     pointers = cache[0] + offs_n.to(tl.int64)[:, None] * cache[3] + offs_d[None, :] * cache[4]
     if CHECKED:
-        return tl.load(pointers, mask=(offs_n[:, None] < kv_len) & (offs_d[None, :] < HEAD_DIM), other=0.0)
+        return tl.load(pointers, mask=in_spans(offs_n, spans)[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
     elif HEAD_DIM < COLUMN + BLOCK_D:
         return tl.load(pointers, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     else:
@@ -126,13 +130,13 @@ def load_kv(
 
 @triton.jit
 def load_scales(
-    scales, pages, b, kv_head, start_n, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr
+    scales, pages, b, kv_head, start_n, spans, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr
 ):
     """Loads the scale of each key [BLOCK_N] from `scales` (pointer, stride_b, stride_h, stride_n); CHECKED as above."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     pointers = scales[0] + b.to(tl.int64) * scales[1] + kv_head.to(tl.int64) * scales[2] + offs_n * scales[3]
     if CHECKED:
-        return tl.load(pointers, mask=offs_n < kv_len, other=0.0).to(tl.float32)
+        return tl.load(pointers, mask=in_spans(offs_n, spans), other=0.0).to(tl.float32)
     else:
         return tl.load(pointers).to(tl.float32)
 
@@ -141,17 +145,60 @@ def load_scales(
 
 
 @triton.jit
-def live_blocks(lo, hi, kv_len, BLOCK_N: tl.constexpr):
-    """The blocks that meet [lo, hi) in any row of the tile, as a half-open range; (0, 0) if none does."""
+def live_span(lo, hi, kv_len):
+    """The keys from the first to the last one of [lo, hi) in any row of the tile, int32; (0, 0) if there is none."""
     lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
     hi = tl.minimum(hi, kv_len)
     if len((lo + hi).shape) > 0:
-        # A row that attends nowhere must not stretch the range.
+        # A row that attends nowhere must not stretch the span.
         hi = tl.where(lo < hi, hi, 0)
         lo = tl.min(tl.where(lo < hi, lo, 1 << 30))
         hi = tl.max(hi)
-    start = tl.where(lo < hi, lo, 0).to(tl.int32) // BLOCK_N
-    return start, tl.cdiv(tl.where(lo < hi, hi, 0).to(tl.int32), BLOCK_N)
+    return tl.where(lo < hi, lo, 0).to(tl.int32), tl.where(lo < hi, hi, 0).to(tl.int32)
+
+
+@triton.jit
+def live_spans(bound, kv_len, NUM_LIVE: tl.constexpr):
+    """The spans of a tile: lo, hi, lo, hi, ... They may overlap, and come in any order."""
+    spans = live_span(bound[0], bound[1], kv_len)
+    if NUM_LIVE > 1:
+        spans = spans + live_span(bound[2], bound[3], kv_len)
+    if NUM_LIVE > 2:
+        spans = spans + live_span(bound[4], bound[5], kv_len) + live_span(bound[6], bound[7], kv_len)
+    return spans
+
+
+@triton.jit
+def in_spans(kv_idx, spans):
+    """Which keys lie in a span."""
+    inside = (kv_idx >= spans[0]) & (kv_idx < spans[1])
+    for i in tl.static_range(2, len(spans), 2):
+        inside = inside | ((kv_idx >= spans[i]) & (kv_idx < spans[i + 1]))
+    return inside
+
+
+@triton.jit
+def meets_spans(start_n, spans, BLOCK_N: tl.constexpr):
+    """Whether a span has a key of the block at `start_n`."""
+    meets = (start_n + BLOCK_N > spans[0]) & (start_n < spans[1])
+    for i in tl.static_range(2, len(spans), 2):
+        meets = meets | ((start_n + BLOCK_N > spans[i]) & (start_n < spans[i + 1]))
+    return meets
+
+
+@triton.jit
+def inside_a_span(start_n, spans, BLOCK_N: tl.constexpr):
+    """Whether one span has all keys of the block at `start_n`."""
+    inside = (start_n >= spans[0]) & (start_n + BLOCK_N <= spans[1])
+    for i in tl.static_range(2, len(spans), 2):
+        inside = inside | ((start_n >= spans[i]) & (start_n + BLOCK_N <= spans[i + 1]))
+    return inside
+
+
+@triton.jit
+def span_blocks(lo, hi, BLOCK_N: tl.constexpr):
+    """The blocks that meet a span, as a half-open range; (0, 0) if it is empty."""
+    return lo // BLOCK_N, tl.cdiv(hi, BLOCK_N)
 
 
 @triton.jit
@@ -215,21 +262,24 @@ def block_runs(
     b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr,
 ):  # fmt: skip
-    """The blocks that a tile visits: the numbers of full and of partial ones, and what finds them.
+    """The blocks that a tile visits: the numbers of full and of partial ones, and what finds them; then its spans.
 
     These are live ranges, disjoint and ascending, each a run of partial blocks, one of full and one of partial ones.
     """
     bound = kv_bounds(b, h, q_idx, score_captures, mask_captures)
-    s0, e0 = live_blocks(bound[0], bound[1], kv_len, BLOCK_N)
+    spans = live_spans(bound, kv_len, NUM_LIVE)
+    s0, e0 = span_blocks(spans[0], spans[1], BLOCK_N)
     a0, z0 = full_part(s0, e0, bound, kv_len, BLOCK_N, NUM_FULL)
     num_full = z0 - a0
     num_partial = e0 - s0 - num_full
     if NUM_LIVE > 1:
-        s1, e1 = live_blocks(bound[2], bound[3], kv_len, BLOCK_N)
-        s2, e2 = live_blocks(bound[4], bound[5], kv_len, BLOCK_N)
-        s3, e3 = live_blocks(bound[6], bound[7], kv_len, BLOCK_N)
+        s1, e1 = span_blocks(spans[2], spans[3], BLOCK_N)
+        s2, e2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        s3, e3 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
         s0, e0, s1, e1 = order(s0, e0, s1, e1)
         if NUM_LIVE > 2:
+            s2, e2 = span_blocks(spans[4], spans[5], BLOCK_N)
+            s3, e3 = span_blocks(spans[6], spans[7], BLOCK_N)
             s2, e2, s3, e3 = order(s2, e2, s3, e3)
             s0, e0, s2, e2 = order(s0, e0, s2, e2)
             s1, e1, s3, e3 = order(s1, e1, s3, e3)
@@ -246,9 +296,9 @@ def block_runs(
         a3, z3 = full_part(s3, e3, bound, kv_len, BLOCK_N, NUM_FULL)
         num_full = z0 - a0 + z1 - a1 + z2 - a2 + z3 - a3
         num_partial = e0 - s0 + e1 - s1 + e2 - s2 + e3 - s3 - num_full
-        return num_full, num_partial, s0, e0, a0, z0, s1, e1, a1, z1, s2, e2, a2, z2, s3, e3, a3, z3
+        return (num_full, num_partial, s0, e0, a0, z0, s1, e1, a1, z1, s2, e2, a2, z2, s3, e3, a3, z3), spans
     else:
-        return num_full, num_partial, s0, e0, a0, z0
+        return (num_full, num_partial, s0, e0, a0, z0), spans
 
 
 @triton.jit
@@ -427,13 +477,13 @@ def power_of_two(x):
 
 @triton.jit
 def attend_block(
-    acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, pages, kv_len, b, kv_head,
-    h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+    acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, pages, spans, kv_len, b,
+    kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr,
     PACKED: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the length.
+    """One step of the online softmax over the KV block at `start_n`; CHECKED evaluates the mask and the spans.
 
     `acc` is a tuple: all columns, or even and odd columns where K and V are PACKED, in units of `v_unit`, which
     is the largest weight of a row so far where values have scales of their own.
@@ -443,16 +493,16 @@ def attend_block(
     live = None
     if CHECKED:
         # Past the end of the sequence, mods see its last position: their reads are proven for positions of the cache.
-        live = kv_idx < kv_len
+        live = in_spans(kv_idx, spans)
         kv_idx = tl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     score_fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
     if len(key_scales) == 4:
-        key_scale = load_scales(key_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
+        key_scale = load_scales(key_scales, pages, b, kv_head, start_n, spans, BLOCK_N, PAGE_SIZE, CHECKED)
     if len(value_scales) == 4:
-        value_scale = load_scales(value_scales, pages, b, kv_head, start_n, kv_len, BLOCK_N, PAGE_SIZE, CHECKED)
+        value_scale = load_scales(value_scales, pages, b, kv_head, start_n, spans, BLOCK_N, PAGE_SIZE, CHECKED)
     k = load_kv(
-        keys, pages, start_n, kv_len, BLOCK_N, 0, HEAD_DIM // PER_WORD, BLOCK_D // PER_WORD, PAGE_SIZE, CHECKED
+        keys, pages, start_n, spans, BLOCK_N, 0, HEAD_DIM // PER_WORD, BLOCK_D // PER_WORD, PAGE_SIZE, CHECKED
     )  # fmt: skip
     if PACKED is not None:
         k_even, k_odd = unpack(k, PACKED)
@@ -462,19 +512,20 @@ def attend_block(
         k = k.to(q.dtype)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if BLOCK_R > 0:
-        k_rest = load_kv(keys, pages, start_n, kv_len, BLOCK_N, BLOCK_D, HEAD_DIM, BLOCK_R, PAGE_SIZE, CHECKED)
+        k_rest = load_kv(keys, pages, start_n, spans, BLOCK_N, BLOCK_D, HEAD_DIM, BLOCK_R, PAGE_SIZE, CHECKED)
         score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=PRECISION)
     score = score * scale
     if len(key_scales) == 4:
         score = score * key_scale[None, :]
-    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_fetched, score_captures) * LOG2E
+    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, score_fetched, score_captures)
     if CHECKED:
         score = tl.where(live, score, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(score, 1))
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(score - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
+    # The difference is scaled, not the scores: these may be as large as float32 holds.
+    p = tl.exp2((score - m_safe[:, None]) * LOG2E)
+    alpha = tl.exp2((m_i - m_safe) * LOG2E)
     l_i = l_i * alpha + tl.sum(p, 1)
     if len(value_scales) == 4:
         # Weights may be rounded to float16, whose range is small: a row keeps them relative to its largest one so far.
@@ -488,7 +539,7 @@ def attend_block(
         v = k
     else:
         v = load_kv(
-            values, pages, start_n, kv_len, BLOCK_N, 0, V_HEAD_DIM // PER_WORD, BLOCK_DV // PER_WORD, PAGE_SIZE, CHECKED
+            values, pages, start_n, spans, BLOCK_N, 0, V_HEAD_DIM // PER_WORD, BLOCK_DV // PER_WORD, PAGE_SIZE, CHECKED
         )  # fmt: skip
     if PACKED is not None:
         v_even, v_odd = unpack(v, PACKED)
@@ -511,11 +562,17 @@ def item_scale(scales, b, kv_head):
 
 @triton.jit
 def add_sink(m_i, l_i, sink):
-    """Lets a logit `sink` (base 2) join a softmax without a value: the factor for what is accumulated, m_i and l_i."""
+    """Lets a logit `sink` join a softmax without a value: the factor for what is accumulated, m_i and l_i."""
     m_new = tl.maximum(m_i, sink)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - m_safe)
-    return alpha, m_new, l_i * alpha + tl.exp2(sink - m_safe)
+    alpha = tl.exp2((m_i - m_safe) * LOG2E)
+    return alpha, m_new, l_i * alpha + tl.exp2((sink - m_safe) * LOG2E)
+
+
+@triton.jit
+def log_sum_exp(m_i, l_i):
+    """The log-sum-exp from the largest score and the sum of weights; +inf where a score is, whose weight is NaN."""
+    return tl.where(m_i == float("inf"), m_i, m_i + tl.log2(l_i) * LN2)
 
 
 @triton.jit
@@ -570,8 +627,8 @@ def share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT: tl.constexpr, B
 @triton.jit
 def store_run(
     acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens, out, lse,
-    partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
-    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    partial_out, partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
+    num_splits, GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
     """Writes columns `offs_dv` of the output of a `whole` item, else of its partial result at `place`."""
@@ -584,16 +641,16 @@ def store_run(
         else:
             partial_row = flat_row * num_splits + place
         if not whole:
-            partial = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-            tl.store(partial_lse + partial_row, m_i + tl.log2(l_i), mask=row_valid)
-            tl.store(partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :], partial, mask=store)
+            tl.store(partial_max + partial_row, m_i, mask=row_valid)
+            tl.store(partial_sum + partial_row, l_i, mask=row_valid)
+            tl.store(partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
     if BALANCED or not SPLIT:
         if whole:
             if sinks is not None:
-                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
+                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32))
                 acc = acc * alpha[:, None]
             result = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-            row_lse = (m_i + tl.log2(l_i)) * LN2
+            row_lse = log_sum_exp(m_i, l_i)
             if q_lens is not None:
                 result = tl.where((token < num_tokens)[:, None], result, 0.0)
                 row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
@@ -606,8 +663,8 @@ def store_run(
 @triton.jit
 def attend_run(
     b, kv_head, tile, start, end, parts, place, whole,
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_lens,
-    q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, kv_lens,
+    q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
     stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
@@ -654,7 +711,7 @@ def attend_run(
         offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
         q_rest = tl.load(query_row[:, None] + offs_r[None, :] * stride_qd, mask=offs_r[None, :] < HEAD_DIM, other=0.0)
 
-    runs = block_runs(
+    runs, spans = block_runs(
         b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
     )  # fmt: skip
     num_full = runs[0]
@@ -672,30 +729,30 @@ def attend_run(
     if NUM_FULL > 0:
         last_full = tl.minimum(last, num_full)
         block = full_block(runs, first, block_lists, NUM_LIVE)
-        pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+        pages = find_pages(page_table, b, block * BLOCK_N, spans, BLOCK_N, PAGE_SIZE)
         for i in tl.range(tl.minimum(first, num_full), last_full):
             start_n = block * BLOCK_N
             here = pages
             block = full_block(runs, i + 1, block_lists, NUM_LIVE)
-            pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+            pages = find_pages(page_table, b, block * BLOCK_N, spans, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i, v_unit = attend_block(
-                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
-                b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, spans,
+                kv_len, b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, False, PRECISION,
             )  # fmt: skip
     first = tl.maximum(first - num_full, 0)
     last = tl.maximum(last - num_full, 0)
     if first < last:
         block = partial_block(runs, first, block_lists, NUM_LIVE)
-        pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+        pages = find_pages(page_table, b, block * BLOCK_N, spans, BLOCK_N, PAGE_SIZE)
         for i in tl.range(first, last):
             start_n = block * BLOCK_N
             here = pages
             block = partial_block(runs, i + 1, block_lists, NUM_LIVE)
-            pages = find_pages(page_table, b, block * BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+            pages = find_pages(page_table, b, block * BLOCK_N, spans, BLOCK_N, PAGE_SIZE)
             acc, m_i, l_i, v_unit = attend_block(
-                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, kv_len,
-                b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+                acc, m_i, l_i, v_unit, q, q_rest, keys, values, key_scales, value_scales, scale, start_n, here, spans,
+                kv_len, b, kv_head, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED, PACKED, True, PRECISION,
             )  # fmt: skip
 
@@ -709,17 +766,17 @@ def attend_run(
         acc = acc * item_scale(value_scales, b, kv_head)
     store_run(
         acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens, out, lse,
-        partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
-        GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
+        partial_out, partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
+        num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
     )  # fmt: skip
 
 
 @triton.jit
 def decode_split(
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, item_parts, kv_lens,
-    q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
-    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits, max_weight,
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, item_parts,
+    kv_lens, q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
+    scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn,
+    stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits, max_weight,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
@@ -729,11 +786,11 @@ def decode_split(
     """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or (workers, row tiles) if it is BALANCED.
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
-    partial_out [places, Dv] and partial_lse [places] (base 2), kv_lens [B] or None, q_lens [B] or None, q_offset a
-    number, a [B] pointer or None, page_table empty or (pointer, stride_b), block_lists empty (block_lists.py says what
-    else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h,
-    stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is evaluated
-    in every block that is not proven full. SHARED: a value is the first columns of its key. PACKED
+    partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B] or None, q_offset a
+    number, a [B] pointer or None, page_table empty or (pointer, stride_b, num_pages), block_lists empty (block_lists.py
+    says what else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
+    stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is
+    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PACKED
     names the dtype of a quantised cache whose columns are loaded two by two, as int16.
 
     An item is a tile of query rows of one KV head of one sequence. In the closed form a program takes the share
@@ -800,8 +857,8 @@ def decode_split(
             attend_run(
                 b, kv_head, tile, start, end, weight,
                 2 * worker + tl.where(start == 0, 1, 0), (start == 0) & (end == weight),
-                query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens,
-                q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
+                query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum,
+                kv_lens, q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
                 mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
                 value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
                 max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -813,8 +870,8 @@ def decode_split(
         attend_run(
             item // num_kv_heads, item % num_kv_heads, tl.program_id(0) % NUM_TILES,
             tl.program_id(1), tl.program_id(1) + 1, num_splits, tl.program_id(1), not SPLIT,
-            query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens,
-            q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
+            query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum,
+            kv_lens, q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures,
             mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd,
             value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
             max_kv_len, num_splits, GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -824,8 +881,8 @@ def decode_split(
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_lse, item_parts, kv_lens, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od,
-    num_kv_heads, max_kv_len, num_splits,
+    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, sinks, stride_ob, stride_oh,
+    stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -866,25 +923,26 @@ def decode_combine(
                 place = (first + 2 * part + tl.where(part == 0, 1, 0)) * (NUM_TILES * BLOCK_M) + row
             else:
                 place = first + part
-            part_lse = tl.load(partial_lse + place, mask=part < count, other=float("-inf"))
+            part_max = tl.load(partial_max + place, mask=part < count, other=float("-inf"))
+            part_sum = tl.load(partial_sum + place, mask=part < count, other=0.0)
             partial = tl.load(
                 partial_out + place[:, None] * V_HEAD_DIM + offs_dv[None, :],
                 mask=(part < count)[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
                 other=0.0,
             )
-            m_new = tl.maximum(m_i, tl.max(part_lse, 0))
+            m_new = tl.maximum(m_i, tl.max(part_max, 0))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2(part_lse - m_safe)
-            alpha = tl.exp2(m_i - m_safe)
-            l_i = l_i * alpha + tl.sum(weight, 0)
+            weight = tl.exp2((part_max - m_safe) * LOG2E)
+            alpha = tl.exp2((m_i - m_safe) * LOG2E)
+            l_i = l_i * alpha + tl.sum(part_sum * weight, 0)
             acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
             m_i = m_new
 
         if sinks is not None:
-            alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32) * LOG2E)
+            alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32))
             acc = acc * alpha
         merged = acc / tl.where(l_i == 0.0, 1.0, l_i)
-        row_lse = (m_i + tl.log2(l_i)) * LN2
+        row_lse = log_sum_exp(m_i, l_i)
         if q_lens is not None:
             merged = tl.where(token < num_tokens, merged, 0.0)
             row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))

@@ -23,12 +23,13 @@ def _rectangle(origin, pages, steps, start_n, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def load_kv(
-    cache, pages, start_n, kv_len, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    cache, pages, start_n, spans, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of rows from `kv_len` on."""
+    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of those outside `spans`."""
     block = cache[1].load(_rectangle(cache[0], pages, cache[2], start_n, PAGE_SIZE))
     if CHECKED:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        block = tl.where(offs_n[:, None] < kv_len, block, tl.zeros_like(block))
+        inside = in_spans(offs_n, spans)  # noqa: F821 (of decode.py)
+        block = tl.where(inside[:, None], block, tl.zeros_like(block))
     return block

@@ -48,7 +48,7 @@ def _find_block(runs, i, block_lists, NUM_LIVE: gl.constexpr, NUM_FULL: gl.const
 
 @gluon.jit
 def _copy_blocks(
-    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, kv_len,
+    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, spans,
     BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr,
 ):  # fmt: skip
     """Keeps all places filled."""
@@ -56,7 +56,7 @@ def _copy_blocks(
     for i in range(first, last):
         place = (i - first) % 2
         start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        pages = find_pages(page_table, b, start_n, kv_len, BLOCK_N, PAGE_SIZE)
+        pages = find_pages(page_table, b, start_n, spans, BLOCK_N, PAGE_SIZE)
         row, column = _rectangle(origin, pages, steps, start_n, PAGE_SIZE)
         phase = ((i - first) // 2 + 1) % 2
         left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
@@ -74,19 +74,19 @@ def _copy(descriptor, row, column, tile, full, empty, phase):
 
 
 @gluon.jit
-def _clear_rows(tile, count, LAYOUT: gl.constexpr):
-    """Zeros in the rows of a tile from `count` on: what lies past a sequence may be NaN."""
-    rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
+    """Zeros in the rows of a tile whose keys lie outside of the spans, which may be NaN."""
+    rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     loaded = tile.load(LAYOUT)
-    tile.store(gl.where((rows < count)[:, None], loaded, gl.zeros_like(loaded)))
+    tile.store(gl.where(in_spans(rows, spans)[:, None], loaded, gl.zeros_like(loaded)))
     fence_async_shared()
     tl.debug_barrier()
 
 
 @gluon.jit
 def _attend_block(
-    acc, m_i, l_i, i, step, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs, scale, kv_len,
-    b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+    acc, m_i, l_i, i, step, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs, spans, scale,
+    kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
     BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, CHECKED: gl.constexpr,
     SCORES: gl.constexpr, OUTPUT: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _attend_block(
     kv_idx = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))[None, :]
     live = None
     if CHECKED:
-        live = kv_idx < kv_len
+        live = in_spans(kv_idx, spans)
         kv_idx = gl.minimum(kv_idx, kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
@@ -113,25 +113,25 @@ def _attend_block(
     mbarrier.wait(full[1].index(place), phase)
     score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score]) * scale
-    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, fetched, score_captures) * LOG2E
+    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, fetched, score_captures)
     if CHECKED:
         score = gl.where(live, score, float("-inf"))
     m_new = gl.maximum(m_i, gl.max(score, 1))
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = gl.exp2(m_i - m_safe)
+    alpha = gl.exp2((m_i - m_safe) * LOG2E)
     mbarrier.wait(taken, (step + 1) % 2)  # the other half has used the weights of the last step
     factors.store(alpha)
     mbarrier.arrive(scaled, count=1)
-    p = gl.exp2(score - m_safe[:, None])
+    p = gl.exp2((score - m_safe[:, None]) * LOG2E)
     l_i = l_i * alpha + gl.sum(p, 1)
     weights.store(p.to(weights.dtype))
     fence_async_shared()
     mbarrier.arrive(ready, count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
     if CHECKED:
-        if start_n + BLOCK_N > kv_len:
-            _clear_rows(left, kv_len - start_n, ROWS)
+        if not inside_a_span(start_n, spans, BLOCK_N):
+            _clear_rows(left, start_n, spans, ROWS)
     acc = warpgroup_mma(weights, left, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty[0].index(place), count=1)
@@ -140,8 +140,8 @@ def _attend_block(
 
 @gluon.jit
 def _attend_left(
-    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, first, last, scale, kv_len, b, h,
-    q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, spans, first, last, scale,
+    kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
     BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr,
     OUTPUT: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -156,13 +156,13 @@ def _attend_left(
         for i in range(first, last_full):
             acc, m_i, l_i = _attend_block(
                 acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken,
-                runs, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
+                runs, spans, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
+                block_lists, BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
             )  # fmt: skip
     for i in range(last_full, last):
         acc, m_i, l_i = _attend_block(
             acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs,
-            scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+            spans, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
             BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
         )  # fmt: skip
     mbarrier.wait(taken, (last - first + 1) % 2)
@@ -174,9 +174,9 @@ def _attend_left(
 
 @gluon.jit
 def _attend_right(
-    latents, weights, factors, sums, empty, scaled, ready, taken, runs, first, last, kv_len, tile, b, kv_head,
-    place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists, stride_ob, stride_oh,
-    stride_om, stride_od, num_kv_heads, num_splits,
+    latents, weights, factors, sums, empty, scaled, ready, taken, runs, spans, first, last, tile, b, kv_head,
+    place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum, q_lens, sinks, block_lists, stride_ob,
+    stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
     GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr,
     OUTPUT: gl.constexpr, ROWS: gl.constexpr,
@@ -192,9 +192,9 @@ def _attend_right(
         mbarrier.arrive(empty[2].index(spot), count=1)  # the scores are there
         acc = acc * factors.load(gl.SliceLayout(1, OUTPUT))[:, None]
         values = latents[1].index(spot)
-        kept = kv_len - _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        if kept < BLOCK_N:
-            _clear_rows(values, kept, ROWS)
+        start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
+        if not inside_a_span(start_n, spans, BLOCK_N):
+            _clear_rows(values, start_n, spans, ROWS)
         mbarrier.wait(ready, spot)
         acc = warpgroup_mma(weights, values, acc)
         mbarrier.arrive(empty[1].index(spot), count=1)
@@ -204,15 +204,15 @@ def _attend_right(
     l_i = sums.load(gl.SliceLayout(1, OUTPUT))
     _store_half(
         acc, m_i, l_i, COLUMNS, tile, b, kv_head, place, whole, num_tokens, out, None, partial_out,
-        partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE,
-        NUM_QUERIES, V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
+        partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
+        GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
     )  # fmt: skip
 
 
 @gluon.jit
 def _store_half(
     acc, m_i, l_i, COLUMN: gl.constexpr, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out,
-    partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
+    partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
     GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, SPLIT: gl.constexpr,
     BALANCED: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
@@ -223,8 +223,8 @@ def _store_half(
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
     store_run(
         acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens,
-        out, lse, partial_out, partial_lse, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads,
-        num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
+        out, lse, partial_out, partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od,
+        num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
     )  # fmt: skip
 
 
@@ -276,8 +276,8 @@ def sums_before(weights):
 @gluon.jit
 def attend_run(
     b, kv_head, tile, start, end, parts, place, whole,
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_lse, kv_lens, q_lens,
-    q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
+    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, kv_lens,
+    q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
     stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits, GROUP_SIZE: gl.constexpr,
     NUM_QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -303,7 +303,7 @@ def attend_run(
     h = head[:, None]
     score_rows = score_row(b, h, q_idx, score_captures)
     mask_rows = mask_row(b, h, q_idx, mask_captures)
-    runs = block_runs(
+    runs, spans = block_runs(
         b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
     )  # fmt: skip
     first, last = share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT, BALANCED)
@@ -342,25 +342,25 @@ def attend_run(
             (
                 _attend_left,
                 (
-                    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, first, last,
-                    scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
+                    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, spans, first,
+                    last, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
                     BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, OUTPUT, ROWS,
                 ),
             ),
             (
                 _attend_right,
                 (
-                    latents, weights, factors, sums, empty, scaled, ready, taken, runs, first, last, kv_len, tile, b,
-                    kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse, q_lens, sinks, block_lists,
-                    stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
-                    V_HEAD_DIM, BLOCK_N, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, OUTPUT, ROWS,
+                    latents, weights, factors, sums, empty, scaled, ready, taken, runs, spans, first, last, tile, b,
+                    kv_head, place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum, q_lens, sinks,
+                    block_lists, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE,
+                    NUM_QUERIES, V_HEAD_DIM, BLOCK_N, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, OUTPUT, ROWS,
                 ),
             ),
             (
                 _copy_blocks,
                 (
                     key_descriptor, value_descriptor, latents, full, empty, runs, first, last, origin,
-                    key_steps, page_table, block_lists, b, kv_len, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
+                    key_steps, page_table, block_lists, b, spans, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
                 ),
             ),
         ],
@@ -372,7 +372,7 @@ def attend_run(
         _end_barriers(empty[part])
     _end_barriers(handed)
     _store_half(
-        acc, m_i, l_i, 0, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out, partial_lse,
+        acc, m_i, l_i, 0, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum,
         q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
         V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
     )  # fmt: skip

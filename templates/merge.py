@@ -60,4 +60,5 @@ def merge_parts(
     row = merged_out + offs_m.to(tl.int64)[:, None] * V_HEAD_DIM
     tl.store(row + offs_dv[None, :], merged.to(merged_out.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(merged_lse + offs_m, m_safe + tl.log(l_i), mask=valid)
+        row_lse = tl.where(m_i == float("inf"), m_i, m_safe + tl.log(l_i))
+        tl.store(merged_lse + offs_m, row_lse, mask=valid)

@@ -85,15 +85,18 @@ def pytorch_decode(
     out, lse = torch.zeros(B, Hq, Q, Dv, dtype=dtype), torch.full((B, Hq, Q), -torch.inf)
     for batch in range(B):
         n, m = int(lens[batch]), int(tokens[batch])
-        k = dequantized_rows(key, k_scale, batch, n, page_table, torch.float32).to(dtype).float()
-        v = dequantized_rows(value, v_scale, batch, n, page_table, torch.float32).to(dtype).float()
+        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
+        live = torch.ones(Hq, Q, n, dtype=torch.bool)
+        if mask_mod is not None:
+            live = evaluate_mod(mask_mod, grid, dtype=torch.float32)[0]
+        read = live[:, :m].reshape(Hkv, Hq // Hkv * m, n).any(1)
+        k = dequantized_rows(key, k_scale, batch, n, page_table, torch.float32, read).to(dtype).float()
+        v = dequantized_rows(value, v_scale, batch, n, page_table, torch.float32, read).to(dtype).float()
         products = (query[batch].float().reshape(Hkv, rows, D) @ k.mT).to(query.dtype)
         score = products.float().reshape(Hq, Q, n) * (D**-0.5 if scale is None else scale)
-        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
         if score_mod is not None:
             score = evaluate_mod(score_mod, grid, score[None], dtype=torch.float32)[0]
-        if mask_mod is not None:
-            score = score.where(evaluate_mod(mask_mod, grid, dtype=torch.float32)[0], -torch.inf)
+        score = score.where(live, -torch.inf)
         # The sink is one more key, whose value is 0.
         score = torch.cat([score, sink[:, None, None].expand(Hq, Q, 1)], dim=-1)
         total = score.logsumexp(dim=-1)

@@ -9,8 +9,9 @@ import triton
 from compile.compiling import DEVICES, assembly, compile_call, meta_inputs, meta_lengths
 
 from flexdecode import mods
-from flexdecode.kernel import compile_pass, load_module
+from flexdecode.kernel import compile_pass
 from flexdecode.template import read_template
+from flexdecode.triton_api import load_module
 
 SPLIT_SHAPE = (1, 16, 2, 1, 32768, 128)
 CROWDED_SHAPE = (256, 16, 1, 1, 1024, 128)

@@ -1,0 +1,235 @@
+"""All that depends on the version of Triton: compiling ahead of time, launching, tensor descriptors, Gluon.
+
+Triton's public interface is `kernel[grid](...)`. It specialises integers by value and costs more than a launch, so
+flexdecode compiles and launches by what lies below, which differs between versions. The differences that matter:
+
+- From 3.8 on a `CompiledKernel` unloads its machine code when it is collected. `Launch` keeps it.
+- From 3.8 on the function that encodes a tensor descriptor takes one argument more.
+- Gluon is experimental. `templates/latent.py` is written for the Gluon of 3.6 and later.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import TritonVersionError
+
+OLDEST, NEWEST = (3, 5), (3, 9)  # versions of Triton that the tests ran with
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor version of the installed Triton; None where it is installed under another name."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+def _spelled(version: tuple[int, int] | None) -> str:
+    return "of an unknown version" if version is None else f"{version[0]}.{version[1]}"
+
+
+def version_error(problem: str) -> TritonVersionError:
+    """The error for a Triton that flexdecode cannot launch kernels with; it names the version and the remedy."""
+    return TritonVersionError(
+        f"{problem}\n  Installed is Triton {_spelled(triton_version())}; flexdecode is tested with Triton "
+        f"{_spelled(OLDEST)} to {_spelled(NEWEST)}.\n"
+        "  Install the torch and Triton that belong together (`pip install torch` brings its Triton), or update "
+        "flexdecode."
+    )
+
+
+@functools.cache
+def check_version() -> None:
+    """Refuses a Triton that is too old, before anything is compiled.
+
+    Raises:
+        TritonVersionError: it is older than 3.5.
+    """
+    version = triton_version()
+    if version is not None and version < OLDEST:
+        raise version_error(f"flexdecode needs Triton {_spelled(OLDEST)} or later.")
+
+
+def has_gluon() -> bool:
+    """Whether the installed Triton has Gluon as `templates/latent.py` uses it; under another name, compiling shows."""
+    version = triton_version()
+    return version is None or version >= (3, 6)
+
+
+def load_module(path: Path) -> ModuleType:
+    """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
+    spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def standalone_kernel(path: Path, name: str) -> Any:
+    """A kernel of a template that is used as it stands, for Triton's own `kernel[grid](...)`."""
+    check_version()
+    return getattr(load_module(path), name)
+
+
+def forget_standalone() -> None:
+    """Drops the kernels of `standalone_kernel`, and with them what Triton compiled for them."""
+    standalone_kernel.cache_clear()
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------------
+
+
+def compile_ahead(
+    function: Any,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    attributes: dict[tuple[int, ...], list],
+    target: tuple[str, int | str, int],
+    options: dict[str, Any],
+    gluon: bool = False,
+) -> Any:
+    """Compiles a kernel from declared types; no GPU is needed.
+
+    Args:
+        function: a `triton.jit` function.
+        types: Triton type of each argument by name, in order.
+        constants: values of the compile-time arguments.
+        attributes: divisibility by argument position.
+        target: backend, architecture and threads per warp.
+        options: of Triton's compiler.
+        gluon: whether the kernel's functions are Gluon.
+
+    Returns:
+        Triton's compiled kernel.
+
+    Raises:
+        TritonVersionError: Triton is too old.
+        Exception: whatever Triton raises where it does not compile.
+    """
+    check_version()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(types)
+    known = {(names.index(name),): value for name, value in constants.items()}
+    if gluon:
+        from triton.experimental.gluon import jit
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
+    else:
+        source = ASTSource(function, types, known, attributes)
+    return _compile(source, GPUTarget(*target), options)
+
+
+def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
+    """Compiles through Triton's own cache; a damaged entry there is compiled again."""
+    import triton
+    from triton.runtime.cache import FileCacheManager
+
+    try:
+        return triton.compile(source, target=target, options=options)
+    except RuntimeError:
+        # For AMD, Triton 3.6 cannot pipeline some reads of captured tensors ("failed to translate module").
+        if target.backend != "hip" or options["num_stages"] == 1:
+            raise
+        return _compile(source, target, options | {"num_stages": 1})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        manager: Any = triton.knobs.cache.manager_class or FileCacheManager
+        overwriting = type("Overwriting", (manager,), {"get_group": lambda self, filename: None})
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.manager_class = overwriting
+            return triton.compile(source, target=target, options=options)
+
+
+# --- Launching --------------------------------------------------------------------------------------------------------
+
+_GRID = ["gridX", "gridY", "gridZ", "stream", "function"]  # what Triton's launcher takes first
+
+
+class Launch:
+    """Launches a compiled kernel without Triton's work per call.
+
+    Attributes:
+        compiled: Triton's compiled kernel. It owns the machine code on the GPU, so it lives as long as this object.
+        encode_descriptors: makes launch arguments of two tensor descriptors, key and value.
+    """
+
+    def __init__(self, compiled: Any, num_constants: int, num_descriptors: int = 0) -> None:
+        """Loads the machine code.
+
+        Args:
+            compiled: what `compile_ahead` gives.
+            num_constants: trailing compile-time arguments, which a launch takes as None.
+            num_descriptors: tensor descriptors among the arguments, 0 or 2.
+
+        Raises:
+            TritonVersionError: this Triton launches kernels in another way.
+        """
+        self.compiled = compiled
+        try:
+            run = compiled.run  # loads the machine code
+            self._head = compiled.function, compiled.packed_metadata, None, None, None
+        except AttributeError as error:
+            raise version_error(f"Triton's compiled kernel has no `{error.name}`.") from error
+        first = list(inspect.signature(run).parameters)[: len(_GRID)]
+        if first != _GRID and "args" not in first:
+            raise version_error(f"Triton's launcher takes ({', '.join(first)}, ...), not ({', '.join(_GRID)}, ...).")
+        self._run = run
+        self._tail = (None,) * num_constants
+        self.encode_descriptors: Callable[[object, object], tuple] = lambda key, value: (key, value)
+        if num_descriptors:
+            self.encode_descriptors = _encoder(run) or self.encode_descriptors
+
+    def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
+        """Launches on a stream; returns at once."""
+        try:
+            self._run(grid[0], grid[1], 1, stream, *self._head, *arguments, *self._tail)
+        except (TypeError, ValueError, SystemError) as error:  # not what the driver reports, which are RuntimeErrors
+            version = triton_version()
+            if version is not None and version <= NEWEST:
+                raise
+            raise version_error(f"Triton did not launch a kernel: {error}.") from error
+
+
+def _encoder(run: Any) -> Callable[[object, object], tuple] | None:
+    """Makes a launcher take descriptors that are encoded already, so that a repeated launch does not encode again.
+
+    Triton's launcher encodes each descriptor at each launch and copies all arguments in Python (about 15 us). Where it
+    is built as in Triton 3.5 to 3.9, its inner launch function is used directly.
+
+    Args:
+        run: Triton's launcher of a kernel with two descriptors; changed if the result is not None.
+
+    Returns:
+        A function from two descriptors to the launch arguments in their place, or None if `run` is built otherwise.
+    """
+    from triton.backends.nvidia import driver
+
+    encode: Any = getattr(driver, "make_tensordesc_arg", lambda: None)
+    parts = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(getattr(run, "launch", None)) else {}
+    launch, metas = parts.get("launcher"), parts.get("tensordesc_meta")
+    more = len(inspect.signature(encode).parameters) - 2  # of the launch itself, which no encoding looks at
+    if launch is None or not metas or len(metas) != 2 or more not in (0, 1):
+        return None
+    run.launch = launch
+    unused = (None,) * more
+    return lambda key, value: (*encode(key, metas[0], *unused), *encode(value, metas[1], *unused))
+
+
+def tensor_descriptor(base: Any, shape: list[int], strides: list[int], block_shape: list[int]) -> object:
+    """Triton's description of a tensor that is copied in blocks."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(base, shape, strides, block_shape)
