@@ -93,6 +93,7 @@ CALLS = {
     "latents, one split": Call(**MANY, options=ONE, runs={"latent": True, "split": False}),
     "latents, balanced": Call(**MANY, options=BALANCED, runs={"latent": True, "balanced": True}),
     "latents, pages": Call(**MANY, page_size=64, ragged=True, options=SPLITS, runs={"latent": True}),
+    "latents, window": Call(**MANY, page_size=64, window=5, options=SPLITS, runs={"latent": True}),
     # Each kind of cache.
     "float32": Call(dtype="float32", Q=3, options=SPLITS),
     "few latents": Call(**MLA, page_size=16, options=SPLITS, runs={"latent": False}),
@@ -105,6 +106,9 @@ CALLS = {
     "ragged": Call(Q=5, Hq=12, ragged=True, options=SPLITS),
     "ragged, balanced": Call(Q=5, Hq=12, ragged=True, options=BALANCED),
     "mods": Call(score=True, window=20, Q=2, options=SPLITS),
+    "window over pages": Call(page_size=4, window=9, Q=2, options=ONE),
+    "window over pages, balanced": Call(page_size=16, window=9, options=BALANCED),
+    "window over pages, splits": Call(page_size=128, window=3, options=SPLITS),
 }  # fmt: skip
 
 
