@@ -36,10 +36,10 @@ test: test-unit test-interpret test-compile ## Run all tests
 
 # The tiers are separate processes, because Triton reads TRITON_INTERPRET when it is imported.
 test-unit: venv ## Run the unit tests, the code blocks of the docs and, where there is one, the GPU tests
-	$(BIN)/python -m pytest tests/unit tests/docs tests/gpu -n $(JOBS) -rs
+	$(BIN)/python -m pytest tests/unit tests/docs tests/fuzz tests/gpu -n $(JOBS) -rs
 
 test-interpret: venv ## Run the generated kernels on the CPU, under Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret tests/fuzz -n $(JOBS)
 
 test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and gfx942, without a GPU
 	$(BIN)/python -m pytest tests/compile -n $(JOBS)

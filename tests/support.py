@@ -107,11 +107,7 @@ def pytorch_decode(
 
 
 def assert_close_to_reference(out, lse, query, key, value, score_mod=None, mask_mod=None, **kw):
-    """Asserts that a result is as good as PyTorch's own in the input dtype.
-
-    Its largest absolute error against the float64 reference is at most 2x that of `pytorch_decode`, plus 1e-5, and its
-    mean error at most 1.5x, plus 1e-5; the same for lse. Rows without a live key are exactly 0, with lse -inf where
-    there is no sink, and NaN is where the reference has NaN, only there, and in the whole row.
+    """Asserts that a result is as good as PyTorch's own in the input dtype, by the rule of `assert_close`.
 
     Args:
         out: `[B, Hq, Q, Dv]`, any dtype and device.
@@ -119,8 +115,24 @@ def assert_close_to_reference(out, lse, query, key, value, score_mod=None, mask_
         query, key, value, score_mod, mask_mod: what was computed.
         **kw: `kv_lens`, `q_offset`, `scale`, `page_table`, `q_lens`, `k_scale`, `v_scale`, `sinks`.
     """
-    expected, expected_lse = reference_decode(query, key, value, score_mod, mask_mod, return_lse=True, **kw)
-    measure, measure_lse = pytorch_decode(query, key, value, score_mod, mask_mod, **kw)
+    expected = reference_decode(query, key, value, score_mod, mask_mod, return_lse=True, **kw)
+    assert_close(out, lse, expected, pytorch_decode(query, key, value, score_mod, mask_mod, **kw))
+
+
+def assert_close(out, lse, expected, measure):
+    """The rule of comparison.
+
+    The largest absolute error against the float64 reference is at most 2x that of `pytorch_decode`, plus 1e-5, and the
+    mean error at most 1.5x, plus 1e-5; the same for lse. Rows without a live key are exactly 0, with lse -inf where
+    there is no sink, and NaN is where the reference has NaN, only there, and in the whole row.
+
+    Args:
+        out: `[..., Dv]`, any dtype and device.
+        lse: `[...]`, or None where there is none to compare.
+        expected: output and lse of the reference.
+        measure: output and lse of `pytorch_decode`.
+    """
+    (expected, expected_lse), (measure, measure_lse) = expected, measure
     out = out.detach().cpu().double()
     assert out.shape == expected.shape, f"out has shape {list(out.shape)}, not {list(expected.shape)}"
 
@@ -152,8 +164,10 @@ def _assert_small_error(name, actual, expected, measure):
         return
     error, allowance = (actual - expected).abs()[finite], (measure - expected).abs()[finite]
     largest, mean = 2.0 * allowance.max().item() + 1e-5, 1.5 * allowance.mean().item() + 1e-5
-    worst = _where(((actual - expected).abs() == error.max()) & finite)
-    assert error.max() <= largest, f"{name}: largest error {error.max():.3e} > {largest:.3e}, at {worst}"
+    assert error.max() <= largest, (
+        f"{name}: largest error {error.max():.3e} > {largest:.3e}, "
+        f"at {_where(((actual - expected).abs() == error.max()) & finite)}"
+    )
     assert error.mean() <= mean, f"{name}: mean error {error.mean():.3e} > {mean:.3e}"
 
 

@@ -1,0 +1,79 @@
+"""Runs a case and compares it with the reference."""
+
+import warnings
+from dataclasses import replace
+
+import torch
+from support import assert_close, pytorch_decode
+
+from flexdecode import DecodeOptions, flex_decode
+from flexdecode.reference import reference_decode
+
+from .case import Case
+from .tensors import Inputs
+
+POOLED = 8  # draws of the contents by which an error that is a little too large is judged
+_INTERPRETED = "ignore"  # numpy's remarks on lanes that are discarded
+
+
+class InvalidCaseError(Exception):
+    """The generator is at fault: a case cannot be built, or the reference refuses it."""
+
+
+def check(case: Case) -> None:
+    """Runs a case.
+
+    An error is compared with that of PyTorch on the same numbers, by the rule of `support`. With few numbers that is a
+    matter of luck, so where it is the only complaint the rule decides over several draws of the contents together.
+
+    Raises:
+        AssertionError: the result is not the reference's.
+        InvalidCaseError: the case is not valid.
+        Exception: what `flex_decode` raises.
+    """
+    result = _Result(case)
+    try:
+        # An error of 1e-5 is always allowed, so PyTorch's own is computed only where it matters.
+        assert_close(result.out, result.lse, result.expected, result.expected)
+        return
+    except AssertionError as error:
+        if " error " not in str(error):
+            raise
+    try:
+        assert_close(result.out, result.lse, result.expected, result.measure())
+    except AssertionError as error:
+        if " error " not in str(error):
+            raise
+        results = [result] + [_Result(replace(case, data=case.data + i)) for i in range(1, POOLED)]
+        outs, lses = zip(*((r.out.double().cpu(), r.lse) for r in results), strict=True)
+        together = lambda pairs: tuple(torch.stack(x) for x in zip(*pairs, strict=True))
+        lse = None if lses[0] is None else torch.stack([x.cpu() for x in lses])
+        expected, measure = together([r.expected for r in results]), together([r.measure() for r in results])
+        assert_close(torch.stack(outs), lse, expected, measure)
+
+
+class _Result:
+    """What the call and the reference give."""
+
+    def __init__(self, case: Case):
+        try:
+            self.inputs = Inputs(case)
+        except Exception as error:
+            raise InvalidCaseError(f"{type(error).__name__}: {error}") from error
+        call = dict(self.inputs.call)
+        options = DecodeOptions(backend=case.backend, **case.options)
+        with warnings.catch_warnings():
+            warnings.simplefilter(_INTERPRETED)
+            found = flex_decode(
+                call.pop("query"), call.pop("key", None), call.pop("value", None), options=options, **call
+            )
+        self.out, self.lse = found if case.return_lse else (found, None)
+        given = call.get("out")
+        assert given is None or self.out is given, "the result is not `out`"
+        try:
+            self.expected = reference_decode(**self.inputs.reference, return_lse=True)
+        except Exception as error:
+            raise InvalidCaseError(f"reference: {type(error).__name__}: {error}") from error
+
+    def measure(self):
+        return pytorch_decode(**self.inputs.reference)
