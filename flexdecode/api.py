@@ -121,7 +121,7 @@ def flex_decode(
                 "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
             )
         plan, score, mask = prepare(inputs, score, mask, return_lse, options, lists is not None, combined)
-        kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
+        kept = [pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None]
         _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
     else:
         counters.hits += 1
