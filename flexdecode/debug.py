@@ -6,7 +6,7 @@ import torch
 
 from .captures import Reads, leaf_names
 from .errors import TraceError
-from .graph import Graph, Node
+from .graph import Graph
 from .identity import Mod, known_graph
 from .printing import Names, formula, name_captures
 from .trace import trace
@@ -26,11 +26,12 @@ def check_again(kind: str, mod: Mod, device: torch.device) -> None:
         return
     code = getattr(mod.function, "__code__", None)
     place = f"  {code.co_filename}:{code.co_firstlineno}, in {code.co_name}\n" if code is not None else ""
+    name = getattr(mod.function, "__name__", type(mod.function).__name__)
     spoken = leaf_names(mod.function, mod.followed)
     names = name_captures(before, spoken), name_captures(now, spoken)
     raise TraceError(
-        f"{kind} {getattr(mod.function, '__name__', type(mod.function).__name__)!r} computes something else than when it "
-        f"was traced: {_difference((before, now), names)}\n{place}"
+        f"{kind} {name!r} computes something else than when it was traced: "
+        f"{_difference((before, now), names)}\n{place}"
         f"  then: {formula(before.output, names[0])}\n  now:  {formula(now.output, names[1])}\n"
         "  It reads what Python does not show, such as a clock, random numbers, the environment or a file: read that "
         "outside the mod and capture the number or the tensor."
@@ -44,16 +45,11 @@ def _difference(graphs: tuple[Graph, Graph], names: tuple[Names, Names]) -> str:
         before, now = pairs.pop()
         if before == now:
             continue
-        if before.op == now.op and len(before.args) == len(now.args) and before.args:
-            pairs += reversed([*zip(before.args, now.args, strict=True)])
-            if before.attr == now.attr and before.args != now.args:
-                continue
-        return f"`{_text(before, names[0])}` became `{_text(now, names[1])}`"
-    for before, now in zip(graphs[0].frozen, graphs[1].frozen, strict=True):
-        if before.shape != now.shape or not torch.equal(before, now):
-            return f"a table of {list(before.shape)} that it makes has other contents"
-    return "its captures are used in another order"
-
-
-def _text(node: Node, names: Names) -> str:
-    return formula(node, names)
+        # Operands that both have may stand in another order, as `a * b` is `b * a`.
+        old = [operand for operand in before.args if operand not in now.args]
+        new = [operand for operand in now.args if operand not in before.args]
+        alike = (before.op, before.attr, before.dtype) == (now.op, now.attr, now.dtype)
+        if not alike or not old or len(old) != len(new):
+            return f"`{formula(before, names[0])}` became `{formula(now, names[1])}`"
+        pairs += reversed([*zip(old, new, strict=True)])
+    return "a table that it makes of numbers has other contents"

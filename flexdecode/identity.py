@@ -144,6 +144,12 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
     )
 
 
+def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
+    """The graph of a mod, if it was traced."""
+    found = None if mod.function is None else _graphs.get((kind, device, mod.identity))
+    return None if found is None else found[0]
+
+
 def watch(kind: str, mod: Mod, sources: Iterable[Source]) -> Mod:
     """Lets proofs rest on more numbers of a traced mod; gives it with their present values."""
     return mod if mod.function is None else _watch(kind, mod, (), sources)

@@ -127,9 +127,9 @@ def _points(kind: Any) -> bool:
     if issubclass(kind, ctypes.Array):
         return _points(kind._type_)
     if issubclass(kind, (ctypes.Structure, ctypes.Union)):
-        return any(_points(field[1]) for base in kind.__mro__ for field in [*vars(base).get("_fields_", ())])
-    code: Any = getattr(kind, "_type_", None)
-    return not issubclass(kind, ctypes._SimpleCData) or str(code) in "zZPO"
+        fields: list = [field for base in kind.__mro__ for field in vars(base).get("_fields_", ())]
+        return any(_points(field[1]) for field in fields)
+    return not issubclass(kind, ctypes._SimpleCData) or str(vars(kind).get("_type_")) in "zZPO"
 
 
 def _is_data(kind: type) -> bool:
@@ -160,6 +160,6 @@ def _names_in(getter: Any) -> frozenset[str]:
     """The attributes that an `operator.attrgetter` or `methodcaller` names."""
     if not isinstance(getter, (operator.attrgetter, operator.methodcaller)):
         return frozenset()
-    _, found = getter.__reduce__()
+    found: Any = getter.__reduce__()[1]
     names = [part for name in found if isinstance(name, str) for part in name.split(".")]
     return frozenset([*names, *[f"{name}()" for name in names]])

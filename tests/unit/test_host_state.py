@@ -9,8 +9,11 @@ import functools
 import itertools
 import logging
 import operator
+import os
+import random
 import sys
 import threading
+import time
 import types
 import weakref
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
@@ -22,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import make_inputs
 
-from flexdecode import TraceError, cache_info, clear_cache, flex_decode
+from flexdecode import DecodeOptions, TraceError, cache_info, clear_cache, flex_decode
 from flexdecode.identity import graph_of, identify
 
 QUERY, KEY, VALUE = make_inputs(2, 4, 2, 1, 19, 16)
@@ -635,6 +638,86 @@ def test_too_many_objects():
     refuses(
         lambda: many[1][31][31].value, "the score_mod reaches more than can be read again at each call, through `many"
     )
+
+
+# --- What only a second trace finds -----------------------------------------------------------------------------------
+
+DEBUG = DecodeOptions(debug=True)
+
+
+def test_the_environment(monkeypatch):
+    monkeypatch.setenv("SLOPE", "0.25")
+
+    def from_environment(s, b, h, q, k):
+        return s + float(os.environ["SLOPE"]) * k
+
+    run(from_environment, options=DEBUG)
+    run(from_environment, options=DEBUG)
+    monkeypatch.setenv("SLOPE", "0.5")
+    run(from_environment)  # which nobody can see
+    with pytest.raises(TraceError) as error:
+        run(from_environment, options=DEBUG)
+    first, place, then, now, remedy = str(error.value).splitlines()
+    assert first == (
+        "score_mod 'from_environment' computes something else than when it was traced: `0.25` became `0.5`"
+    )
+    assert "test_host_state.py" in place and place.endswith("in from_environment")
+    assert (then, now) == ("  then: score + 0.25 * kv_idx", "  now:  score + 0.5 * kv_idx")
+    assert remedy == (
+        "  It reads what Python does not show, such as a clock, random numbers, the environment or a file: read that "
+        "outside the mod and capture the number or the tensor."
+    )
+
+
+@pytest.mark.parametrize("read", [time.perf_counter, random.random, lambda: np.random.rand()])
+def test_clocks_and_random_numbers(read):
+    with pytest.raises(TraceError, match=r"computes something else than when it was traced: `.*` became `.*`"):
+        run(adds(read), options=DEBUG)
+
+
+def test_a_file_that_the_mod_opens(tmp_path):
+    file = tmp_path / "window"
+    file.write_text("3")
+
+    def mask_mod(b, h, q, k):
+        return q - k < int(file.read_text())
+
+    flex_decode(QUERY, KEY, VALUE, None, mask_mod, options=DEBUG)
+    file.write_text("5")
+    with pytest.raises(TraceError, match=r"mask_mod 'mask_mod' computes something else .*: `3` became `5`"):
+        flex_decode(QUERY, KEY, VALUE, None, mask_mod, options=DEBUG)
+
+
+def test_a_table_that_changes(monkeypatch):
+    monkeypatch.setenv("SLOPE", "0.25")
+    mod = lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0, 3.0, float(os.environ["SLOPE"])])[h]
+    run(mod, options=DEBUG)
+    run(mod, options=DEBUG)
+    monkeypatch.setenv("SLOPE", "0.5")
+    with pytest.raises(TraceError, match="a table that it makes of numbers has other contents"):
+        run(mod, options=DEBUG)
+
+
+def test_another_operation(monkeypatch):
+    monkeypatch.setenv("KIND", "tanh")
+    cap = 2.0
+
+    def mod(s, b, h, q, k):
+        return cap * getattr(torch, os.environ["KIND"])(s / cap)
+
+    run(mod, options=DEBUG)
+    monkeypatch.setenv("KIND", "sigmoid")
+    with pytest.raises(TraceError, match=r"`tanh\(score / cap\)` became `sigmoid\(score / cap\)`"):
+        run(mod, options=DEBUG)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_followed_is_no_difference(name):
+    read, change = SOURCES[name]()
+    mod = adds(read)
+    for number in (0.5, 2.0):
+        change(number)
+        torch.testing.assert_close(run(mod, options=DEBUG), bias(read()))
 
 
 # --- What is harmless -------------------------------------------------------------------------------------------------
