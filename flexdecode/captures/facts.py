@@ -56,6 +56,7 @@ class _Code:
         where: how each closure cell and global is reached.
         imports: the modules that it imports, with the number of dots before their names.
         hides: whether it may read what none of these tell, through `getattr` and the like.
+        is_odd: whether it imports or hides.
     """
 
     code: CodeType
@@ -65,6 +66,7 @@ class _Code:
     where: tuple[_At, ...]
     imports: tuple[tuple[str, int], ...]
     hides: bool
+    is_odd: bool
 
 
 def _read_code(code: CodeType) -> _Code:
@@ -82,7 +84,7 @@ def _read_code(code: CodeType) -> _Code:
         for place, (step, after) in enumerate(pairwise(steps)):
             operation, name, bare = step.opname, step.argval, after.opname not in _ATTRIBUTE
             if operation == "IMPORT_NAME":  # after its number of dots and its list of names
-                imports[name, steps[place - 2].argval] = None
+                imports[name, steps[place - 2].argval or 0] = None
                 names |= set(name.split(".")[1:])
             elif operation == "IMPORT_FROM":
                 names |= {name, f"{name}()"}
@@ -105,7 +107,16 @@ def _read_code(code: CodeType) -> _Code:
         global_names.update(dict.fromkeys(strings))
     where = [("cell", name) for name in code.co_freevars] + [("global", name) for name in global_names]
     hides = any(f"{name}()" in _HIDING for name in global_names)
-    facts = _Code(code, tuple(global_names), frozenset(names), uses_self, tuple(where), tuple(imports), hides)
+    facts = _Code(
+        code,
+        tuple(global_names),
+        frozenset(names),
+        uses_self,
+        tuple(where),
+        tuple(imports),
+        hides,
+        hides or bool(imports),
+    )
     return _remember(_CODES, id(code), facts)
 
 

@@ -16,6 +16,9 @@ from .facts import _ABSENT, MAX_ITEMS, MAX_WHOLE, _At
 
 _FUNC: _At = ("func", None)
 _USED: _At = ("self", True)
+_MEMO: type = type(functools.lru_cache(len))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_BUILTINS: tuple[type, ...] = (BuiltinFunctionType, BuiltinMethodType, MethodWrapperType)
 
 
 class _Holder(NamedTuple):
@@ -79,17 +82,17 @@ _HOLDERS: dict[type, _Holder] = {
     weakref.ProxyType: _Holder(lambda proxy: (None, [_referent(proxy)], [("proxy", None)]), lambda proxy, new: new[0]),
     MappingProxyType: _Holder(_items, lambda proxy, new: MappingProxyType(_copied_dict(proxy, new))),
     BuiltinFunctionType: _Holder(_bound, lambda method, new: getattr(new[0], method.__name__)),
-    type(functools.lru_cache(len)): _Holder(
+    _MEMO: _Holder(
         lambda memo: (None, [memo.__wrapped__], [_FUNC]),
         lambda memo, new: functools.lru_cache(**memo.cache_parameters())(*new),
     ),
     **dict.fromkeys(
-        map(type, ({}.keys(), {}.values(), {}.items())),
+        _VIEWS,
         _Holder(_items, lambda view, new: getattr(_copied_dict(view, new), type(view).__name__[len("dict_") :])()),
     ),
 }
 _HOLDERS[weakref.CallableProxyType] = _HOLDERS[weakref.ProxyType]
-_HOLDERS[BuiltinMethodType] = _HOLDERS[MethodWrapperType] = _HOLDERS[BuiltinFunctionType]
+_HOLDERS.update(dict.fromkeys(_BUILTINS, _HOLDERS[BuiltinFunctionType]))
 
 
 def _holder(kind: type) -> _Holder | None:

@@ -57,7 +57,10 @@ from .facts import (
     _view,
 )
 from .holders import (
+    _BUILTINS,
     _FUNC,
+    _MEMO,
+    _VIEWS,
     _data_of,
     _holder,
     _is_bound,
@@ -101,7 +104,7 @@ def _opaque(module: str | None) -> bool:
 
 
 def _run(fn: Callable, make: Any, followed: Followed = NOTHING) -> Any:
-    scan, names = None, followed.names
+    scan, names = None, _NO_NAMES if followed is NOTHING else followed.names
     while scan is None or scan.stale:  # a helper names attributes of an object that was visited before: look again
         scan = make(names)
         parts = _function(scan, fn, _FUNC, True) if type(fn) is FunctionType else None
@@ -112,7 +115,7 @@ def _run(fn: Callable, make: Any, followed: Followed = NOTHING) -> Any:
             scan.seen[id(fn)] = 0
             scan.key += header
             scan.each(fn, children, where)
-        if followed.reads:
+        if followed is not NOTHING:
             for number, at in followed.reads:
                 scan.extend(number, at)
         names = scan.names
@@ -258,20 +261,21 @@ def _refused(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
 
 
 def _held(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
-    holder = _holder(type(value))
+    kind = type(value)  # a weak proxy has the attributes of what it stands for
+    holder = _holder(kind)
     assert holder is not None
-    if hasattr(value, "__self__") and not _is_bound(value):
+    if kind in _BUILTINS and not _is_bound(value):
         return _identity(scan, value, at, called)
-    if hasattr(value, "__wrapped__") and at[0] in ("global", "module") and _opaque(value.__module__):
-        return _identity(scan, value, at, called)
-    if isinstance(value, MappingProxyType) and len(value) > MAX_ITEMS:
+    if kind is MappingProxyType and len(value) > MAX_ITEMS:
         return _long(scan, value)
-    if hasattr(value, "mapping") and len(value) > MAX_ITEMS:
+    if kind in _VIEWS and len(value) > MAX_ITEMS:
         return _refused(scan, value, at, called)
-    if hasattr(value, "cache_parameters"):
-        scan.mark("memo")
+    if kind is _MEMO:
+        if at[0] in ("global", "module") and _opaque(value.__module__):
+            return _identity(scan, value, at, called)
+        scan.mark("memo")  # what it remembers may be older than what its function reads
     header, children, where = holder.read(value)
-    return (type(value), header), children, where
+    return (kind, header), children, where
 
 
 def _data(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
@@ -369,10 +373,10 @@ def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | 
     except ValueError:  # an empty cell
         children = [_read_cell(cell) for cell in cells or ()]
     children += map(fn.__globals__.get, facts.global_names, repeat(_ABSENT))
+    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__ or facts.is_odd):
+        return ("function", id(code)), children, facts.where
     if facts.hides:
         scan.mark("function")
-    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__ or facts.imports):
-        return ("function", id(code)), children, facts.where
     imports = [name for given in facts.imports for name in _import_names(fn, *given)]
     children += [sys.modules.get(name, _ABSENT) for name in imports]
     defaults, keywords, attributes = fn.__defaults__ or (), fn.__kwdefaults__ or {}, fn.__dict__

@@ -270,6 +270,42 @@ def make_memo():
     return lambda: slope(2), change
 
 
+def make_memo_of_a_class():
+    class Slopes:
+        def __init__(self):
+            self.value = 0.0
+
+        @functools.lru_cache(maxsize=4)  # noqa: B019
+        def slope(self, layer):
+            return self.value * layer
+
+        def __call__(self):
+            return self.slope(2)
+
+    slopes = Slopes()
+
+    def change(x):
+        slopes.value = x
+        Slopes.slope.cache_clear()
+
+    return slopes, change
+
+
+def make_relative_import():
+    package, module = types.ModuleType("host_state_package"), types.ModuleType("host_state_package.config")
+    package.__package__, package.__path__, package.config = "host_state_package", [], module
+    sys.modules.update({"host_state_package": package, "host_state_package.config": module})
+    code = (
+        "def relative():\n    from . import config\n    return config.W\n"
+        "def names():\n    from .config import W\n    return W\n"
+        "def dotted():\n    import host_state_package.config\n    return host_state_package.config.W\n"
+        "def renamed():\n    import host_state_package.config as c\n    return c.W\n"
+    )
+    exec(code, vars(package))
+    readers = [vars(package)[name] for name in ("relative", "names", "dotted", "renamed")]
+    return lambda: sum(read() for read in readers), lambda x: setattr(module, "W", x)
+
+
 def make_import():
     module = sys.modules["host_state_config"] = types.ModuleType("host_state_config")
 
@@ -434,7 +470,9 @@ SOURCES = {
     "bound method of a dict": lambda: make_bound(lambda: {0: 0.0}),
     "bound get": make_get,
     "lru_cache": make_memo,
+    "lru_cache of a method": make_memo_of_a_class,
     "import in the mod": make_import,
+    "other imports in the mod": make_relative_import,
     "from import in the mod": make_import_from,
     "import of a function in the mod": make_import_of_a_function,
     "getattr with a computed name": make_by_name,
@@ -737,6 +775,16 @@ def test_what_is_captured_and_not_read():
     table[0] = 5
     run(mod)
     assert cache_info().traces == 1
+
+
+def test_weak_references_to_what_is_gone():
+    owner = Slots()
+    owner.value = 0.5
+    reference, proxy = weakref.ref(owner), weakref.proxy(owner)
+    mod = lambda s, b, h, q, k: s * 2 if reference() is None and proxy is not None else s * reference().value
+    torch.testing.assert_close(run(mod), run(lambda s, b, h, q, k: s * 0.5))
+    del owner
+    torch.testing.assert_close(run(mod), run(lambda s, b, h, q, k: s * 2))
 
 
 def test_a_logger():
