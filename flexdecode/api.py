@@ -11,6 +11,7 @@ from .block_mask import read_block_mask
 from .cache import Bounded, CacheInfo, counters, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
+from .debug import check_again
 from .identity import forget_graphs, identify
 from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs
 from .kv_cache import KVCache, PagedKVCache, read_cache
@@ -121,11 +122,14 @@ def flex_decode(
                 "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
             )
         plan, score, mask = prepare(inputs, score, mask, return_lse, options, lists is not None, combined)
-        kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
+        kept = [pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None]
         _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
     else:
         counters.hits += 1
         plan = found[0]
+    if plan.options.debug:
+        check_again("score_mod", score, query.device)
+        check_again("mask_mod", mask, query.device)
     return plan.run(inputs, score.leaves, mask.leaves, lists)
 
 

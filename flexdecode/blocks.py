@@ -230,7 +230,7 @@ def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.devi
     needed |= {graph.numbers[node.attr].leaf for node in nodes if node.op == "number" and not node.weak}
     for leaf in needed:
         if leaf >= 0 and leaves[leaf].is_meta:
-            return leaf_names(mod.function)[leaf]
+            return leaf_names(mod.function, mod.followed)[leaf]
         if leaf >= 0:
             leaves[leaf] = leaves[leaf].to(device)
     return leaves

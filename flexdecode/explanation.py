@@ -271,11 +271,13 @@ def _check(
         tokens = _known(inputs.q_lens, place)
     known = inputs._replace(kv_lens=lens, q_lens=tokens)
     check_all_lens(known, replace(options, debug=True))
-    graphs = []
+    graphs, traced = [], []
     for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
-        graph, traced = graph_of(kind, mod, place)
-        check_captures(kind, graph, traced, None if meta else place)
+        graph, mod = graph_of(kind, mod, place)
+        check_captures(kind, graph, mod, None if meta else place)
         graphs.append(graph)
+        traced.append(mod)
+    mods = traced[0], traced[1]
     lens, tokens = (None if x is None else x.to(place, torch.int64) for x in (lens, tokens))
     first = None if lens is None or tokens is None else lens - tokens
     if inputs.q_offset is not None:

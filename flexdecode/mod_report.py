@@ -133,7 +133,7 @@ def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
     if graph is None or mod.function is None:
         return None
     constants = constants_of(kind, mod)
-    names = name_captures(graph, leaf_names(mod.function), constants)
+    names = name_captures(graph, leaf_names(mod.function, mod.followed), constants)
     live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
     live_text, full_text = tuple(region_text(live, names)), tuple(region_text(full, names))
     drops = any(node.is_const and node.attr == -math.inf for node in graph.nodes())

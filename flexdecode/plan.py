@@ -97,7 +97,7 @@ def _names(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> 
     return tuple(
         None
         if graph is None or mod.function is None
-        else name_captures(graph, leaf_names(mod.function), constants_of(kind, mod))
+        else name_captures(graph, leaf_names(mod.function, mod.followed), constants_of(kind, mod))
         for kind, graph, mod in zip(("score_mod", "mask_mod"), graphs, mods, strict=True)
     )
 
@@ -344,7 +344,7 @@ def check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.devic
         tensor = mod.leaves[leaf] if leaf >= 0 else None
         if not isinstance(tensor, torch.Tensor):
             continue
-        name = leaf_names(mod.function)[leaf]
+        name = leaf_names(mod.function, mod.followed)[leaf]
         if device not in (None, tensor.device) and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
             raise ValueError(
                 f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "
