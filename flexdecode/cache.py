@@ -111,6 +111,9 @@ def _publish(path: Path, text: str) -> Path:
     return path
 
 
+_memos: list[Bounded] = []
+
+
 class Bounded(dict):
     """A dict that forgets its oldest entries; a lookup is a plain dict lookup."""
 
@@ -118,9 +121,21 @@ class Bounded(dict):
         super().__init__()
         self.limit = limit
 
+    @staticmethod
+    def memo(limit: int) -> Bounded:
+        """One for what can be computed again, which `clear_cache()` empties."""
+        _memos.append(Bounded(limit))
+        return _memos[-1]
+
     def add(self, key: Hashable, value: object) -> None:
         """Stores a value; the oldest entries make room."""
         with lock:
             while len(self) >= self.limit and key not in self:
                 self.pop(next(iter(self)), None)
             self[key] = value
+
+
+def forget_memos() -> None:
+    """Empties every memo."""
+    for memo in _memos:
+        memo.clear()

@@ -67,7 +67,8 @@ def cells(step: Step) -> tuple[torch.Tensor, int, int]:
     is any, else a partial one, else a dead one.
     """
     items, blocks = _items_per_row(step), max(1, -(-step.num_blocks // MAX_COLUMNS))
-    found = torch.full((max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))), 2 * UNUSED)
+    shape = max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))
+    found = torch.full(shape, 2 * UNUSED, device="cpu")
     for item in range(step.num_items):
         states, splits = step.blocks(item)
         codes = 2 * states + (splits % 2) * (splits >= 0)
@@ -120,7 +121,9 @@ def _draw_work(axes: Axes, step: Step) -> None:
     states, splits = step.blocks(item)
     order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
     codes = 2 * states[order] + splits[order] % 2
-    _show(axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]]), (0, max(len(order), 1), 1, 0))
+    _show(
+        axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]], device="cpu"), (0, max(len(order), 1), 1, 0)
+    )
     starts = [i for i in range(len(order)) if i == 0 or splits[order[i]] != splits[order[i - 1]]]
     for start, end in pairwise([*starts, len(order)] if len(starts) <= MAX_SHARES else []):
         split = int(splits[order[start]])
