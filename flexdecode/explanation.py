@@ -14,7 +14,7 @@ import torch
 from .block_mask import read_block_mask
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
-from .device import find_target
+from .device import find_target, without_autocast
 from .identity import Mod, graph_of, identify
 from .inputs import (
     DEFAULT_OPTIONS,
@@ -133,6 +133,7 @@ class Explanation:
         draw(self.step, " and ".join(names) or "plain attention", Path(path))
 
 
+@without_autocast()
 def explain(
     query: torch.Tensor,
     key: torch.Tensor | None = None,

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from .analyze import MAX_KV_LEN
-from .device import interpreting
+from .device import interpreting, without_autocast
 from .errors import FlexDecodeError
 from .inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED
 from .kernel import load_module
@@ -99,7 +99,7 @@ class _Cache(ABC):
             raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
         numbers = given.tolist() if isinstance(given, torch.Tensor) else [given] * heads
         real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
-        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32)
+        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32, device="cpu")
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
         return scales.to(self.key.device)
@@ -257,7 +257,7 @@ class _Cache(ABC):
 
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Numbers as a tensor on the device, without waiting for it."""
-        pinned = torch.tensor(numbers, dtype=dtype, pin_memory=self.key.is_cuda)
+        pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self.key.is_cuda)
         return pinned.to(self.key.device, non_blocking=True)
 
     def _send_limits(self) -> None:
@@ -282,6 +282,7 @@ class _Cache(ABC):
                 enable_fp_fusion=False,
             )  # fmt: skip
 
+    @without_autocast()
     def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
         """Appends by PyTorch operations, as the kernel does."""
         device = self.key.device

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .device import interpreting
+from .device import interpreting, without_autocast
 from .kernel import load_module
 from .template import template_folder
 
@@ -110,6 +110,7 @@ def _check(outs: Parts, lses: Parts) -> None:
                 )
 
 
+@without_autocast()
 def _merge_in_pytorch(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges any number of parts by PyTorch operations."""
     stacked = torch.stack(lses)

@@ -16,7 +16,7 @@ from .block_mask import BlockLists
 from .captures import leaf_names
 from .compiled import Kernel, find_kernel
 from .descriptor import Matrix, as_matrices, as_matrix
-from .device import device_facts
+from .device import device_facts, without_autocast
 from .errors import CompileError, FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
 from .identity import Mod, constants_of, graph_of, watch
@@ -113,7 +113,8 @@ class EagerLauncher:
         """As in `Launcher`; the mask says all that lists say."""
         score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
         try:
-            eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
+            with without_autocast():
+                eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
