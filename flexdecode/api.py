@@ -105,7 +105,7 @@ def flex_decode(
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
     inputs = Inputs(

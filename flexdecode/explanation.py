@@ -116,15 +116,17 @@ class Explanation:
         return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
 
     def save_picture(self, path: str | PathLike[str]) -> None:
-        """Draws the blocks of one decode step as a PNG: full, partial and dead, by split.
+        """Draws the blocks of one decode step: full, partial and dead, by split.
 
         Args:
-            path: the file to write.
+            path: the file to write, a PNG, SVG or PDF as its suffix says.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: the blocks are not known.
+            ValueError: the blocks are not known, or the suffix is another one.
         """
+        if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
         if self.step is None:
             raise ValueError(f"there are no blocks to draw: {self.unknown}")
         from .picture import draw
@@ -188,7 +190,7 @@ def explain(
     """
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
     if key is None or value is None:
         raise TypeError("explain needs `key` and `value`, or a `cache` that has them")
     combined = block_mask is not None and mask_mod is not None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .analyze import MAX_KV_LEN
+from .overlap import overlaps_itself
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -395,5 +396,6 @@ def _check_out(out: torch.Tensor, inputs: Inputs) -> None:
     _check_tensor("out", out, inputs.query, (inputs.query.dtype,))
     if out.shape != inputs.out_shape:
         raise ValueError(f"`out` must have shape [B, Hq, Q, Dv] = {list(inputs.out_shape)}, got {list(out.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("`out` must have a place of its own for each element, but it is an expanded tensor")
+    if overlaps_itself(out):
+        found = f"strides {list(out.stride())} for shape {list(out.shape)}"
+        raise ValueError(f"`out` must have a place of its own for each element, got {found}")

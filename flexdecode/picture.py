@@ -28,7 +28,7 @@ _INK, _FAINT = "#22262a", "#9aa1a8"
 
 
 def draw(step: Step, title: str, path: Path) -> None:
-    """Draws a step as a PNG.
+    """Draws a step in the format that the suffix of the path names.
 
     Above is a map with a row per item and a column per block, below the work of one item in the order in which its
     splits take it.
@@ -57,7 +57,7 @@ def draw(step: Step, title: str, path: Path) -> None:
         _draw_map(upper, step)
         _draw_work(lower, step)
         _draw_legend(figure)
-        figure.savefig(path, dpi=110, facecolor="white", format="png")
+        figure.savefig(path, dpi=110, facecolor="white", format=path.suffix[1:].lower())
 
 
 def cells(step: Step) -> tuple[torch.Tensor, int, int]:

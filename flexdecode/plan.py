@@ -31,6 +31,7 @@ from .inputs import (
 )
 from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
+from .overlap import extent, share_memory
 from .program import Program
 from .proofs import CallSizes, Checks, depends_on_length, find_checks, integers
 from .schedule import DeviceFacts, Schedule, Tiles, has_latent_kernel, schedule, smaller
@@ -38,6 +39,9 @@ from .signature import Signature, all_strides, describe, packed
 
 if TYPE_CHECKING:
     from .printing import Names
+
+
+MAX_APART = 256  # distances that a plan remembers
 
 
 def layout(tensor: object) -> object:
@@ -163,12 +167,36 @@ class Plan:
         scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
         self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
 
+        self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
+        self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
+
     def launched_by(self, launcher: Launcher) -> Plan:
         """The same plan for another length."""
         other = object.__new__(Plan)
         other.__dict__.update(self.__dict__)
-        other.launcher = launcher
+        other.launcher, other.extents, other.apart = launcher, [], set()
         return other
+
+    def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:
+        """Refuses an `out` that is written over what is read.
+
+        Raises:
+            ValueError: it shares memory with an input.
+        """
+        if not self.extents:
+            read = [(place, x) for place, x in enumerate(inputs[:-1]) if isinstance(x, torch.Tensor)]
+            self.extents = [(place, extent(x)) for place, x in read] + [(len(inputs) - 1, extent(out))]
+        start = out.data_ptr()
+        end = start + self.extents[-1][1]
+        for place, size in self.extents[:-1]:
+            at = inputs[place].data_ptr()  # type: ignore[union-attr]
+            if at < end and start < at + size and (place, at - start) not in self.apart:
+                if share_memory(out, inputs[place]):  # type: ignore[arg-type]
+                    name = inputs._fields[place]
+                    raise ValueError(f"`out` must not share memory with `{name}`: it is written while `{name}` is read")
+                if len(self.apart) >= MAX_APART:
+                    self.apart.clear()
+                self.apart.add((place, at - start))
 
     def run(
         self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
@@ -176,6 +204,8 @@ class Plan:
         """Runs the call on tensors of the layout that the plan was made for."""
         out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
         lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        if inputs.out is not None:
+            self.check_out(inputs, out)
         if self.checks_lens:
             check_all_lens(inputs, self.options)
         if not self.empty:
@@ -241,7 +271,7 @@ class Prepared:
             The plan, and the mask_mod with the numbers that the proofs rest on.
         """
         if self.facts is None:
-            return self.plan_of_any, mods[1]
+            return self.plan_of_any if inputs.out is None else self.plan_of_any.launched_by(self.eager), mods[1]
         batch, num_kv_heads = len(inputs.query), inputs.key.shape[1]
         sizes = Sizes(batch, num_kv_heads, inputs.max_kv_len)
         score, mask = mods
