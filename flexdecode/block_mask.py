@@ -88,7 +88,8 @@ class BlockLists:
         known = [x for x in (start, ends) if not isinstance(x, torch.Tensor) or (x.device.type == "cpu" and x.numel())]
         if len(known) < 2:
             return
-        first, last = int(torch.as_tensor(start).min()), int(torch.as_tensor(ends).max()) - 1
+        start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
+        first, last = int(start.min()), int(ends.max()) - 1
         short = q_offset is None and first < 0  # the first tokens of a sequence shorter than the query attend nowhere
         if num_queries and (last >= self.num_q or (first < 0 and not short)):
             raise ValueError(

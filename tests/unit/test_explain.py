@@ -435,6 +435,22 @@ def test_pictures_of_little(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
+def test_the_suffix_decides_the_kind_of_picture(tmp_path, name, start):
+    pytest.importorskip("matplotlib")
+    explain(*meta_inputs(1, 1, 1, N=5), device="H200").save_picture(tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "png", "a.svgz"])
+def test_other_suffixes(tmp_path, name):
+    with pytest.raises(ValueError) as caught:
+        explain(*meta_inputs(1, 1, 1, N=5), device="H200").save_picture(tmp_path / name)
+    assert str(caught.value) == f"`path` must end in .png, .svg or .pdf, got {str(tmp_path / name)!r}"
+
+
 def test_a_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"save_picture needs matplotlib: `pip install flexdecode\[bench\]`"):
