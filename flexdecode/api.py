@@ -132,7 +132,7 @@ def flex_decode(
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     found = _plans.get((call, lengths))
     if found is None:
-        plan = _make_plan(inputs, score, mask, call, lengths)
+        plan, score, mask = _make_plan(inputs, score, mask, call, lengths)
     else:
         counters.hits += 1
         plan = found[0]
@@ -142,8 +142,12 @@ def flex_decode(
     return plan.run(inputs, score.leaves, mask.leaves, lists)
 
 
-def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> Plan:
-    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared."""
+def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> tuple[Plan, Mod, Mod]:
+    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared.
+
+    Returns:
+        The plan, and both mods with what tracing found of them.
+    """
     free = any_length(*lengths[2:])
     shared = None if free is None else _prepared.get((call, len(score.present), len(mask.present), free))
     if shared is not None:
@@ -161,7 +165,7 @@ def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tupl
         if free is not None:
             _prepared.add((call, len(score.present), len(mask.present), free), (prepared, kept))
     _plans.add((call, (score.present, mask.present, *lengths[2:])), (plan, kept))
-    return plan
+    return plan, score, mask
 
 
 def _same_start(key: object, value: object) -> bool:
