@@ -48,6 +48,8 @@ def random_case(seed: int, backend: str) -> Case:
     case["return_lse"] = chance(0.7)
     case["options"] = _options(kind, data, backend)
     debug = case["options"].get("debug", False)
+    if backend == "gpu" and case["cache"] == "tensors" and "kv_lens" in case and not debug and data.random() < 0.1:
+        case["kv_lens"] = tuple(n + data.choice((0, 1, 1000)) for n in case["kv_lens"])  # only a CPU's are checked
     mods = Mods(kind, data, N, allow_outside=not debug)
     if chance(0.6):
         case["score_mod"] = mods.score()
@@ -74,6 +76,8 @@ def _sizes(kind: Random, data: Random, backend: str) -> dict:
     N = data.randint(0, small) if data.random() < 0.85 else data.randint(0, large)
     if backend == "gpu" and data.random() < 0.5:
         N = data.randint(0, 3000)
+    if DRAWS[backend] > 1:  # what divides the strides is part of a kernel
+        N = N // 16 * 16 + kind.randrange(16)
     if backend == "interpret":  # about 40 ms for each program, one after the other
         B, Hq, Hkv = min(B, 3), *((Hq, Hkv) if Hkv < 4 else (4, 2))
     return {"B": B, "Hq": Hq, "Hkv": Hkv, "Q": Q, "N": N, "D": D, "Dv": Dv}

@@ -33,7 +33,7 @@ class Inputs:
     def __init__(self, case: Case):
         self.case = case
         self.generator = torch.Generator().manual_seed(case.data)
-        self.lens = torch.tensor([case.N] * case.B if case.kv_lens is None else case.kv_lens)
+        self.lens = torch.tensor([case.N] * case.B if case.kv_lens is None else case.kv_lens).clamp(max=case.N)
         tokens = torch.tensor([case.Q] * case.B if case.q_lens is None else case.q_lens)
         first = self.lens - tokens
         if case.q_offset is not None:
