@@ -12,6 +12,7 @@ from .cache import CacheInfo as CacheInfo
 from .errors import CompileError as CompileError
 from .errors import FlexDecodeError as FlexDecodeError
 from .errors import TraceError as TraceError
+from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
 from .explanation import Explanation as Explanation
 from .explanation import explain as explain
@@ -32,6 +33,7 @@ __all__ = [
     "OutOfPagesError",
     "PagedKVCache",
     "TraceError",
+    "TritonVersionError",
     "UnsupportedOpError",
     "__version__",
     "cache_info",

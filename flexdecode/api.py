@@ -8,19 +8,29 @@ from typing import TYPE_CHECKING
 import torch
 
 from .block_mask import read_block_mask
-from .cache import Bounded, CacheInfo, counters, lock, reset, snapshot
+from .cache import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
-from .identity import forget_graphs, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_inputs
+from .debug import check_again
+from .identity import Mod, forget_graphs, identify
+from .inputs import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    Inputs,
+    as_scale,
+    check_inputs,
+    per_sequence,
+    same_for_all,
+)
 from .kv_cache import KVCache, PagedKVCache, read_cache
 from .launch import forget_workspaces
-from .plan import layout, prepare
+from .plan import Plan, any_length, layout, prepare
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _plans = Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
+_prepared = Bounded(limit=256)  # the same without what depends on the length of the cache -> a `Prepared`, and objects
 
 
 def flex_decode(
@@ -30,12 +40,12 @@ def flex_decode(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     *,
-    kv_lens: torch.Tensor | None = None,
+    kv_lens: int | torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: BlockMask | None = None,
     page_table: torch.Tensor | None = None,
-    q_lens: torch.Tensor | None = None,
+    q_lens: int | torch.Tensor | None = None,
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -96,37 +106,62 @@ def flex_decode(
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
-    inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
+    inputs = Inputs(
+        query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
+        page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale, out,
+    )  # fmt: skip
     lists, combined = None, block_mask is not None and mask_mod is not None
     if block_mask is not None:
         check_inputs(inputs, options or DEFAULT_OPTIONS)
         mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
         lists.check_positions(inputs)
-    score = identify("score_mod", score_mod)
-    mask = identify("mask_mod", mask_mod)
+    score, mask = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
     call = (
-        score.identity, mask.identity, score.present, mask.present, *[layout(x) for x in inputs[:-2]],
-        layout(out), _same_start(key, value), return_lse, options, torch.is_grad_enabled(), lists is not None, combined,
+        score.identity, mask.identity, layout(query), layout(inputs.kv_lens), layout(inputs.q_lens),
+        layout(inputs.q_offset), layout(sinks), layout(out), _same_start(key, value), return_lse, options,
+        torch.is_grad_enabled(), lists is not None, combined,
     )  # fmt: skip
-    try:
-        found = _plans.get(call)
-    except TypeError:  # options that are no DecodeOptions: the checks of inputs say so
-        found = None
+    lengths = (
+        score.present, mask.present, layout(key), layout(value), layout(page_table), layout(inputs.k_scale),
+        layout(inputs.v_scale), inputs.kv_lens if inputs.kv_lens.__class__ is int else None,
+    )  # fmt: skip
+    if options is not None and not isinstance(options, DecodeOptions):
+        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
+    found = _plans.get((call, lengths))
     if found is None:
-        if getattr(query, "is_meta", False):
-            raise ValueError(
-                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
-            )
-        plan, score, mask = prepare(inputs, score, mask, return_lse, options, lists is not None, combined)
-        kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
-        _plans.add((score.identity, mask.identity, score.present, mask.present, *call[4:]), (plan, kept))
+        plan = _make_plan(inputs, score, mask, call, lengths)
     else:
         counters.hits += 1
         plan = found[0]
+    if plan.options.debug:
+        check_again("score_mod", score, query.device)
+        check_again("mask_mod", mask, query.device)
     return plan.run(inputs, score.leaves, mask.leaves, lists)
+
+
+def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> Plan:
+    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared."""
+    free = any_length(*lengths[2:])
+    shared = None if free is None else _prepared.get((call, len(score.present), len(mask.present), free))
+    if shared is not None:
+        prepared, kept = shared
+        plan, mask = prepared.plan(inputs, (score, mask))
+    else:
+        if getattr(inputs.query, "is_meta", False):
+            raise ValueError(
+                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
+            )
+        *_, return_lse, options, _, listed, combined = call
+        prepared, plan, score, mask = prepare(inputs, score, mask, return_lse, options, listed, combined)
+        kept = [pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None]
+        call = (score.identity, mask.identity, *call[2:])
+        if free is not None:
+            _prepared.add((call, len(score.present), len(mask.present), free), (prepared, kept))
+    _plans.add((call, (score.present, mask.present, *lengths[2:])), (plan, kept))
+    return plan
 
 
 def _same_start(key: object, value: object) -> bool:
@@ -148,6 +183,8 @@ def clear_cache() -> None:
     """
     with lock:
         _plans.clear()
+        _prepared.clear()
+        forget_memos()
         forget_graphs()
         forget_kernels()
         forget_workspaces()

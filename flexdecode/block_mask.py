@@ -14,6 +14,8 @@ DEAD, PARTIAL, FULL = 0, 1, 2
 BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
 _MAX_VERSIONS = 8
 
+_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+
 # What was made of each BlockMask lives as long as that does, because a CUDA graph may hold addresses of it.
 _known: weakref.WeakKeyDictionary[Any, dict[tuple, BlockLists]] = weakref.WeakKeyDictionary()
 
@@ -22,6 +24,7 @@ class BlockLists:
     """The lists of a BlockMask for the heads and sequences of a call.
 
     Attributes:
+        lists: the tensors that this was made of, kept alive: no other tensor can have their ids.
         kinds: int8 `[B, Hq, rows, columns]`, whether a block is dead, partial or full; sequences and heads may share.
         num_q, num_kv: positions that the mask covers.
         q_block, kv_block: positions per row and column.
@@ -40,8 +43,10 @@ class BlockLists:
                 f"`block_mask` must be on the device of `query`, {device}, got {partial.device}: move it there, "
                 f'`block_mask = block_mask.to("{device}")`'
             )
+        self.lists = [getattr(block_mask, name) for name in _LISTS]
         self.q_block, self.kv_block = block_mask.BLOCK_SIZE
         self.num_q, self.num_kv = block_mask.seq_lengths
+        _check_shapes(block_mask, -(-self.num_q // self.q_block))
         columns = -(-self.num_kv // self.kv_block)
         kinds = torch.zeros(*shape, columns, dtype=torch.int8, device=device)
         for counts, indices, kind in (
@@ -83,7 +88,8 @@ class BlockLists:
         known = [x for x in (start, ends) if not isinstance(x, torch.Tensor) or (x.device.type == "cpu" and x.numel())]
         if len(known) < 2:
             return
-        first, last = int(torch.as_tensor(start).min()), int(torch.as_tensor(ends).max()) - 1
+        start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
+        first, last = int(start.min()), int(ends.max()) - 1
         short = q_offset is None and first < 0  # the first tokens of a sequence shorter than the query attend nowhere
         if num_queries and (last >= self.num_q or (first < 0 and not short)):
             raise ValueError(
@@ -140,15 +146,18 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
         TypeError: it is no BlockMask.
         ValueError: it does not fit to the query.
     """
-    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    if not all(hasattr(block_mask, name) for name in (*names, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
+    if not all(hasattr(block_mask, name) for name in (*_LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
         raise TypeError(
             "`block_mask` must be a torch.nn.attention.flex_attention.BlockMask, got "
             f"{type(block_mask).__name__}; a function goes to `mask_mod`"
         )
-    lists = [getattr(block_mask, name) for name in names]
-    versions = tuple([None if x is None else (x.data_ptr(), x._version) for x in lists])
-    key = (versions, query.shape[:2], query.device)
+    if getattr(block_mask.mask_mod, "__name__", "") == "_sliced_mask_mod_error":
+        raise ValueError(
+            "`block_mask` is a part of another one, which has no `mask_mod`: set it, `block_mask.mask_mod = ...`, with "
+            "one whose `b` and `h` count from the start of the part"
+        )
+    versions = [_version(getattr(block_mask, name)) for name in _LISTS]
+    key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, query.shape[:2], query.device)
     made = _known.setdefault(block_mask, {})
     found = made.get(key)
     if found is None:
@@ -156,6 +165,38 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
             del made[next(iter(made))]
         found = made[key] = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
     return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
+
+
+def _version(tensor: torch.Tensor | None) -> tuple | None:
+    """What changes with each write to a list that PyTorch counts, and with each other tensor in its place."""
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _check_shapes(block_mask: Any, rows: int) -> None:
+    """Refuses lists that do not belong together, or that have no row for some positions.
+
+    Raises:
+        ValueError: a shape is wrong.
+    """
+    shape = list(block_mask.kv_num_blocks.shape)
+    for name in _LISTS[1:]:
+        lists = getattr(block_mask, name)
+        if lists is not None and list(lists.shape[:3]) != shape:
+            raise ValueError(
+                f"`block_mask.{name}` must have a row for each row of `kv_num_blocks`, {shape}, got {list(lists.shape)}"
+            )
+    if (block_mask.full_kv_num_blocks is None) != (block_mask.full_kv_indices is None):
+        raise ValueError("`block_mask` has only one of `full_kv_num_blocks` and `full_kv_indices`: set both or none")
+    if shape[2] < rows:
+        num_q, q_block = block_mask.seq_lengths[0], block_mask.BLOCK_SIZE[0]
+        raise ValueError(
+            f"`block_mask` has lists for {shape[2]} row(s) of blocks, but its `seq_lengths` of {num_q} query positions "
+            f"in blocks of {q_block} need {rows}. A slice of rows keeps the `seq_lengths` of the whole: pass the whole "
+            "BlockMask, whose rows are positions in the sequence, or make one for the newest tokens, "
+            "`create_block_mask(mask_mod, B, H, Q, N)`, and pass q_offset=0"
+        )
 
 
 def _both(one: Callable, other: Callable | None) -> Callable:

@@ -97,7 +97,7 @@ class Step:
 
     def blocks(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
         """State of each block of an item, and the split that reads it or -1; int64 [num_blocks]."""
-        states = torch.full((self.num_blocks,), UNUSED)
+        states = torch.full((self.num_blocks,), UNUSED, device="cpu")
         states[: -(-int(self.kv_lens[self.sequence(item)]) // self.block_n)] = DEAD
         for ranges, state in ((self.live, PARTIAL), (self.full, FULL)):
             for start, end in ranges[item].tolist():
@@ -111,7 +111,7 @@ class Step:
     def work_of_programs(self) -> torch.Tensor:
         """How many blocks each program visits, int64."""
         if not self.balanced:
-            splits = torch.arange(self.num_splits)
+            splits = torch.arange(self.num_splits, device="cpu")
             share, extra = self.work[:, None] // self.num_splits, self.work[:, None] % self.num_splits
             return (share + (splits < extra)).flatten()
         programs = [self._programs(item, int(work)) for item, work in enumerate(self.work)]
@@ -134,15 +134,15 @@ class Step:
         """
         if not self.balanced:
             share, extra = divmod(work, self.num_splits)
-            sizes = torch.full((self.num_splits,), share)
+            sizes = torch.full((self.num_splits,), share, device="cpu")
             sizes[:extra] += 1
-            return torch.arange(self.num_splits).repeat_interleave(sizes)
+            return torch.arange(self.num_splits, device="cpu").repeat_interleave(sizes)
         starts, weights = self._slots
         head, tile = divmod(item, self.num_tiles)
         weight = int(weights[head])
         share, extra = divmod(int(weights.sum()), self.num_splits)  # the first `extra` workers have one slot more
-        ends = torch.arange(weight + 1) * work // max(weight, 1)
-        slots = int(starts[head]) + torch.arange(weight)
+        ends = torch.arange(weight + 1, device="cpu") * work // max(weight, 1)
+        slots = int(starts[head]) + torch.arange(weight, device="cpu")
         later = extra + (slots - extra * (share + 1)) // max(share, 1)
         workers = torch.where(slots < extra * (share + 1), slots // (share + 1), later)
         return (workers + tile * self.num_splits).repeat_interleave(ends.diff())
@@ -230,7 +230,7 @@ def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.devi
     needed |= {graph.numbers[node.attr].leaf for node in nodes if node.op == "number" and not node.weak}
     for leaf in needed:
         if leaf >= 0 and leaves[leaf].is_meta:
-            return leaf_names(mod.function)[leaf]
+            return leaf_names(mod.function, mod.followed)[leaf]
         if leaf >= 0:
             leaves[leaf] = leaves[leaf].to(device)
     return leaves

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .analyze import analyze
+from .cache import Bounded
 from .graph import Graph, Node
 from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
 
@@ -23,26 +25,38 @@ class Bounds:
     mask_full: Region = EVERYWHERE
     score_live: Region = EVERYWHERE
 
-    @property
+    @cached_property
     def is_bounded(self) -> bool:
         """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
         region = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
         return all(hi is not None and (lo is not None or _stays(hi)) for lo, hi in region)
 
-    @property
+    @cached_property
     def num_live(self) -> int:
         """Intervals that a kernel walks over."""
         return max(1, len(self.score_live if self.mask_live == EVERYWHERE else self.mask_live))
 
 
+_known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given) -> bounds
+
+
 def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
-    """Solves both graphs of a call.
+    """Solves both graphs of a call, once.
 
     Args:
         score: graph of the score_mod.
         mask: graph of the mask_mod.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
     """
+    key = score and score.text, mask and mask.text, q_idx_given
+    found = _known.get(key)
+    if found is None:
+        found = _solve(score, mask, q_idx_given)
+        _known.add(key, found)
+    return found
+
+
+def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
     mask_live = mask_full = score_live = EVERYWHERE
     if mask is not None:
         extent = solve_mask(mask.output, analyze([mask.output], q_idx_given))

@@ -53,7 +53,7 @@ def make(name: str, *nodes: Node) -> Node:
         _check_second(name, nodes[1])
     args = tuple(cast(n, d) for n, d in zip(nodes, in_dtypes, strict=True))
     if all(n.is_const for n in args):
-        value = op.torch(*(torch.tensor(n.attr, dtype=d) for n, d in zip(args, in_dtypes, strict=True)))
+        value = op.torch(*(torch.tensor(n.attr, dtype=d, device="cpu") for n, d in zip(args, in_dtypes, strict=True)))
         return const(value.item(), dtype)
     if op.commutative:
         args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
@@ -115,7 +115,7 @@ def cast(node: Node, dtype: torch.dtype) -> Node:
         if dtype.is_floating_point and node.weak:
             return Node("const", (), dtype, float(node.attr), weak=unrounded)
         exact = torch.float64 if node.weak and node.dtype.is_floating_point else node.dtype
-        return const(torch.tensor(node.attr, dtype=exact).to(dtype).item(), dtype)
+        return const(torch.tensor(node.attr, dtype=exact, device="cpu").to(dtype).item(), dtype)
     if dtype == torch.bool:
         return Node("ne", (node, const(0, node.dtype)), torch.bool)
     return Node("cast", (node,), dtype, weak=unrounded)
@@ -126,7 +126,7 @@ def strong(node: Node) -> Node:
     if not node.weak:
         return node
     if node.is_const and node.dtype in HALF:
-        return const(torch.tensor(node.attr, dtype=node.dtype).item(), node.dtype)
+        return const(torch.tensor(node.attr, dtype=node.dtype, device="cpu").item(), node.dtype)
     return Node(node.op, node.args, node.dtype, node.attr)
 
 

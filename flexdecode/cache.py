@@ -7,8 +7,10 @@ is left to Triton's own cache. Files are published by `os.replace`; a damaged on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Hashable
@@ -55,11 +57,11 @@ def reset() -> None:
 
 
 def cache_folder() -> Path:
-    """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder."""
+    """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder; `~` is the home folder."""
     chosen = os.environ.get("FLEXDECODE_CACHE_DIR")
     if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexdecode"
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "flexdecode"
 
 
 def stored_module(identity: str, generate: Callable[[], str]) -> Path:
@@ -68,9 +70,13 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
     Args:
         identity: everything that the text depends on besides the library itself.
         generate: makes the text.
+
+    Raises:
+        PermissionError: others could put code into the folder, from where it is imported.
     """
     entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
     folder = cache_folder()
+    _check_folder(folder)
     index = folder / "index" / entry
     found = _indexed_module(folder, index)
     if found is not None:
@@ -80,11 +86,51 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
     counters.generations += 1
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = _publish(folder / "modules" / f"{name}.py", text)
         _publish(index, name)
     except OSError:  # a read-only home: the module lives as long as the machine's temporary files
-        path = _publish(Path(tempfile.gettempdir()) / f"flexdecode-{os.getuid()}" / f"{name}.py", text)
+        path = _publish(_temporary_folder() / f"{name}.py", text)
     return path
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder into which everybody can write: what lies there is imported."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:  # there is none yet, or none that can be read
+        return
+    if mode & stat.S_IWOTH:
+        raise PermissionError(
+            f"everybody can write into the cache folder {folder}, and flexdecode imports code from there: `chmod o-w` "
+            "it, or choose another one by FLEXDECODE_CACHE_DIR"
+        )
+
+
+def _temporary_folder() -> Path:
+    """A folder of this user alone among the temporary files of the machine, which others can write to.
+
+    Raises:
+        PermissionError: what has its name is somebody else's, or open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"flexdecode-{os.getuid()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.getuid()
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        return folder
+    reason = "is open to others" if found.st_uid == os.getuid() else "belongs to another user"
+    if not stat.S_ISDIR(found.st_mode):
+        reason = "is no folder"
+    raise PermissionError(
+        f"{folder} {reason}, and flexdecode imports code from there: remove it, or choose a folder of your own by "
+        "FLEXDECODE_CACHE_DIR"
+    )
 
 
 def _indexed_module(folder: Path, index: Path) -> Path | None:
@@ -111,6 +157,9 @@ def _publish(path: Path, text: str) -> Path:
     return path
 
 
+_memos: list[Bounded] = []
+
+
 class Bounded(dict):
     """A dict that forgets its oldest entries; a lookup is a plain dict lookup."""
 
@@ -118,9 +167,21 @@ class Bounded(dict):
         super().__init__()
         self.limit = limit
 
+    @staticmethod
+    def memo(limit: int) -> Bounded:
+        """One for what can be computed again, which `clear_cache()` empties."""
+        _memos.append(Bounded(limit))
+        return _memos[-1]
+
     def add(self, key: Hashable, value: object) -> None:
         """Stores a value; the oldest entries make room."""
         with lock:
             while len(self) >= self.limit and key not in self:
                 self.pop(next(iter(self)), None)
             self[key] = value
+
+
+def forget_memos() -> None:
+    """Empties every memo."""
+    for memo in _memos:
+        memo.clear()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from .schedule import next_power_of_2
 from .triton_api import tensor_descriptor
 
 
@@ -47,10 +46,13 @@ def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
 
 def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Matrix, Matrix] | None:
     """Both caches as matrices, or None if one has no such form."""
-    if any(tensor.shape[3] != next_power_of_2(tensor.shape[3]) for tensor in (key, value)):  # one box for a row
+    widths = key.shape[3], value.shape[3]
+    if any(width & (width - 1) for width in widths):  # one box for a row
         return None
-    matrices = as_matrix(key, batch), as_matrix(value, batch)
-    return None if matrices[0] is None or matrices[1] is None else (matrices[0], matrices[1])
+    one = as_matrix(key, batch)
+    alike = key.shape == value.shape and key.stride() == value.stride() and value.data_ptr() % 16 == 0
+    other = one if alike else as_matrix(value, batch)
+    return None if one is None or other is None else (one, other)
 
 
 class _Address:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,16 @@ _facts: dict[torch.device, DeviceFacts] = {}
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Keeps autocast, which is the caller's, from lowering what is computed in float32."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def device_facts(device: torch.device) -> DeviceFacts:

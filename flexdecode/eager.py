@@ -93,8 +93,8 @@ def decode(
         lse.copy_(torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i)))
 
 
-def _lengths(lengths: torch.Tensor | None, most: int, query: torch.Tensor) -> torch.Tensor:
-    if lengths is None:
+def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor) -> torch.Tensor:
+    if not isinstance(lengths, torch.Tensor):  # a number is the longest sequence
         return torch.full(query.shape[:1], most, device=query.device)
     return lengths.long().clamp(0, most)
 

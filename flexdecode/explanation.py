@@ -14,9 +14,19 @@ import torch
 from .block_mask import read_block_mask
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path
-from .device import find_target
+from .device import find_target, without_autocast
 from .identity import Mod, graph_of, identify
-from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_all_lens, check_inputs
+from .inputs import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    Inputs,
+    Sizes,
+    as_scale,
+    check_all_lens,
+    check_inputs,
+    per_sequence,
+    same_for_all,
+)
 from .kv_cache import KVCache, PagedKVCache, read_cache
 from .mod_report import ModReport, report_mod
 from .plan import check_backend, check_captures, cut_call, make_program
@@ -106,15 +116,17 @@ class Explanation:
         return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
 
     def save_picture(self, path: str | PathLike[str]) -> None:
-        """Draws the blocks of one decode step as a PNG: full, partial and dead, by split.
+        """Draws the blocks of one decode step: full, partial and dead, by split.
 
         Args:
-            path: the file to write.
+            path: the file to write, a PNG, SVG or PDF as its suffix says.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: the blocks are not known.
+            ValueError: the blocks are not known, or the suffix is another one.
         """
+        if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
         if self.step is None:
             raise ValueError(f"there are no blocks to draw: {self.unknown}")
         from .picture import draw
@@ -123,6 +135,7 @@ class Explanation:
         draw(self.step, " and ".join(names) or "plain attention", Path(path))
 
 
+@without_autocast()
 def explain(
     query: torch.Tensor,
     key: torch.Tensor | None = None,
@@ -130,12 +143,12 @@ def explain(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     *,
-    kv_lens: torch.Tensor | None = None,
+    kv_lens: int | torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: BlockMask | None = None,
     page_table: torch.Tensor | None = None,
-    q_lens: torch.Tensor | None = None,
+    q_lens: int | torch.Tensor | None = None,
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -177,7 +190,7 @@ def explain(
     """
     if cache is not None:
         given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, given)
+        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
     if key is None or value is None:
         raise TypeError("explain needs `key` and `value`, or a `cache` that has them")
     combined = block_mask is not None and mask_mod is not None
@@ -185,7 +198,10 @@ def explain(
         mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
     mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
     lists = block_mask is not None, combined
-    inputs = Inputs(query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale)
+    inputs = Inputs(
+        query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
+        page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale,
+    )  # fmt: skip
     call = _check(inputs, mods, lists, options, device)
     target = find_target(query.device, call.signature.backend, device)
     cut, source = None, None
@@ -265,21 +281,25 @@ def _check(
     if options.backend is None and (device is not None or meta):
         options = replace(options, backend="triton")
     place = torch.device("cpu") if meta else query.device
-    lens = torch.full((sizes.batch,), sizes.max_kv_len) if inputs.kv_lens is None else _known(inputs.kv_lens, place)
-    tokens: torch.Tensor | None = torch.full((sizes.batch,), query.shape[2])
-    if inputs.q_lens is not None:
-        tokens = _known(inputs.q_lens, place)
+    lens, tokens = (
+        _known(given, place) if isinstance(given, torch.Tensor) else torch.full((sizes.batch,), most, device=place)
+        for given, most in ((inputs.kv_lens, sizes.max_kv_len), (inputs.q_lens, query.shape[2]))
+    )
     known = inputs._replace(kv_lens=lens, q_lens=tokens)
     check_all_lens(known, replace(options, debug=True))
-    graphs = []
+    graphs, traced = [], []
     for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
-        graph, traced = graph_of(kind, mod, place)
-        check_captures(kind, graph, traced, None if meta else place)
+        graph, mod = graph_of(kind, mod, place)
+        check_captures(kind, graph, mod, None if meta else place)
         graphs.append(graph)
+        traced.append(mod)
+    mods = traced[0], traced[1]
     lens, tokens = (None if x is None else x.to(place, torch.int64) for x in (lens, tokens))
     first = None if lens is None or tokens is None else lens - tokens
-    if inputs.q_offset is not None:
-        first = _known(torch.as_tensor(inputs.q_offset), place)
+    if isinstance(inputs.q_offset, int):
+        first = torch.full((sizes.batch,), inputs.q_offset, device=place)
+    elif inputs.q_offset is not None:
+        first = _known(inputs.q_offset, place)
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
     signature = describe(shapes, query.new_empty(inputs.out_shape), False, options)
     check_backend(signature, options)

@@ -8,13 +8,18 @@ from typing import NamedTuple
 import torch
 
 from . import cache
-from .captures import pins, walk
+from .captures import NOTHING, Followed, Reads, pins, read
+from .errors import FlexDecodeError, TraceError
 from .graph import Graph, Source
 from .proofs import witnesses
 from .trace import trace
 
-_known = cache.Bounded(limit=4096)  # (kind, walk key) -> its `_Sources`
+_known = cache.Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
+_followed = cache.Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides
 _graphs = cache.Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
+
+
+_MAX_CHANGES = 4  # traces of a mod that itself changes what it captures
 
 
 class Mod(NamedTuple):
@@ -25,12 +30,16 @@ class Mod(NamedTuple):
         identity: what identifies its graph.
         leaves: what it captures.
         present: sizes and numbers on which proofs about its indices rest; another prepared call if they change.
+        place: under which it is known which captured numbers are constants.
+        followed: what else of large containers and by computed names is among the leaves.
     """
 
     function: Callable | None
     identity: tuple | None
     leaves: list
     present: tuple = ()
+    place: tuple = ()
+    followed: Followed = NOTHING
 
 
 class _Sources(NamedTuple):
@@ -45,6 +54,9 @@ class _Sources(NamedTuple):
     witnesses: tuple[Source, ...]
 
 
+_NO_SOURCES = _Sources((), ())
+
+
 def identify(kind: str, mod: Callable | None) -> Mod:
     """Reads what a mod captures now.
 
@@ -56,14 +68,33 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if not callable(mod):
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
-    key, leaves = walk(mod)
+    place, leaves, hides = read(mod)
+    key = place
     known = _known.get((kind, key))
-    if known is None:
-        return Mod(mod, key, leaves)
-    constants, witnesses = known
+    if known is None and not hides:
+        return Mod(mod, key, leaves, (), place)
+    constants, witnesses = known or _NO_SOURCES
     if constants:
         key = (key, *[source.read(leaves) for source in constants])
-    return Mod(mod, key, leaves, tuple([source.read(leaves) for source in witnesses]))
+    if hides:
+        found = _follow(kind, mod, key)
+        if found is not None:
+            return found
+    return Mod(mod, key, leaves, tuple([source.read(leaves) for source in witnesses]), place)
+
+
+def _follow(kind: str, function: Callable, key: tuple) -> Mod | None:
+    """Reads as well what earlier traces found to be read of large containers and by computed names."""
+    mod = None
+    while (followed := _followed.get((kind, key))) is not None:
+        found, leaves, _ = read(function, followed)
+        place = key = (key, found)
+        constants, witnesses = _known.get((kind, key)) or _NO_SOURCES
+        if constants:
+            key = (key, *[source.read(leaves) for source in constants])
+        present = tuple([source.read(leaves) for source in witnesses])
+        mod = Mod(function, key, leaves, present, place, followed)
+    return mod
 
 
 def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
@@ -76,35 +107,68 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
         return None, mod
     found = _graphs.get((kind, device, mod.identity))
     if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
-        return found[0], _watch(kind, mod.function, (), witnesses(found[0]))
+        return found[0], _watch(kind, mod, (), witnesses(found[0]))
     with cache.lock:
-        traced = trace(mod.function, kind, mod.leaves, device)
-        cache.counters.traces += 1
-        kept = pins(mod.function)
-        mod = _watch(kind, mod.function, traced.constants, witnesses(traced.graph))
-        _graphs.add((kind, device, mod.identity), (traced.graph, kept))
-    return traced.graph, mod
+        function = mod.function
+        graph, mod = _trace(kind, function, mod, device)
+        kept = pins(function, mod.followed)
+        mod = _watch(kind, mod, (), witnesses(graph))
+        _graphs.add((kind, device, mod.identity), (graph, kept))
+    return graph, mod
+
+
+def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tuple[Graph, Mod]:
+    """Traces a mod, again each time that it was seen to read more than its code tells."""
+    changes = 0
+    while changes < _MAX_CHANGES:
+        reads = Reads(kind, mod.followed)
+        traced = None
+        try:
+            traced = trace(function, kind, mod.leaves, device, reads)
+        except FlexDecodeError:
+            if not reads.pending:
+                raise
+        now = _watch(kind, mod, () if traced is None else traced.constants, ())
+        if now.place != mod.place:  # the mod itself changed something, or imported a module
+            changes += 1
+        elif reads.pending:
+            _followed.add((kind, now.identity), reads.more())
+            now = identify(kind, function)
+        elif traced is not None:
+            cache.counters.traces += 1
+            return traced.graph, now
+        mod = now
+    raise TraceError(
+        f"{kind} {getattr(function, '__name__', type(function).__name__)!r} changes what it captures\n"
+        "  A mod is run a few times on symbols, and not at every call: compute what shall change outside the mod."
+    )
+
+
+def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
+    """The graph of a mod, if it was traced."""
+    found = None if mod.function is None else _graphs.get((kind, device, mod.identity))
+    return None if found is None else found[0]
 
 
 def watch(kind: str, mod: Mod, sources: Iterable[Source]) -> Mod:
     """Lets proofs rest on more numbers of a traced mod; gives it with their present values."""
-    return mod if mod.function is None else _watch(kind, mod.function, (), sources)
+    return mod if mod.function is None else _watch(kind, mod, (), sources)
 
 
-def _watch(kind: str, function: Callable, constants: Iterable[Source], witnesses: Iterable[Source]) -> Mod:
-    key, _ = walk(function)
-    known = _known.get((kind, key), _Sources((), ()))
+def _watch(kind: str, mod: Mod, constants: Iterable[Source], witnesses: Iterable[Source]) -> Mod:
+    known = _known.get((kind, mod.place)) or _NO_SOURCES
     merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, witnesses), strict=True))
-    _known.add((kind, key), _Sources(*merged))
-    return identify(kind, function)
+    _known.add((kind, mod.place), _Sources(*merged))
+    return identify(kind, mod.function)
 
 
 def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
     """The captured numbers of a traced mod whose value is a constant of its graph."""
-    return () if mod.function is None else _known.get((kind, walk(mod.function)[0]), _Sources((), ())).constants
+    return (_known.get((kind, mod.place)) or _NO_SOURCES).constants
 
 
 def forget_graphs() -> None:
     """Drops every trace."""
     _known.clear()
+    _followed.clear()
     _graphs.clear()

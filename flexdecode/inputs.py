@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 
 from .analyze import MAX_KV_LEN
+from .overlap import overlaps_itself
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -78,12 +79,12 @@ DEFAULT_OPTIONS = DecodeOptions()
 
 
 class Inputs(NamedTuple):
-    """The tensors and numbers of a call, as `flex_decode` describes them."""
+    """The tensors and numbers of a call, as `flex_decode` describes them, in the forms that `same_for_all` gives."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    kv_lens: torch.Tensor | None = None
+    kv_lens: int | torch.Tensor | None = None
     q_lens: torch.Tensor | None = None
     q_offset: int | torch.Tensor | None = None
     page_table: torch.Tensor | None = None
@@ -94,12 +95,17 @@ class Inputs(NamedTuple):
     out: torch.Tensor | None = None
 
     @property
-    def max_kv_len(self) -> int:
+    def capacity(self) -> int:
         """The longest sequence that the cache can hold."""
         rows = self.key.shape[2]
         if self.page_table is None:
             return rows
         return rows * self.page_table.shape[1] if len(self.key) else 0
+
+    @property
+    def max_kv_len(self) -> int:
+        """The longest sequence that the call can have: a number as `kv_lens` says it."""
+        return self.kv_lens if isinstance(self.kv_lens, int) else self.capacity
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -114,6 +120,45 @@ class Sizes(NamedTuple):
     batch: int
     num_kv_heads: int
     max_kv_len: int
+
+
+def same_for_all(numbers: Any, query: torch.Tensor) -> Any:
+    """Lengths or positions that may be one for all sequences: a number becomes an int, a 0-d tensor a tensor [B].
+
+    A 0-d tensor on the CPU is read as a number. What is neither stays as it is, for the checks.
+    """
+    if numbers is None:
+        return None
+    if isinstance(numbers, torch.Tensor):
+        if numbers.dim() or numbers.dtype not in (torch.int32, torch.int64):
+            return numbers
+        if numbers.device.type == "cpu":
+            return int(numbers)
+        batch = _batch(query)
+        return numbers.view(1) if batch == 1 else numbers.expand(batch)
+    is_integer = isinstance(numbers, Integral) and not isinstance(numbers, bool)
+    return int(numbers) if is_integer else numbers
+
+
+def per_sequence(lengths: Any, query: torch.Tensor) -> Any:
+    """As `same_for_all`, but a number becomes a tensor [B], too."""
+    lengths = same_for_all(lengths, query)
+    if type(lengths) is int and isinstance(query, torch.Tensor):
+        place = "cpu" if query.is_meta else query.device  # `explain` reads them
+        return torch.full((_batch(query),), lengths, dtype=torch.int64, device=place)
+    return lengths
+
+
+def _batch(query: object) -> int:
+    """Sequences of a query that is not checked yet."""
+    return len(query) if isinstance(query, torch.Tensor) and query.dim() else 1
+
+
+def as_scale(scale: Any, query: torch.Tensor) -> Any:
+    """`k_scale` or `v_scale`: a 0-d tensor on the CPU beside a query that is elsewhere is read as a number."""
+    if scale is not None and isinstance(scale, torch.Tensor) and not scale.dim() and scale.device.type == "cpu":
+        return scale if getattr(query, "is_cpu", True) else scale.item()
+    return scale
 
 
 def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
@@ -139,8 +184,8 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
         raise ValueError(f"`query` must have at most {MAX_QUERIES} tokens, got Q = {num_queries}")
     if batch * num_q_heads * num_queries >= 1 << 31:
         raise ValueError(f"`query` must have fewer than 2**31 rows, got {tuple(query.shape)}")
-    _check_per_sequence("kv_lens", inputs.kv_lens, query)
-    _check_per_sequence("q_lens", inputs.q_lens, query)
+    _check_kv_lens(inputs)
+    _check_per_sequence("q_lens", inputs.q_lens, query, "an integer or ")
     check_all_lens(inputs, options)
     _check_q_offset(inputs.q_offset, query)
     if inputs.scale is not None:
@@ -178,9 +223,9 @@ def _check_caches(inputs: Inputs) -> Sizes:
         )
     if table is not None:
         _check_page_table(table, inputs)
-    if inputs.max_kv_len >= MAX_KV_LEN:
+    if inputs.capacity >= MAX_KV_LEN:
         source = "`key` must have" if table is None else "`page_table` must reach"
-        raise ValueError(f"{source} fewer than {MAX_KV_LEN} positions, got N = {inputs.max_kv_len}")
+        raise ValueError(f"{source} fewer than {MAX_KV_LEN} positions, got N = {inputs.capacity}")
     return Sizes(batch, num_kv_heads, inputs.max_kv_len)
 
 
@@ -236,12 +281,20 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple, form: str, so
         )
 
 
-def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Tensor) -> None:
+def _check_kv_lens(inputs: Inputs) -> None:
+    length: Any = inputs.kv_lens
+    if type(length) is not int:
+        _check_per_sequence("kv_lens", length, inputs.query, "an integer or ")
+    elif not 0 <= length <= inputs.capacity:
+        raise ValueError(f"`kv_lens` must lie between 0 and {_capacity(inputs)}, got {length}")
+
+
+def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Tensor, also: str = "") -> None:
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"`{name}` must be an int32 or int64 tensor [B], got {type(tensor).__name__}")
-    if tensor.shape != query.shape[:1]:
+        raise TypeError(f"`{name}` must be {also}an int32 or int64 tensor [B], got {type(tensor).__name__}")
+    if tensor.dim() and tensor.shape != query.shape[:1]:
         raise ValueError(f"`{name}` must have shape [B] = [{query.shape[0]}], got {list(tensor.shape)}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
@@ -255,7 +308,7 @@ def checked_scale(scale: object, name: str = "scale") -> float:
         TypeError: it is no number.
         ValueError: it is not finite.
     """
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         allowed = "a number or None" if name == "scale" else "a number or a tensor"
         raise TypeError(f"`{name}` must be {allowed}, got {type(scale).__name__}")
     try:
@@ -273,29 +326,35 @@ def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
     Raises:
         ValueError: a length is negative or too large.
     """
-    source = "N = {} (from key)" if inputs.page_table is None else "max_pages * page_size = {} (from page_table)"
-    for name, lengths, most, limit in (
-        ("kv_lens", inputs.kv_lens, inputs.max_kv_len, source),
-        ("q_lens", inputs.q_lens, inputs.query.shape[2], "Q = {} (from query)"),
-    ):
-        if lengths is not None and (lengths.device.type == "cpu" or options.debug):
-            check_lens(name, lengths, most, limit)
+    kv_lens, q_lens = inputs.kv_lens, inputs.q_lens
+    if isinstance(kv_lens, torch.Tensor) and (kv_lens.device.type == "cpu" or options.debug):
+        check_lens("kv_lens", kv_lens, inputs.capacity, _capacity(inputs))
+    if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
+        most = inputs.query.shape[2]
+        check_lens("q_lens", q_lens, most, f"Q = {most} (from query)")
+
+
+def _capacity(inputs: Inputs) -> str:
+    """The longest sequence that the cache can hold, in words."""
+    if inputs.page_table is None:
+        return f"N = {inputs.capacity} (from key)"
+    return f"max_pages * page_size = {inputs.capacity} (from page_table)"
 
 
 def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
     """Reads lengths.
 
     Raises:
-        ValueError: one is negative or beyond `most`, which `limit` names.
+        ValueError: one is negative or beyond `most`, which `limit` says in words.
     """
     if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < 0):
         found = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"`{name}` must lie between 0 and {limit.format(most)}, got {found}")
+        raise ValueError(f"`{name}` must lie between 0 and {limit}, got {found}")
 
 
 def _check_q_offset(q_offset: object, query: torch.Tensor) -> None:
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.Tensor, type(None))):
-        raise TypeError(f"`q_offset` must be an int or an integer tensor [B], got {type(q_offset).__name__}")
+        raise TypeError(f"`q_offset` must be an integer or an integer tensor [B], got {type(q_offset).__name__}")
     if isinstance(q_offset, torch.Tensor):
         _check_per_sequence("q_offset", q_offset, query)
     elif q_offset is not None and not -(1 << 63) <= q_offset < 1 << 63:
@@ -317,7 +376,7 @@ def _check_cache_scale(name: str, scale: object, inputs: Inputs, sizes: Sizes) -
     heads = sizes.num_kv_heads
     shapes = [[heads], [sizes.batch, heads], list(key.shape[:3])]
     form = "[Hkv], [B, Hkv] or " + ("[B, Hkv, N]" if inputs.page_table is None else "[num_pages, Hkv, page_size]")
-    if list(scale.shape) not in shapes:
+    if scale.dim() and list(scale.shape) not in shapes:
         expected = f"{shapes[0]}, {shapes[1]} or {shapes[2]}"
         raise ValueError(f"`{name}` must be a number or have shape {form} = {expected}, got {list(scale.shape)}")
     if scale.dtype not in DTYPES:
@@ -339,5 +398,6 @@ def _check_out(out: torch.Tensor, inputs: Inputs) -> None:
     _check_tensor("out", out, inputs.query, (inputs.query.dtype,))
     if out.shape != inputs.out_shape:
         raise ValueError(f"`out` must have shape [B, Hq, Q, Dv] = {list(inputs.out_shape)}, got {list(out.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("`out` must have a place of its own for each element, but it is an expanded tensor")
+    if overlaps_itself(out):
+        found = f"strides {list(out.stride())} for shape {list(out.shape)}"
+        raise ValueError(f"`out` must have a place of its own for each element, got {found}")

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from .analyze import MAX_KV_LEN
-from .device import interpreting
+from .device import interpreting, without_autocast
 from .errors import FlexDecodeError
 from .inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED
 from .template import template_folder
@@ -51,7 +51,7 @@ class _Cache(ABC):
 
     Attributes:
         key, value, kv_lens, page_table, k_scale, v_scale: on the device, as `flex_decode` takes them.
-        lengths: tokens of each sequence, as the host knows them; to be read only.
+        lengths: tokens of each sequence, as the host knows them; a copy.
     """
 
     page_table: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class _Cache(ABC):
         self.value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
         self.k_scale = self._make_scale("k_scale", k_scale)
         self.v_scale = self._make_scale("v_scale", v_scale)
-        self.lengths = [0] * batch
+        self._lengths = [0] * batch
         self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
@@ -93,15 +93,22 @@ class _Cache(ABC):
             return None
         if given is None:
             return torch.ones(self.key.shape[:3], dtype=torch.float32, device=self.key.device)
+        if isinstance(given, torch.Tensor) and not given.dim():
+            given = given.item()
         if isinstance(given, torch.Tensor) and (given.dtype != torch.float32 or given.shape != (heads,)):
             expected = f"a number or a float32 tensor [Hkv] = [{heads}]"
             raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
         numbers = given.tolist() if isinstance(given, torch.Tensor) else [given] * heads
         real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
-        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32)
+        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32, device="cpu")
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
         return scales.to(self.key.device)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, as the host knows them: a copy, which stays as it is."""
+        return list(self._lengths)
 
     # --- Tokens -------------------------------------------------------------------------------------------------------
 
@@ -171,9 +178,9 @@ class _Cache(ABC):
         """
         self._refuse_capture("truncate")
         self._check_sequence("sequence", sequence)
-        if type(length) is not int or not 0 <= length <= self.lengths[sequence]:
+        if type(length) is not int or not 0 <= length <= self._lengths[sequence]:
             raise ValueError(
-                f"`length` must be between 0 and {self.lengths[sequence]}, the length of sequence {sequence}, "
+                f"`length` must be between 0 and {self._lengths[sequence]}, the length of sequence {sequence}, "
                 f"got {length!r}"
             )
         self._shrink(sequence, length)
@@ -187,7 +194,7 @@ class _Cache(ABC):
     def reset(self) -> None:
         """Empties all sequences."""
         self._refuse_capture("reset")
-        for sequence in range(len(self.lengths)):
+        for sequence in range(len(self._lengths)):
             self._shrink(sequence, 0)
         for lengths in (self.kv_lens, self._limits):
             lengths.zero_()
@@ -199,10 +206,10 @@ class _Cache(ABC):
         """Takes the room for new tokens, or raises and changes nothing."""
 
     def _shrink(self, sequence: int, length: int) -> None:
-        self.lengths[sequence] = length
+        self._lengths[sequence] = length
 
     def _check_lengths(self, counts: list[int], max_kv_len: int, remedy: str) -> None:
-        for sequence, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+        for sequence, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
             if length + count > max_kv_len:
                 raise ValueError(
                     f"sequence {sequence} has {length} tokens, and {count} more do not fit: the cache holds "
@@ -212,7 +219,7 @@ class _Cache(ABC):
 
     def _counts(self, num_tokens: int | Sequence[int]) -> list[int]:
         """Checked numbers of new tokens, one for each sequence."""
-        batch = len(self.lengths)
+        batch = len(self._lengths)
         if not isinstance(num_tokens, (int, list, tuple)):
             raise TypeError(f"`num_tokens` must be an integer or a list of {batch}, got {type(num_tokens).__name__}")
         counts = [num_tokens] * batch if isinstance(num_tokens, int) else list(num_tokens)
@@ -221,14 +228,14 @@ class _Cache(ABC):
         return counts
 
     def _check_sequence(self, name: str, sequence: int) -> None:
-        if type(sequence) is not int or not 0 <= sequence < len(self.lengths):
-            raise ValueError(f"`{name}` must be between 0 and B - 1 = {len(self.lengths) - 1}, got {sequence!r}")
+        if type(sequence) is not int or not 0 <= sequence < len(self._lengths):
+            raise ValueError(f"`{name}` must be between 0 and B - 1 = {len(self._lengths) - 1}, got {sequence!r}")
 
     def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
         """Refuses new keys or values that do not fit to those in the cache."""
         if not isinstance(new, torch.Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
-        batch, (_, heads, _, width) = len(self.lengths), cache.shape
+        batch, (_, heads, _, width) = len(self._lengths), cache.shape
         if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
             form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
             raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
@@ -256,12 +263,12 @@ class _Cache(ABC):
 
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Numbers as a tensor on the device, without waiting for it."""
-        pinned = torch.tensor(numbers, dtype=dtype, pin_memory=self.key.is_cuda)
+        pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self.key.is_cuda)
         return pinned.to(self.key.device, non_blocking=True)
 
     def _send_limits(self) -> None:
         """Tells the kernel how long each sequence may become."""
-        self._limits.copy_(self._send(self.lengths, torch.int32))
+        self._limits.copy_(self._send(self._lengths, torch.int32))
 
     def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
         """Appends by the kernel."""
@@ -269,7 +276,7 @@ class _Cache(ABC):
         (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
         block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
         block_r = max(1, _TILE // max(block_d, block_dv))
-        grid = len(self.lengths) * -(-heads * k.shape[2] // block_r)
+        grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
         with torch.cuda.device_of(self.key):
             _append_kernel()[(grid,)](
                 k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
@@ -281,6 +288,7 @@ class _Cache(ABC):
                 enable_fp_fusion=False,
             )  # fmt: skip
 
+    @without_autocast()
     def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
         """Appends by PyTorch operations, as the kernel does."""
         device = self.key.device
@@ -317,8 +325,8 @@ class KVCache(_Cache):
         v_head_dim: Dv, by default D.
         dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
         device: of all tensors, by default PyTorch's.
-        k_scale: of a quantised cache: a positive number, or float32 `[Hkv]`; by default every token gets the scale
-            with which its largest element just fits.
+        k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
+            gets the scale with which its largest element just fits.
         v_scale: likewise.
 
     Attributes:
@@ -328,7 +336,7 @@ class KVCache(_Cache):
         page_table: None.
         k_scale, v_scale: None without quantisation; else float32, value = stored * scale: `[B, Hkv, N]`, one per token
             and head, or the given `[Hkv]`.
-        lengths: tokens of each sequence, on the host; to be read only.
+        lengths: tokens of each sequence, on the host; a copy.
 
     Raises:
         ValueError: an argument has an impossible value.
@@ -354,7 +362,7 @@ class KVCache(_Cache):
 
     def _grow(self, counts: list[int]) -> None:
         self._check_lengths(counts, self.key.shape[2], "max_kv_len")
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
 
 
 class PagedKVCache(_Cache):
@@ -373,8 +381,8 @@ class PagedKVCache(_Cache):
         max_pages: pages that one sequence can have, by default all.
         dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
         device: of all tensors, by default PyTorch's.
-        k_scale: of a quantised cache: a positive number, or float32 `[Hkv]`; by default every token gets the scale
-            with which its largest element just fits.
+        k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
+            gets the scale with which its largest element just fits.
         v_scale: likewise.
 
     Attributes:
@@ -385,7 +393,7 @@ class PagedKVCache(_Cache):
         kv_lens: int32 `[B]`, tokens of each sequence, on the device.
         k_scale, v_scale: None without quantisation; else float32, value = stored * scale:
             `[num_pages, Hkv, page_size]`, one per token and head, or the given `[Hkv]`.
-        lengths: tokens of each sequence, on the host; to be read only.
+        lengths: tokens of each sequence, on the host; a copy.
 
     Raises:
         ValueError: an argument has an impossible value.
@@ -440,22 +448,22 @@ class PagedKVCache(_Cache):
         self._refuse_capture("fork")
         self._check_sequence("source", source)
         self._check_sequence("target", target)
-        if source == target or self.lengths[target]:
+        if source == target or self._lengths[target]:
             raise ValueError(
                 f"`target` must be another, empty sequence, but sequence {target} "
-                + (f"has {self.lengths[target]} tokens: free({target}) first" if source != target else "is `source`")
+                + (f"has {self._lengths[target]} tokens: free({target}) first" if source != target else "is `source`")
             )
         for page in self._pages[source]:
             self._owners[page] += 1
         self._pages[target] = list(self._pages[source])
-        self.lengths[target] = self.lengths[source]
+        self._lengths[target] = self._lengths[source]
         self.page_table[target].copy_(self.page_table[source])
-        self.kv_lens[target].fill_(self.lengths[target])
+        self.kv_lens[target].fill_(self._lengths[target])
 
     def _grow(self, counts: list[int]) -> None:
         self._check_lengths(counts, self.page_table.shape[1] * self.page_size, "max_pages")
         copies = self._sequences_that_copy(counts)
-        lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         missing = [-(-n // self.page_size) - len(pages) for n, pages in zip(lengths, self._pages, strict=True)]
         needed = len(copies) + sum(missing)
         if needed > len(self._free):
@@ -464,7 +472,7 @@ class PagedKVCache(_Cache):
                 f"{len(self._owners)} are free, and nothing was changed; free() or truncate() a sequence, or make the "
                 "cache with a larger `num_pages`"
             )
-        self.lengths = lengths
+        self._lengths = lengths
         changes: dict[int, int] = {}  # entries of the flat page table
         for sequence in copies:
             self._copy_last_page(sequence, changes)
@@ -481,7 +489,7 @@ class PagedKVCache(_Cache):
         found = []
         owners: dict[int, int] = {}
         for sequence, count in enumerate(counts):
-            if count and self.lengths[sequence] % self.page_size:
+            if count and self._lengths[sequence] % self.page_size:
                 page = self._pages[sequence][-1]
                 remaining = owners.get(page, self._owners[page])
                 if remaining > 1:
@@ -548,16 +556,17 @@ def _append_kernel() -> Any:
     return standalone_kernel(template_folder() / "append.py", "append")
 
 
-def read_cache(cache: object, given: tuple) -> tuple:
+def read_cache(cache: object, query: object, given: tuple) -> tuple:
     """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
 
     Args:
         cache: the cache.
+        query: of the call, not yet checked.
         given: what the caller passed for these six, which must be nothing.
 
     Raises:
         TypeError: it is no cache.
-        ValueError: one of the six is given as well.
+        ValueError: one of the six is given as well, or the query does not fit to the cache.
     """
     names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
     if not isinstance(cache, _Cache):
@@ -565,4 +574,20 @@ def read_cache(cache: object, given: tuple) -> tuple:
     for name, value in zip(names, given, strict=True):
         if value is not None:
             raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    if isinstance(query, torch.Tensor) and query.dim() == 4:
+        _check_query(cache, query)
     return tuple(getattr(cache, name) for name in names)
+
+
+def _check_query(cache: _Cache, query: torch.Tensor) -> None:
+    """Refuses a query that does not fit to a cache, in words about the two; the rest is said of the query alone."""
+    batch, (_, heads, _, width) = len(cache._lengths), cache.key.shape
+    B, num_q_heads, _, head_dim = query.shape
+    if (B, head_dim) != (batch, width) or num_q_heads % heads:
+        form = f"[B, Hq, Q, D] with B = {batch}, Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
+        raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
+    dtype = cache.key.dtype
+    if dtype not in QUANTISED and query.dtype in DTYPES and query.dtype != dtype:
+        raise ValueError(f"`query` must have the dtype of `cache`, {dtype}, got {query.dtype}")
+    if query.device != cache.key.device:
+        raise ValueError(f"`query` must be on the device of `cache`, {cache.key.device}, got {query.device}")

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from .block_mask import BlockLists
-from .compiled import find_kernel
+from .compiled import Kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
 from .inputs import Inputs, Sizes
-from .kernel import KernelSpec, capture_types, scale_arguments
+from .kernel import CaptureTypes, KernelSpec, scale_arguments
 from .program import Program
-from .schedule import DeviceFacts, Schedule
+from .schedule import Schedule
 
 
 class _Workspaces(threading.local):
@@ -35,11 +35,11 @@ def forget_workspaces() -> None:
 class CaptureReader:
     """Reads the current values of a graph's captures from the leaves of its mod, as kernel arguments."""
 
-    def __init__(self, graph: Graph | None, pointers: bool) -> None:
+    def __init__(self, graph: Graph | None, types: CaptureTypes, pointers: bool) -> None:
         self.numbers = graph.numbers if graph else ()
         self.tensors = graph.tensors if graph else ()
         self.frozen = graph.frozen if graph else ()
-        self.types = capture_types(graph)
+        self.types = types
         self.pointers = pointers
 
     def __call__(self, leaves: list) -> tuple:
@@ -60,18 +60,19 @@ class TritonLauncher:
 
     def __init__(
         self,
+        kernel: Kernel,
         spec: KernelSpec,
         sizes: Sizes,
         cut: Schedule,
         strides: tuple[int, ...],
         matrices: tuple[Matrix, Matrix] | None,
-        facts: DeviceFacts,
+        on_gpu: bool,
         program: Program,
     ) -> None:
-        self.kernel = find_kernel(spec, facts, program)
-        self.on_gpu = facts.backend != "cpu"
-        self.read_score = CaptureReader(program.score, self.on_gpu)
-        self.read_mask = CaptureReader(program.mask, self.on_gpu)
+        self.kernel = kernel
+        self.on_gpu = on_gpu
+        self.read_score = CaptureReader(program.score, spec.score_captures, on_gpu)
+        self.read_mask = CaptureReader(program.mask, spec.mask_captures, on_gpu)
         signature, tiles = spec.signature, spec.tiles
         self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices
@@ -91,6 +92,7 @@ class TritonLauncher:
         self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
         self.workspace_size = self.outs_at + self.places * signature.v_head_dim
         self.device = signature.device
+        self.reads_lens = signature.kv_lens is not None  # a number is `max_kv_len`
         max_weight = max(1, (1 << 30) // max(cut.num_items, 1))
         self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits, max_weight)
         key_steps, value_steps = strides[4:6], strides[8:10]
@@ -137,7 +139,7 @@ class TritonLauncher:
         descriptors = self._descriptors(*seen) if described else (None, None)
         partials = self._workspace(stream) if self.workspace_size else (None,) * 4
         outputs = at(out), at(lse), *partials
-        lens = at(inputs.kv_lens), at(inputs.q_lens)
+        lens = at(inputs.kv_lens) if self.reads_lens else None, at(inputs.q_lens)
         sinks, table = at(inputs.sinks), inputs.page_table
         self.kernel.split(
             self.grid,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .device import interpreting
+from .device import interpreting, without_autocast
 from .template import template_folder
 from .triton_api import standalone_kernel
 
@@ -112,6 +112,7 @@ def _check(outs: Parts, lses: Parts) -> None:
                 )
 
 
+@without_autocast()
 def _merge_in_pytorch(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges any number of parts by PyTorch operations."""
     stacked = torch.stack(lses)

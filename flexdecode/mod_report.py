@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from textwrap import indent, wrap
 from typing import NamedTuple
@@ -66,6 +67,7 @@ class ModReport:
         full: intervals in which the mask is proven true, so that it is not evaluated; empty for a score_mod.
         solved: whether anything is known of the live or full keys.
         guarded: whether `live` and `full` hold only for captured integers up to 2**40.
+        reads_dead_keys: whether keys within `live` that the mod rules out are read, so that they have to be finite.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class ModReport:
     full: tuple[str, ...]
     solved: bool
     guarded: bool
+    reads_dead_keys: bool
 
     def __str__(self) -> str:
         rows = [("formula", [part for line in self.formula.splitlines() for part in wrap(line, 100)])]
@@ -90,6 +93,8 @@ class ModReport:
             rows.append(("full", self._full()))
         if self.guarded:
             rows.append(("", ["(for captured integers up to 2**40; larger ones loosen a bound, and never drop a key)"]))
+        if self.reads_dead_keys:
+            rows.append(("reads", ["also keys in there that it rules out: they have to be finite, not NaN or inf"]))
         rows.append(("loads", [_load_text(load) for load in self.loads]))
         lines = [f"{self.kind} {self.name}"]
         for label, texts in rows:
@@ -128,9 +133,10 @@ def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
     if graph is None or mod.function is None:
         return None
     constants = constants_of(kind, mod)
-    names = name_captures(graph, leaf_names(mod.function), constants)
+    names = name_captures(graph, leaf_names(mod.function, mod.followed), constants)
     live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
-    live_text = tuple(region_text(live, names))
+    live_text, full_text = tuple(region_text(live, names)), tuple(region_text(full, names))
+    drops = any(node.is_const and node.attr == -math.inf for node in graph.nodes())
     return ModReport(
         kind=kind,
         name=getattr(mod.function, "__name__", type(mod.function).__name__),
@@ -140,9 +146,10 @@ def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
         loads=_loads(graph, names, checks or ()),
         live=live_text,
         live_now=_now(live, graph, names, mod.leaves, live_text),
-        full=tuple(region_text(full, names)),
+        full=full_text,
         solved=live_text != _ALL_KEYS or bool(full),
         guarded=is_guarded((*live, *full)),
+        reads_dead_keys=bool(live) and (live_text != full_text if is_mask else drops),
     )
 
 

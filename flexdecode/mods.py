@@ -390,7 +390,7 @@ def t5_bias(table: Tensor, max_distance: int = 128, bidirectional: bool = False)
         raise ValueError(f"`max_distance` must be above {max_exact} with {num_buckets} buckets, got {max_distance}")
 
     # The bucket of every distance up to the largest one, in the arithmetic of the published code (float32).
-    distance = torch.arange(-max_distance, max_distance + 1)
+    distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     near = distance.abs() if bidirectional else (-distance).clamp(min=0)
     ratio = torch.log(near.clamp(min=max_exact).float() / max_exact) / math.log(max_distance / max_exact)
     far = (max_exact + (ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)

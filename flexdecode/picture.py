@@ -28,7 +28,7 @@ _INK, _FAINT = "#22262a", "#9aa1a8"
 
 
 def draw(step: Step, title: str, path: Path) -> None:
-    """Draws a step as a PNG.
+    """Draws a step in the format that the suffix of the path names.
 
     Above is a map with a row per item and a column per block, below the work of one item in the order in which its
     splits take it.
@@ -57,7 +57,7 @@ def draw(step: Step, title: str, path: Path) -> None:
         _draw_map(upper, step)
         _draw_work(lower, step)
         _draw_legend(figure)
-        figure.savefig(path, dpi=110, facecolor="white", format="png")
+        figure.savefig(path, dpi=110, facecolor="white", format=path.suffix[1:].lower())
 
 
 def cells(step: Step) -> tuple[torch.Tensor, int, int]:
@@ -67,7 +67,8 @@ def cells(step: Step) -> tuple[torch.Tensor, int, int]:
     is any, else a partial one, else a dead one.
     """
     items, blocks = _items_per_row(step), max(1, -(-step.num_blocks // MAX_COLUMNS))
-    found = torch.full((max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))), 2 * UNUSED)
+    shape = max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))
+    found = torch.full(shape, 2 * UNUSED, device="cpu")
     for item in range(step.num_items):
         states, splits = step.blocks(item)
         codes = 2 * states + (splits % 2) * (splits >= 0)
@@ -120,7 +121,9 @@ def _draw_work(axes: Axes, step: Step) -> None:
     states, splits = step.blocks(item)
     order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
     codes = 2 * states[order] + splits[order] % 2
-    _show(axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]]), (0, max(len(order), 1), 1, 0))
+    _show(
+        axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]], device="cpu"), (0, max(len(order), 1), 1, 0)
+    )
     starts = [i for i in range(len(order)) if i == 0 or splits[order[i]] != splits[order[i - 1]]]
     for start, end in pairwise([*starts, len(order)] if len(starts) <= MAX_SHARES else []):
         split = int(splits[order[start]])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
+from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from . import eager
+from .analyze import MAX_KV_LEN
 from .block_mask import BlockLists
 from .captures import leaf_names
+from .compiled import Kernel, find_kernel
 from .descriptor import Matrix, as_matrices, as_matrix
-from .device import device_facts
+from .device import device_facts, without_autocast
 from .errors import CompileError, FlexDecodeError, IndexRangeError, SharedMemoryError
 from .graph import Graph
 from .identity import Mod, constants_of, graph_of, watch
@@ -27,13 +31,17 @@ from .inputs import (
 )
 from .kernel import KernelSpec, capture_types, rounds_to_half
 from .launch import TritonLauncher
+from .overlap import extent, share_memory
 from .program import Program
-from .proofs import CallSizes, find_checks, integers
-from .schedule import DeviceFacts, Schedule, has_latent_kernel, schedule, smaller
+from .proofs import CallSizes, Checks, depends_on_length, find_checks, integers
+from .schedule import DeviceFacts, Schedule, Tiles, has_latent_kernel, schedule, smaller
 from .signature import Signature, all_strides, describe, packed
 
 if TYPE_CHECKING:
     from .printing import Names
+
+
+MAX_APART = 256  # distances that a plan remembers
 
 
 def layout(tensor: object) -> object:
@@ -42,6 +50,40 @@ def layout(tensor: object) -> object:
         return tensor if tensor is None else type(tensor)
     place = tensor.data_ptr() & 15 if tensor.layout == torch.strided else None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
+
+
+def any_length(key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, kv_lens: int | None) -> tuple | None:
+    """What a `Prepared` depends on in key, value, page table and scales: their layout without N and multiples of it.
+
+    None where that cannot be said: wrong arguments, and caches without a key.
+
+    Args:
+        key: its `layout`, like all that follows except `kv_lens`.
+        value: of the values.
+        table: of the page table.
+        k_scale: of the scales of keys.
+        v_scale: of the scales of values.
+        kv_lens: the length of all sequences, if it is a number.
+    """
+    if not (key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
+        return None
+    shape, steps, place = key[0], key[1], key[4]
+    capacity = shape[2]
+    if table is not None:
+        capacity *= table[0][1] if table.__class__ is tuple and len(table[0]) == 2 else 0
+    if not 0 < (capacity if kv_lens is None else kv_lens) <= capacity < MAX_KV_LEN or None in (place, value[4]):
+        return None
+    if table is not None:
+        return (table[0][0], table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
+    # Scales per token have the shape of the keys.
+    scales = [(x[0] == shape[:3], x[2:]) if x.__class__ is tuple and len(x[0]) == 3 else x for x in (k_scale, v_scale)]
+    same = shape[2] == value[0][2], steps == value[1]
+    return *_without_length(key), *_without_length(value), *same, *scales
+
+
+def _without_length(layout: tuple) -> tuple:
+    (batch, heads, _, width), (b, h, n, d), *rest = layout
+    return batch, heads, width, gcd(b, 16), gcd(h, 16), gcd(n, 16), d == 1 or gcd(d, 16), *rest
 
 
 class Launcher(Protocol):
@@ -75,7 +117,8 @@ class EagerLauncher:
         """As in `Launcher`; the mask says all that lists say."""
         score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
         try:
-            eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
+            with without_autocast():
+                eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
@@ -97,7 +140,7 @@ def _names(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> 
     return tuple(
         None
         if graph is None or mod.function is None
-        else name_captures(graph, leaf_names(mod.function), constants_of(kind, mod))
+        else name_captures(graph, leaf_names(mod.function, mod.followed), constants_of(kind, mod))
         for kind, graph, mod in zip(("score_mod", "mask_mod"), graphs, mods, strict=True)
     )
 
@@ -124,12 +167,45 @@ class Plan:
         scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
         self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
 
+        self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
+        self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
+
+    def launched_by(self, launcher: Launcher) -> Plan:
+        """The same plan for another length."""
+        other = object.__new__(Plan)
+        other.__dict__.update(self.__dict__)
+        other.launcher, other.extents, other.apart = launcher, [], set()
+        return other
+
+    def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:
+        """Refuses an `out` that is written over what is read.
+
+        Raises:
+            ValueError: it shares memory with an input.
+        """
+        if not self.extents:
+            read = [(place, x) for place, x in enumerate(inputs[:-1]) if isinstance(x, torch.Tensor)]
+            self.extents = [(place, extent(x)) for place, x in read] + [(len(inputs) - 1, extent(out))]
+        start = out.data_ptr()
+        end = start + self.extents[-1][1]
+        for place, size in self.extents[:-1]:
+            at = inputs[place].data_ptr()  # type: ignore[union-attr]
+            if at < end and start < at + size and (place, at - start) not in self.apart:
+                if share_memory(out, inputs[place]):  # type: ignore[arg-type]
+                    name = inputs._fields[place]
+                    raise ValueError(f"`out` must not share memory with `{name}`: it is written while `{name}` is read")
+                if len(self.apart) >= MAX_APART:
+                    self.apart.clear()
+                self.apart.add((place, at - start))
+
     def run(
         self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs the call on tensors of the layout that the plan was made for."""
         out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
         lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        if inputs.out is not None:
+            self.check_out(inputs, out)
         if self.checks_lens:
             check_all_lens(inputs, self.options)
         if not self.empty:
@@ -147,6 +223,136 @@ class Plan:
         return out if lse is None else (out, lse)
 
 
+class Prepared:
+    """A checked and traced call with a cache of any length: calls that differ in nothing else share it.
+
+    A cache that grows by `torch.cat` has another N, and with it other strides, for every token. `plan` does what
+    depends on them: which indices are in range, the numbers of the schedule, and what is launched.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        graphs: tuple[Graph | None, Graph | None],
+        mods: tuple[Mod, Mod],
+        return_lse: bool,
+        options: DecodeOptions,
+        listed: bool,
+        combined: bool,
+    ) -> None:
+        self.graphs = graphs
+        self.options = options
+        self.listed = listed
+        self.combined = combined
+        out = inputs.query.new_empty(inputs.out_shape) if inputs.out is None else inputs.out
+        self.out_strides = out.stride()
+        self.signature = describe(inputs, out, return_lse, options)
+        check_backend(self.signature, options)
+        names = _names(graphs, mods) if options.debug else None
+        self.eager = EagerLauncher(graphs, names)
+        self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, return_lse, options)
+        self.facts: DeviceFacts | None = None
+        if self.signature.backend == "triton" and 0 not in inputs.out_shape:
+            self.facts = device_facts(self.signature.device)
+            check_device(self.signature, self.facts)
+        self.programs: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
+        self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in graphs)
+        self.last: tuple[tuple, _Loaded | None] = (), None  # what proofs rest on, and what they gave
+        self.num_watched = -1  # numbers of the mask_mod, where the proofs of the score_mod rest on them, too
+
+    def plan(self, inputs: Inputs, mods: tuple[Mod, Mod]) -> tuple[Plan, Mod]:
+        """Plans a call.
+
+        Args:
+            inputs: checked, and of the layout that this was made for, apart from lengths.
+            mods: the score_mod and the mask_mod as they are now.
+
+        Returns:
+            The plan, and the mask_mod with the numbers that the proofs rest on.
+        """
+        if self.facts is None:
+            return self.plan_of_any if inputs.out is None else self.plan_of_any.launched_by(self.eager), mods[1]
+        batch, num_kv_heads = len(inputs.query), inputs.key.shape[1]
+        sizes = Sizes(batch, num_kv_heads, inputs.max_kv_len)
+        score, mask = mods
+        present, loaded = self.last
+        if loaded is None or self.is_proof_of_length or present != (score.present, mask.present):
+            loaded, mask = self._load(mods, sizes)
+            self.last = (score.present, mask.present), loaded
+        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.options)), mask
+
+    def _load(self, mods: tuple[Mod, Mod], sizes: Sizes) -> tuple[_Loaded, Mod]:
+        """Proves what can be proven of a call, and finds the kernels that leave it out."""
+        assert self.facts is not None
+        watched = len(mods[1].present) == self.num_watched
+        score_checks, mask_checks, mask = find_proofs(self.graphs, mods, self.signature, sizes, watched)
+        if mask is not mods[1]:
+            self.num_watched = len(mask.present)
+        loaded = self.programs.get((score_checks, mask_checks))
+        if loaded is None:
+            q_idx_given = self.signature.q_offset is not None
+            program = Program(*self.graphs, q_idx_given, score_checks, mask_checks, self.listed, self.combined)
+            loaded = _Loaded(program, self.signature, self.facts, self.out_strides)
+            self.programs[score_checks, mask_checks] = loaded
+        return loaded, mask
+
+
+class _Loaded:
+    """The kernels of a program, by their tiles."""
+
+    def __init__(
+        self, program: Program, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
+    ) -> None:
+        self.program = program
+        self.out_strides = out_strides
+        self.signature = signature
+        self.facts = facts
+        self.kernels: dict[Tiles, tuple[KernelSpec, Kernel, bool]] = {}  # true: its tiles are smaller than asked for
+
+    def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
+        """Chooses a schedule and finds the kernel.
+
+        Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
+        """
+        program, signature, facts = self.program, self.signature, self.facts
+        try:
+            cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
+            spec, kernel, is_smaller = self.kernels.get(cut.tiles) or self._find(cut, options)
+        except CompileError as error:
+            if not cut.tiles.latent:
+                raise
+            _refuse_latents(error)
+            cut, matrices = cut_call(signature, sizes, inputs, program, facts, options, latent=False)
+            spec, kernel, is_smaller = self.kernels.get(cut.tiles) or self._find(cut, options)
+        if is_smaller:
+            cut = replace(cut, tiles=spec.tiles)
+        strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, self.out_strides)
+        return TritonLauncher(kernel, spec, sizes, cut, strides, matrices, facts.backend != "cpu", program)
+
+    def _find(self, cut: Schedule, options: DecodeOptions) -> tuple[KernelSpec, Kernel, bool]:
+        """Finds the kernel of a schedule; one that is too large for the device is cut smaller."""
+        program, tiles = self.program, cut.tiles
+        while True:
+            spec = KernelSpec(
+                self.signature,
+                tiles,
+                capture_types(program.score),
+                capture_types(program.mask),
+                num_live=program.bounds.num_live,
+                num_full=program.num_full,
+                fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
+                block_lists=program.block_lists,
+            )
+            try:
+                self.kernels[cut.tiles] = spec, find_kernel(spec, self.facts, program), tiles is not cut.tiles
+                return self.kernels[cut.tiles]
+            except SharedMemoryError:
+                smaller_tiles = None if tiles.latent or options.block_n else smaller(tiles)
+                if smaller_tiles is None:
+                    raise
+                tiles = smaller_tiles
+
+
 def prepare(
     inputs: Inputs,
     score: Mod,
@@ -155,35 +361,26 @@ def prepare(
     options: DecodeOptions | None,
     listed: bool = False,
     combined: bool = False,
-) -> tuple[Plan, Mod, Mod]:
+) -> tuple[Prepared, Plan, Mod, Mod]:
     """Checks a call and makes its plan: trace, describe, schedule, and find the kernel.
 
     Returns:
-        The plan, and both mods with the identities that tracing found.
+        What calls of other lengths share, the plan, and both mods with the identities that tracing found.
 
     Raises:
         TypeError, ValueError, TraceError: as `flex_decode`.
     """
     options = DEFAULT_OPTIONS if options is None else options
-    sizes = check_inputs(inputs, options)
+    check_inputs(inputs, options)
     device = inputs.query.device
     score_graph, score = graph_of("score_mod", score, device)
     mask_graph, mask = graph_of("mask_mod", mask, device)
     check_captures("score_mod", score_graph, score, device)
     check_captures("mask_mod", mask_graph, mask, device)
-    sample = inputs.query.new_empty(inputs.out_shape) if inputs.out is None else inputs.out
-    signature = describe(inputs, sample, return_lse, options)
     graphs = score_graph, mask_graph
-    names = _names(graphs, (score, mask)) if options.debug else None
-    launcher: Launcher
-    check_backend(signature, options)
-    if signature.backend == "torch" or 0 in inputs.out_shape:
-        launcher = EagerLauncher(graphs, names)
-    else:
-        program, mask = make_program(graphs, (score, mask), signature, sizes, listed, combined)
-        launcher = _triton_launcher(signature, sizes, inputs, sample, program, options)
-    checker = EagerLauncher(graphs, names) if options.debug else None
-    return Plan(launcher, checker, inputs, return_lse, options), score, mask
+    prepared = Prepared(inputs, graphs, (score, mask), return_lse, options, listed, combined)
+    plan, mask = prepared.plan(inputs, (score, mask))
+    return prepared, plan, score, mask
 
 
 def make_program(
@@ -207,6 +404,27 @@ def make_program(
     Returns:
         The program, and the mask_mod with the numbers that the proofs rest on.
     """
+    score_checks, mask_checks, mask = find_proofs(graphs, mods, signature, sizes)
+    q_idx_given = signature.q_offset is not None
+    return Program(*graphs, q_idx_given, score_checks, mask_checks, listed, combined), mask
+
+
+def find_proofs(
+    graphs: tuple[Graph | None, Graph | None],
+    mods: tuple[Mod, Mod],
+    signature: Signature,
+    sizes: Sizes,
+    watched: bool = False,
+) -> tuple[Checks | None, Checks | None, Mod]:
+    """What the loads of both mods have to check in a call, and the mask_mod with the numbers that this rests on.
+
+    Args:
+        graphs: of the score_mod and the mask_mod.
+        mods: what they capture.
+        signature: of the call.
+        sizes: of the call.
+        watched: the mask_mod has all these numbers already.
+    """
     (score, mask), (score_mod, mask_mod), q_idx_given = graphs, mods, signature.q_offset is not None
     heads = sizes.num_kv_heads * signature.group_size
     bounded = CallSizes(sizes.batch, heads, signature.num_queries, sizes.max_kv_len)
@@ -215,50 +433,10 @@ def make_program(
     if score is not None:
         score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given)
         if mask is not None and any(index.outside for load in score_checks for index in load.indices):
-            mask_mod = watch("mask_mod", mask_mod, integers(mask))
+            mask_mod = mask_mod if watched else watch("mask_mod", mask_mod, integers(mask))
             by_mask = mask, mask_mod.leaves
             score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
-    return Program(score, mask, q_idx_given, score_checks, mask_checks, listed, combined), mask_mod
-
-
-def _triton_launcher(
-    signature: Signature,
-    sizes: Sizes,
-    inputs: Inputs,
-    out: torch.Tensor,
-    program: Program,
-    options: DecodeOptions,
-) -> TritonLauncher:
-    """Chooses a schedule and finds the kernel; a kernel that is too large for the device is cut smaller.
-
-    Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
-    """
-    facts = device_facts(signature.device)
-    check_device(signature, facts)
-    cut, matrices = cut_call(signature, sizes, inputs, program, facts, options)
-    while True:
-        strides = all_strides(packed(inputs) if cut.tiles.packed else inputs, out)
-        spec = KernelSpec(
-            signature,
-            cut.tiles,
-            capture_types(program.score),
-            capture_types(program.mask),
-            num_live=program.bounds.num_live,
-            num_full=program.num_full,
-            fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
-            block_lists=program.block_lists,
-        )
-        try:
-            return TritonLauncher(spec, sizes, cut, strides, matrices, facts, program)
-        except CompileError as error:
-            if cut.tiles.latent:
-                _refuse_latents(error)
-                cut, matrices = cut_call(signature, sizes, inputs, program, facts, options, latent=False)
-                continue
-            next_cut = smaller(cut) if isinstance(error, SharedMemoryError) and not options.block_n else None
-            if next_cut is None:
-                raise
-            cut = next_cut
+    return score_checks, mask_checks, mask_mod
 
 
 _refusals: list[str] = []  # of the kernel for latents: it is not tried again
@@ -344,7 +522,7 @@ def check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.devic
         tensor = mod.leaves[leaf] if leaf >= 0 else None
         if not isinstance(tensor, torch.Tensor):
             continue
-        name = leaf_names(mod.function)[leaf]
+        name = leaf_names(mod.function, mod.followed)[leaf]
         if device not in (None, tensor.device) and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
             raise ValueError(
                 f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "

@@ -207,9 +207,14 @@ def _number(node: Node) -> str:
     value = node.attr
     if not isinstance(value, float) or value - value != 0 or value == int(value):
         return repr(value)
-    exact = torch.tensor(value, dtype=torch.float32).item()
-    digits = next(d for d in range(1, 18) if torch.tensor(float(f"{value:.{d}g}")).item() == exact)
+    exact = _rounded(value)
+    digits = next(d for d in range(1, 18) if _rounded(float(f"{value:.{d}g}")) == exact)
     return f"{value:.{digits}g}"
+
+
+def _rounded(value: float) -> float:
+    """The nearest float32."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 # --- Bounds -----------------------------------------------------------------------------------------------------------

@@ -6,16 +6,17 @@ belong to what identifies a prepared call. A kernel depends only on the outcome:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
-from .analyze import Facts, analyze
+from .analyze import MAX_KV_LEN, Facts, analyze
 from .build import make, remake
+from .cache import Bounded
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import solve_mask
-from .ops import Interval
+from .ops import INT_LIMITS, OPS, Interval
 
 
 class IndexCheck(NamedTuple):
@@ -87,22 +88,20 @@ def find_checks(
         q_idx_given: whether q_idx may be any int64.
         mask: for a score_mod, the graph and the captures of the mask.
     """
-    if not any(node.op == "load" and node.args for node in graph.nodes()):
-        return tuple(LoadCheck(()) for node in graph.nodes() if node.op == "load")
-    known = _numbers(graph, leaves)
-    facts = analyze([graph.output], q_idx_given, _known_ranges(graph.nodes(), known, sizes, q_idx_given))
+    indices = _indices_of(graph)
+    if not any(load.indices for load in indices.loads):
+        return tuple(LoadCheck(()) for _ in indices.loads)
+    reached = _reached(indices, graph, leaves, sizes, q_idx_given)
     checks = []
-    for node in graph.nodes():
-        if node.op != "load":
-            continue
-        leaf = graph.tensors[node.attr]
+    for load in indices.loads:
+        leaf = graph.tensors[load.node.attr]
         shape = (leaves[leaf] if leaf >= 0 else graph.frozen[-1 - leaf]).shape
-        found = LoadCheck(tuple(_check(facts.ranges[i], size) for i, size in zip(node.args, shape, strict=True)))
+        found = LoadCheck(tuple([_check(reached[i], size) for i, size in zip(load.indices, shape, strict=True)]))
         if (
             mask is not None
-            and node in facts.on_kv - facts.on_score
+            and load.in_loop
             and any(index.outside for index in found.indices)
-            and _attends_inside(node, shape, found, known, mask, sizes, q_idx_given)
+            and _is_attending_inside(load.node, shape, found, (graph, leaves), mask, sizes, q_idx_given)
         ):
             # Where the mask is true an index that was unproven is neither negative nor too large.
             found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
@@ -110,31 +109,168 @@ def find_checks(
     return tuple(checks)
 
 
+class _Load(NamedTuple):
+    """A load of a graph: the steps that give its indices, and whether its value changes with kv_idx alone."""
+
+    node: Node
+    indices: tuple[int, ...]
+    in_loop: bool
+
+
+class _Indices(NamedTuple):
+    """How to find the ranges of all indices of a graph, prepared for many calls.
+
+    Attributes:
+        loads: in the order of `Graph.nodes()`.
+        steps: of each value below an index, operands first: what gives its range, which steps are its operands, and
+            the limits of its type. A range, the name of an index, the slot of a number, or a rule for operands.
+    """
+
+    loads: tuple[_Load, ...]
+    steps: tuple[tuple[Interval | str | int | Callable[..., Interval], tuple[int, ...], Interval], ...]
+
+
+def depends_on_length(graph: Graph) -> bool:
+    """Whether the checks of a graph may change with the longest sequence alone."""
+    return any(rule in ("kv_idx", "q_idx") for rule, _, _ in _indices_of(graph).steps)
+
+
+_known_indices = Bounded.memo(limit=1024)  # text of a graph -> its `_Indices`
+
+
+def _indices_of(graph: Graph) -> _Indices:
+    found = _known_indices.get(graph.text)
+    if found is None:
+        found = _prepare_indices(graph)
+        _known_indices.add(graph.text, found)
+    return found
+
+
+def _prepare_indices(graph: Graph) -> _Indices:
+    loads = [node for node in graph.nodes() if node.op == "load"]
+    nodes = topological(*[index for load in loads for index in load.args])
+    places = {node: place for place, node in enumerate(nodes)}
+    facts = analyze([graph.output], q_idx_given=True)
+    in_loop = facts.on_kv - facts.on_score
+    steps = []
+    for node in nodes:
+        limits = INT_LIMITS.get(node.dtype, (0, 0))  # of a floating value nothing is asked
+        rule: Interval | str | int | Callable[..., Interval] = limits
+        args = tuple(places[arg] for arg in node.args)
+        if node.op == "index" or _is_integer(node):
+            rule = node.attr
+        elif node.dtype in INT_LIMITS and node.is_const:
+            rule = int(node.attr), int(node.attr)
+        elif node.dtype in INT_LIMITS and all(arg.dtype in INT_LIMITS for arg in node.args):
+            if node.op == "cast":
+                rule = _same
+            elif node.op in OPS and OPS[node.op].interval is not None:
+                rule = OPS[node.op].interval  # type: ignore[assignment]
+        steps.append((rule, args, limits))
+    found = [_Load(load, tuple(places[index] for index in load.args), load in in_loop) for load in loads]
+    return _Indices(tuple(found), tuple(steps))
+
+
+def _same(reached: Interval) -> Interval:
+    return reached
+
+
+def _reached(indices: _Indices, graph: Graph, leaves: list, sizes: CallSizes, q_idx_given: bool) -> list[Interval]:
+    """The range of each step in a call, as `analyze` finds it."""
+    of_index = _index_ranges(sizes, q_idx_given)
+    reached: list[Interval] = []
+    for rule, args, limits in indices.steps:
+        if rule.__class__ is tuple:
+            reached.append(rule)  # type: ignore[arg-type]
+            continue
+        if rule.__class__ is str:
+            reached.append(of_index[rule])  # type: ignore[index]
+            continue
+        if rule.__class__ is int:
+            value = _read(graph.numbers[rule], leaves)  # type: ignore[index]
+            reached.append(limits if value is None else (value, value))
+            continue
+        low, high = rule(*[reached[arg] for arg in args])  # type: ignore[operator]
+        # Outside its type a value wraps around, so that nothing is known.
+        reached.append((low, high) if limits[0] <= low and high <= limits[1] else limits)
+    return reached
+
+
+def _index_ranges(sizes: CallSizes, q_idx_given: bool) -> dict[str, Interval]:
+    batch, num_q_heads, num_queries, max_kv_len = sizes
+    last = max(0, max_kv_len - 1)  # an empty range is no range
+    return {
+        "b": (0, max(0, batch - 1)), "h": (0, max(0, num_q_heads - 1)), "kv_idx": (0, last),
+        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, num_queries), last),
+    }  # fmt: skip
+
+
+_CHECKS = tuple(tuple(IndexCheck(below, outside) for outside in (False, True)) for below in (False, True))
+
+
 def _check(reached: Interval, size: int) -> IndexCheck:
     low, high = reached
-    return IndexCheck(low < 0, not (-size <= low and high < size))
+    return _CHECKS[low < 0][not (-size <= low and high < size)]
 
 
 def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
     """The captured integers of a graph as constants."""
     found = {}
     for node in graph.nodes():
-        source = graph.numbers[node.attr] if _is_integer(node) else None
-        if source is not None and (source.dim >= 0 or not getattr(leaves[source.leaf], "is_meta", False)):
-            found[node] = Node("const", (), node.dtype, int(source.read(leaves)), node.weak)
+        value = _read(graph.numbers[node.attr], leaves) if _is_integer(node) else None
+        if value is not None:
+            found[node] = Node("const", (), node.dtype, value, node.weak)
     return found
 
 
-def _known_ranges(
-    nodes: list[Node], numbers: Mapping[Node, Node], sizes: CallSizes, q_idx_given: bool
-) -> dict[Node, Interval]:
-    batch, num_q_heads, num_queries, max_kv_len = (max(1, size) for size in sizes)  # an empty range is no range
-    ranges = {
-        "b": (0, batch - 1), "h": (0, num_q_heads - 1), "kv_idx": (0, max_kv_len - 1),
-        "q_idx": (-num_queries, max_kv_len - 1),
-    }  # fmt: skip
-    known = {n: ranges[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
-    return known | {number: (value.attr, value.attr) for number, value in numbers.items()}
+def _read(source: Source, leaves: list) -> int | None:
+    """A captured integer; None on the meta device."""
+    if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False):
+        return None
+    return int(source.read(leaves))
+
+
+class _Reach(NamedTuple):
+    """What is known of one proof by a mask, by the longest sequence: proven up to one, not proven from another on."""
+
+    proven: int
+    unproven: int
+
+
+_reaches = Bounded.memo(limit=1024)  # all that such a proof rests on but the longest sequence -> `_Reach`
+
+
+def _is_attending_inside(
+    load: Node,
+    shape: torch.Size,
+    found: LoadCheck,
+    score: tuple[Graph, list],
+    mask: tuple[Graph, list],
+    sizes: CallSizes,
+    q_idx_given: bool,
+) -> bool:
+    """As `_attends_inside`, from memory where another length has shown it: a proof holds for shorter sequences, too."""
+    numbers, of_mask = _numbers(*score), _numbers(*mask)
+    present = [tuple([(node.attr, value.attr) for node, value in known.items()]) for known in (numbers, of_mask)]
+    key = score[0].text, load, shape, found, mask[0].text, *present, *sizes[:3], q_idx_given
+
+    def proves(max_kv_len: int) -> bool:
+        longest = sizes._replace(max_kv_len=max_kv_len)
+        return _attends_inside(load, shape, found, numbers, (mask[0], of_mask), longest, q_idx_given)
+
+    reach, length = _reaches.get(key), sizes.max_kv_len
+    if reach is not None and not reach.proven < length < reach.unproven:
+        return length <= reach.proven
+    proven, unproven = reach or (-1, MAX_KV_LEN + 1)
+    further = 1 << max(length - 1, 0).bit_length()
+    if reach is not None and further < unproven and proves(further):  # the second length: there will be more
+        proven = further
+    elif proves(length):
+        proven = length
+    else:
+        unproven = length
+    _reaches.add(key, _Reach(proven, unproven))
+    return length <= proven
 
 
 def _attends_inside(
@@ -142,7 +278,7 @@ def _attends_inside(
     shape: torch.Size,
     found: LoadCheck,
     numbers: Mapping[Node, Node],
-    mask: tuple[Graph, list],
+    mask: tuple[Graph, Mapping[Node, Node]],
     sizes: CallSizes,
     q_idx_given: bool,
 ) -> bool:
@@ -151,23 +287,28 @@ def _attends_inside(
         both = _attending_outside(load, shape, found, numbers, mask)
     except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
         return False
-    ranges = _known_ranges(topological(both), {}, sizes, q_idx_given)
+    of_index = _index_ranges(sizes, q_idx_given)
+    ranges = {node: of_index[node.attr] for node in topological(both) if node.op == "index"}
     live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
     return all(lo is not None and hi is not None and _at_least(lo, hi) for lo, hi in live)
 
 
 def _attending_outside(
-    load: Node, shape: torch.Size, found: LoadCheck, numbers: Mapping[Node, Node], mask: tuple[Graph, list]
+    load: Node,
+    shape: torch.Size,
+    found: LoadCheck,
+    numbers: Mapping[Node, Node],
+    mask: tuple[Graph, Mapping[Node, Node]],
 ) -> Node:
     """A mask of the pairs that attend although an unproven index of a load is outside its tensor or negative."""
-    graph, leaves = mask
+    graph, of_mask = mask
     outside = const(False, torch.bool)
     for index, size, check in zip(load.args, shape, found.indices, strict=True):
         if check.outside:
             index = _with_constants(index, numbers, "score")
             beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
             outside = make("logical_or", outside, beyond)
-    return make("logical_and", _with_constants(graph.output, _numbers(graph, leaves), "mask"), outside)
+    return make("logical_and", _with_constants(graph.output, of_mask, "mask"), outside)
 
 
 def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> Node:

@@ -6,7 +6,8 @@ code with the tracer or the backends, so a result that agrees with it is right f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["dequantized_rows", "evaluate_mod", "reference_decode"]
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """PyTorch on the CPU, without gradients and whatever autocast or default device the caller has set."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
+
+
+@_plainly()
 def reference_decode(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -23,11 +31,11 @@ def reference_decode(
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
     *,
-    kv_lens: torch.Tensor | None = None,
+    kv_lens: int | torch.Tensor | None = None,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
     page_table: torch.Tensor | None = None,
-    q_lens: torch.Tensor | None = None,
+    q_lens: int | torch.Tensor | None = None,
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -41,16 +49,18 @@ def reference_decode(
         value: `[B or 1, Hkv, N, Dv]`.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`; natural-log units, absolute positions.
         mask_mod: `(b, h, q_idx, kv_idx) -> bool`; where it is false the score becomes `-inf`.
-        kv_lens: `[B]` integers; the live keys of sequence `b` are `0 .. min(kv_lens[b], N) - 1`. Default: N.
-        q_offset: position of query row 0, a number or `[B]`. Default: `min(kv_lens[b], N) - q_lens[b]`.
+        kv_lens: `[B]` integers, or one for all; the live keys of sequence `b` are `0 .. min(kv_lens[b], N) - 1`.
+            Default: N.
+        q_offset: position of query row 0, `[B]` or one for all. Default: `min(kv_lens[b], N) - q_lens[b]`.
         scale: factor on the dot products. Default: `1 / sqrt(D)`.
         page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; position
             `n` of sequence `b` is row `n % page_size` of page `page_table[b, n // page_size]`, `N` is
             `max_pages * page_size`, and `kv_lens` is needed. Entries without a key that any row attends to are not
             read.
-        q_lens: `[B]` integers; the tokens of sequence `b` are query rows `0 .. min(q_lens[b], Q) - 1`. Default: Q.
-        k_scale: factor on the stored keys: a number, `[Hkv]`, `[B, Hkv]`, or per key in the layout of `key` without its
-            last dimension. Default: 1.
+        q_lens: `[B]` integers, or one for all; the tokens of sequence `b` are query rows `0 .. min(q_lens[b], Q) - 1`.
+            Default: Q.
+        k_scale: factor on the stored keys: a number or 0-d tensor, `[Hkv]`, `[B, Hkv]`, or per key in the layout of
+            `key` without its last dimension. Default: 1.
         v_scale: the same for the values.
         sinks: `[Hq]` logits, natural-log units, after scale and mods: the softmax denominator of head `h` gains
             `exp(sinks[h])`.
@@ -71,9 +81,9 @@ def reference_decode(
     N *= 1 if page_table is None else page_table.shape[1]
     rows = Hq // Hkv * Q  # The query rows that share a key head.
     scale = D**-0.5 if scale is None else scale
-    lens = torch.full((B,), N) if kv_lens is None else kv_lens.to("cpu", torch.int64).clamp(0, N)
-    tokens = torch.full((B,), Q) if q_lens is None else q_lens.to("cpu", torch.int64).clamp(0, Q)
-    first = lens - tokens if q_offset is None else torch.as_tensor(q_offset).to("cpu", torch.int64).expand(B)
+    lens = _per_sequence(N if kv_lens is None else kv_lens, B).clamp(0, N)
+    tokens = _per_sequence(Q if q_lens is None else q_lens, B).clamp(0, Q)
+    first = lens - tokens if q_offset is None else _per_sequence(q_offset, B)
 
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
@@ -102,6 +112,11 @@ def reference_decode(
         out[batch] = (weight.reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
         out[batch, :, m:], lse[batch, :, m:] = 0.0, -torch.inf
     return (out, lse) if return_lse else out
+
+
+def _per_sequence(numbers: Any, batch: int) -> torch.Tensor:
+    """Integers `[B]` or one for all as int64 `[B]`."""
+    return torch.as_tensor(numbers).to("cpu", torch.int64).expand(batch)
 
 
 def dequantized_rows(
@@ -185,24 +200,29 @@ def evaluate_mod(
         return torch.empty([len(axis) for axis in grid], dtype=result_dtype)
 
     def at_one_position(*arguments: torch.Tensor) -> torch.Tensor:
-        with _CapturedReads(dtype):
+        with _InMod(dtype):
             result = mod(*arguments)
+        if isinstance(result, (bool, int, float)):
+            return torch.as_tensor(result, dtype=result_dtype)
         return torch.as_tensor(result).to("cpu", result_dtype)
 
     over_grid: Callable[..., torch.Tensor] = at_one_position
     for axis in (3, 2, 1, 0):
         in_dims = [0] * len(scores) + [0 if i == axis else None for i in range(4)]
         over_grid = torch.vmap(over_grid, in_dims=tuple(in_dims))
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with _plainly():
         return over_grid(*scores, *grid)
-    finally:
-        torch.set_default_dtype(default)
 
 
-class _CapturedReads(TorchFunctionMode):
-    """What differs from plain PyTorch inside a mod: captures come to the CPU, widen, and are indexed without faults."""
+_CONVERSIONS = {"to", "type", "type_as", "float", "half", "double", "bfloat16", "view", "_to_copy"}
+
+
+class _InMod(TorchFunctionMode):
+    """What differs from plain PyTorch inside a mod.
+
+    Captures come to the CPU, widen, and are indexed without faults. `dtype` takes the place of PyTorch's default dtype,
+    which belongs to the whole process.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -215,10 +235,41 @@ class _CapturedReads(TorchFunctionMode):
             return func(*args)
         # `x.to(other)` takes its type from `other` as it is.
         args = (self._widen(args[0]), *args[1:]) if name in ("to", "type_as") else self._widen(args)
-        result = _read(*args) if name == "__getitem__" else func(*args, **self._widen(kwargs or {}))
+        result = _read(*args) if name == "__getitem__" else self._call(func, name, args, self._widen(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16):
             self.rounded.append(result)  # Only an explicit cast gives these: PyTorch's type rules hold from here on.
         return result
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Calls a function; where the default dtype decided the type of its result, again so that `dtype` does."""
+        result = func(*args, **kwargs)
+        if (
+            not (isinstance(result, torch.Tensor) and result.is_floating_point() and result.dtype != self.dtype)
+            or name in _CONVERSIONS
+            or any(isinstance(x, torch.dtype) or (isinstance(x, torch.Tensor) and x.is_floating_point())
+                   for x in _leaves((args, kwargs)))
+        ):  # fmt: skip
+            return result
+        with contextlib.suppress(TypeError, RuntimeError):  # what has no such argument
+            made = func(*args, **kwargs, dtype=self.dtype)
+            if isinstance(made, torch.Tensor):  # of Python numbers
+                return made
+        args, kwargs = self._as_floats((args, kwargs), torch.Tensor)
+        result = func(*args, **kwargs)
+        if result.dtype != self.dtype:  # of Python numbers alone: torch.where(condition, 0.1, 0.2)
+            args, kwargs = self._as_floats((args, kwargs), float)
+            result = func(*args, **kwargs)
+        return result
+
+    def _as_floats(self, x: Any, kind: type) -> Any:
+        """Integer tensors or Python floats as tensors of type `dtype`."""
+        if isinstance(x, dict):
+            return {name: self._as_floats(item, kind) for name, item in x.items()}
+        if type(x) in (tuple, list):
+            return type(x)(self._as_floats(item, kind) for item in x)
+        if not isinstance(x, kind) or (isinstance(x, torch.Tensor) and x.dtype == torch.bool):
+            return x
+        return torch.as_tensor(x, dtype=self.dtype)
 
     def _widen(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -227,6 +278,12 @@ class _CapturedReads(TorchFunctionMode):
         if isinstance(x, dict):
             return {name: self._widen(item) for name, item in x.items()}
         return type(x)(self._widen(item) for item in x) if type(x) in (tuple, list) else x
+
+
+def _leaves(x: Any) -> list[Any]:
+    """What lies in nested tuples, lists and dictionaries."""
+    items = x.values() if isinstance(x, dict) else x if type(x) in (tuple, list) else None
+    return [x] if items is None else [leaf for item in items for leaf in _leaves(item)]
 
 
 def _read(tensor: torch.Tensor, index: Any) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -153,17 +155,10 @@ def schedule(
             works while the first one waits for them.
         latent: whether to use the kernel of `templates/latent.py`, which `has_latent_kernel` must allow.
     """
-    rows = signature.group_size * signature.num_queries
-    is_float32 = signature.dtype == torch.float32
-    block_m = min(max(16, next_power_of_2(rows)), 32 if is_float32 else 64)
-    block_d, block_r = _head_dim_blocks(signature.head_dim)
-    block_dv = max(16, next_power_of_2(signature.v_head_dim))
-    shared = signature.shared_kv and block_dv == block_d
-    num_tiles = -(-rows // block_m)
-    items_per_sequence = sizes.num_kv_heads * num_tiles
+    shape = _tile_shape(signature)
+    items_per_sequence = sizes.num_kv_heads * shape.num_tiles
     num_items = sizes.batch * items_per_sequence
-    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
-    total_bytes = num_items * sizes.max_kv_len * kv_bytes
+    total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
     balanced = options.schedule == "balanced" or (
         options.schedule is None
@@ -173,16 +168,16 @@ def schedule(
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
-        and 8 * num_tiles <= facts.num_sms
+        and 8 * shape.num_tiles <= facts.num_sms
     )
-    if balanced and num_tiles > MAX_PROGRAMS:
+    if balanced and shape.num_tiles > MAX_PROGRAMS:
         raise ValueError(
-            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {block_m} query rows, '
-            f'got {num_tiles} for each KV head: use "split"'
+            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '
+            f'got {shape.num_tiles} for each KV head: use "split"'
         )
     if balanced:
-        workers = (1 if latent else 2) * facts.num_sms // num_tiles
-        num_splits = options.num_splits or max(1, min(workers, num_items // num_tiles * longest))
+        workers = (1 if latent else 2) * facts.num_sms // shape.num_tiles
+        num_splits = options.num_splits or max(1, min(workers, num_items // shape.num_tiles * longest))
     elif options.batch_invariant:
         num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
     else:
@@ -190,6 +185,57 @@ def schedule(
             num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1, 1 if latent else 2
         )
     crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
+    # Of latents there are many rows, each wide and mostly of few parts.
+    block_s = (4 if latent else 32) if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128)
+    block_b = next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0
+    tiles = _tiles(
+        signature, facts, options, describable, is_bounded, latent, crowded, balanced, num_splits > 1 or balanced,
+        block_s, block_b, balanced and sizes.batch > 256,
+    )  # fmt: skip
+    return Schedule(tiles, num_items, num_splits, shape.num_tiles)
+
+
+class _TileShape(NamedTuple):
+    """What a signature says of tiles: rows, columns, row tiles of a KV head, and bytes of one key and its value."""
+
+    block_m: int
+    block_d: int
+    block_r: int
+    block_dv: int
+    shared: bool
+    num_tiles: int
+    kv_bytes: int
+
+
+@functools.lru_cache(maxsize=512)
+def _tile_shape(signature: Signature) -> _TileShape:
+    rows = signature.group_size * signature.num_queries
+    block_m = min(max(16, next_power_of_2(rows)), 32 if signature.dtype == torch.float32 else 64)
+    block_d, block_r = _head_dim_blocks(signature.head_dim)
+    block_dv = max(16, next_power_of_2(signature.v_head_dim))
+    shared = signature.shared_kv and block_dv == block_d
+    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
+    return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes)
+
+
+@functools.lru_cache(maxsize=512)
+def _tiles(
+    signature: Signature,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    describable: bool,
+    is_bounded: bool,
+    latent: bool,
+    crowded: bool,
+    balanced: bool,
+    split: bool,
+    block_s: int,
+    block_b: int,
+    many: bool,
+) -> Tiles:
+    """The tiles of a call, which calls of many lengths share: `crowded` means more programs than multiprocessors."""
+    is_float32 = signature.dtype == torch.float32
+    block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = latent or (facts.has_descriptors and describable and not (is_float32 and crowded))
     # Whether a cache is packable may depend on where in memory a sequence lies.
@@ -198,7 +244,7 @@ def schedule(
     block_n = min(block_n, 64) if is_bounded else block_n
     if latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
-    tiles = Tiles(
+    return Tiles(
         block_m,
         options.block_n or block_n,
         block_d,
@@ -206,18 +252,16 @@ def schedule(
         block_dv,
         options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
         options.num_stages or num_stages,
-        split=num_splits > 1 or balanced,
+        split=split,
         descriptors=descriptors,
-        # Of latents there are many rows, each wide and mostly of few parts.
-        block_s=(4 if latent else 32) if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128),
+        block_s=block_s,
         shared=shared,
         packed=packed,
         balanced=balanced,
-        block_b=next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0,
-        many=balanced and sizes.batch > 256,
+        block_b=block_b,
+        many=many,
         latent=latent,
     )
-    return Schedule(tiles, num_items, num_splits, num_tiles)
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
@@ -246,11 +290,9 @@ def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
     return whole // 2, max(16, next_power_of_2(rest))
 
 
-def smaller(cut: Schedule) -> Schedule | None:
-    """The schedule with half as many keys per step, for a kernel that needs too much shared memory; None at the end."""
-    if cut.tiles.block_n <= 16:
-        return None
-    return replace(cut, tiles=replace(cut.tiles, block_n=cut.tiles.block_n // 2))
+def smaller(tiles: Tiles) -> Tiles | None:
+    """Tiles with half as many keys per step, for a kernel that needs too much shared memory; None at the end."""
+    return None if tiles.block_n <= 16 else replace(tiles, block_n=tiles.block_n // 2)
 
 
 def _pipeline(
@@ -305,15 +347,26 @@ def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int,
     """
     if num_items == 0:
         return 1
-
-    def cost(num_splits: int) -> float:
-        programs = num_items * num_splits
-        waves = programs / (fit * num_sms)
-        if programs <= per_sm * num_sms:
-            reached = programs / (per_sm * num_sms)
-        else:
-            reached = 0.95 * waves / max(1, -(-programs // (fit * num_sms)))
-        return total_bytes / BYTES_PER_US / min(reached, 1.0) + (COMBINE_US if num_splits > 1 else 0.0)
-
     most = max(1, min(num_blocks, MAX_SPLITS, 4 * fit * num_sms // num_items + 1))
-    return min(range(1, most + 1), key=lambda s: (cost(s), s))
+    best, reached = _best_split(num_items, most, num_sms, per_sm, fit)
+    microseconds = total_bytes / BYTES_PER_US
+    alone = microseconds / _reached(num_items, num_sms, per_sm, fit)
+    return 1 if alone <= microseconds / reached + COMBINE_US else best
+
+
+def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
+    """The share of the bandwidth that so many programs reach."""
+    if programs <= per_sm * num_sms:
+        return programs / (per_sm * num_sms)
+    waves = -(-programs // (fit * num_sms))
+    return 0.95 * (programs / (fit * num_sms * waves))
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_split(num_items: int, most: int, num_sms: int, per_sm: int, fit: int) -> tuple[int, float]:
+    """The number of splits that reaches most of the bandwidth, and that share."""
+    # While programs fit into a wave, more of them are better: the best number fills one, or is the largest.
+    filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
+    tried = {most, *[min(max(1, programs // num_items), most) for programs in filling]}
+    reached, splits = max((_reached(num_items * splits, num_sms, per_sm, fit), -splits) for splits in tried)
+    return -splits, reached

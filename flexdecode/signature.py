@@ -61,6 +61,7 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
     """Makes the signature of checked inputs, for outputs like `out`."""
     query, key, value = inputs.query, inputs.key, inputs.value
     tensors = (query, key, value, out)
+    strides = all_strides(inputs, out.stride())
     return Signature(
         backend=options.backend or ("triton" if query.device.type == "cuda" else "torch"),
         device=query.device,
@@ -70,7 +71,7 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
         group_size=query.shape[1] // max(key.shape[1], 1),
         head_dim=query.shape[3],
         v_head_dim=value.shape[3],
-        kv_lens=_dtype(inputs.kv_lens),
+        kv_lens=None if isinstance(inputs.kv_lens, int) else _dtype(inputs.kv_lens),
         q_lens=_dtype(inputs.q_lens),
         q_offset=int if isinstance(inputs.q_offset, int) else _dtype(inputs.q_offset),
         page_table=_dtype(inputs.page_table),
@@ -82,20 +83,20 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
         packable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
         return_lse=return_lse,
         aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
-        strides=tuple(c for strides in _grouped_strides(inputs, out) for c in _stride_classes(strides)),
+        strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
     )
 
 
-def all_strides(inputs: Inputs, out: torch.Tensor) -> tuple[int, ...]:
+def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of query, key, value and output as the kernels take them, 16 in all."""
-    return tuple(stride for strides in _grouped_strides(inputs, out) for stride in strides)
-
-
-def _grouped_strides(inputs: Inputs, out: torch.Tensor) -> list[tuple[int, int, int, int]]:
     batch = inputs.query.shape[0]
     caches = batch if inputs.page_table is None else inputs.key.shape[0]
-    tensors = (inputs.query, batch), (inputs.key, caches), (inputs.value, caches), (out, batch)
-    return [kernel_strides(tensor, size) for tensor, size in tensors]
+    return (
+        *kernel_strides(inputs.query, batch),
+        *kernel_strides(inputs.key, caches),
+        *kernel_strides(inputs.value, caches),
+        *out_strides,
+    )
 
 
 def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from .build import check_constant, sources
+from .captures import Reads
 from .errors import TraceError, UnsupportedOpError, at_user_line
 from .graph import Node, Source, const
 from .ops import DTYPES
@@ -44,6 +45,7 @@ class TraceContext:
     device: torch.device
     constants: frozenset[Source]
     functions: Any  # the module torch_functions, which is built on this one
+    reads: Reads  # notes what the mod reads that the walk does not follow
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)
     own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
@@ -99,12 +101,14 @@ class TraceContext:
     def tensor(self, value: torch.Tensor) -> Symbol:
         """A captured tensor, read when the kernel runs."""
         leaf = self._leaf_of.get(id(value))
+        if leaf is None and self.reads.entries:  # a tensor in a large container: the next trace has it as a leaf
+            leaf = self._leaf_of[id(value)] = len(self.leaves)
+            self.leaves.append(value)
         if leaf is None:
             raise at_user_line(
                 TraceError,
                 f"the {self.kind} reads a tensor that is in no variable, attribute, list, tuple or dict",
-                "Changes of it would go unseen (other containers, and those of over 64 entries, are not followed): "
-                "give it a name outside the mod, `table = ...`, and use that.",
+                "Changes of it would go unseen: give it a name outside the mod, `table = ...`, and use that.",
             )
         if value.ndim == 0 and value.device.type == "cpu":
             dtype = torch.float32 if value.dtype.is_floating_point else value.dtype

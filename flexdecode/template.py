@@ -71,6 +71,9 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
     end = known["import triton.language as tl"]
     edits.append((end, end, "".join(f"{text}\n" for text in more)))
     lines = read_template("decode.py").splitlines(keepends=True)
+    if any("score_mod" in hook.bodies for hook in hooks):
+        flag = lines.index(next(line for line in lines if line.startswith("HAS_SCORE_MOD")))
+        edits.append((flag, flag + 1, "HAS_SCORE_MOD = tl.constexpr(True)\n"))
     for start, end, text in sorted(edits, reverse=True):
         lines[start:end] = [text]
     return "".join(lines)

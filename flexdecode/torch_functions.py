@@ -427,7 +427,15 @@ def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, 
         x = context.symbol(data)
         return context.scalar(strong(x.node if dtype is None else cast(x.node, dtype)))
     _check_data(data)
-    return context.freeze(torch.tensor(data, dtype=dtype))
+    return context.freeze(_literal(torch.tensor, data, dtype=dtype))
+
+
+def _literal(make: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+    """A tensor of Python numbers: float32 where PyTorch's default dtype would decide."""
+    made = make(*args, **kwargs, dtype=dtype, device="cpu")
+    if dtype is None and made.is_floating_point() and made.dtype != torch.float32:
+        made = make(*args, **kwargs, dtype=torch.float32, device="cpu")
+    return made
 
 
 @_handles("new_tensor")
@@ -477,7 +485,7 @@ def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) 
 
 @_handles("arange")
 def _arange(context: TraceContext, *args: Any, device: Any = None, **kwargs: Any) -> Symbol:
-    return context.freeze(torch.arange(*args, **kwargs))
+    return context.freeze(_literal(torch.arange, *args, **kwargs))
 
 
 # --- Views and indexing -----------------------------------------------------------------------------------------------

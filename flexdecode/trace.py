@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import torch_functions as tf
 from .build import cast, remake
-from .captures import CannotRebuild, rebuild
+from .captures import CannotRebuild, Reads, copy_for_trace
 from .errors import FlexDecodeError, TraceError, raised, user_line
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .symbol import Consumed, Symbol, TraceContext
@@ -46,7 +46,7 @@ class _TraceMode(TorchFunctionMode):
         return tf.dispatch(self.context, func, args, kwargs or {})
 
 
-def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Traced:
+def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: Reads | None = None) -> Traced:
     """Traces a mod.
 
     Args:
@@ -54,6 +54,8 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Trace
         kind: `score_mod` or `mask_mod`.
         leaves: captured tensors and numbers, in the order of `captures.walk(mod)`.
         device: the device that the mod sees as `score.device`.
+        reads: notes what the mod reads that the walk does not follow; the leaves are those of the walk with
+            `reads.followed`.
 
     Raises:
         TraceError: the mod cannot be traced; the message has the user's line and the remedy.
@@ -62,9 +64,10 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device) -> Trace
     """
     _check_parameters(mod, kind)
     _check_assignments(mod, kind)
-    real = _run(mod, kind, leaves, device, frozenset(), planted=())
+    reads = Reads(kind) if reads is None else reads
+    real = _run(mod, kind, leaves, device, frozenset(), (), reads)
     numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
-    planted, constants = _plant(mod, kind, leaves, device, real, numbers)
+    planted, constants = _plant(mod, kind, leaves, device, real, numbers, reads)
     # What the unplanted run consumed (sizes) is among the constants of the planted one: same control flow.
     return Traced(planted.graph, constants)
 
@@ -77,14 +80,20 @@ class _Run:
 
 
 def _run(
-    mod: Callable, kind: str, leaves: list, device: torch.device, constants: frozenset[Source], planted: Iterable[int]
+    mod: Callable,
+    kind: str,
+    leaves: list,
+    device: torch.device,
+    constants: frozenset[Source],
+    planted: Iterable[int],
+    reads: Reads,
 ) -> _Run:
     """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
     while True:
-        context = TraceContext(kind, leaves, device, constants, tf)
+        context = TraceContext(kind, [*leaves], device, constants, tf, reads)
         numbers = {i: context.number(Source(i)) for i in planted if Source(i) not in constants}
         try:
-            output = _call(rebuild(mod, numbers) if numbers else mod, context)
+            output = _call(copy_for_trace(mod, numbers, reads), context)
             return _Run(Graph.build(output, context.tensor_types, context.frozen), output, constants)
         except Consumed as consumed:
             constants |= consumed.sources
@@ -155,7 +164,7 @@ def _check_assignments(mod: Callable, kind: str) -> None:
 
 
 def _plant(
-    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int]
+    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int], reads: Reads
 ) -> tuple[_Run, frozenset[Source]]:
     """Traces with numbers as symbols; those that decide which way the mod takes are constants.
 
@@ -167,7 +176,7 @@ def _plant(
     while parts:
         part = parts.pop()
         try:
-            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, *part])
+            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, *part], reads)
             taken = _same(attempt, real, leaves)
         except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
             taken = False

@@ -24,6 +24,7 @@ if hasattr(tl.extra, "cuda"):
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is one
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 

@@ -112,18 +112,22 @@ def _attend_block(
     score = warpgroup_mma(queries[0], left.permute((1, 0)), score, is_async=True)
     mbarrier.wait(full[1].index(place), phase)
     score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
-    score = warpgroup_mma_wait(0, deps=[score]) * scale
-    score = score_mod(score, b, h, q_idx, kv_idx, score_rows, fetched, score_captures)
+    score = warpgroup_mma_wait(0, deps=[score])
+    # Without a score_mod the softmax is that of unscaled scores in other units: one operation less for each of them.
+    unit = scale * LOG2E
+    if HAS_SCORE_MOD:
+        score = score_mod(score * scale, b, h, q_idx, kv_idx, score_rows, fetched, score_captures)
+        unit = LOG2E
     if CHECKED:
         score = gl.where(live, score, float("-inf"))
     m_new = gl.maximum(m_i, gl.max(score, 1))
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = gl.exp2((m_i - m_safe) * LOG2E)
+    alpha = gl.exp2((m_i - m_safe) * unit)
     mbarrier.wait(taken, (step + 1) % 2)  # the other half has used the weights of the last step
     factors.store(alpha)
     mbarrier.arrive(scaled, count=1)
-    p = gl.exp2((score - m_safe[:, None]) * LOG2E)
+    p = gl.exp2((score - m_safe[:, None]) * unit)
     l_i = l_i * alpha + gl.sum(p, 1)
     weights.store(p.to(weights.dtype))
     fence_async_shared()
@@ -165,6 +169,8 @@ def _attend_left(
             spans, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
             BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
         )  # fmt: skip
+    if not HAS_SCORE_MOD:
+        m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
     mbarrier.wait(taken, (last - first + 1) % 2)
     factors.store(m_i)  # in place of factors, for which there is no further use
     sums.store(l_i)
@@ -230,16 +236,17 @@ def _store_half(
 
 @gluon.jit
 def _load_query(
-    query, tile, b, kv_head, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE: gl.constexpr,
+    query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE: gl.constexpr,
     NUM_QUERIES: gl.constexpr, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr,
     LAYOUT: gl.constexpr, LATENTS: gl.constexpr,
 ):  # fmt: skip
-    """Columns `COLUMN .. COLUMN + COLUMNS` of the query rows of a tile, in shared memory."""
+    """Columns from `COLUMN` on of the query rows of a tile, in shared memory, with the sign of the scale."""
     lanes = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     _, _, head, token = query_rows(lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
     offs_d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     row = query + b.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh + token.to(gl.int64) * stride_qm
     q = gl.load(row[:, None] + offs_d[None, :] * stride_qd)
+    q = gl.where(scale < 0, -q, q)
     return gl.allocate_shared_memory(query.dtype.element_ty, [BLOCK_M, COLUMNS], LATENTS, q)
 
 
@@ -309,18 +316,19 @@ def attend_run(
     first, last = share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT, BALANCED)
 
     q_left = _load_query(
-        query, tile, b, kv_head, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
+        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
         0, HALF, ROWS, LATENTS,
     )  # fmt: skip
     q_right = _load_query(
-        query, tile, b, kv_head, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
+        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
         HALF, HALF, ROWS, LATENTS,
     )  # fmt: skip
     q_rest = _load_query(
-        query, tile, b, kv_head, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
+        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
         2 * HALF, BLOCK_R, NARROW, LATENTS,
     )  # fmt: skip
     queries = q_left, q_right, q_rest
+    scale = gl.abs(scale)
     dtype: gl.constexpr = query.dtype.element_ty
     latents = (
         gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS),

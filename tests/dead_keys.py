@@ -22,12 +22,19 @@ MASKS = {
     "two_intervals_in_one_block": lambda b, h, q, k: (k < 3) | ((k > 7) & (k < 12)),
     "three_intervals": lambda b, h, q, k: (k < 2) | ((k > 20) & (k < 31)) | ((k > q - 7) & (k <= q)),
     "chunks": mods.chunked(64),
-    "documents": mods.and_masks(mods.document_offsets(STARTS.expand(B, -1).contiguous()), mods.causal()),
+    "documents": None,  # captures a tensor: `mask_of` makes it for a device
     "the_past": lambda b, h, q, k: k < q - 9,
     "a_window_for_each_sequence": lambda b, h, q, k: (k <= q) & (q - k < 5 + 30 * b),
     "nothing": lambda b, h, q, k: k > q,
 }
 CACHES = ["contiguous", "pages of 1", "pages of 4", "pages of 16", "pages of 64", "latents", *QUANTISED]
+
+
+def mask_of(name, device="cpu"):
+    """The mask_mod of a name in `MASKS`."""
+    if name == "documents":
+        return mods.and_masks(mods.document_offsets(STARTS.expand(B, -1).contiguous().to(device)), mods.causal())
+    return MASKS[name]
 
 
 def dead_keys(mask_mod, lens, num_queries, max_kv_len):
@@ -54,8 +61,8 @@ def make_call(mask, cache, num_queries=1, dtype=torch.float32, device="cpu", hea
     if cache == "latents":
         head_dim, v_head_dim = 160, 128
     query, key, value = make_inputs(B, HQ, HKV, num_queries, N, head_dim, dtype=dtype)
-    dead = dead_keys(MASKS[mask], KV_LENS, num_queries, N)
-    call = {"mask_mod": MASKS[mask], "kv_lens": torch.tensor(KV_LENS)}
+    dead = dead_keys(mask_of(mask), KV_LENS, num_queries, N)
+    call = {"mask_mod": mask_of(mask, device), "kv_lens": torch.tensor(KV_LENS)}
     if cache in QUANTISED:
         (key, k_scale), (value, v_scale) = (quantise(x, QUANTISED[cache], "tokens") for x in (key, value))
         call |= {"k_scale": k_scale, "v_scale": v_scale}

@@ -78,8 +78,10 @@ def pytorch_decode(
     (B, Hq, Q, D), (Hkv, N, Dv) = query.shape, value.shape[1:]
     N *= 1 if page_table is None else page_table.shape[1]
     rows = Hq // Hkv * Q
-    lens = torch.full((B,), N) if kv_lens is None else kv_lens.cpu().long().clamp(0, N)
-    tokens = torch.full((B,), Q) if q_lens is None else q_lens.cpu().long().clamp(0, Q)
+    lens, tokens = (
+        torch.as_tensor(most if given is None else given).cpu().long().expand(B).clamp(0, most)
+        for given, most in ((kv_lens, N), (q_lens, Q))
+    )
     first = lens - tokens if q_offset is None else torch.as_tensor(q_offset).cpu().long().expand(B)
     sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.detach().cpu().float()
     out, lse = torch.zeros(B, Hq, Q, Dv, dtype=dtype), torch.full((B, Hq, Q), -torch.inf)

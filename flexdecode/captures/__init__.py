@@ -10,46 +10,67 @@ containers, objects and the user's own modules. Tensors and finite numbers are *
     >>> leaves
     [128]
 
-Not seen: attributes whose name the code does not spell (`getattr(cfg, name)`, `vars`; such objects count by identity),
-modules imported inside a mod, what C objects (numpy arrays, `lru_cache`, sets, deques, `defaultdict`) hold, and
-containers of more than 64 entries. Numbers in there are frozen at the first call, tensors are refused by the tracer.
+Of containers with over 64 entries the walk follows those that the mod was seen to read (`Followed`), and likewise the
+attributes that it reads by a computed name, `getattr(cfg, name)`. `copy_for_trace` makes a copy of the callable that
+notes such reads, and that refuses the use of what cannot be followed (generators, large arrays).
+
+Not seen: what C code and the outside world hold (`os.environ`, files, clocks, random numbers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ..errors import TraceError
 from .copies import CannotRebuild, _Rebuilder, _Recorder
-from .scan import _run, _Scan
+from .reads import Reads
+from .scan import NOTHING, Followed, _run, _Scan
 
-__all__ = ["CannotRebuild", "leaf_names", "pins", "rebuild", "walk"]
+__all__ = [
+    "NOTHING",
+    "CannotRebuild",
+    "Followed",
+    "Reads",
+    "copy_for_trace",
+    "leaf_names",
+    "pins",
+    "read",
+    "rebuild",
+    "walk",
+]
 
 
-def walk(fn: Callable) -> tuple[tuple, list]:
+def read(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list, bool]:
     """Reads what `fn` captures.
 
     Returns:
         The key, a hashable tuple, and the leaves: captured tensors and finite numbers in a deterministic order. The key
-        holds ids: whoever stores it also stores `pins(fn)`, so that no id is used again.
+        holds ids: whoever stores it also stores `pins(fn)`, so that no id is used again. And whether `fn` may read more
+        than can be told before it runs, see `Followed`.
     """
-    scan = _run(fn, _Scan)
+    scan = _run(fn, _Scan, followed)
     leaves = scan.leaves
     if len(leaves) > 1:
         # Two names of one tensor are one value to the tracer, and may be two tensors at the next call.
         ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
         if len(set(ids)) < len(ids):
             scan.key += ("alias", *map(ids.index, ids))
-    return tuple(scan.key), leaves
+    return tuple(scan.key), leaves, bool(scan.special)
 
 
-def pins(fn: Callable) -> list:
+def walk(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list]:
+    """The key and the leaves of `read`."""
+    return read(fn, followed)[:2]
+
+
+def pins(fn: Callable, followed: Followed = NOTHING) -> list:
     """Returns the objects whose ids are in the key of `fn` (code objects, types, objects that count by identity)."""
-    return _run(fn, _Scan).pins
+    return _run(fn, _Scan, followed).pins
 
 
-def leaf_names(fn: Callable) -> list[str]:
+def leaf_names(fn: Callable, followed: Followed = NOTHING) -> list[str]:
     """Returns how each leaf is reached, for people: `W`, `self.slope`, `partial argument 0`, `W (in mask_mods[0])`."""
-    return _run(fn, _Recorder).leaf_names
+    return _run(fn, _Recorder, followed).leaf_names
 
 
 def rebuild(fn: Callable, replacements: Mapping[int, object]) -> Callable:
@@ -67,3 +88,35 @@ def rebuild(fn: Callable, replacements: Mapping[int, object]) -> Callable:
     if any(not 0 <= index < len(record.leaves) for index in replacements):
         raise IndexError(f"leaves {sorted(replacements)} to be replaced, but there are {len(record.leaves)}")
     return _Rebuilder(record.nodes, replacements).build(fn, record.nodes[0] if record.nodes else None)
+
+
+def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Reads) -> Callable:
+    """Copies `fn` with some leaves replaced, and with what notes or refuses reads that the walk does not follow.
+
+    Args:
+        fn: the callable.
+        replacements: new objects by position among the leaves of `walk(fn, reads.followed)`.
+        reads: takes the notes.
+
+    Raises:
+        CannotRebuild: a replacement is not possible where that leaf is held.
+        TraceError: the callable reaches too much.
+    """
+    record = _run(fn, _Recorder, reads.followed)
+    if record.too_far:
+        raise TraceError(
+            f"the {reads.kind} reaches more than can be read again at each call, through `{record.too_far}`\n"
+            "  Give it what it reads in variables of its own."
+        )
+    reads.known = record.names
+    while True:
+        try:
+            return _Rebuilder(record.nodes, replacements, reads).build(fn, record.nodes[0] if record.nodes else None)
+        except CannotRebuild as error:
+            position = -1 - error.index
+            if position < 0:
+                raise
+            reads.kept.add(position)
+            special = record.nodes[position].special
+            if special.startswith("long"):
+                reads.note(int(special.split()[1]), ("all", None))

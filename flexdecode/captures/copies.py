@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from .facts import (
+    _ABSENT,
     _DICTS,
     _TABLES,
     _At,
     _Type,
 )
+from .holders import _array_of, _holder, _is_numpy_array
+from .reads import Reads
 from .scan import (
-    _ABSENT,
+    _code,
     _read_slot,
     _Scan,
     _type,
@@ -36,12 +41,23 @@ class CannotRebuild(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A visited function, container or object with its children; `refs` says where a child is a leaf or a node."""
+    """A visited function, container or object with its children.
+
+    Attributes:
+        owner: what was visited.
+        children: what it holds.
+        where: how these are reached.
+        refs: for each child that is a leaf its place among them, for one that was visited its node.
+        path: how the owner is reached, for people.
+        special: what a copy for tracing puts in its place.
+    """
 
     owner: Any
-    children: Sequence
-    where: Sequence[_At]
+    children: list
+    where: list[_At]
     refs: list[int | _Node | None]
+    path: tuple[str, str]
+    special: str
 
 
 class _Recorder(_Scan):
@@ -55,13 +71,22 @@ class _Recorder(_Scan):
         self.leaf_names: list[str] = []
 
     def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> None:
-        node = _Node(owner, children, where, [])
+        node = _Node(owner, [], [], [], self.path, self.special.get(len(self.nodes), ""))
         self.nodes.append(node)
-        path = self.path
+        self.fill(node, children, where)
+
+    def extend(self, number: int, at: _At) -> None:
+        container, position = self.long[number]
+        self.fill(self.nodes[position], *self.read(container, at))
+
+    def fill(self, node: _Node, children: Sequence, where: Sequence[_At]) -> None:
+        """Visits children and notes them in the node of their owner."""
         for child, at in zip(children, where, strict=False):
-            self.path = _spell(path, owner, at)
+            self.path = _spell(node.path, node.owner, at)
             leaf = len(self.leaves)
-            position = super().each(owner, (child,), (at,))
+            position = super().each(node.owner, (child,), (at,))
+            node.children.append(child)
+            node.where.append(at)
             if position is not None:
                 node.refs.append(self.nodes[position])
             elif len(self.leaves) == leaf:
@@ -70,7 +95,7 @@ class _Recorder(_Scan):
                 node.refs.append(leaf)
                 base, inside = self.path
                 self.leaf_names.append(f"{base} (in {inside})" if inside else base)
-        self.path = path
+        self.path = node.path
 
 
 def _spell(path: tuple[str, str], owner: Any, at: _At) -> tuple[str, str]:
@@ -84,6 +109,12 @@ def _spell(path: tuple[str, str], owner: Any, at: _At) -> tuple[str, str]:
         name = f"partial {how} {name!r}"
     if how in ("cell", "global", "default", "kwdefault", "argument", "keyword"):
         return name, ", in ".join(filter(None, path))
+    if how in ("mapping", "proxy", "call"):
+        return path
+    if how in ("get()", "factory", "key", "member"):
+        return f"{base or 'self'}{'.get()' if how == 'get()' else ''}", inside
+    if how == "import":
+        return name, ", in ".join(filter(None, path))
     if how in ("index", "item"):
         return f"{base or 'self'}[{name!r}]", inside
     if how == "self":
@@ -94,12 +125,20 @@ def _spell(path: tuple[str, str], owner: Any, at: _At) -> tuple[str, str]:
 
 
 class _Rebuilder:
-    """Copies the nodes from which a replaced leaf can be reached."""
+    """Copies the nodes from which a replaced leaf, or something that a trace shall not see, can be reached.
 
-    def __init__(self, nodes: list[_Node], replacements: Mapping[int, object]) -> None:
+    Such things count as leaf -1 - n, where n is the position of their node.
+    """
+
+    def __init__(self, nodes: list[_Node], replacements: Mapping[int, object], reads: Reads | None = None) -> None:
         self.replacements = replacements
+        self.reads = reads
         self.done: dict[int, Any] = {}
         self.below: dict[int, int] = {}  # by id of a node, a replaced leaf that can be reached from it
+        if reads is not None:
+            kept = reads.kept
+            self.below = {id(n): -1 - i for i, n in enumerate(nodes) if n.special and i not in kept}
+        self.own = dict(self.below)
         size = -1
         while size != len(self.below):  # cycles need more than one round
             size = len(self.below)
@@ -133,6 +172,15 @@ class _Rebuilder:
 
     def copy(self, node: _Node, leaf: int) -> Any:
         owner = node.owner
+        special = node.special if id(node) in self.own else ""
+        if special == "refused":
+            assert self.reads is not None
+            return self.reads.refused(owner, node.path[0])
+        holder = _holder(type(owner))
+        if holder is not None and not special.startswith("long"):
+            return holder.copy(owner, [*map(self.build, node.children, node.refs)][: len(node.children)])
+        if _is_numpy_array(type(owner)):
+            return _array_of(owner, [*map(self.build, node.children, node.refs)])
         if isinstance(owner, MethodType):
             return MethodType(*map(self.build, node.children, node.refs))
         if type(owner) is functools.partial:
@@ -160,10 +208,18 @@ class _Rebuilder:
 
     def copy_function(self, node: _Node, fn: FunctionType) -> FunctionType:
         changes = self.changes(node)
-        changed = {how: {name for other, name, *_ in changes if other == how} for how in ("cell", "global")}
+        changed = {how: {name for other, name, *_ in changes if other == how} for how in ("cell", "global", "import")}
         old_cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+        if node.special and id(node) in self.own:
+            assert self.reads is not None
+            changed["global"].add("")
+        for how, _, _, _, leaf in changes:
+            if how == "import":
+                raise CannotRebuild(leaf, "it is read from a module that is imported inside a function")
         cells = {name: CellType() if name in changed["cell"] else cell for name, cell in old_cells.items()}
         scope = dict(fn.__globals__) if changed["global"] else fn.__globals__
+        if "" in changed["global"] and self.reads is not None:
+            self.reads.plant_builtins(scope, _code(fn))
         new = FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells.values()))
         self.done[id(node)] = new  # before its children: it may call itself
         new.__qualname__ = fn.__qualname__
@@ -181,6 +237,11 @@ class _Rebuilder:
 
     def copy_object(self, node: _Node, obj: Any, leaf: int) -> Any:
         facts, kind, changes = _type(type(obj)), type(obj), self.changes(node)
+        if id(node) in self.own and node.special.startswith("long"):
+            return self.copy_long(node, obj, facts, leaf)
+        if type(obj) is threading.local:
+            changed = {name: self.build(child, ref) for _, name, child, ref, _ in changes}
+            return SimpleNamespace(**{**vars(obj), **changed})
         if not facts.complete:
             raise CannotRebuild(leaf, f"a {kind.__name__} cannot be copied")
         if any(how in ("class", "descriptor", "super") for how, *_ in changes):
@@ -207,8 +268,24 @@ class _Rebuilder:
                 state[how][name] = value
             elif how == "attr":
                 state[name] = value
+            elif how == "factory":
+                new.default_factory = value
+            elif how == "key":
+                raise CannotRebuild(leaf, "it is in the key of a dict")
             elif not isinstance(new, tuple):
                 facts.solid.__setitem__(new, name, value)
+        return new
+
+    def copy_long(self, node: _Node, obj: Any, facts: _Type, leaf: int) -> Any:
+        assert self.reads is not None
+        changes = self.changes(node)
+        if any(how not in ("index", "item") for how, *_ in changes):
+            raise CannotRebuild(leaf, f"a large {type(obj).__name__} has attributes of its own")
+        changed = {name: self.build(child, ref) for _, name, child, ref, _ in changes}
+        new = self.reads.recording(obj, int(node.special.split()[1]), node.path[0], changed)
+        self.done[id(node)] = new
+        if facts.has_dict:
+            vars(new).update(vars(obj))
         return new
 
 
@@ -222,8 +299,12 @@ def _copy_state(obj: Any, new: Any, facts: _Type) -> tuple[dict[str, Any], dict[
         state.update({table: dict(state[table]) for table in _TABLES})
     if facts.solid is list:
         list.extend(new, obj)
+    elif facts.solid is deque:
+        deque.__init__(new, obj, obj.maxlen)
     elif facts.solid in _DICTS:
         facts.solid.update(new, obj)
+        if facts.solid is defaultdict:
+            new.default_factory = obj.default_factory
     slots: dict[str, MemberDescriptorType] = {}
     for namespace in reversed(facts.dicts):
         slots.update({name: slot for name, slot in namespace.items() if isinstance(slot, MemberDescriptorType)})

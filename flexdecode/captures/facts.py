@@ -5,8 +5,8 @@ from __future__ import annotations
 import dis
 import functools
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import CodeType, FunctionType, MemberDescriptorType, SimpleNamespace
@@ -14,12 +14,22 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-MAX_ITEMS = 64  # larger containers are data, not parameters of a mod
+MAX_ITEMS = 64  # of larger containers only the entries are followed that the mod reads
+MAX_WHOLE = 1024  # entries of a container that a mod may read all of
 MAX_DEPTH = 64  # keeps far away from Python's recursion limit
 MAX_OBJECTS = 1024  # a mod that reaches more has run into some framework's internals
 MAX_CACHED = 4096
 
 _At = tuple[str, Any]  # how a child is reached from its owner: ("cell", "W"), ("attr", "slope"), ("index", 0), ...
+# The header of a value in the key, its children, and how these are reached; None for a value that has no children.
+_Parts = tuple[Sequence, Sequence, Sequence[_At]]
+
+
+class _Absent:
+    """Stands for an empty closure cell, an unset slot, and a global that is not there (a builtin)."""
+
+
+_ABSENT = _Absent()
 
 
 # --- What the code of a function reads -------------------------------------------------------------------------------
@@ -27,7 +37,10 @@ _At = tuple[str, Any]  # how a child is reached from its owner: ("cell", "W"), (
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _PADDING = {"CACHE", "EXTENDED_ARG"}
 _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
-_REFLECTION = {"getattr()", "vars()", "__dict__", "__getattribute__", "asdict", "asdict()", "astuple", "astuple()"}
+_WHOLE = {"vars()", "__dict__", "__getattribute__", "asdict", "asdict()", "astuple", "astuple()"}  # all attributes
+_REFLECTION = {"getattr()", *_WHOLE}
+_BY_NAME = {"getattr()", "hasattr()", "attrgetter", "attrgetter()", "globals()", *_WHOLE}  # names are strings there
+_HIDING = {"getattr()", "hasattr()", "globals()", "eval()", "exec()"}  # builtins that read what their argument says
 
 
 @dataclass(slots=True)
@@ -41,6 +54,9 @@ class _Code:
             attribute (calls, indexes or passes them on), as `slope()`.
         uses_self: whether it uses more than attributes of its first parameter.
         where: how each closure cell and global is reached.
+        imports: the modules that it imports, with the number of dots before their names.
+        hides: whether it may read what none of these tell, through `getattr` and the like.
+        is_odd: whether it imports or hides.
     """
 
     code: CodeType
@@ -48,12 +64,16 @@ class _Code:
     names: frozenset[str]
     uses_self: bool
     where: tuple[_At, ...]
+    imports: tuple[tuple[str, int], ...]
+    hides: bool
+    is_odd: bool
 
 
 def _read_code(code: CodeType) -> _Code:
     global_names: dict[str, None] = {}  # a dict for its order
     names: set[str] = set()
     uses_self = False
+    imports: dict[tuple[str, int], None] = {}
     first = code.co_varnames[0] if code.co_varnames else ""
     pending, strings = [code], set()
     while pending:
@@ -61,9 +81,14 @@ def _read_code(code: CodeType) -> _Code:
         pending += [const for const in inner.co_consts if isinstance(const, CodeType)]
         strings |= {const for const in inner.co_consts if isinstance(const, str) and const.isidentifier()}
         steps = [step for step in dis.get_instructions(inner) if step.opname not in _PADDING]
-        for step, after in pairwise(steps):
+        for place, (step, after) in enumerate(pairwise(steps)):
             operation, name, bare = step.opname, step.argval, after.opname not in _ATTRIBUTE
-            if operation in _GLOBAL:
+            if operation == "IMPORT_NAME":  # after its number of dots and its list of names
+                imports[name, steps[place - 2].argval or 0] = None
+                names |= set(name.split(".")[1:])
+            elif operation == "IMPORT_FROM":
+                names |= {name, f"{name}()"}
+            elif operation in _GLOBAL:
                 global_names[name] = None
             elif operation in _ATTRIBUTE:
                 names.add(name)
@@ -76,10 +101,22 @@ def _read_code(code: CodeType) -> _Code:
                 continue
             if bare:
                 names.add(name + "()")
-    if "getattr()" in names:
+    if not names.isdisjoint(_BY_NAME):
         names |= strings | {f"{name}()" for name in strings}
+    if "globals()" in names:
+        global_names.update(dict.fromkeys(strings))
     where = [("cell", name) for name in code.co_freevars] + [("global", name) for name in global_names]
-    facts = _Code(code, tuple(global_names), frozenset(names), uses_self, tuple(where))
+    hides = any(f"{name}()" in _HIDING for name in global_names)
+    facts = _Code(
+        code,
+        tuple(global_names),
+        frozenset(names),
+        uses_self,
+        tuple(where),
+        tuple(imports),
+        hides,
+        hides or bool(imports),
+    )
     return _remember(_CODES, id(code), facts)
 
 
@@ -89,6 +126,7 @@ class _View:
 
     attributes: tuple[str, ...]
     reflective: bool
+    whole: bool
     uses_super: bool
     uses_class: bool
 
@@ -97,7 +135,8 @@ class _View:
 def _view(names: frozenset[str]) -> _View:
     attributes = tuple(sorted(name for name in names if not name.endswith("()")))
     uses_class = "type()" in names or "__class__" in names
-    return _View(attributes, not names.isdisjoint(_REFLECTION), "super()" in names, uses_class)
+    whole = not names.isdisjoint(_WHOLE)
+    return _View(attributes, not names.isdisjoint(_REFLECTION), whole, "super()" in names, uses_class)
 
 
 @functools.lru_cache(maxsize=MAX_CACHED)
@@ -109,7 +148,7 @@ def _union(names: frozenset[str], more: frozenset[str]) -> frozenset[str]:
 
 _POINTER = struct.calcsize("P")
 _HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: made by a class statement, and layout
-_SEQUENCES, _DICTS = (tuple, torch.Size, list), (dict, OrderedDict)
+_SEQUENCES, _DICTS = (tuple, torch.Size, list, deque), (dict, OrderedDict, defaultdict)
 _CONTAINERS = _SEQUENCES + _DICTS
 _TABLES = ("_parameters", "_buffers", "_modules")
 _MODULE_CONTAINERS = (
@@ -157,11 +196,16 @@ class _Type:
     complete: bool
 
 
+def _type_of_layout(kind: type) -> type:
+    """The built-in class that determines the layout of a class."""
+    return next(base for base in kind.__mro__ if not base.__flags__ & _HEAP and base is not Generic)
+
+
 def _read_type(kind: type) -> _Type:
     mro = kind.__mro__
     library = (torch.nn.Module, Generic, Protocol)  # their methods read nothing of the user's that is not walked
     dicts = [vars(base) for base in mro if base.__flags__ & _HEAP and base not in library]
-    solid: type = next(base for base in mro if not base.__flags__ & _HEAP and base is not Generic)
+    solid = _type_of_layout(kind)
     is_module = issubclass(kind, torch.nn.Module)
     operators = {"forward"} if is_module else set()
     for namespace in dicts:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import functools
 import numbers
+import operator
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import repeat
 from operator import attrgetter
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from types import (
+    CellType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+    WrapperDescriptorType,
+)
+from typing import Any, NamedTuple
 
 import torch
 
 from .facts import (
+    _ABSENT,
     _CODES,
     _CONSTRUCTORS,
     _CONTAINERS,
@@ -29,9 +42,11 @@ from .facts import (
     MAX_DEPTH,
     MAX_ITEMS,
     MAX_OBJECTS,
+    _Absent,
     _At,
     _Code,
     _is_plain,
+    _Parts,
     _plain,
     _read_code,
     _read_type,
@@ -41,17 +56,24 @@ from .facts import (
     _View,
     _view,
 )
+from .holders import (
+    _BUILTINS,
+    _FUNC,
+    _MEMO,
+    _VIEWS,
+    _data_of,
+    _holder,
+    _is_bound,
+    _is_data,
+    _is_numpy_array,
+    _names_in,
+    _numbers_of,
+    _spelled,
+)
 
-
-class _Absent:
-    """Stands for an empty closure cell, an unset slot, and a global that is not there (a builtin)."""
-
-
-_ABSENT = _Absent()
 _NO_NAMES: frozenset[str] = frozenset()
-_FUNC: _At = ("func", None)
 _INDEX: tuple[_At, ...] = tuple(("index", i) for i in range(MAX_ITEMS))
-_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", *_TABLES}
+_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", "import", *_TABLES}
 _CONSTANTS = {bool, str, bytes, type(None), type(...), _Absent, torch.dtype, torch.device, torch.layout}
 _KEY_TYPES = {str, int}
 _LIBRARY: dict[int, ModuleType] = {}  # modules known to be opaque, kept alive
@@ -60,14 +82,29 @@ _contents = attrgetter("cell_contents")
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter  # looked up for each captured value
 
 
+class Followed(NamedTuple):
+    """What a mod was seen to read that its code does not tell.
+
+    Attributes:
+        names: attributes that it reads by a computed name.
+        reads: what it reads of large containers: the container's place among them, and an entry, its length or all.
+    """
+
+    names: frozenset[str] = frozenset()
+    reads: tuple[tuple[int, _At], ...] = ()
+
+
+NOTHING = Followed()
+
+
 @functools.lru_cache(maxsize=MAX_CACHED)
 def _opaque(module: str | None) -> bool:
     """Whether a module, by its name, is one that users do not change."""
     return module is not None and module.partition(".")[0] in _OPAQUE
 
 
-def _run(fn: Callable, make: Any) -> Any:
-    scan, names = None, _NO_NAMES
+def _run(fn: Callable, make: Any, followed: Followed = NOTHING) -> Any:
+    scan, names = None, _NO_NAMES if followed is NOTHING else followed.names
     while scan is None or scan.stale:  # a helper names attributes of an object that was visited before: look again
         scan = make(names)
         parts = _function(scan, fn, _FUNC, True) if type(fn) is FunctionType else None
@@ -78,6 +115,9 @@ def _run(fn: Callable, make: Any) -> Any:
             scan.seen[id(fn)] = 0
             scan.key += header
             scan.each(fn, children, where)
+        if followed is not NOTHING:
+            for number, at in followed.reads:
+                scan.extend(number, at)
         names = scan.names
     return scan
 
@@ -93,6 +133,9 @@ class _Scan:
     depth = 0
     looked = False  # whether attributes were looked up with the present names
     stale = False
+    special: dict[int, str] = {}  # noqa: RUF012 (positions of what a copy for tracing replaces, and by what)
+    too_far = ""  # the first thing that was too deep, or one object too many
+    long: list[tuple[Any, int]] = []  # noqa: RUF012 (large containers and their positions)
 
     def __init__(self, names: frozenset[str]) -> None:
         self.names = names
@@ -130,7 +173,7 @@ class _Scan:
             self.key += ("back", position)
             return position
         if self.depth >= MAX_DEPTH or len(self.seen) >= MAX_OBJECTS:
-            describe = _identity
+            describe = _too_far
         parts = describe(self, value, at, called)
         if parts is None:
             return None
@@ -141,6 +184,43 @@ class _Scan:
         self.each(value, children, where)
         self.depth -= 1
         return position
+
+    def mark(self, how: str) -> None:
+        """Notes that a copy for tracing puts something else in the place of what is described now."""
+        if not self.special:
+            self.special = {}
+        self.special[len(self.seen)] = how
+
+    def extend(self, number: int, at: _At) -> None:
+        """Visits what the mod reads of a large container."""
+        container, _ = self.long[number]
+        children, where = self.read(container, at)
+        self.each(container, children, where)
+
+    def read(self, container: Any, at: _At) -> tuple[Sequence, Sequence[_At]]:
+        """An entry of a large container, or all; what are not children goes into the key."""
+        how, name = at
+        if how == "len":
+            self.key.append(len(container))
+        elif how == "in":
+            self.key.append(name in container)
+        elif how == "all":
+            return self.read_all(container)
+        else:
+            return (_entry(container, at),), (at,)
+        return (), ()
+
+    def read_all(self, container: Any) -> tuple[Sequence, Sequence[_At]]:
+        """All entries of a large container."""
+        if isinstance(container, (set, frozenset)):
+            parts = _members_of(self, container)
+        elif isinstance(container, (*_DICTS, MappingProxyType)):
+            parts = _dict_parts(container)
+        else:
+            parts = (len(container),), [*container], [("index", i) for i in range(len(container))]
+        header, children, where = parts
+        self.key += header
+        return children, where
 
     def is_called(self, at: _At) -> bool:
         """Whether the code may use more of a thing than attributes that it names: call it, index it, compute with it.
@@ -159,7 +239,6 @@ class _Scan:
 
 # Functions that describe a value by its part of the key, its children and how these are reached. For a value without
 # children they write to the scan and return None.
-_Parts = tuple[Sequence, Sequence, Sequence[_At]]
 _Describe = Callable[[_Scan, Any, _At, bool], "_Parts | None"]
 
 
@@ -167,6 +246,89 @@ def _identity(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
     scan.key += ("id", id(value))
     scan.pins.append(value)
     return None
+
+
+def _too_far(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+    scan.too_far = scan.too_far or f"{getattr(scan, 'path', ('', ''))[0] or 'it'}"
+    return _identity(scan, value, at, called)
+
+
+def _refused(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+    """What changes in ways that cannot be followed: a mod that uses it is refused."""
+    scan.mark("refused")
+    scan.pins.append(value)
+    return ("refused", id(value)), (), ()
+
+
+def _held(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+    kind = type(value)  # a weak proxy has the attributes of what it stands for
+    holder = _holder(kind)
+    assert holder is not None
+    if kind in _BUILTINS and not _is_bound(value):
+        return _identity(scan, value, at, called)
+    if kind is MappingProxyType and len(value) > MAX_ITEMS:
+        return _long(scan, value)
+    if kind in _VIEWS and len(value) > MAX_ITEMS:
+        return _refused(scan, value, at, called)
+    if kind is _MEMO:
+        if at[0] in ("global", "module") and _opaque(value.__module__):
+            return _identity(scan, value, at, called)
+        scan.mark("memo")  # what it remembers may be older than what its function reads
+    header, children, where = holder.read(value)
+    return (kind, header), children, where
+
+
+def _data(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+    """Describes arrays, buffers and the numbers of ctypes by their contents."""
+    elements = _numbers_of(value) if _is_numpy_array(type(value)) else None
+    if elements is not None:
+        return (type(value), value.shape, value.dtype), elements, _INDEX
+    contents = _data_of(value)
+    if contents is None:
+        return _refused(scan, value, at, called)
+    scan.key += (type(value), repr(contents) if type(contents) is float else contents)
+    return None
+
+
+def _set(scan: _Scan, items: set | frozenset, at: _At, called: bool) -> _Parts:
+    if len(items) > MAX_ITEMS:
+        return _long(scan, items)
+    header, children, where = _members_of(scan, items)
+    return (type(items), *header), children, where
+
+
+def _members_of(scan: _Scan, items: set | frozenset) -> _Parts:
+    """Numbers and strings in a set are constants; their order is part of the key, as a mod may iterate."""
+    spelled = (*map(_spelled, items),)
+    odd = [item for item, known in zip(items, spelled, strict=True) if known is None] if None in spelled else []
+    return (spelled,), odd, [("member", i) for i in range(len(odd))]
+
+
+def _long(scan: _Scan, container: Any) -> _Parts:
+    """A container of which only those entries are followed that the mod reads, see `Followed`."""
+    if not scan.long:
+        scan.long = []
+    scan.mark(f"long {len(scan.long)}")
+    scan.long.append((container, len(scan.seen)))
+    return ("long", type(container)), [], []
+
+
+def _entry(container: Any, at: _At) -> Any:
+    how, name = at
+    if how == "item":
+        try:
+            return container[name] if isinstance(container, MappingProxyType) else dict.get(container, name, _ABSENT)
+        except KeyError:
+            return _ABSENT
+    try:
+        return next(kind for kind in _SEQUENCES if isinstance(container, kind)).__getitem__(container, name)
+    except IndexError:
+        return _ABSENT
+
+
+def _getter(scan: _Scan, getter: Any, at: _At, called: bool) -> None:
+    scan.learn(_names_in(getter))
+    _identity(scan, getter, at, called)
 
 
 def _representation(scan: _Scan, value: Any, at: _At, called: bool) -> None:
@@ -211,15 +373,32 @@ def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | 
     except ValueError:  # an empty cell
         children = [_read_cell(cell) for cell in cells or ()]
     children += map(fn.__globals__.get, facts.global_names, repeat(_ABSENT))
-    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__):
+    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__ or facts.is_odd):
         return ("function", id(code)), children, facts.where
+    if facts.hides:
+        scan.mark("function")
+    imports = [name for given in facts.imports for name in _import_names(fn, *given)]
+    children += [sys.modules.get(name, _ABSENT) for name in imports]
     defaults, keywords, attributes = fn.__defaults__ or (), fn.__kwdefaults__ or {}, fn.__dict__
     named = [name for name in _view(scan.names).attributes if name in attributes]
     scan.looked = scan.looked or bool(attributes)
     children += [*defaults, *keywords.values(), *[attributes[name] for name in named]]
-    where = [*facts.where, *[("default", i) for i in range(len(defaults))], *[("kwdefault", k) for k in keywords]]
+    where = [
+        *facts.where,
+        *[("import", name) for name in imports],
+        *[("default", i) for i in range(len(defaults))],
+        *[("kwdefault", k) for k in keywords],
+    ]
     where += [("fattr", name) for name in named]
     return ("function", id(code), (len(defaults), *keywords, None, *named)), children, where
+
+
+def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
+    """The modules that an import inside a function reads: the one it names, and the one above, which it may bind."""
+    if dots:
+        package = (fn.__globals__.get("__package__") or "").split(".")
+        name = ".".join([*package[: len(package) - dots + 1], *filter(None, [name])])
+    return (name,) if "." not in name else (name, name.partition(".")[0])
 
 
 def _method(scan: _Scan, method: MethodType, at: _At, called: bool) -> _Parts:
@@ -234,16 +413,32 @@ def _partial(scan: _Scan, call: functools.partial, at: _At, called: bool) -> _Pa
     return ("partial", len(call.args), tuple(call.keywords)), children, where
 
 
-def _sequence(scan: _Scan, items: Sequence, at: _At, called: bool) -> _Parts | None:
+def _sequence(scan: _Scan, items: Sequence, at: _At, called: bool) -> _Parts:
     if len(items) > MAX_ITEMS:
-        return _identity(scan, items, at, called)
+        return _long(scan, items)
     return (type(items), len(items)), items, _INDEX
 
 
-def _dictionary(scan: _Scan, items: Mapping, at: _At, called: bool) -> _Parts | None:
-    if len(items) > MAX_ITEMS or not _KEY_TYPES.issuperset(map(type, items)):
-        return _identity(scan, items, at, called)
-    return (type(items), tuple(items)), [*items.values()], [("item", key) for key in items]
+def _dictionary(scan: _Scan, items: Mapping, at: _At, called: bool) -> _Parts:
+    if len(items) > MAX_ITEMS:
+        return _long(scan, items)
+    if _KEY_TYPES.issuperset(map(type, items)) and type(items) is not defaultdict:
+        return (type(items), tuple(items)), [*items.values()], [("item", key) for key in items]
+    header, children, where = _dict_parts(items)
+    return (type(items), *header), children, where
+
+
+def _dict_parts(items: Mapping) -> _Parts:
+    """The entries of a dict with keys of any type: what a key does not spell is visited as well."""
+    spelled = (*map(_spelled, items),)
+    odd = [key for key, known in zip(items, spelled, strict=True) if known is None] if None in spelled else []
+    children = [*dict.values(items)] if isinstance(items, dict) else [*items.values()]
+    where: list[_At] = [("item", key) for key in items]
+    where += [("key", i) for i in range(len(odd))]
+    if isinstance(items, defaultdict):
+        odd.append(items.default_factory)
+        where.append(("factory", None))
+    return (spelled,), [*children, *odd], where
 
 
 def _module(scan: _Scan, module: ModuleType, at: _At, called: bool) -> _Parts | None:
@@ -270,6 +465,8 @@ def _class(scan: _Scan, kind: type, at: _At, called: bool) -> _Parts | None:
 def _object(scan: _Scan, obj: Any, at: _At, called: bool) -> _Parts:
     facts = _type(type(obj))
     state = object.__getattribute__(obj, "__dict__") if facts.has_dict else {}
+    if isinstance(obj, threading.local):
+        state = obj.__dict__  # of this thread
     hooks = [name for name in _HOOKS if state.get(name)] if facts.is_module else ()
     return _attributes(scan, obj, type(obj), facts, state, hooks, called)
 
@@ -280,7 +477,10 @@ def _attributes(
     """Describes what the code names of an object or class, with what its methods name in turn."""
     while True:
         names, operators = scan.names, (*facts.operators, *extra) if called else facts.getters
-        children, where = _members(obj, facts, state, _view(names), operators)
+        view = _view(names)
+        children, where = _members(obj, facts, state, view, operators)
+        if view.whole and (called or "__dict__" in names) and obj is not kind and not facts.is_module:
+            _add_attributes(obj, facts, state, view, children, where)
         methods = [(_code(c), how) for c, (how, _) in zip(children, where, strict=True) if type(c) is FunctionType]
         for code, _ in methods:
             scan.learn(code.names)
@@ -289,9 +489,9 @@ def _attributes(
         elif names is scan.names:
             break
     scan.looked = True
-    by_identity = facts.dynamic or _view(names).reflective
+    by_identity = facts.dynamic or view.reflective
     if obj is not kind and facts.solid in _CONTAINERS:
-        by_identity |= _add_items(obj, facts.solid, children, where)
+        _add_items(scan, obj, facts.solid, children, where)
     scan.pins += (obj, kind) if by_identity else (kind,)
     return ("object", id(kind), obj is kind, id(obj) if by_identity else 0, len(where), *where), children, where
 
@@ -336,14 +536,35 @@ def _members(
     return children, where
 
 
-def _add_items(obj: Any, solid: Any, children: list[Any], where: list[_At]) -> bool:
-    """Adds the items of an instance of a container class; returns whether there are items that cannot be listed."""
-    items = list(solid.__iter__(obj))
-    if len(items) > MAX_ITEMS or (solid in _DICTS and not _KEY_TYPES.issuperset(map(type, items))):
-        return True
-    children += solid.values(obj) if solid in _DICTS else items
-    where += [("item", key) for key in items] if solid in _DICTS else _INDEX[: len(items)]
-    return False
+def _add_attributes(obj: Any, facts: _Type, state: Mapping, view: _View, children: list[Any], where: list[_At]) -> None:
+    """Adds the attributes of an instance that the code does not name, where it may read all (`vars(cfg)`)."""
+    slots = {
+        name: slot
+        for namespace in facts.dicts
+        for name, slot in namespace.items()
+        if isinstance(slot, MemberDescriptorType)
+    }
+    for name in state:
+        if name not in view.attributes and name not in slots:
+            children.append(state[name])
+            where.append(("attr", name))
+    for name, slot in slots.items():
+        if name not in view.attributes:
+            children.append(_read_slot(slot, obj))
+            where.append(("slot", name))
+
+
+def _add_items(scan: _Scan, obj: Any, solid: Any, children: list[Any], where: list[_At]) -> None:
+    """Adds the items of an instance of a container class, or those that the mod reads if there are many."""
+    if solid.__len__(obj) > MAX_ITEMS:
+        _long(scan, obj)
+    elif solid in _DICTS:
+        _, values, places = _dict_parts(obj)
+        children += values
+        where += places
+    else:
+        children += solid.__iter__(obj)
+        where += _INDEX[: solid.__len__(obj)]
 
 
 def _code(fn: FunctionType) -> _Code:
@@ -376,6 +597,8 @@ _TABLE: dict[type, _Describe] = {
     **dict.fromkeys(_SEQUENCES, _sequence),
     **dict.fromkeys(_DICTS, _dictionary),
     **dict.fromkeys((float, complex, range), _representation),
+    **dict.fromkeys((set, frozenset), _set),
+    **dict.fromkeys((operator.attrgetter, operator.methodcaller), _getter),
 }
 
 
@@ -390,6 +613,16 @@ def _choose(kind: type) -> _Describe:
         return _class
     if kind.__module__ == "numpy" and issubclass(kind, numbers.Real):
         return _numpy_number
+    if _holder(kind) is not None:
+        return _held
+    if _is_data(kind):
+        return _data
+    if isinstance(getattr(kind, "__next__", None), WrapperDescriptorType):  # generators, iterators, files
+        return _refused
+    if kind.__module__ == "logging":
+        return _identity
+    if issubclass(kind, threading.local):
+        return _object
     if issubclass(kind, Enum) or not (kind.__flags__ & _HEAP or kind is SimpleNamespace):
         return _identity
     return _object

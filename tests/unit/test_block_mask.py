@@ -81,6 +81,126 @@ def test_changes_of_the_lists_are_seen():
     assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=other)
 
 
+def blocks_of_16(first):
+    """A mask of one block of keys, and a BlockMask for it."""
+    mask_mod = lambda b, h, q, k: k // 16 == first
+    return mask_mod, create_block_mask(mask_mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+
+
+def test_lists_that_are_reassigned_in_each_step():
+    """The memory of the old list is used again for the new one."""
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    _, block_mask = blocks_of_16(0)
+    block_mask.mask_mod = mods.and_masks(lambda b, h, q, k: k >= 0)
+    for step in range(20):
+        block_mask.full_kv_indices = torch.full_like(block_mask.full_kv_indices, step % 4)
+        expected = lambda b, h, q, k, block=step % 4: k // 16 == block
+        assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=expected)
+
+
+def test_lists_that_trade_their_storage():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    _, block_mask = blocks_of_16(0)
+    stores = [torch.full_like(block_mask.full_kv_indices, block) for block in range(4)]
+    for block in (0, 1, 2, 3, 1, 0):
+        block_mask.full_kv_indices.data = stores[block]
+        expected = lambda b, h, q, k, block=block: k // 16 == block
+        assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=expected)
+
+
+def test_memory_of_old_lists_is_bounded():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    _, block_mask = blocks_of_16(0)
+    alive = []
+    for _ in range(30):
+        block_mask.kv_indices = block_mask.kv_indices.clone()
+        alive.append(weakref.ref(block_mask.kv_indices))
+        flex_decode(*inputs, block_mask=block_mask)
+    gc.collect()
+    assert sum(reference() is not None for reference in alive) <= 8
+    del block_mask
+    gc.collect()
+    assert not any(reference() for reference in alive)
+
+
+def test_lengths_that_grow():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    _, block_mask = blocks_of_16(1)
+    for length in (60, 61, 64):
+        block_mask.seq_lengths = (length, length)
+        kv_lens = torch.tensor([length])
+        out = flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens)
+        expected = lambda b, h, q, k: k // 16 == 1
+        assert_close_to_reference(out, None, *inputs, mask_mod=expected, kv_lens=kv_lens)
+    block_mask.seq_lengths = (60, 60)
+    with pytest.raises(ValueError, match="covers query positions 0 to 59, but the call has 63 to 63"):
+        flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens)
+
+
+def test_another_block_size():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    _, block_mask = blocks_of_16(1)
+    assert_close_to_reference(
+        flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=lambda b, h, q, k: k // 16 == 1
+    )
+    block_mask.BLOCK_SIZE = (32, 32)
+    assert_close_to_reference(
+        flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=lambda b, h, q, k: k // 32 == 1
+    )
+
+
+def test_another_mask_mod():
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    block_mask = create_block_mask(mods.causal(), None, None, 64, 64, device="cpu", BLOCK_SIZE=64)
+    for window in (3, 9):
+        block_mask.mask_mod = mods.sliding_window(window)
+        out = flex_decode(*inputs, block_mask=block_mask)
+        assert_close_to_reference(out, None, *inputs, mask_mod=mods.sliding_window(window))
+
+
+def test_a_part_of_its_sequences_and_heads():
+    mask_mod = lambda b, h, q, k: k // 16 == (b + h) % 4
+    whole = create_block_mask(mask_mod, 3, 4, 64, 64, device="cpu", BLOCK_SIZE=16)
+    inputs = make_inputs(2, 1, 1, 1, 64, 16)
+    part = whole[1:3, 2:3]
+    with pytest.raises(ValueError, match=r"a part of another one, which has no `mask_mod`: set it"):
+        flex_decode(*inputs, block_mask=part)
+    part.mask_mod = lambda b, h, q, k: mask_mod(b + 1, h + 2, q, k)
+    assert_close_to_reference(flex_decode(*inputs, block_mask=part), None, *inputs, mask_mod=part.mask_mod)
+
+
+def test_made_under_inference_mode():
+    """Its tensors count no versions."""
+    inputs = make_inputs(1, 4, 2, 1, 64, 16)
+    with torch.inference_mode():
+        mask_mod, block_mask = blocks_of_16(2)
+    for _ in range(2):
+        assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=mask_mod)
+
+
+@pytest.mark.parametrize("change", ["transposed", "expanded", "no full lists", "narrow", "moved"])
+def test_odd_lists(change):
+    mask_mod = lambda b, h, q, k: (k // 16 == q // 16) & (k % 3 > 0)
+    block_mask = create_block_mask(mask_mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+    if change == "transposed":
+        block_mask.kv_indices = indices.mT.contiguous().mT
+    elif change == "expanded":
+        block_mask.kv_num_blocks, block_mask.kv_indices = counts.expand(2, 4, -1), indices.expand(2, 4, -1, -1)
+        block_mask.full_kv_num_blocks = block_mask.full_kv_num_blocks.expand(2, 4, -1)
+        block_mask.full_kv_indices = block_mask.full_kv_indices.expand(2, 4, -1, -1)
+    elif change == "no full lists":
+        block_mask = BlockMask.from_kv_blocks(counts, indices, None, None, (16, 16), mask_mod, (64, 64))
+    elif change == "narrow":  # rows list one block at most
+        block_mask = BlockMask.from_kv_blocks(
+            counts, indices[..., :1], None, None, (16, 16), mask_mod, (64, 64), compute_q_blocks=False
+        )
+    else:
+        block_mask = block_mask.to("cpu")
+    inputs = make_inputs(2, 4, 2, 3, 64, 16)
+    assert_close_to_reference(flex_decode(*inputs, block_mask=block_mask), None, *inputs, mask_mod=mask_mod)
+
+
 def test_a_new_block_mask_each_step_is_neither_a_trace_nor_kept_alive():
     inputs = make_inputs(1, 4, 2, 1, 64, 16)
     flexdecode.clear_cache()
@@ -160,3 +280,39 @@ def test_tokens_before_the_start_of_a_short_sequence_attend_nowhere(block_mask):
     out, lse = flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens, return_lse=True)
     assert (lse[0, :, :2] == -torch.inf).all() and (lse[1] == -torch.inf).all() and lse[0, :, 2].isfinite().all()
     assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [3, slice(0, 2), slice(2, 4)])
+def test_a_part_of_its_rows(block_mask, rows):
+    inputs = make_inputs(2, 4, 2, 1, 64, 16)
+    part = block_mask[:, :, rows]
+    part.mask_mod = block_mask.mask_mod
+    number = 1 if rows == 3 else 2
+    pattern = (
+        rf"has lists for {number} row\(s\) of blocks, but its `seq_lengths` of 64 query positions .* need 4\. A slice"
+    )
+    with pytest.raises(ValueError, match=pattern):
+        flex_decode(*inputs, block_mask=part)
+    with pytest.raises(ValueError, match=pattern):
+        flexdecode.explain(*inputs, block_mask=part)
+
+
+def test_a_row_for_the_newest_tokens(block_mask):
+    inputs = make_inputs(2, 4, 2, 1, 64, 16)
+    part = block_mask[:, :, 3]
+    part.seq_lengths = (16, 64)
+    part.mask_mod = lambda b, h, q, k: k <= q + 60
+    out = flex_decode(*inputs, block_mask=part, q_offset=0)
+    assert_close_to_reference(out, None, *inputs, mask_mod=lambda b, h, q, k: k <= 60)
+
+
+def test_lists_that_do_not_belong_together(block_mask):
+    inputs = make_inputs(2, 4, 2, 1, 64, 16)
+    block_mask.full_kv_indices = block_mask.full_kv_indices[:, :, :2]
+    with pytest.raises(
+        ValueError, match=r"`block_mask.full_kv_indices` must have a row .*\[1, 1, 4\], got \[1, 1, 2, 4\]"
+    ):
+        flex_decode(*inputs, block_mask=block_mask)
+    block_mask.full_kv_indices = None
+    with pytest.raises(ValueError, match="has only one of `full_kv_num_blocks` and `full_kv_indices`"):
+        flex_decode(*inputs, block_mask=block_mask)

@@ -239,3 +239,83 @@ def test_a_call_on_the_cpu_imports_no_triton(tmp_path):
         FLEXDECODE_CACHE_DIR=str(tmp_path / "cache"),
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Where code lies --------------------------------------------------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEXDECODE_CACHE_DIR", "~/x")
+    assert stored_module("an identity", Generator()).is_relative_to(tmp_path / "x")
+    assert not (tmp_path / "~").exists()
+    monkeypatch.delenv("FLEXDECODE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/y")
+    assert cache_folder() == tmp_path / "y" / "flexdecode"
+
+
+def test_a_new_cache_folder_belongs_to_its_user_alone(folder):
+    stored_module("an identity", Generator())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_cache_folder_that_everybody_can_write_into(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError) as caught:
+        stored_module("an identity", Generator())
+    assert str(caught.value) == (
+        f"everybody can write into the cache folder {folder}, and flexdecode imports code from there: `chmod o-w` it, "
+        "or choose another one by FLEXDECODE_CACHE_DIR"
+    )
+    folder.chmod(0o775)  # of a group that shares it
+    assert stored_module("an identity", Generator()).is_relative_to(folder)
+
+
+@pytest.fixture
+def fallback(monkeypatch, tmp_path):
+    """The fallback folder, which is not made yet; nothing can be written elsewhere."""
+    monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(unwritable(tmp_path / "taken")))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"flexdecode-{os.getuid()}"
+
+
+def refused_fallback(fallback, reason):
+    with pytest.raises(PermissionError) as caught:
+        stored_module("an identity", Generator())
+    assert str(caught.value) == (
+        f"{fallback} {reason}, and flexdecode imports code from there: remove it, or choose a folder of your own by "
+        "FLEXDECODE_CACHE_DIR"
+    )
+
+
+def test_the_fallback_folder_belongs_to_its_user_alone(fallback):
+    for _ in range(2):
+        assert stored_module("an identity", Generator()).parent == fallback
+    assert stat.S_IMODE(fallback.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+def test_a_fallback_folder_that_is_open_to_others(fallback, mode):
+    fallback.mkdir()
+    fallback.chmod(mode)
+    refused_fallback(fallback, "is open to others")
+    assert list(fallback.iterdir()) == []
+
+
+def test_a_fallback_folder_that_is_a_link_or_a_file(fallback, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    fallback.symlink_to(tmp_path / "elsewhere")
+    refused_fallback(fallback, "is no folder")
+    fallback.unlink()
+    fallback.write_text("")
+    refused_fallback(fallback, "is no folder")
+
+
+def test_a_fallback_folder_of_another_user(fallback, monkeypatch):
+    fallback.mkdir(mode=0o700)
+    uid = os.getuid()
+    monkeypatch.setattr(cache.os, "getuid", lambda: uid + 1)
+    fallback.rename(fallback.with_name(f"flexdecode-{uid + 1}"))
+    refused_fallback(fallback.with_name(f"flexdecode-{uid + 1}"), "belongs to another user")

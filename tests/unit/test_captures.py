@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
-from flexdecode.captures import CannotRebuild, leaf_names, pins, rebuild, walk
+from flexdecode.captures import CannotRebuild, Followed, leaf_names, pins, rebuild, walk
+from flexdecode.captures.scan import _run, _Scan
 
 GLOBAL_WINDOW = 7
 GLOBAL_NEVER_NAMED = 8
@@ -570,12 +571,28 @@ def test_containers():
     assert key(fn) != before
 
 
-def test_large_containers_count_by_identity():
-    table = list(range(1000))
-    fn = lambda q: table[q]
+def test_of_large_containers_only_what_is_followed_is_a_leaf():
+    table, names = list(range(1000)), {str(i): i for i in range(1000)}
+    fn = lambda q: table[q] + names["5"]
     assert leaves(fn) == []
-    assert any(pinned is table for pinned in pins(fn))
-    assert key(fn) == key(fn)
+    assert all(pinned is not table and pinned is not names for pinned in pins(fn))
+    numbers = {type(container): number for number, (container, _) in enumerate(_run(fn, _Scan).long)}
+    reads = (numbers[list], ("index", 3)), (numbers[list], ("index", -1)), (numbers[dict], ("item", "5"))
+    followed = Followed(reads=reads)
+    assert walk(fn, followed)[1] == [3, 999, 5]
+    assert leaf_names(fn, followed) == ["table[3]", "table[-1]", "names['5']"]
+    table[-1] = 7
+    assert walk(fn, followed)[1] == [3, 7, 5]
+    whole = Followed(reads=((numbers[list], ("all", None)), (numbers[dict], ("len", None))))
+    assert walk(fn, whole)[1] == table
+    assert 1000 in walk(fn, whole)[0]
+
+
+def test_names_that_are_followed():
+    cfg = types.SimpleNamespace(window=3, other=4)
+    fn = lambda q, name: q + getattr(cfg, name)
+    assert leaves(fn) == []
+    assert walk(fn, Followed(names=frozenset({"window"})))[1] == [3]
 
 
 def test_shared_things_stay_shared():
@@ -780,8 +797,15 @@ def test_numpy_numbers_are_leaves():
     assert key(make_closure(np.float64("inf"))) != key(make_closure(np.float64("-inf")))
 
 
-def test_what_is_not_plain_data_counts_by_identity():
-    one, other = {1, 2}, {1, 2}
+def test_sets_count_by_their_contents():
+    assert key(make_closure({1, 2})) == key(make_closure({1, 2})) != key(make_closure({1, 3}))
+    assert key(make_closure({1, 2})) != key(make_closure(frozenset({1, 2})))
+    assert key(make_closure({1})) != key(make_closure({1.0}))
+    assert leaves(make_closure({1, 2}, None)) == []
+
+
+def test_what_only_c_code_sees_counts_by_identity():
+    one, other = object(), object()
     assert key(make_closure(one)) != key(make_closure(other))
     assert any(pinned is one for pinned in pins(make_closure(one)))
 

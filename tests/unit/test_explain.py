@@ -435,6 +435,22 @@ def test_pictures_of_little(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
+def test_the_suffix_decides_the_kind_of_picture(tmp_path, name, start):
+    pytest.importorskip("matplotlib")
+    explain(*meta_inputs(1, 1, 1, N=5), device="H200").save_picture(tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "png", "a.svgz"])
+def test_other_suffixes(tmp_path, name):
+    with pytest.raises(ValueError) as caught:
+        explain(*meta_inputs(1, 1, 1, N=5), device="H200").save_picture(tmp_path / name)
+    assert str(caught.value) == f"`path` must end in .png, .svg or .pdf, got {str(tmp_path / name)!r}"
+
+
 def test_a_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"save_picture needs matplotlib: `pip install flexdecode\[bench\]`"):
@@ -445,3 +461,25 @@ def test_import_is_light():
     code = "import sys, flexdecode; print(*(m for m in ('sympy', 'matplotlib') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+READS = "also keys in there that it rules out: they have to be finite, not NaN or inf"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mod", "reads"),
+    [
+        ("mask_mod", mods.causal(), False),
+        ("mask_mod", mods.sliding_window(16), False),
+        ("mask_mod", mods.streaming(4, 16), False),
+        ("mask_mod", mods.document(torch.zeros(2, 4096, dtype=torch.int32)), True),
+        ("mask_mod", mods.dilated(64, 2), True),
+        ("mask_mod", lambda b, h, q_idx, kv_idx: kv_idx < 0, False),
+        ("score_mod", mods.alibi(8), False),
+        ("score_mod", lambda score, b, h, q_idx, kv_idx: torch.where(kv_idx % 2 == 0, score, -torch.inf), True),
+    ],
+)
+def test_mods_that_read_what_they_rule_out_are_named(kind, mod, reads):
+    query, key = torch.empty(2, 8, 1, 64, device="meta"), torch.empty(2, 2, 4096, 64, device="meta")
+    report = getattr(explain(query, key, key, device="H200", **{kind: mod}), kind)
+    assert report.reads_dead_keys == reads and (READS in str(report)) == reads

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from support import MODS, assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, KVCache, PagedKVCache, flex_decode, merge_attention, mods
+from flexdecode import (
+    DecodeOptions,
+    KVCache,
+    PagedKVCache,
+    cache_info,
+    clear_cache,
+    explain,
+    flex_decode,
+    merge_attention,
+    mods,
+)
 
 B, HQ, HKV, Q, D, DV = 2, 4, 2, 3, 16, 24
 LENS = torch.tensor([11, 3])
@@ -127,7 +137,7 @@ class TestScales:
         message = f"`{name}` is for caches in float8 or int8, but `key` and `value` are torch.float32"
         refused(ValueError, message, CONTIGUOUS, **{name: scale})
 
-    @pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (2, 3), (3, 2), (2, 2, 10), (2, 11), (2, 2, 11, 1)])
+    @pytest.mark.parametrize("shape", [(1,), (3,), (4,), (2, 3), (3, 2), (2, 2, 10), (2, 11), (2, 2, 11, 1)])
     def test_the_wrong_shape(self, name, shape):
         form = "[Hkv], [B, Hkv] or [B, Hkv, N] = [2], [2, 2] or [2, 2, 11]"
         message = f"`{name}` must be a number or have shape {form}, got {list(shape)}"
@@ -197,8 +207,9 @@ def test_dtypes_of_quantised_caches():
 
 
 def test_query_lengths():
-    refused(TypeError, "`q_lens` must be an int32 or int64 tensor [B], got list", CONTIGUOUS, q_lens=[1, 2])
-    refused(TypeError, "`q_lens` must be an int32 or int64 tensor [B], got int", CONTIGUOUS, q_lens=1)
+    for wrong in ([1, 2], True, 1.0):
+        message = f"`q_lens` must be an integer or an int32 or int64 tensor [B], got {type(wrong).__name__}"
+        refused(TypeError, message, CONTIGUOUS, q_lens=wrong)
     for wrong in ([1], [1, 2, 3], [[1], [2]]):
         q_lens = torch.tensor(wrong)
         message = f"`q_lens` must have shape [B] = [2], got {list(q_lens.shape)}"
@@ -273,16 +284,128 @@ def test_neither_keys_nor_a_cache():
     refused(TypeError, message, {"key": KEY})
 
 
-def test_a_cache_that_does_not_fit():
-    """It is refused in the words for tensors."""
-    with pytest.raises(ValueError) as caught:
-        flex_decode(QUERY[:1], cache=filled(False))
-    form = "[B, Hkv, N, D] with B = 1 (from query) or 1 to broadcast"
-    assert str(caught.value) == f"`key` must have shape {form}, got [2, 2, 12, 16]"
-    with pytest.raises(ValueError) as caught:
-        flex_decode(QUERY[:1], cache=filled(True))
-    form = "[B, max_pages] with B = 1 (from query)"
-    assert str(caught.value) == f"`page_table` must have shape {form}, got [2, 6]"
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_cache_that_does_not_fit(paged):
+    """It is refused in words about the cache: the caller gave no key."""
+    cache = filled(paged)
+    form = "[B, Hq, Q, D] with B = 2, Hq a multiple of Hkv = 2 and D = 16 (from cache)"
+    wrong = {
+        f"`query` must have shape {form}, got [1, 4, 3, 16]": QUERY[:1],
+        f"`query` must have shape {form}, got [2, 3, 3, 16]": QUERY[:, :3],
+        f"`query` must have shape {form}, got [2, 4, 3, 32]": torch.zeros(2, 4, 3, 32),
+        "`query` must have the dtype of `cache`, torch.float32, got torch.float16": QUERY.half(),
+        "`query` must be on the device of `cache`, cpu, got meta": QUERY.to("meta"),
+        "`query` must be float16, bfloat16 or float32, got torch.float64": QUERY.double(),
+        "`query` must have 4 dimensions [B, H, tokens, head_dim], got shape [4, 3, 16]": QUERY[0],
+    }
+    for message, query in wrong.items():
+        for function in (flex_decode, explain):
+            with pytest.raises(ValueError) as caught:
+                function(query, cache=cache)
+            assert str(caught.value) == message
+    with pytest.raises(TypeError, match="`query` must be a torch"):
+        flex_decode(QUERY.tolist(), cache=cache)
+
+
+def test_a_quantised_cache_takes_queries_of_any_dtype():
+    cache = KVCache(batch=2, num_kv_heads=2, max_kv_len=12, head_dim=16, dtype=torch.int8)
+    cache.append(KEY, KEY)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert flex_decode(QUERY.to(dtype), cache=cache).dtype == dtype
+
+
+def test_the_lengths_of_a_cache_are_a_copy():
+    for cache in (filled(False), filled(True)):
+        before = cache.lengths
+        cache.truncate(0, 5)
+        assert (before, cache.lengths) == ([11, 3], [5, 3])
+        cache.lengths[0] = 99
+        cache.append(KEY[:, :, :1], VALUE[:, :, :1])
+        assert cache.lengths == cache.kv_lens.tolist() == [6, 4]
+        with pytest.raises(AttributeError):
+            cache.lengths = [0, 0]
+
+
+# --- One number for all sequences -------------------------------------------------------------------------------------
+
+LONG_PAGES = Pages([11, 11], 4, 3)
+LONG_PAGED = {"key": LONG_PAGES.place(KEY), "value": LONG_PAGES.place(VALUE), "page_table": LONG_PAGES.table}
+NUMBERS = [int, np.int32, np.int64, np.uint8, lambda n: torch.tensor(n), lambda n: torch.tensor(n, dtype=torch.int32)]
+
+
+@pytest.mark.parametrize("make", NUMBERS)
+@pytest.mark.parametrize("given", [CONTIGUOUS, LONG_PAGED], ids=["contiguous", "paged"])
+def test_one_number_for_all_sequences(make, given):
+    """It is the same as a tensor that says it for each; the reference knows numbers, too."""
+    mod = mods.alibi(HQ), mods.causal()
+    for kv_len, q_offset, q_len in ((11, None, None), (3, 5, 2), (0, 0, 3), (7, None, 1)):
+        numbers = {"kv_lens": make(kv_len)}
+        tensors = {"kv_lens": torch.full((B,), kv_len)}
+        for name, number in (("q_offset", q_offset), ("q_lens", q_len)):
+            if number is not None:
+                numbers[name], tensors[name] = make(number), torch.full((B,), number)
+        expected = call(given | tensors, score_mod=mod[0], mask_mod=mod[1])
+        assert torch.equal(call(given | numbers, score_mod=mod[0], mask_mod=mod[1]), expected)
+        check(QUERY, **(given | numbers), score_mod=mod[0], mask_mod=mod[1])
+
+
+def test_a_number_of_keys_makes_no_plan_from_nothing():
+    clear_cache()
+    for length in range(12):
+        call(CONTIGUOUS, kv_lens=length, mask_mod=mods.causal())
+    assert cache_info().traces == 1
+    for _ in range(3):
+        call(CONTIGUOUS, kv_lens=4, mask_mod=mods.causal())
+    assert cache_info().hits == 3
+
+
+def test_numbers_that_do_not_fit():
+    for wrong in (12, -1, np.int64(12), torch.tensor(12)):
+        message = f"`kv_lens` must lie between 0 and N = 11 (from key), got {int(wrong)}"
+        refused(ValueError, message, CONTIGUOUS, kv_lens=wrong)
+        call(CONTIGUOUS, kv_lens=4)  # so that calls with a number are known
+    message = "`kv_lens` must lie between 0 and max_pages * page_size = 12 (from page_table), got 13"
+    refused(ValueError, message, PAGED, kv_lens=13)
+    refused(ValueError, "`q_lens` must lie between 0 and Q = 3 (from query), got 4 to 4", CONTIGUOUS, q_lens=4)
+    for name in ("kv_lens", "q_lens", "q_offset"):
+        for wrong in (torch.tensor(1.0), torch.tensor(1, dtype=torch.int16)):
+            refused(ValueError, f"`{name}` must be int32 or int64, got {wrong.dtype}", CONTIGUOUS, **{name: wrong})
+        message = f"`{name}` must be on the device of `query`, cpu, got meta"
+        refused(ValueError, message, CONTIGUOUS, **{name: torch.tensor(1, device="meta")})
+
+
+def test_an_explanation_of_numbers():
+    long = {"key": torch.zeros(B, HKV, 1000, D), "value": torch.zeros(B, HKV, 1000, DV)}
+    tensors = {"kv_lens": torch.full((B,), 600), "q_offset": torch.full((B,), 3), "q_lens": torch.full((B,), 2)}
+    for make in NUMBERS:
+        if make is np.uint8:
+            continue
+        numbers = {name: make(int(x[0])) for name, x in tensors.items()}
+        one, other = (
+            explain(QUERY, **long, mask_mod=mods.causal(), device="H200", **given) for given in (numbers, tensors)
+        )
+        assert one.used_bytes == other.used_bytes and one.read_bytes == other.read_bytes
+        meta = {name: x.to("meta") for name, x in long.items()}
+        found = explain(QUERY.to("meta"), **meta, mask_mod=mods.causal(), device="H200", **numbers)
+        assert found.read_bytes == one.read_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_scale_in_a_0d_tensor(dtype):
+    scales = {"k_scale": torch.tensor(0.25, dtype=dtype), "v_scale": torch.tensor(0.5, dtype=dtype)}
+    expected = call(SCALED, k_scale=0.25, v_scale=0.5)
+    assert torch.equal(call(SCALED, **scales), expected)
+    check(QUERY, **(SCALED | scales))
+    check(QUERY, **(PAGED_INT8 | scales))
+    scales["k_scale"].fill_(2.0)  # it is read at every call
+    check(QUERY, **(SCALED | scales))
+
+
+def test_scales_of_a_cache_in_a_0d_tensor():
+    sizes = {"batch": 2, "num_kv_heads": 2, "max_kv_len": 12, "head_dim": 16, "dtype": torch.int8}
+    one = KVCache(**sizes, k_scale=torch.tensor(0.5), v_scale=torch.tensor(0.25))
+    other = KVCache(**sizes, k_scale=0.5, v_scale=0.25)
+    assert torch.equal(one.k_scale, other.k_scale) and torch.equal(one.v_scale, other.v_scale)
 
 
 @pytest.mark.parametrize("paged", [False, True])
