@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from support import assert_close, pytorch_decode
 
-from flexdecode import DecodeOptions, flex_decode
+from flexdecode import DecodeOptions, eager, flex_decode
 from flexdecode.errors import SharedMemoryError
 from flexdecode.reference import reference_decode
 
@@ -73,7 +74,8 @@ class _Result:
     def _run(self, case):
         call = dict(self.inputs.call)
         tensors = [call.pop(name, None) for name in ("query", "key", "value")]
-        with warnings.catch_warnings():
+        chunk = eager.CHUNK_ELEMENTS if case.chunk is None else case.chunk
+        with warnings.catch_warnings(), patch.object(eager, "CHUNK_ELEMENTS", chunk):
             warnings.simplefilter("ignore")  # numpy's remarks on lanes that the interpreter discards
             warnings.filterwarnings("error", message="flexdecode")
             try:
