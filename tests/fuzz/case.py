@@ -42,7 +42,8 @@ class Case:
         B, Hq, Hkv, Q, N, D, Dv: sizes; with pages N is `max_pages * page_size`.
         dtype: of the query.
         magnitude: standard deviation of query, key and value.
-        layout, cache_layout, out_layout: where query, caches and `out` lie (see `tensors.place`).
+        layout, cache_layout, value_layout, out_layout: where query, key, value (None: as key) and `out` lie (see
+            `tensors.place`).
         cache_batch: "own"; "one", a batch of 1 that serves all sequences; "expanded", the same as an expanded view.
         cache: "tensors", or the name of a class, "KVCache" or "PagedKVCache", that the tokens are appended to.
         latent: value is a view of the first columns of key.
@@ -58,6 +59,8 @@ class Case:
         block_mask: body of its mask, positions per row and per column of its blocks, and whether sequences and heads
             have lists of their own.
         captures: by name.
+        holder: what the mods find their captures in: "closure", "object", "dict" or "list".
+        chunk: scores that the torch backend holds at a time; None: as many as it likes.
         options: for `DecodeOptions`.
         dead: the dead places that hold NaN, out of `DEAD`.
     """
@@ -76,6 +79,7 @@ class Case:
     magnitude: float = 1.0
     layout: str = "contiguous"
     cache_layout: str = "contiguous"
+    value_layout: str | None = None
     out_layout: str | None = None
     cache_batch: str = "own"
     cache: str = "tensors"
@@ -99,6 +103,8 @@ class Case:
     live: str = ""
     block_mask: tuple | None = None
     captures: dict = field(default_factory=dict)
+    holder: str = "closure"
+    chunk: int | None = None
     return_lse: bool = True
     options: dict = field(default_factory=dict)
     dead: tuple = ()

@@ -35,7 +35,7 @@ def random_case(seed: int, backend: str) -> Case:
     if paged or chance(0.6):
         case["kv_lens"] = _lengths(data, B, N)
     if chance(0.25):
-        case["q_lens"] = tuple(data.choice((0, 1, Q, data.randint(0, Q))) for _ in range(B))
+        case["q_lens"] = tuple(data.choice((0, min(1, Q), Q, data.randint(0, Q))) for _ in range(B))
     offset = kind.random()
     if offset < 0.1:
         case["q_offset"] = data.choice((0, N, N // 2, data.randint(-20, N + 20)))
@@ -48,13 +48,17 @@ def random_case(seed: int, backend: str) -> Case:
     case["return_lse"] = chance(0.7)
     case["options"] = _options(kind, data, backend)
     debug = case["options"].get("debug", False)
+    if backend == "gpu" and case["cache"] == "tensors" and "kv_lens" in case and not debug and data.random() < 0.1:
+        case["kv_lens"] = tuple(n + data.choice((0, 1, 1000)) for n in case["kv_lens"])  # only a CPU's are checked
     mods = Mods(kind, data, N, allow_outside=not debug)
     if chance(0.6):
         case["score_mod"] = mods.score()
     if chance(0.7):
         case["mask_mod"], case["live"] = mods.mask()
     case["captures"] = mods.captures
-    if chance(0.05) and case.get("q_offset") is None:
+    case["holder"] = kind.choice(("closure", "closure", "object", "dict", "list"))
+    case["chunk"] = data.choice((None, None, 1, 3000)) if backend == "torch" else None
+    if chance(0.05) and B and Q and case.get("q_offset") is None:
         case["block_mask"] = _block_mask(kind)
     case["dead"] = tuple(place for place in DEAD if data.random() < (0.5 if place == "mask" else 0.9))
     return Case(**case)
@@ -62,8 +66,8 @@ def random_case(seed: int, backend: str) -> Case:
 
 def _sizes(kind: Random, data: Random, backend: str) -> dict:
     Hq, Hkv = kind.choice(HEADS)
-    Q = kind.choice((1, 1, 1, 2, 3, 4, 5, 7, 9)) if kind.random() < 0.97 else 33
-    B = data.choice((1, 1, 1, 2, 2, 2, 3, 4, 5)) if data.random() < 0.98 else data.choice((17, 40))
+    Q = kind.choice((1, 1, 1, 2, 3, 4, 5, 7, 9)) if kind.random() < 0.97 else kind.choice((33, 33, 0))
+    B = data.choice((1, 1, 1, 2, 2, 2, 3, 4, 5)) if data.random() < 0.98 else data.choice((17, 40, 0))
     D, Dv = kind.choice((16, 16, 16, 32, 64, 17, 24, 33, 59, 80)), None
     if kind.random() < 0.08:
         D = kind.choice((96, 128, 192, 256, 300, 576))
@@ -74,6 +78,8 @@ def _sizes(kind: Random, data: Random, backend: str) -> dict:
     N = data.randint(0, small) if data.random() < 0.85 else data.randint(0, large)
     if backend == "gpu" and data.random() < 0.5:
         N = data.randint(0, 3000)
+    if DRAWS[backend] > 1:  # what divides the strides is part of a kernel
+        N = N // 16 * 16 + kind.randrange(16)
     if backend == "interpret":  # about 40 ms for each program, one after the other
         B, Hq, Hkv = min(B, 3), *((Hq, Hkv) if Hkv < 4 else (4, 2))
     return {"B": B, "Hq": Hq, "Hkv": Hkv, "Q": Q, "N": N, "D": D, "Dv": Dv}
@@ -83,8 +89,9 @@ def _cache(kind: Random, data: Random, case: dict) -> dict:
     """How the cache lies in memory."""
     chance = lambda p: kind.random() < p
     found: dict = {"cache": "tensors", "cache_layout": kind.choice(LAYOUTS), "N": case["N"]}
-    if chance(0.08):
+    if case["B"] and case["Q"] and chance(0.08):
         found["cache"] = kind.choice(("KVCache", "PagedKVCache"))
+    found["value_layout"] = kind.choice(LAYOUTS) if chance(0.3) else None
     found["latent"] = found["cache"] == "tensors" and case["Dv"] <= case["D"] and chance(0.12)
     if chance(0.25):
         found["stored"] = kind.choice(("int8", "e4m3", "e5m2"))

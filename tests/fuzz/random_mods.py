@@ -72,6 +72,9 @@ class Mods:
         dtype = self.kind.choice(("int64", "int32"))
         return self.capture(Captured((), dtype, small, small, on_cpu=self.kind.random() < 0.5))
 
+    def huge(self) -> str:
+        return self.capture(self.data.choice(HUGE))
+
     def positive(self) -> str:
         """A divisor."""
         if self.kind.random() < 0.6:
@@ -149,6 +152,8 @@ class Mods:
 
     def integer(self, depth=2) -> str:
         if depth == 0:
+            if self.kind.random() < 0.04:  # wraps around, as in PyTorch
+                return f"({self.kind.choice(('q_idx', 'kv_idx'))} {self.kind.choice('+-*')} {self.huge()})"
             return self.kind.choice(("q_idx", "kv_idx", "(q_idx - kv_idx)", "b", "h", self.number()))
         inner = lambda: self.integer(depth - 1)
         form = self.kind.randrange(16)

@@ -1,7 +1,9 @@
 """The tensors of a case: clean ones for the reference, and the same with NaN in every dead place for the call."""
 
 import math
+import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from cache_cases import QUANTISED, fill_with_nan, quantise
@@ -33,7 +35,7 @@ class Inputs:
     def __init__(self, case: Case):
         self.case = case
         self.generator = torch.Generator().manual_seed(case.data)
-        self.lens = torch.tensor([case.N] * case.B if case.kv_lens is None else case.kv_lens)
+        self.lens = torch.tensor([case.N] * case.B if case.kv_lens is None else case.kv_lens).clamp(max=case.N)
         tokens = torch.tensor([case.Q] * case.B if case.q_lens is None else case.q_lens)
         first = self.lens - tokens
         if case.q_offset is not None:
@@ -171,7 +173,8 @@ class Inputs:
 
     def _mods(self, captures):
         case = self.case
-        return Mod(make_mod(case.score_mod, captures, "score, "), make_mod(case.mask_mod, captures, ""))
+        make = lambda text, score: make_mod(text, captures, score, case.holder)
+        return Mod(make(case.score_mod, "score, "), make(case.mask_mod, ""))
 
     # --- Caches -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class Inputs:
         if case.page_size is not None:
             put = self._make_pages(live)
         else:
-            put = lambda x: self._place(_spoil(x, live), case.cache_layout)
+            put = lambda x, layout=case.cache_layout: self._place(_spoil(x, live), layout)
         placed = put(key)
         if case.cache_batch == "expanded":
             placed = placed.expand(case.B, -1, -1, -1)
@@ -207,7 +210,7 @@ class Inputs:
         if case.latent:
             self.call["value"] = placed[..., : case.Dv]
         else:
-            value = put(value)
+            value = put(value, case.value_layout or case.cache_layout)
             self.call["value"] = value.expand(case.B, -1, -1, -1) if case.cache_batch == "expanded" else value
         for name, scale in scales.items():
             if isinstance(scale, torch.Tensor):
@@ -235,7 +238,7 @@ class Inputs:
         live = torch.ones(case.B, case.Hkv, case.N, dtype=torch.bool)
         if "lengths" in case.dead or case.page_size is not None:
             live &= (torch.arange(case.N) < self.lens[:, None])[:, None]
-        if "mask" in case.dead and case.live and case.block_mask is None:
+        if "mask" in case.dead and case.live and case.Q and case.block_mask is None:
             live &= self._live_by_mask()
         return live if len(live) == batch else live.any(0, keepdim=True)
 
@@ -254,7 +257,7 @@ class Inputs:
             lo, hi = (torch.as_tensor(x).double().expand(case.B, case.Hq, case.Q) for x in bounds)
             # A number beyond 2**40 gives no bound, whichever side it is on.
             lo, hi = lo.where(lo.abs() < 2.0**39, -math.inf), hi.where(hi.abs() < 2.0**39, math.inf)
-            lo, hi = (x.reshape(case.B, case.Hkv, -1) for x in (lo, hi))
+            lo, hi = (x.reshape(case.B, case.Hkv, case.Hq // case.Hkv * case.Q) for x in (lo, hi))
             inside = lo < hi
             lo, hi = lo.where(inside, math.inf).amin(-1, True), hi.where(inside, -math.inf).amax(-1, True)
             live |= (lo <= position) & (position < hi)
@@ -274,10 +277,10 @@ class Inputs:
         b, h, n = live.nonzero(as_tuple=True)
         page = pages[b, n // size]
 
-        def put(cache):
+        def put(cache, layout=case.cache_layout):
             pool = fill_with_nan(torch.empty(len(order), case.Hkv, size, *cache.shape[3:], dtype=cache.dtype))
             _bits(pool)[page, h, n % size] = _bits(cache)[b, h, n]
-            return self._place(pool, case.cache_layout)
+            return self._place(pool, layout)
 
         return put
 
@@ -324,7 +327,7 @@ class Inputs:
         from torch.nn.attention.flex_attention import create_block_mask
 
         body, rows, columns, own = case.block_mask
-        inner = make_mod(body, {}, "")
+        inner = make_mod(body, {})
         covered = max(case.N, int(self.q_idx.max()) + 1 if self.q_idx.numel() else 1, 1)
         batch, heads = (case.B, case.Hq) if own else (None, None)
         lists = create_block_mask(inner, batch, heads, covered, covered, case.device, (rows, columns))
@@ -338,16 +341,23 @@ class Inputs:
         self.reference["mask_mod"] = both
 
 
-def make_mod(text, captures, score):
-    """The mod of a case: closures over its captures."""
+def make_mod(text, captures, score="", holder="closure"):
+    """The mod of a case, with its captures in a closure, or in something that a closure holds."""
     if text is None:
         return None
     names = {"torch": torch, "mods": mods, "F": torch.nn.functional}
     if text.startswith("mods."):
         return eval(text, names | captures)
-    used = [name for name in captures if name in text]
-    maker = eval(f"lambda {', '.join(used)}: lambda {score}b, h, q_idx, kv_idx: {text}", names)
-    return maker(*(captures[name] for name in used))
+    used = [name for name in captures if re.search(rf"\b{name}\b", text)]
+    if holder == "closure":
+        maker = eval(f"lambda {', '.join(used)}: lambda {score}b, h, q_idx, kv_idx: {text}", names)
+        return maker(*(captures[name] for name in used))
+    for i, name in enumerate(used):
+        place = {"object": f"held.{name}", "dict": f"held[{name!r}]", "list": f"held[{i}]"}[holder]
+        text = re.sub(rf"\b{name}\b", place, text)
+    held = {name: captures[name] for name in used}
+    held = SimpleNamespace(**held) if holder == "object" else list(held.values()) if holder == "list" else held
+    return eval(f"lambda held: lambda {score}b, h, q_idx, kv_idx: {text}", names)(held)
 
 
 def place(numbers, layout):

@@ -17,7 +17,7 @@ from fuzz.generate import random_case
 from fuzz.runner import run_cases
 from fuzz.shrink import failure, shrink
 
-EXAMPLES = {"torch": 400, "interpret": 20, "gpu": 60}
+EXAMPLES = {"torch": 400, "interpret": 20, "gpu": 40}
 PARTS = 4  # tests that share the examples, for several processes
 
 
