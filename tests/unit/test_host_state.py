@@ -542,7 +542,10 @@ KINDS = {
     "dict": (lambda held: {f"k{i}": x for i, x in enumerate(held)}, lambda table, i: table[f"k{i}"]),
     "dict of pairs": (lambda held: {(i, "k"): x for i, x in enumerate(held)}, lambda table, i: table[i, "k"]),
     "OrderedDict": (lambda held: Ordered(enumerate(held)), operator.getitem),
-    "defaultdict": (lambda held: defaultdict(float, enumerate(held)), lambda table, i: table[i if table[99] == 0 else 99]),
+    "defaultdict": (
+        lambda held: defaultdict(float, enumerate(held)),
+        lambda table, i: table[i if table[99] == 0 else 99],
+    ),
     "proxy": (lambda held: types.MappingProxyType(dict(enumerate(held))), operator.getitem),
     "UserList": (UserList, operator.getitem),
     "attributes": (
