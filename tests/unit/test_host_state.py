@@ -746,6 +746,22 @@ def test_a_mod_that_changes_what_it_captures():
     assert text.endswith("compute what shall change outside the mod.")
 
 
+def test_a_mod_that_reads_something_else_each_time():
+    table = dict.fromkeys(range(100_000), 0.5)
+    refuses(lambda: table[random.randrange(100_000)], "'<lambda>' reads something else each time that it is run")
+
+
+def test_a_mod_that_counts():
+    cfg = Config(value=0)
+
+    def read():
+        cfg.value += 1
+        return 0.5
+
+    run(adds(read))
+    run(adds(read))
+
+
 def test_too_many_objects():
     many = [[[Config(value=float(i + j)) for i in range(32)] for j in range(32)] for _ in range(2)]
     refuses(
