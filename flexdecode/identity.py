@@ -17,7 +17,7 @@ from .trace import trace
 _known = cache.Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
 _followed = cache.Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
 _graphs = cache.Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
-_MAX_CHANGES, _MAX_ROUNDS = 4, 64  # traces of a mod that changes what it captures, or reads more each time
+_MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
 
 
 class Mod(NamedTuple):
