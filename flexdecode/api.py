@@ -67,8 +67,9 @@ def flex_decode(
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`. `score` is the scaled logit in natural-log units,
             `h` the query head; positions are absolute token positions in the sequence.
         mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, true where the query attends to the key.
-        kv_lens: live keys of each sequence, int32 or int64 `[B]`; by default N.
-        q_offset: position of the first query token, a number or an integer tensor `[B]`; by default
+        kv_lens: live keys of each sequence, int32 or int64 `[B]`, or one number for all (an integer or a 0-d tensor);
+            by default N.
+        q_offset: position of the first query token, int32 or int64 `[B]`, or one number for all; by default
             `kv_lens[b] - Q`, because the queries are the newest tokens.
         scale: factor of the dot product; by default `1 / sqrt(D)`.
         block_mask: PyTorch's BlockMask, for masks that only lists of blocks describe; holds beside `mask_mod`. Its
@@ -79,16 +80,16 @@ def flex_decode(
             `[num_pages, Hkv, page_size, D]` and `value` `[num_pages, Hkv, page_size, Dv]`, `kv_lens` is required, and
             N is `max_pages * page_size`. Mods see positions in the sequence, never pages. Entries past the last page
             of a sequence are not read.
-        q_lens: query tokens of each sequence, int32 or int64 `[B]`; by default Q. What lies past them gives 0 with a
-            log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
-        k_scale: what a stored key is multiplied by: a number, or a tensor per head `[Hkv]`, per sequence and head
-            `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
+        q_lens: query tokens of each sequence, int32 or int64 `[B]`, or one number for all; by default Q. What lies
+            past them gives 0 with a log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
+        k_scale: what a stored key is multiplied by: a number or a 0-d tensor, or a tensor per head `[Hkv]`, per
+            sequence and head `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
         v_scale: the same for values.
         sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
             value.
         cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
-        out: tensor `[B, Hq, Q, Dv]` to write to, any strides.
+        out: tensor `[B, Hq, Q, Dv]` to write to, any strides; it shares no memory with an input.
         options: how to execute the call.
 
     Returns:
