@@ -28,8 +28,22 @@ from .plan import Plan, any_length, layout, prepare
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_plans = Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
-_prepared = Bounded(limit=256)  # the same without what depends on the length of the cache -> a `Prepared`, and objects
+_calls = Bounded(limit=512)  # all that identifies a call but the length of its cache -> its `_Lengths`
+
+
+class _Lengths:
+    """The plans of a call by the length of its cache.
+
+    Attributes:
+        plans: by layouts of the caches, and by what proofs about indices rest on.
+        prepared: what plans share, by the same without N and its multiples.
+        kept: the objects whose ids are in the key of the call.
+    """
+
+    def __init__(self, kept: list) -> None:
+        self.plans = Bounded(limit=64)
+        self.prepared = Bounded(limit=16)
+        self.kept = kept
 
 
 def flex_decode(
@@ -130,22 +144,23 @@ def flex_decode(
     )  # fmt: skip
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    found = _plans.get((call, lengths))
-    if found is None:
-        plan = _make_plan(inputs, score, mask, call, lengths)
+    known = _calls.get(call)
+    plan = None if known is None else known.plans.get(lengths)
+    if plan is None:
+        plan = _make_plan(known, inputs, score, mask, call, lengths)
     else:
         counters.hits += 1
-        plan = found[0]
     return plan.run(inputs, score.leaves, mask.leaves, lists)
 
 
-def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> Plan:
+def _make_plan(known: _Lengths | None, inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> Plan:
     """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared."""
     free = any_length(*lengths[2:])
-    shared = None if free is None else _prepared.get((call, len(score.present), len(mask.present), free))
-    if shared is not None:
-        prepared, kept = shared
-        plan, mask = prepared.plan(inputs, (score, mask))
+    shared = None
+    if known is not None and free is not None:
+        shared = known.prepared.get((len(score.present), len(mask.present), free))
+    if known is not None and shared is not None:
+        plan, mask = shared.plan(inputs, (score, mask))
     else:
         if getattr(inputs.query, "is_meta", False):
             raise ValueError(
@@ -153,11 +168,14 @@ def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tupl
             )
         *_, return_lse, options, _, listed, combined = call
         prepared, plan, score, mask = prepare(inputs, score, mask, return_lse, options, listed, combined)
-        kept = [pins(mod.function) for mod in (score, mask) if mod.function is not None]
         call = (score.identity, mask.identity, *call[2:])
+        known = _calls.get(call)
+        if known is None:
+            known = _Lengths([pins(mod.function) for mod in (score, mask) if mod.function is not None])
+            _calls.add(call, known)
         if free is not None:
-            _prepared.add((call, len(score.present), len(mask.present), free), (prepared, kept))
-    _plans.add((call, (score.present, mask.present, *lengths[2:])), (plan, kept))
+            known.prepared.add((len(score.present), len(mask.present), free), prepared)
+    known.plans.add((score.present, mask.present, *lengths[2:]), plan)
     return plan
 
 
@@ -176,8 +194,7 @@ def cache_info() -> CacheInfo:
 def clear_cache() -> None:
     """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays."""
     with lock:
-        _plans.clear()
-        _prepared.clear()
+        _calls.clear()
         forget_memos()
         forget_graphs()
         forget_kernels()
