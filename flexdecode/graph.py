@@ -38,7 +38,7 @@ class Source(NamedTuple):
         if value.__class__ is int and not _INT64_MIN <= value <= _INT64_MAX:
             raise TraceError(
                 f"the captured number {value} does not fit into int64, in which a mod computes\n"
-                "  Capture a smaller one: sys.maxsize is the largest."
+                "  Use a smaller one: sys.maxsize fits."
             )
         return value
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .algebra import LONGEST, Parts, interval_texts, is_switch, widens
+from .algebra import LONGEST, UNREAD, Parts, interval_texts, is_switch, widens
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import LIMIT, Region
 from .ops import OPS, operand_dtypes
@@ -105,7 +105,7 @@ class _Infix:
             self.done[needed] = self._write(needed)
             text, _ = self.done[needed]
             if len(text) >= LONGEST and not self.uses:  # a part of a bound
-                self.done[needed] = "(...)", _ATOM
+                self.done[needed] = UNREAD, _ATOM
             elif self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
                 self.shared.append((f"t{len(self.shared)}", text))
                 self.done[needed] = self.shared[-1][0], _ATOM
@@ -261,10 +261,18 @@ def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
 
 
 def _is_guard(condition: Node) -> bool:
-    if condition.op == "logical_and":
-        return all(_is_guard(a) for a in condition.args)
-    return condition.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in condition.args)
+    parts = _parts(condition, "logical_and")
+    return all(part.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in part.args) for part in parts)
 
 
 def _parts(node: Node, op: str) -> list[Node]:
-    return [p for a in node.args for p in _parts(a, op)] if node.op == op else [node]
+    """The operands of `op(op(a, b), c)`, however it is nested."""
+    parts: list[Node] = []
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op == op:
+            pending.extend(reversed(node.args))
+        else:
+            parts.append(node)
+    return parts

@@ -17,6 +17,8 @@ from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import solve_mask
 from .ops import Interval
 
+_DEEPEST = 12  # nested min and max of a bound that a proof looks through
+
 
 class IndexCheck(NamedTuple):
     """What a load does about one index; what it does not check is proven."""
@@ -183,15 +185,18 @@ def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> No
     return rewrite(output, visit)
 
 
-def _at_least(a: Node, b: Node) -> bool:
-    """Whether a >= b wherever they are evaluated."""
+def _at_least(a: Node, b: Node, depth: int = 0) -> bool:
+    """Whether a >= b wherever they are evaluated, as far as a few steps show it."""
+    if depth > _DEEPEST:
+        return False
+    depth += 1
     if a.op == "minimum":
-        return all(_at_least(part, b) for part in a.args)
+        return all(_at_least(part, b, depth) for part in a.args)
     if b.op == "maximum":
-        return all(_at_least(a, part) for part in b.args)
-    if a.op == "maximum" and any(_at_least(part, b) for part in a.args):
+        return all(_at_least(a, part, depth) for part in b.args)
+    if a.op == "maximum" and any(_at_least(part, b, depth) for part in a.args):
         return True
-    if b.op == "minimum" and any(_at_least(a, part) for part in b.args):
+    if b.op == "minimum" and any(_at_least(a, part, depth) for part in b.args):
         return True
     return _at_most_zero(make("sub", b, a))
 

@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from .copies import CannotRebuild, _Rebuilder, _Recorder
+from .facts import uncompiled
 from .scan import _run, _Scan
 
-__all__ = ["CannotRebuild", "leaf_names", "pins", "rebuild", "walk"]
+__all__ = ["CannotRebuild", "leaf_names", "pins", "rebuild", "uncompiled", "walk"]
 
 
 def walk(fn: Callable) -> tuple[tuple, list]:

@@ -13,6 +13,7 @@ from .facts import (
     _TABLES,
     _At,
     _Type,
+    uncompiled,
 )
 from .scan import (
     _ABSENT,
@@ -133,6 +134,8 @@ class _Rebuilder:
 
     def copy(self, node: _Node, leaf: int) -> Any:
         owner = node.owner
+        if uncompiled(owner) is not None:
+            return self.build(node.children[0], node.refs[0])
         if isinstance(owner, MethodType):
             return MethodType(*map(self.build, node.children, node.refs))
         if type(owner) is functools.partial:

@@ -40,6 +40,7 @@ from .facts import (
     _union,
     _View,
     _view,
+    uncompiled,
 )
 
 
@@ -190,6 +191,8 @@ def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
 
 
 def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | None:
+    if fn.__dict__ and "_torchdynamo_orig_callable" in fn.__dict__:
+        return _compiled(scan, fn, at, called)
     if (
         at is not _FUNC
         and at[0] in ("global", "module")
@@ -220,6 +223,11 @@ def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | 
     where = [*facts.where, *[("default", i) for i in range(len(defaults))], *[("kwdefault", k) for k in keywords]]
     where += [("fattr", name) for name in named]
     return ("function", id(code), (len(defaults), *keywords, None, *named)), children, where
+
+
+def _compiled(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts:
+    """What `torch.compile` gives counts as what it was made of."""
+    return ("compiled",), (uncompiled(value),), (_FUNC,)
 
 
 def _method(scan: _Scan, method: MethodType, at: _At, called: bool) -> _Parts:
@@ -384,6 +392,8 @@ def _choose(kind: type) -> _Describe:
         return _TABLE[kind]
     if issubclass(kind, torch.Tensor):
         return _tensor
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        return _compiled
     if issubclass(kind, ModuleType):
         return _module
     if issubclass(kind, type):
