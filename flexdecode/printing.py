@@ -33,6 +33,9 @@ _OPERATORS = {
 }  # fmt: skip
 _PREFIXES = {"neg": "-", "logical_not": "~", "bitwise_not": "~"}
 _FUNCTIONS = {"maximum": "max", "minimum": "min"}
+_FOLDS = {
+    "add": "sum", "mul": "prod", "maximum": "max", "minimum": "min", "logical_or": "any", "logical_and": "all",
+}  # fmt: skip
 _TURNED = {"lt": ">", "le": ">=", "eq": "==", "ne": "!="}
 _LONG = 40  # characters from which a repeated subexpression gets a name
 
@@ -131,6 +134,11 @@ class _Infix:
             return self.names.tensors[node.attr] + (f"[{self._list(indices)}]" if indices else ""), _ATOM
         if op == "cast":
             return f"{str(node.dtype).removeprefix('torch.')}({self._list(node.args)})", _ATOM
+        if op == "step":
+            return f"i{node.attr[0] or ''}", _ATOM
+        if op == "fold":
+            loop, count, name = node.attr
+            return f"{_FOLDS[name]}({self._list(node.args)} for i{loop or ''} in range({count}))", _ATOM
         operands = _unconverted(node)
         if op in _PREFIXES:
             return f"{_PREFIXES[op]}{self._at(operands[0], _UNARY)}", _UNARY

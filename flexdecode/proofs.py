@@ -13,7 +13,7 @@ import torch
 
 from .analyze import Facts, analyze
 from .build import make, remake
-from .graph import Graph, Node, Source, const, rewrite, topological
+from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
 from .intervals import solve_mask
 from .ops import Interval
 
@@ -94,6 +94,7 @@ def find_checks(
     known = _numbers(graph, leaves)
     facts = analyze([graph.output], q_idx_given, _known_ranges(graph.nodes(), known, sizes, q_idx_given))
     checks = []
+    loops = loops_around(graph.nodes())
     for node in graph.nodes():
         if node.op != "load":
             continue
@@ -103,6 +104,7 @@ def find_checks(
         if (
             mask is not None
             and node in facts.on_kv - facts.on_score
+            and not loops[node]
             and any(index.outside for index in found.indices)
             and _attends_inside(node, shape, found, known, mask, sizes, q_idx_given)
         ):

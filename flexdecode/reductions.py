@@ -1,6 +1,6 @@
-"""Reductions over small dimensions of captured tensors, such as one row: trees of elementwise operations.
+"""Reductions over small dimensions of captured tensors, such as one row.
 
-The extents are constants of the kernel, and each element is text of it, so there may be at most `MAX_PARTS`.
+The extents are constants of the kernel. A few elements become a tree of elementwise operations, more a loop.
 """
 
 from __future__ import annotations
@@ -21,16 +21,40 @@ from .symbol import Symbol, TraceContext
 from .torch_functions import _HANDLERS, _as_dtype, _broadcast, _handles, _refuse, elementwise
 from .views import _dim, _permuted, _reshape, _unsqueeze
 
-Combine = Callable[[list[Node]], Node]
+_UNROLLED = 8  # elements up to which their text stands side by side, so that the bounds of a mask can see it
 
 
-def _tree(name: str, nodes: Sequence[Node]) -> Node:
-    """Joins values pair by pair, so that no chain is longer than it has to be."""
-    level = list(nodes)
-    while len(level) > 1:
-        pairs = [make(name, *level[k : k + 2]) for k in range(0, len(level) - 1, 2)]
-        level = pairs + level[len(level) - len(level) % 2 :]
-    return level[0]
+class _Elements(NamedTuple):
+    """What is reduced: a node for each element, or one for the elements of all steps of a loop."""
+
+    nodes: list[Node]
+    step: Node | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.nodes) if self.step is None else self.step.attr[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.nodes[0].dtype
+
+    def each(self, function: Callable[[Node], Node]) -> _Elements:
+        """Applies a function to every element."""
+        return _Elements(list(map(function, self.nodes)), self.step)
+
+    def join(self, name: str) -> Node:
+        """Joins the elements by a row of the op table, pair by pair, so that no chain is longer than it has to be."""
+        if self.step is not None:
+            (body,) = self.nodes
+            return Node("fold", (body,), body.dtype, (*self.step.attr, name))
+        level = self.nodes
+        while len(level) > 1:
+            pairs = [make(name, *level[k : k + 2]) for k in range(0, len(level) - 1, 2)]
+            level = pairs + level[len(level) - len(level) % 2 :]
+        return level[0]
+
+
+Combine = Callable[[_Elements], Node]
 
 
 def _dims(symbol: Symbol, dim: Any) -> list[int]:
@@ -44,45 +68,73 @@ def _dims(symbol: Symbol, dim: Any) -> list[int]:
 
 
 def _reduced(
-    context: TraceContext, what: str, x: Any, dim: Any, keepdim: bool, combine: Combine, empty: Any = None
+    context: TraceContext,
+    what: str,
+    x: Any,
+    dim: Any,
+    keepdim: bool,
+    combine: Combine,
+    empty: Any = None,
+    unrolled: bool = False,
 ) -> Symbol:
-    """Combines the elements along dimensions; `empty` is the result where there are none."""
+    """Combines the elements along dimensions.
+
+    Args:
+        context: of the run.
+        what: the function, for errors.
+        x: what is reduced.
+        dim: as in PyTorch.
+        keepdim: as in PyTorch.
+        combine: joins elements.
+        empty: the result where there are none.
+        unrolled: whether `combine` needs one node for each element.
+    """
     symbol = context.symbol(x)
     dims = _dims(symbol, dim)
     counts = [context.python_int(symbol.sizes[d]) for d in dims]
-    if checked_count(context, what, math.prod(counts)) == 0 and empty is None:
+    total = checked_count(context, what, math.prod(counts))
+    if total == 0 and empty is None:
         raise at_user_line(TraceError, f"torch.{what} of no elements", "Give the dimension at least one element.")
-    places = list(itertools.product(*map(range, counts)))
     kept = [d for d in range(symbol.rank) if d not in dims]
     sizes = [const(1) if d in dims else symbol.sizes[d] for d in (range(symbol.rank) if keepdim else kept)]
-
-    def joined(nodes: list[Node]) -> Node:
-        if not nodes:
-            return const(empty, combine([Node("axis", (), symbol.dtype)]).dtype)
-        return combine(nodes)
 
     def at(index: tuple[Node, ...]) -> Node:
         rest = [i for d, i in enumerate(index) if d not in dims] if keepdim else index
         fixed = dict(zip(kept, rest, strict=True))
-        return joined([symbol.at(_filled(fixed, dims, place)) for place in places])
 
-    dtype = joined([Node("axis", (), symbol.dtype, k) for k in range(len(places))]).dtype
+        def element(place: Sequence[Node]) -> Node:
+            full = fixed | dict(zip(dims, place, strict=True))
+            return symbol.at(tuple(full[d] for d in range(symbol.rank)))
+
+        if total == 0:
+            return const(empty, dtype)
+        if total > _UNROLLED and not unrolled:
+            step = context.step(total)
+            return combine(_Elements([element(_place(step, counts))], step))
+        places = itertools.product(*map(range, counts))
+        return combine(_Elements([element([const(k) for k in place]) for place in places]))
+
+    dtype = combine(_Elements([Node("axis", (), symbol.dtype)])).dtype
     return Symbol(context, tuple(sizes), at, dtype) if sizes else context.scalar(at(()))
 
 
-def _filled(fixed: dict[int, Node], dims: list[int], place: tuple[int, ...]) -> tuple[Node, ...]:
-    full = fixed | {d: const(k) for d, k in zip(dims, place, strict=True)}
-    return tuple(full[d] for d in range(len(full)))
+def _place(step: Node, counts: list[int]) -> list[Node]:
+    """The index of a step in each dimension."""
+    place: list[Node] = []
+    for count in reversed(counts[1:]):
+        place.insert(0, make("remainder", step, const(count)))
+        step = make("floor_divide", step, const(count))
+    return [step, *place]
 
 
 def _sum_of(dtype: torch.dtype | None) -> Combine:
     """A sum in PyTorch's type: int64 for integers and bools; half types are summed in float32 and rounded once."""
 
-    def combine(nodes: list[Node]) -> Node:
-        given = nodes[0].dtype
+    def combine(elements: _Elements) -> Node:
+        given = elements.dtype
         result = dtype or (given if given.is_floating_point else torch.int64)
         computed = torch.float32 if result in HALF else result
-        return cast(_tree("add", [cast(n, computed) for n in nodes]), result)
+        return cast(elements.each(lambda n: cast(n, computed)).join("add"), result)
 
     return combine
 
@@ -121,11 +173,11 @@ def _sum(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
 def _prod(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     dim, keepdim, dtype = _options(context, "prod", args, named)
 
-    def combine(nodes: list[Node]) -> Node:
-        given = nodes[0].dtype
+    def combine(elements: _Elements) -> Node:
+        given = elements.dtype
         result = dtype or (given if given.is_floating_point else torch.int64)
         computed = torch.float32 if result in HALF else result
-        return cast(_tree("mul", [cast(n, computed) for n in nodes]), result)
+        return cast(elements.each(lambda n: cast(n, computed)).join("mul"), result)
 
     return _reduced(context, "prod", x, dim, keepdim, combine, empty=1)
 
@@ -137,10 +189,10 @@ def _mean(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     if not (dtype or symbol.dtype).is_floating_point:
         raise at_user_line(TraceError, f"the mean of {symbol.dtype} is not defined", "Convert it first, x.float().")
 
-    def combine(nodes: list[Node]) -> Node:
-        result = dtype or nodes[0].dtype
+    def combine(elements: _Elements) -> Node:
+        result = dtype or elements.dtype
         wide = torch.float32 if result in HALF else result
-        return cast(make("div", _sum_of(wide)(nodes), const(len(nodes))), result)
+        return cast(make("div", _sum_of(wide)(elements), const(elements.count)), result)
 
     return _reduced(context, "mean", symbol, dim, keepdim, combine)
 
@@ -149,9 +201,10 @@ def _truth(name: str, empty: bool) -> Callable[..., Symbol]:
     def reduce(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
         dim, keepdim, _ = _options(context, name, args, named)
 
-        def combine(nodes: list[Node]) -> Node:
-            found = _tree("logical_or" if name == "any" else "logical_and", [cast(n, torch.bool) for n in nodes])
-            return cast(found, torch.uint8) if nodes[0].dtype == torch.uint8 else found
+        def combine(elements: _Elements) -> Node:
+            bools = elements.each(lambda n: cast(n, torch.bool))
+            found = bools.join("logical_or" if name == "any" else "logical_and")
+            return cast(found, torch.uint8) if elements.dtype == torch.uint8 else found
 
         return _reduced(context, name, x, dim, keepdim, combine, empty)
 
@@ -173,7 +226,7 @@ def _count_nonzero(context: TraceContext, x: Any, dim: Any = None) -> Symbol:
 def _extreme(name: str, largest: bool) -> Callable[..., Symbol]:
     def reduce(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
         dim, keepdim, _ = _options(context, name, args, named)
-        return _reduced(context, name, x, dim, keepdim, lambda nodes: _tree(_EXTREME[largest], nodes))
+        return _reduced(context, name, x, dim, keepdim, lambda elements: elements.join(_EXTREME[largest]))
 
     return reduce
 
@@ -182,12 +235,12 @@ _EXTREME = {True: "maximum", False: "minimum"}
 _HANDLERS |= {"amax": _extreme("amax", True), "amin": _extreme("amin", False)}
 
 
-def _place(largest: bool) -> Combine:
+def _first(largest: bool) -> Combine:
     """The position of the first extreme value, in which NaN counts as one."""
 
-    def combine(nodes: list[Node]) -> Node:
-        best, place = nodes[0], const(0, torch.int64)
-        for k, node in enumerate(nodes[1:], start=1):
+    def combine(elements: _Elements) -> Node:
+        best, place = elements.nodes[0], const(0, torch.int64)
+        for k, node in enumerate(elements.nodes[1:], start=1):
             better = make("lt", best, node) if largest else make("lt", node, best)
             if node.dtype.is_floating_point:
                 nan = make("logical_and", make("isnan", node), make("logical_not", make("isnan", best)))
@@ -201,7 +254,7 @@ def _place(largest: bool) -> Combine:
 def _position(name: str, largest: bool) -> Callable[..., Symbol]:
     def reduce(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
         dim, keepdim, _ = _options(context, name, args, named)
-        return _reduced(context, name, x, dim, keepdim, _place(largest))
+        return _reduced(context, name, x, dim, keepdim, _first(largest), unrolled=True)
 
     return reduce
 
@@ -239,11 +292,11 @@ _HANDLERS |= {"max": _max_or_min("max", True), "min": _max_or_min("min", False)}
 
 @_handles("logsumexp")
 def _logsumexp(context: TraceContext, x: Any, dim: Any, keepdim: bool = False) -> Symbol:
-    def combine(nodes: list[Node]) -> Node:
-        floats = [n if n.dtype.is_floating_point else cast(n, torch.float32) for n in nodes]
-        largest = _tree("maximum", floats)
+    def combine(elements: _Elements) -> Node:
+        floats = elements.each(lambda n: n if n.dtype.is_floating_point else cast(n, torch.float32))
+        largest = floats.join("maximum")
         shift = make("where", make("isinf", largest), cast(const(0), largest.dtype), largest)
-        return make("add", make("log", _sum_of(None)([make("exp", make("sub", n, shift)) for n in floats])), shift)
+        return make("add", make("log", floats.each(lambda n: make("exp", make("sub", n, shift))).join("add")), shift)
 
     return _reduced(context, "logsumexp", x, dim, keepdim, combine)
 
@@ -256,11 +309,11 @@ def _spread(name: str) -> Callable[..., Symbol]:
             unbiased, args = args[0], args[1:]
         dim, keepdim, _ = _options(context, name, args, named)
 
-        def combine(nodes: list[Node]) -> Node:
-            mean = make("div", _tree("add", nodes), const(len(nodes)))
-            away = [make("sub", n, mean) for n in nodes]
-            freedom = max(0, len(nodes) - (int(correction) if unbiased else 0))
-            variance = make("div", _tree("add", [make("mul", d, d) for d in away]), const(freedom))
+        def combine(elements: _Elements) -> Node:
+            mean = make("div", elements.join("add"), const(elements.count))
+            away = elements.each(lambda n: make("sub", n, mean))
+            freedom = max(0, elements.count - (int(correction) if unbiased else 0))
+            variance = make("div", away.each(lambda d: make("mul", d, d)).join("add"), const(freedom))
             return make("sqrt", variance) if name == "std" else variance
 
         return _reduced(context, name, x, dim, keepdim, combine)
@@ -280,20 +333,20 @@ def _norm(
     if named or not isinstance(order, (int, float)):
         _refuse(context, f"norm({', '.join(named) or f'p={order!r}'})")
 
-    def combine(nodes: list[Node]) -> Node:
-        given = nodes[0].dtype
+    def combine(elements: _Elements) -> Node:
+        given = elements.dtype
         result = dtype or (given if given.is_floating_point else torch.float32)
-        sizes = [make("abs", cast(n, torch.float32 if result in HALF else result)) for n in nodes]
+        sizes = elements.each(lambda n: make("abs", cast(n, torch.float32 if result in HALF else result)))
         if abs(order) == math.inf:
-            return cast(_tree(_EXTREME[order > 0], sizes), result)
+            return cast(sizes.join(_EXTREME[order > 0]), result)
         if order == 0:
-            return cast(_tree("add", [cast(make("ne", n, const(0)), n.dtype) for n in sizes]), result)
+            return cast(sizes.each(lambda n: cast(make("ne", n, const(0)), n.dtype)).join("add"), result)
         if order == 1:
-            return cast(_tree("add", sizes), result)
+            return cast(sizes.join("add"), result)
         if order == 2:
-            return cast(make("sqrt", _tree("add", [make("mul", n, n) for n in sizes])), result)
-        powers = [make("pow", n, const(float(order))) for n in sizes]
-        return cast(make("pow", _tree("add", powers), const(1.0 / order)), result)
+            return cast(make("sqrt", sizes.each(lambda n: make("mul", n, n)).join("add")), result)
+        powers = sizes.each(lambda n: make("pow", n, const(float(order))))
+        return cast(make("pow", powers.join("add"), const(1.0 / order)), result)
 
     return _reduced(context, "norm", x, dim, keepdim, combine, empty=0)
 

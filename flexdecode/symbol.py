@@ -51,6 +51,7 @@ class TraceContext:
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
     own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
+    num_loops: int = 0
     num_shaped: int = 0  # symbols made with dimensions
     made: list[weakref.ref[Symbol]] = field(default_factory=list)  # all symbols
 
@@ -64,6 +65,11 @@ class TraceContext:
             return getattr(self.functions, name)(self, *args)
         finally:
             self.own_code = before
+
+    def step(self, count: int) -> Node:
+        """The step of a new loop."""
+        self.num_loops += 1
+        return Node("step", (), torch.int64, (self.num_loops, count))
 
     def scalar(self, node: Node) -> Symbol:
         """A symbol of rank 0."""

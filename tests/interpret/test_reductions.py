@@ -5,7 +5,8 @@ import torch
 from interpret.decoding import check_decode, decode
 from support import assert_close_to_reference, make_inputs
 
-from flexdecode import DecodeOptions, flex_decode, mods
+from flexdecode import DecodeOptions, flex_decode, mods, reductions
+from flexdecode.identity import forget_graphs
 
 GENERATOR = torch.Generator().manual_seed(0)
 B, H, N, R = 2, 4, 48, 8
@@ -58,9 +59,12 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("unrolled", [1, 8])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize(("score_mod", "mask_mod"), CASES)
-def test_both_backends_give_the_reference(score_mod, mask_mod, backend):
+def test_both_backends_give_the_reference(score_mod, mask_mod, backend, unrolled, monkeypatch):
+    monkeypatch.setattr(reductions, "_UNROLLED", unrolled)
+    forget_graphs()
     inputs = make_inputs(B, H, 2, 2, N, 16)
     if backend == "triton":
         check_decode(*inputs, score_mod, mask_mod)
@@ -79,6 +83,17 @@ def searched(score, b, h, q_idx, kv_idx):
     found = (kv_idx >= OFFSETS).sum() + (kv_idx == OFFSETS).any()
     largest = (K_ROPE[b, kv_idx] == K_ROPE[b, kv_idx].amax()) * torch.arange(R)
     return score * found + largest.sum() + PLANES[h, 0, OFFSETS[h] // 2]
+
+
+def test_a_loop_inside_of_a_loop(monkeypatch):
+    monkeypatch.setattr(reductions, "_UNROLLED", 1)
+    weights = torch.randn(R, R, generator=GENERATOR)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        projected = (weights * K_ROPE[b, kv_idx]).sum(-1)
+        return score + (Q_ROPE[b, h, q_idx] * projected).sum() + projected.amax() * Q_ROPE[b, h, q_idx].mean()
+
+    check_decode(*make_inputs(B, H, 2, 2, N, 16), score_mod)
 
 
 def test_searches_give_what_comparisons_give():

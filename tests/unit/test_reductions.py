@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import POINTS, assert_same_as_pytorch, trace_mod
+from support import POINTS, assert_same_as_pytorch, make_inputs, trace_mod
 
-from flexdecode import UnsupportedOpError, mods
+from flexdecode import UnsupportedOpError, explain, mods, reductions
 from flexdecode.errors import TraceError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -61,8 +61,11 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("unrolled", [1, 8])
 @pytest.mark.parametrize("name", CASES)
-def test_reductions_give_what_pytorch_gives(name):
+def test_reductions_give_what_pytorch_gives(name, unrolled, monkeypatch):
+    """As a loop, from two elements on, and as a tree of elements."""
+    monkeypatch.setattr(reductions, "_UNROLLED", unrolled)
     assert_same_as_pytorch(CASES[name], INSIDE, rtol=2e-6)
 
 
@@ -81,13 +84,30 @@ def test_an_extent_is_a_constant_and_the_values_are_not():
     assert first != trace_mod(over(A[:, :5]))[0]
 
 
-def test_a_sum_is_a_tree():
-    row = torch.randn(8, 256)
-    graph, _ = trace_mod(lambda score, b, h, q_idx, kv_idx: score + row[h].sum())
-    depth = {}
-    for node in graph.nodes():
-        depth[node] = 1 + max((depth[a] for a in node.args), default=0)
-    assert max(depth.values()) < 16
+def test_a_short_sum_is_a_tree_and_a_long_one_a_loop():
+    short, long = torch.randn(8, 8), torch.randn(8, 256)
+    tree, _ = trace_mod(lambda score, b, h, q_idx, kv_idx: score + short[h].sum())
+    assert len([node for node in tree.nodes() if node.op == "load"]) == 8
+    loop, leaves = trace_mod(lambda score, b, h, q_idx, kv_idx: score + long[h].sum())
+    assert len(loop.nodes()) < 10
+    report = str(explain(*make_inputs(1, 8, 1, 1, 16, 16), lambda score, b, h, q_idx, kv_idx: score + long[h].sum()))
+    assert "score + sum(long[h, i] for i in range(256))" in report
+    assert "long[h, i]  proven in range, read once per row" in report
+
+
+def test_equal_mods_with_loops_are_equal():
+    row = torch.randn(8, 32)
+
+    def first(score, b, h, q_idx, kv_idx):
+        return score + row[h].sum() * row[b].amax()
+
+    def second(score, b, h, q_idx, kv_idx):
+        unused = row[b].prod()
+        total = row[h].sum()
+        assert unused is not None
+        return score + total * row[b].amax()
+
+    assert trace_mod(first)[0] == trace_mod(second)[0]
 
 
 def test_more_than_256_elements_are_refused_with_the_limit_and_the_remedy():
