@@ -16,6 +16,10 @@ from .ops import INT_LIMITS
 
 _ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"}
 LONGEST = 400  # characters of a part of a bound that anyone would read
+UNREAD = "(...)"  # in place of a longer one
+_LARGEST = 150  # operations in such a part
+_MOST = 16  # parts of a max or min that are different
+_TRIED = 64  # parts of which some may turn out to be needless
 _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
 
 
@@ -64,29 +68,46 @@ class _Algebra:
         self.sympy = sympy
         self.opaque = opaque
         self.done: dict[Node, Any] = {}
+        self.sizes: dict[Node, int] = {}
 
     def span(self, parts: Parts) -> _Span | None:
         """An interval in expressions; None if it is surely empty."""
-        lo = self._extreme("Max", [self.sympy.Integer(0), *map(self.convert, parts.los)])
-        hi = self._extreme("Min", [self.sympy.oo, *map(self.convert, parts.his)])
+        lo = self._extreme("Max", [self.sympy.Integer(0), *self._few(parts.los)])
+        hi = self._extreme("Min", [self.sympy.oo, *self._few(parts.his)])
+        if len(parts.conditions) > _TRIED:
+            return _Span(lo, hi, (UNREAD,))
         conditions = [self._condition(*condition) for condition in parts.conditions]
         if "" in conditions or self._at_most(hi, lo):
             return None
         return _Span(lo, hi, tuple(dict.fromkeys(c for c in conditions if c)))
 
+    def _few(self, nodes: list[Node]) -> list[Any]:
+        """Expressions of the parts of a max or min, of which nobody reads too many."""
+        distinct = dict.fromkeys(nodes)
+        return [self._symbol(UNREAD)] if len(distinct) > _TRIED else [self.convert(node) for node in distinct]
+
     def holds(self, outer: _Span, inner: _Span) -> bool:
         """Whether one interval is surely inside of another."""
-        always = set(outer.conditions) <= set(inner.conditions)
+        always = set(outer.conditions) <= set(inner.conditions) and not any(UNREAD in c for c in outer.conditions)
         return always and self._at_most(outer.lo, inner.lo) and self._at_most(inner.hi, outer.hi)
 
     # --- Nodes to expressions -----------------------------------------------------------------------------------------
 
     def convert(self, node: Node) -> Any:
         """The expression of an integer node; what is no arithmetic becomes a symbol with its text as the name."""
+        if node in self.done:
+            return self.done[node]
         for needed in topological(node):  # operands first, so that no recursion is as deep as the graph
+            self.sizes[needed] = 1 + sum(self.sizes[a] for a in needed.args)
             if needed not in self.done and is_integer(needed):
-                self.done[needed] = self._convert(needed)
+                small = self.sizes[needed] <= _LARGEST
+                self.done[needed] = self._convert(needed) if small else self._symbol(UNREAD)
         return self.done[node]
+
+    def _symbol(self, text: str) -> Any:
+        """A symbol with a text as its name; two that nobody can read are two."""
+        kind = self.sympy.Dummy if UNREAD in text else self.sympy.Symbol
+        return kind(text, integer=True)
 
     def _convert(self, node: Node) -> Any:
         s = self.sympy
@@ -108,7 +129,7 @@ class _Algebra:
         divides = node.op in ("floor_divide", "remainder")
         if exact and (not divides or (node.args[1].is_const and node.args[1].attr != 0)):
             value = self._apply(node.op, [self.convert(a) for a in node.args])
-        return s.Symbol(self.opaque(node, True), integer=True) if value in (None, s.nan) else value
+        return self._symbol(self.opaque(node, True)) if value in (None, s.nan) else value
 
     def _choice(self, condition: Node, a: Any, b: Any) -> Any:
         when = self._condition(condition, True)
@@ -116,7 +137,7 @@ class _Algebra:
             return a if when is None else b
         a, b = self._reached(a), self._reached(b)
         text = f"({self.text(a)} if {when} else {self.text(b)})"
-        return self.sympy.Symbol(text if len(text) < LONGEST else "(...)", integer=True)
+        return self._symbol(text if len(text) < LONGEST else UNREAD)
 
     def _apply(self, op: str, args: list[Any]) -> Any:
         s = self.sympy
@@ -139,6 +160,8 @@ class _Algebra:
     def _extreme(self, kind: str, values: list[Any]) -> Any:
         """Max or Min, without the values that another one makes needless."""
         kept = list(dict.fromkeys(map(self._reached, values)))
+        if len(kept) > _MOST:
+            return self._symbol(UNREAD)
         for value in list(kept):
             others = [v for v in kept if v != value]
             if any(self._at_most(*((value, other) if kind == "Max" else (other, value))) for other in others):

@@ -67,7 +67,13 @@ def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Inter
     if node.is_const:
         return int(node.attr), int(node.attr)
     found = limits
-    if node.op == "cast" and node.args[0] in ranges:
+    if node.op == "step":
+        return 0, node.attr[1] - 1
+    if node.op == "fold" and node.args[0] in ranges and node.attr[2] != "mul":
+        factor = node.attr[1] if node.attr[2] == "add" else 1
+        low, high = ranges[node.args[0]]
+        found = factor * low, factor * high
+    elif node.op == "cast" and node.args[0] in ranges:
         found = ranges[node.args[0]]
     elif node.op in OPS:
         rule = OPS[node.op].interval

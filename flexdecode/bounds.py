@@ -7,7 +7,7 @@ from functools import cached_property
 
 from .analyze import analyze
 from .cache import Bounded
-from .graph import Graph, Node
+from .graph import Graph, Node, topological
 from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
 
 
@@ -70,11 +70,16 @@ def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds
 
 def _stays(bound: Node) -> bool:
     """Whether an upper end keeps its place as the position of the query grows; the solver's own limits are no end."""
-    if bound.op == "const":
-        return bound.attr < 1 << 31
-    if bound.op == "minimum":
-        return any(map(_stays, bound.args))
-    return (bound.op, bound.attr) != ("index", "q_idx") and all(map(_stays, bound.args))
+    found: dict[Node, bool] = {}
+    for node in topological(bound):
+        parts = [found[a] for a in node.args]
+        if node.op == "const":
+            found[node] = node.attr < 1 << 31
+        elif node.op == "minimum":
+            found[node] = any(parts)
+        else:
+            found[node] = (node.op, node.attr) != ("index", "q_idx") and all(parts)
+    return found[bound]
 
 
 def _span(region: Region) -> Interval:

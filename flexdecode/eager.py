@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import IndexRangeError
-from .graph import INDEX_NAMES, Graph, Node, topological
+from .graph import INDEX_NAMES, Graph, Node, loops_around, topological
 from .inputs import Inputs
 from .ops import HALF, OPS
 
@@ -165,9 +165,35 @@ class _Evaluation:
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
         values: dict[Node, torch.Tensor] = {}
-        for node in topological(*outputs):
-            values[node] = self._value(node, [values[a] for a in node.args])
+        nodes = topological(*outputs)
+        self.loops = loops_around(nodes)
+        self._fill(values, nodes, frozenset())
         return [values[output] for output in outputs]
+
+    def _fill(self, values: dict[Node, torch.Tensor], nodes: Sequence[Node], inside: frozenset[int]) -> None:
+        """Computes the nodes that change in no other loops than those `inside` which they are computed."""
+        for node in nodes:
+            if node in values or not self.loops[node] <= inside:
+                continue
+            if node.op == "fold":
+                values[node] = self._fold(values, node, inside)
+            else:
+                values[node] = self._value(node, [values[a] for a in node.args])
+
+    def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
+        loop, count, name = node.attr
+        (body,) = node.args
+        changing = [n for n in topological(body) if loop in self.loops[n]]
+        result: torch.Tensor | None = None
+        for step in range(count):
+            local = dict(values)
+            local |= {
+                n: torch.tensor(step, device=self.device) for n in changing if n.op == "step" and n.attr[0] == loop
+            }
+            self._fill(local, changing, inside | {loop})
+            result = local[body] if result is None else OPS[name].torch(result, local[body])
+        assert result is not None
+        return result
 
     def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         if node.op == "score":

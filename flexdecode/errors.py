@@ -58,6 +58,11 @@ class IndexRangeError(FlexDecodeError):
         self.found = found
 
 
+def is_user_file(name: str) -> bool:
+    """Whether code of a file is the user's: not of this package, PyTorch or Python's import system."""
+    return not name.startswith((*_HIDDEN, "<frozen"))
+
+
 def user_line(traceback: TracebackType | None = None) -> str:
     """Returns the innermost line of the user's code, as `file:line, in function: text`.
 
@@ -67,7 +72,7 @@ def user_line(traceback: TracebackType | None = None) -> str:
     steps = walk_stack(sys._getframe(1)) if traceback is None else reversed(list(walk_tb(traceback)))
     for frame, line in steps:
         name = frame.f_code.co_filename
-        if not name.startswith(_HIDDEN) and not name.startswith("<frozen"):
+        if is_user_file(name):
             text = linecache.getline(name, line).strip()
             where = f"{name}:{line}, in {frame.f_code.co_name}"
             return f"{where}: {text}" if text else where

@@ -7,6 +7,7 @@ node with the captures that it reads, numbered in order of first use; its text i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Source(NamedTuple):
         if value.__class__ is int and not _INT64_MIN <= value <= _INT64_MAX:
             raise TraceError(
                 f"the captured number {value} does not fit into int64, in which a mod computes\n"
-                "  Capture a smaller one: sys.maxsize is the largest."
+                "  Use a smaller one: sys.maxsize fits."
             )
         return value
 
@@ -48,10 +49,11 @@ class Node:
     """One value of a mod.
 
     Attributes:
-        op: `index`, `score`, `const`, `number`, `load`, or the name of a row of the op table.
-        args: operands; for `load` the indices, one per dimension.
+        op: `index`, `score`, `const`, `number`, `load`, `step`, `fold`, or the name of a row of the op table.
+        args: operands; for `load` the indices, one per dimension; for `fold` what it joins, for each step of a loop.
         dtype: the type that PyTorch gives to this value (floating captures widen to float32).
-        attr: `index`: its name; `const`: the value; `number`: its `Source` or slot; `load`: leaf or slot of the tensor.
+        attr: `index`: its name; `const`: the value; `number`: its `Source` or slot; `load`: leaf or slot of the tensor;
+            `step`: which loop, and how many steps it has; `fold`: the same, and the row that joins two values.
         weak: true for Python numbers, which do not take part in type promotion within their category.
         digest: 16 bytes that identify the content.
     """
@@ -122,6 +124,17 @@ def rewrite(output: Node, visit: Any) -> Node:
     return done[output]
 
 
+def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
+    """The loops in which a value changes, for nodes of which operands come first."""
+    found: dict[Node, frozenset[int]] = {}
+    for node in nodes:
+        loops: frozenset[int] = frozenset().union(*(found[a] for a in node.args))
+        found[node] = loops | {node.attr[0]} if node.op == "step" else loops
+        if node.op == "fold":
+            found[node] = loops - {node.attr[0]}
+    return found
+
+
 @dataclass(frozen=True)
 class Graph:
     """A traced mod.
@@ -153,6 +166,7 @@ class Graph:
         """
         numbers: dict[Source, int] = {}
         tensors: dict[int, int] = {}
+        loops: dict[int, int] = {}
 
         def visit(node: Node, args: tuple[Node, ...]) -> Node:
             attr = node.attr
@@ -160,6 +174,8 @@ class Graph:
                 attr = numbers.setdefault(attr, len(numbers))
             elif node.op == "load":
                 attr = tensors.setdefault(attr, len(tensors))
+            elif node.op in ("step", "fold"):
+                attr = (loops.setdefault(attr[0], len(loops)), *attr[1:])
             return Node(node.op, args, node.dtype, attr, node.weak)
 
         # A size names its tensor by leaf, which says nothing: the slot order makes equal mods equal.

@@ -214,8 +214,8 @@ class _Solver:
         self.facts = facts
         self.cases = 0
         self.known: dict[Node, Extent] = {}
-        self.forms: dict[Node, _Form] = {}
-        self.reaches: dict[Node, tuple[int, tuple[Node, ...]]] = {}
+        self.forms: dict[Node, _Form | None] = {}  # None where there is none
+        self.reaches: dict[Node, tuple[int, tuple[Node, ...]] | None] = {}
         for node in facts.nodes:  # operands first, so that no recursion below is as deep as the graph
             self._visit(node)
 
@@ -302,14 +302,20 @@ class _Solver:
 
     def _linear(self, node: Node) -> _Form:
         """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
-        form = self.forms.get(node)
+        if node not in self.forms:
+            self.forms[node] = None
+            self.forms[node] = self._find_linear(node)
+        form = self.forms[node]
         if form is None:
-            form = self._apart(node)
-            if node in self.facts.on_kv and node not in form.terms:
-                if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
-                    raise _Unsolved
-                form = _Form(form.constant, form.terms, self._guards(form))
-            self.forms[node] = form
+            raise _Unsolved
+        return form
+
+    def _find_linear(self, node: Node) -> _Form:
+        form = self._apart(node)
+        if node in self.facts.on_kv and node not in form.terms:
+            if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
+                raise _Unsolved
+            form = _Form(form.constant, form.terms, self._guards(form))
         return form
 
     def _proven(self, node: Node) -> bool:
@@ -359,9 +365,12 @@ class _Solver:
 
     def _reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
         """A bound of |node|, and the values that must be small for it to hold."""
-        found = self.reaches.get(node)
+        if node not in self.reaches:
+            self.reaches[node] = None
+            self.reaches[node] = self._find_reach(node)
+        found = self.reaches[node]
         if found is None:
-            found = self.reaches[node] = self._find_reach(node)
+            raise _Unsolved
         return found
 
     def _find_reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
@@ -385,9 +394,15 @@ class _Solver:
 
     def _on_kv(self, node: Node) -> bool:
         """Also of nodes made here, which the facts do not list."""
-        if node in self.facts.on_kv:
-            return True
-        return node not in self.facts.ranges and any(self._on_kv(a) for a in node.args)
+        pending, seen = [node], {node}
+        while pending:
+            node = pending.pop()
+            if node in self.facts.on_kv:
+                return True
+            if node not in self.facts.ranges:
+                pending += [a for a in node.args if a not in seen]
+                seen.update(node.args)
+        return False
 
     # --- form < 0 -----------------------------------------------------------------------------------------------------
 

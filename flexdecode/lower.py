@@ -9,7 +9,7 @@ import torch
 
 from .analyze import Facts, analyze
 from .bounds import nodes_of
-from .graph import Graph, Node
+from .graph import Graph, Node, loops_around, topological
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
 from .ops import FLOATS, HALF, OPS
 from .program import Program
@@ -151,6 +151,8 @@ class _Writer:
         for node in facts.nodes:
             if node.op != "score" and node.attr not in ("h", "kv_idx") and self.scalars.issuperset(node.args):
                 self.scalars.add(node)
+        self.loops = loops_around(topological(graph.output, *facts.nodes))
+        self.indent = ""
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
         self.loaded: dict[Node, str] = {}  # loads by the name of what was in memory
@@ -158,18 +160,30 @@ class _Writer:
 
     def hoisted(self) -> list[Node]:
         """The computed values that do not depend on kv_idx but are needed next to it."""
-        on_kv = self.facts.on_kv
         wanted: dict[Node, None] = {}
+        beside = self._beside_kv()
         for node in self.graph.nodes():
-            for operand in node.args if node in on_kv else [node] if node is self.graph.output else []:
-                if operand not in on_kv and (operand.args or operand.op == "load"):
+            for operand in node.args if node in beside else [node] if node is self.graph.output else []:
+                if operand not in beside and (operand.args or operand.op == "load"):
                     wanted[operand] = None
         return list(wanted)
+
+    def _beside_kv(self) -> set[Node]:
+        """What is computed for each pair: it depends on kv_idx, or is a part of a loop that does."""
+        found: set[Node] = set()
+        pending = [self.graph.output]
+        while pending:
+            node = pending.pop()
+            if node not in found and (node in self.facts.on_kv or self.loops[node]):
+                found.add(node)
+                pending.extend(node.args)
+        return found
 
     def fetched(self) -> list[Node]:
         """The loads that depend on kv_idx but not on the score, so that they need not wait for it."""
         inside_loop = self.facts.on_kv - self.facts.on_score
-        return [node for node in self.graph.nodes() if node.op == "load" and node in inside_loop]
+        loads = [node for node in self.graph.nodes() if node.op == "load" and node in inside_loop]
+        return [node for node in loads if not self.loops[node]]
 
     def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
         """Statements that compute `outputs` from the arguments and the already `known` names."""
@@ -186,19 +200,54 @@ class _Writer:
                 seen.add(node)
                 stack.append((node, True))
                 stack.extend((a, False) for a in reversed(node.args))
-        for node in needed:
+        self._write(needed, frozenset())
+        return self.lines
+
+    def _write(self, nodes: list[Node], inside: frozenset[int]) -> None:
+        """Writes the nodes that change in no other loops than those `inside` which they are written."""
+        for node in nodes:
+            if node in self.names or not self.loops[node] <= inside:
+                continue
+            if node.op == "fold":
+                self.names[node] = self._fold(node, nodes, inside)
+                continue
             text = self._text(node)
             if node.op == "load":
                 self.loaded[node] = self._assign(text)
                 self.names[node] = self.widened(node, self.loaded[node])
             else:
                 self.names[node] = text if node.op in ("score", "index") else self._assign(text)
-        return self.lines
 
     def _assign(self, text: str) -> str:
         name = f"{self.prefix}{len(self.lines)}"
-        self.lines.append(f"{name} = {text}")
+        self.lines.append(f"{self.indent}{name} = {text}")
         return name
+
+    def _fold(self, node: Node, nodes: list[Node], inside: frozenset[int]) -> str:
+        """A loop. Its first step stands before it, which gives the result its type and shape."""
+        loop, count, name = node.attr
+        changing = [n for n in nodes if loop in self.loops[n]]
+        outer = dict(self.names)
+
+        def value(step: str) -> str:
+            for n in changing:
+                if n.op == "step" and n.attr[0] == loop:
+                    self.names[n] = self._assign(f"tl.full((), {step}, {self._dtype(n)})")
+            self._write(changing, inside | {loop})
+            return self._as(node.args[0], self._dtype(node))
+
+        total = self._assign(value("0"))
+        self.names = dict(outer)
+        step = f"{self.prefix}_step{loop}"
+        self.lines.append(f"{self.indent}for {step} in range(1, {count}):")
+        self.indent += "    "
+        text = OPS[name].triton_int if not node.dtype.is_floating_point else None
+        text = (text or OPS[name].triton).format(total, value(step))
+        self.functions.update(_called(text))
+        self.lines.append(f"{self.indent}{total} = {text}")
+        self.indent = self.indent[:-4]
+        self.names = outer
+        return total
 
     def _dtype(self, node: Node) -> str:
         """The Triton type that holds a node: int64 is narrowed to int32 where its range allows."""
@@ -253,7 +302,7 @@ class _Writer:
         integer = not operands[-1].dtype.is_floating_point
         template = op.triton_int if integer and op.triton_int is not None else op.triton
         text = template.format(*names)
-        self.functions.update(re.findall(r"(?<![.\w])([a-z]\w*)\(", text))
+        self.functions.update(_called(text))
         if integer and dtype == "tl.int32" and "tl.int64" in {self._dtype(a) for a in operands}:
             return f"({text}).to(tl.int32)"
         if op.rule in ("compare", "predicate") and node in self.scalars and not integer:
@@ -314,6 +363,11 @@ class _Writer:
         if dtype in FLOATS:
             return text if dtype in (torch.float32, torch.float64) else f"{text}.to(tl.float32)"
         return text
+
+
+def _called(text: str) -> list[str]:
+    """Names of functions of `elementwise.py` in a text."""
+    return re.findall(r"(?<![.\w])([a-z]\w*)\(", text)
 
 
 def _scalar_condition(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .algebra import LONGEST, Parts, interval_texts, is_switch, widens
+from .algebra import LONGEST, UNREAD, Parts, interval_texts, is_switch, widens
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import LIMIT, Region
 from .ops import OPS, operand_dtypes
@@ -33,6 +33,9 @@ _OPERATORS = {
 }  # fmt: skip
 _PREFIXES = {"neg": "-", "logical_not": "~", "bitwise_not": "~"}
 _FUNCTIONS = {"maximum": "max", "minimum": "min"}
+_FOLDS = {
+    "add": "sum", "mul": "prod", "maximum": "max", "minimum": "min", "logical_or": "any", "logical_and": "all",
+}  # fmt: skip
 _TURNED = {"lt": ">", "le": ">=", "eq": "==", "ne": "!="}
 _LONG = 40  # characters from which a repeated subexpression gets a name
 
@@ -105,7 +108,7 @@ class _Infix:
             self.done[needed] = self._write(needed)
             text, _ = self.done[needed]
             if len(text) >= LONGEST and not self.uses:  # a part of a bound
-                self.done[needed] = "(...)", _ATOM
+                self.done[needed] = UNREAD, _ATOM
             elif self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
                 self.shared.append((f"t{len(self.shared)}", text))
                 self.done[needed] = self.shared[-1][0], _ATOM
@@ -131,6 +134,11 @@ class _Infix:
             return self.names.tensors[node.attr] + (f"[{self._list(indices)}]" if indices else ""), _ATOM
         if op == "cast":
             return f"{str(node.dtype).removeprefix('torch.')}({self._list(node.args)})", _ATOM
+        if op == "step":
+            return f"i{node.attr[0] or ''}", _ATOM
+        if op == "fold":
+            loop, count, name = node.attr
+            return f"{_FOLDS[name]}({self._list(node.args)} for i{loop or ''} in range({count}))", _ATOM
         operands = _unconverted(node)
         if op in _PREFIXES:
             return f"{_PREFIXES[op]}{self._at(operands[0], _UNARY)}", _UNARY
@@ -266,10 +274,18 @@ def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
 
 
 def _is_guard(condition: Node) -> bool:
-    if condition.op == "logical_and":
-        return all(_is_guard(a) for a in condition.args)
-    return condition.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in condition.args)
+    parts = _parts(condition, "logical_and")
+    return all(part.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in part.args) for part in parts)
 
 
 def _parts(node: Node, op: str) -> list[Node]:
-    return [p for a in node.args for p in _parts(a, op)] if node.op == op else [node]
+    """The operands of `op(op(a, b), c)`, however it is nested."""
+    parts: list[Node] = []
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op == op:
+            pending.extend(reversed(node.args))
+        else:
+            parts.append(node)
+    return parts

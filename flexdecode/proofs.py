@@ -7,6 +7,7 @@ belong to what identifies a prepared call. A kernel depends only on the outcome:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ import torch
 from .analyze import MAX_KV_LEN, Facts, analyze
 from .build import make, remake
 from .cache import Bounded
-from .graph import Graph, Node, Source, const, rewrite, topological
+from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
 from .intervals import solve_mask
 from .ops import INT_LIMITS, OPS, Interval
+
+_DEEPEST = 12  # nested min and max of a bound that a proof looks through
 
 
 class IndexCheck(NamedTuple):
@@ -151,7 +154,8 @@ def _prepare_indices(graph: Graph) -> _Indices:
     nodes = topological(*[index for load in loads for index in load.args])
     places = {node: place for place, node in enumerate(nodes)}
     facts = analyze([graph.output], q_idx_given=True)
-    in_loop = facts.on_kv - facts.on_score
+    loops = loops_around(graph.nodes())
+    in_loop = {load for load in loads if load in facts.on_kv - facts.on_score and not loops[load]}
     steps = []
     for node in nodes:
         limits = INT_LIMITS.get(node.dtype, (0, 0))  # of a floating value nothing is asked
@@ -159,11 +163,15 @@ def _prepare_indices(graph: Graph) -> _Indices:
         args = tuple(places[arg] for arg in node.args)
         if node.op == "index" or _is_integer(node):
             rule = node.attr
+        elif node.op == "step":
+            rule = 0, node.attr[1] - 1
         elif node.dtype in INT_LIMITS and node.is_const:
             rule = int(node.attr), int(node.attr)
         elif node.dtype in INT_LIMITS and all(arg.dtype in INT_LIMITS for arg in node.args):
             if node.op == "cast":
                 rule = _same
+            elif node.op == "fold" and node.attr[2] != "mul":
+                rule = partial(_times, node.attr[1] if node.attr[2] == "add" else 1)
             elif node.op in OPS and OPS[node.op].interval is not None:
                 rule = OPS[node.op].interval  # type: ignore[assignment]
         steps.append((rule, args, limits))
@@ -173,6 +181,10 @@ def _prepare_indices(graph: Graph) -> _Indices:
 
 def _same(reached: Interval) -> Interval:
     return reached
+
+
+def _times(factor: int, reached: Interval) -> Interval:
+    return factor * reached[0], factor * reached[1]
 
 
 def _reached(indices: _Indices, graph: Graph, leaves: list, sizes: CallSizes, q_idx_given: bool) -> list[Interval]:
@@ -324,15 +336,18 @@ def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> No
     return rewrite(output, visit)
 
 
-def _at_least(a: Node, b: Node) -> bool:
-    """Whether a >= b wherever they are evaluated."""
+def _at_least(a: Node, b: Node, depth: int = 0) -> bool:
+    """Whether a >= b wherever they are evaluated, as far as a few steps show it."""
+    if depth > _DEEPEST:
+        return False
+    depth += 1
     if a.op == "minimum":
-        return all(_at_least(part, b) for part in a.args)
+        return all(_at_least(part, b, depth) for part in a.args)
     if b.op == "maximum":
-        return all(_at_least(a, part) for part in b.args)
-    if a.op == "maximum" and any(_at_least(part, b) for part in a.args):
+        return all(_at_least(a, part, depth) for part in b.args)
+    if a.op == "maximum" and any(_at_least(part, b, depth) for part in a.args):
         return True
-    if b.op == "minimum" and any(_at_least(a, part) for part in b.args):
+    if b.op == "minimum" and any(_at_least(a, part, depth) for part in b.args):
         return True
     return _at_most_zero(make("sub", b, a))
 

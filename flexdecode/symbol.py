@@ -7,16 +7,17 @@ operations wait until they are indexed, so nothing of a captured tensor is read 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 
-from .build import check_constant, sources
+from .build import check_constant, remake, sources
 from .captures import Reads
 from .errors import TraceError, UnsupportedOpError, at_user_line
-from .graph import Node, Source, const
+from .graph import Node, Source, const, rewrite
 from .ops import DTYPES
 
 _NO_BRANCH = (
@@ -27,6 +28,9 @@ _NO_NUMBER = (
     "A traced value has no Python number: use the torch function (torch.exp for math.exp), and capture a list, dict or "
     "numpy array as a tensor to index it."
 )
+
+
+_MAX_WAITING = 40  # symbols whose elements wait for their index, each for those that it is made of
 
 
 class Consumed(BaseException):  # not an Exception: the user's own `except Exception` must not swallow it
@@ -49,6 +53,9 @@ class TraceContext:
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
     own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
+    num_loops: int = 0
+    num_shaped: int = 0  # symbols made with dimensions
+    made: list[weakref.ref[Symbol]] = field(default_factory=list)  # all symbols
 
     def __post_init__(self) -> None:
         self._leaf_of = {id(leaf): i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)}
@@ -60,6 +67,11 @@ class TraceContext:
             return getattr(self.functions, name)(self, *args)
         finally:
             self.own_code = before
+
+    def step(self, count: int) -> Node:
+        """The step of a new loop."""
+        self.num_loops += 1
+        return Node("step", (), torch.int64, (self.num_loops, count))
 
     def scalar(self, node: Node) -> Symbol:
         """A symbol of rank 0."""
@@ -88,7 +100,12 @@ class TraceContext:
             return self.tensor(value)
         if isinstance(value, (bool, int, float)):
             plain = value if isinstance(value, bool) else (int if isinstance(value, int) else float)(value)
-            check_constant(plain)
+            try:
+                check_constant(plain)
+            except OverflowError as error:
+                raise at_user_line(
+                    TraceError, f"{error}, in which a {self.kind} computes", "Use a smaller one: sys.maxsize fits."
+                ) from None
             return self.scalar(const(plain))
         if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
             return self.symbol(value.item())
@@ -167,27 +184,39 @@ class Symbol:
     Attributes:
         context: the run that it belongs to.
         sizes: one `Node` per dimension.
-        at: gives the element's node for a tuple of index nodes, one per dimension.
         dtype: PyTorch's type of the elements.
-        guarded: per dimension, whether `at` itself gives 0 for an index outside.
+        guarded: per dimension, whether an element with an index outside is 0 without further ado.
     """
 
-    __slots__ = ("at", "context", "dtype", "guarded", "sizes")
-    __array_ufunc__ = None  # numpy scalars on the left leave the operation to the symbol
+    __slots__ = ("__weakref__", "_element", "_known", "context", "dtype", "guarded", "sizes")
 
     def __init__(
         self,
         context: TraceContext,
         sizes: tuple[Node, ...],
-        at: Callable[[tuple[Node, ...]], Node],
+        element: Callable[[tuple[Node, ...]], Node],
         dtype: torch.dtype,
         guarded: tuple[bool, ...] | None = None,
     ) -> None:
+        """Element takes one index node per dimension."""
         self.context = context
         self.sizes = sizes
-        self.at = at
         self.dtype = dtype
         self.guarded = (False,) * len(sizes) if guarded is None else guarded
+        self._known: dict[tuple[Node, ...], Node] = {}
+        if sizes:
+            context.num_shaped += 1
+            if context.num_shaped > _MAX_WAITING:
+                element = _settled(element, len(sizes))
+        self._element = element
+        context.made.append(weakref.ref(self))
+
+    def at(self, index: tuple[Node, ...]) -> Node:
+        """The node of one element."""
+        node = self._known.get(index)
+        if node is None:
+            node = self._known[index] = self._element(index)
+        return node
 
     @property
     def rank(self) -> int:
@@ -245,13 +274,34 @@ class Symbol:
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self.python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Numpy's scalars on the left of an operator end here, as do its functions, which are refused."""
+        name = _UFUNCS.get(ufunc.__name__)
+        if name is None or method != "__call__" or options:
+            self._refuse_numpy(ufunc.__name__)
+        return self.context.do("elementwise", name, *inputs)
+
+    def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: dict) -> NoReturn:
+        """Refuses the functions of numpy."""
+        self._refuse_numpy(function.__name__)
+
+    def _refuse_numpy(self, name: str) -> NoReturn:
+        twin = name if hasattr(torch, name) else _NUMPY_TWINS.get(name)
+        raise at_user_line(
+            UnsupportedOpError,
+            f"numpy.{name} was applied to a traced value in a {self.context.kind}",
+            f"Use torch.{twin}." if twin else "Use PyTorch's functions, or compute it outside the mod.",
+        )
+
     def __len__(self) -> int:
         if not self.sizes:
             self.python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
         return self.context.python_int(self.sizes[0])
 
-    def __iter__(self) -> NoReturn:
-        self.python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
+    def __iter__(self) -> Iterator[Symbol]:
+        if not self.sizes:
+            self.python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
+        return self.context.do("call", "__iter__", self)
 
     def __contains__(self, _: Any) -> NoReturn:
         self.python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
@@ -262,11 +312,31 @@ class Symbol:
     def __round__(self, digits: int | None = None) -> Symbol:
         return self.context.do("dispatch", torch.round, (self,), {} if digits is None else {"decimals": digits})
 
+    def __matmul__(self, other: Any) -> Symbol:
+        return self.context.do("call", "matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Symbol:
+        return self.context.do("call", "matmul", other, self)
+
     def __divmod__(self, other: Any) -> tuple[Symbol, Symbol]:
         return self // other, self % other
 
     def __pos__(self) -> Symbol:
         return self
+
+
+def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable[[tuple[Node, ...]], Node]:
+    """Computes an element once, for indices that are filled in later, so that no recursion is as deep as a mod."""
+    axes = tuple(Node("axis", (), torch.int64, dim) for dim in range(rank))
+    body = element(axes)
+
+    def at(index: tuple[Node, ...]) -> Node:
+        def visit(node: Node, args: tuple[Node, ...]) -> Node:
+            return index[node.attr] if node.op == "axis" else remake(node, args)
+
+        return body if index == axes else rewrite(body, visit)
+
+    return at
 
 
 Symbol.__name__ = "Tensor"  # in Python's own messages: "unsupported operand types: 'Tensor' and 'list'"
@@ -289,6 +359,22 @@ for _name, _op in {
 }.items():  # fmt: skip
     setattr(Symbol, f"__{_name}__", _operator(_op, reflected=False))
     setattr(Symbol, f"__r{_name}__", _operator(_op, reflected=True))
+_UFUNCS = {
+    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div",
+    "floor_divide": "floor_divide", "remainder": "remainder", "power": "pow", "bitwise_and": "bitwise_and",
+    "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "left_shift": "bitwise_left_shift",
+    "right_shift": "bitwise_right_shift", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge",
+    "equal": "eq", "not_equal": "ne",
+}  # fmt: skip
+_NUMPY_TWINS = {
+    "power": "pow",
+    "fabs": "abs",
+    "cbrt": "pow",
+    "rint": "round",
+    "invert": "bitwise_not",
+    "degrees": "rad2deg",
+    "radians": "deg2rad",
+}
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reflected=False))
 for _name, _op in {"neg": "neg", "abs": "abs", "invert": "bitwise_not"}.items():

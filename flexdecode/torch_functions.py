@@ -176,8 +176,7 @@ def _broadcast(context: TraceContext, function: Callable[..., Node], *symbols: S
         except RuntimeError as error:
             raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
         views = [_expanded(s, sizes) if s.rank else s for s in symbols]
-    zero = tuple(const(0) for _ in sizes)
-    dtype = function(*(s.at(zero if s.rank else ()) for s in views)).dtype
+    dtype = function(*(Node("axis", (), s.dtype) if s.rank else s.node for s in views)).dtype
     guarded = shaped[0].guarded if len(shaped) == 1 and _keeps_zero(function, symbols) else None
     return Symbol(
         context, sizes, lambda index: function(*(s.at(index if s.rank else ()) for s in views)), dtype, guarded

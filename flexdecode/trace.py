@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from . import factories, joins, reductions, views  # noqa: F401 (they register their functions)
 from . import torch_functions as tf
 from .build import cast, remake
-from .captures import CannotRebuild, Reads, copy_for_trace
+from .captures import CannotRebuild, Reads, copy_for_trace, uncompiled
 from .errors import FlexDecodeError, TraceError, raised, user_line
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
+from .leaks import check_leaks
 from .symbol import Consumed, Symbol, TraceContext
 
 PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
@@ -67,6 +70,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: R
     _check_assignments(mod, kind)
     reads = Reads(kind) if reads is None else reads
     real = _run(mod, kind, leaves, device, frozenset(), (), reads)
+    check_leaks(real.context, lambda: _run(mod, kind, leaves, device, frozenset(), (), reads).context)
     numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
     planted, constants = _plant(mod, kind, leaves, device, real, numbers, reads)
     # What the unplanted run consumed (sizes) is among the constants of the planted one: same control flow.
@@ -78,6 +82,7 @@ class _Run:
     graph: Graph
     output: Node
     constants: frozenset[Source]
+    context: TraceContext
 
 
 def _run(
@@ -96,7 +101,7 @@ def _run(
         try:
             output = _call(copy_for_trace(mod, numbers, reads), context)
             frozen = [tensor.to(device) for tensor in context.frozen]
-            return _Run(Graph.build(output, context.tensor_types, frozen), output, constants)
+            return _Run(Graph.build(output, context.tensor_types, frozen), output, constants, context)
         except Consumed as consumed:
             constants |= consumed.sources
 
@@ -106,7 +111,7 @@ def _call(mod: Callable, context: TraceContext) -> Node:
     arguments += [context.index(name) for name in INDEX_NAMES]
     raised.error = None
     try:
-        with _TraceMode(context):
+        with _as_it_was_written(), _TraceMode(context):
             result = mod(*arguments)
         if raised.error is not None:  # the mod has an `except` that swallowed it
             raise raised.error
@@ -119,6 +124,11 @@ def _call(mod: Callable, context: TraceContext) -> Node:
             "operators on tensors and numbers, and compute everything else outside the mod."
         ) from error
     return _checked_result(result, mod, context)
+
+
+def _as_it_was_written() -> AbstractContextManager:
+    """Lets functions that `torch.compile` made run as Python, if there can be any."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
@@ -154,6 +164,7 @@ def _result_word(kind: str) -> str:
 
 def _check_assignments(mod: Callable, kind: str) -> None:
     """Refuses a function that assigns to variables outside of it: they would hold symbols after the trace."""
+    mod = uncompiled(mod) or mod
     code: Any = getattr(getattr(mod, "__func__", mod), "__code__", None)
     for step in dis.get_instructions(code) if code is not None else ():
         if step.opname == "STORE_GLOBAL" or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
@@ -208,16 +219,28 @@ def _same(planted: _Run, real: _Run, leaves: list) -> bool:
 def _check_parameters(mod: Callable, kind: str) -> None:
     if not callable(mod):
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
-    names = PARAMETERS[kind]
+    names = ", ".join(PARAMETERS[kind])
+    name = getattr(mod, "__name__", type(mod).__name__)
+    called = uncompiled(mod) or mod
+    if isinstance(called, torch.nn.Module) and type(called).__call__ is torch.nn.Module.__call__:
+        called = called.forward
     try:
-        signature = inspect.signature(mod)
-    except (TypeError, ValueError):  # a builtin without a signature: the call itself will tell
+        signature = inspect.signature(called)
+        signature.bind(*PARAMETERS[kind])
         return
-    try:
-        signature.bind(*names)
+    except ValueError:  # a builtin without a signature
+        if not _is_library(called):
+            return  # the call itself will tell
+        problem = f"{name!r} is a function of numbers"
     except TypeError:
-        name = getattr(mod, "__name__", type(mod).__name__)
-        raise TypeError(
-            f"`{kind}` must take {len(names)} positional parameters ({', '.join(names)}), but {name!r} has "
-            f"the signature {signature}"
-        ) from None
+        problem = f"{name!r} has the signature {signature}"
+    raise TypeError(
+        f"`{kind}` must take {len(PARAMETERS[kind])} positional parameters ({names}), but {problem}\n"
+        f"  Call it in a function that does: `def my_{kind}({names}): ...`"
+    )
+
+
+def _is_library(function: Any) -> bool:
+    """Whether a callable without a signature is one of PyTorch, numpy or Python."""
+    module = str(getattr(function, "__module__", None) or type(function).__module__)
+    return module.partition(".")[0] in ("torch", "numpy", "math", "builtins", "_operator")

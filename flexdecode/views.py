@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from .build import cast, make
-from .errors import TraceError, at_user_line
+from .errors import TraceError, UnsupportedOpError, at_user_line
 from .factories import _unpacked
 from .graph import Node, const
 from .symbol import Symbol, TraceContext
@@ -220,6 +221,97 @@ def _expand(context: TraceContext, x: Any, *sizes: Any, size: Any = None) -> Sym
 @_handles("expand_as")
 def _expand_as(context: TraceContext, x: Any, other: Any) -> Symbol:
     return _expand(context, x, *(context.size_value(n) for n in context.symbol(other).sizes))
+
+
+# --- Other shapes -----------------------------------------------------------------------------------------------------
+
+
+def _reshape(context: TraceContext, x: Any, shape: Sequence[Any]) -> Symbol:
+    """The same elements in another shape; the sizes become constants."""
+    symbol = context.symbol(x)
+    old = [context.python_int(n) for n in symbol.sizes]
+    asked = [context.python_int(context.symbol(n).node) for n in shape]
+    try:
+        new = list(torch.empty(old, device="meta").reshape(asked).shape)
+    except RuntimeError as error:
+        raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+    groups = _groups(old, new)
+
+    def at(index: tuple[Node, ...]) -> Node:
+        source: list[Node] = []
+        for old_dims, new_dims in groups:
+            flat = const(0)
+            for dim in new_dims:
+                flat = make("add", make("mul", flat, const(new[dim])), index[dim])
+            places: list[Node] = []
+            for dim in reversed(old_dims[1:]):
+                places.insert(0, make("remainder", flat, const(max(old[dim], 1))))
+                flat = make("floor_divide", flat, const(max(old[dim], 1)))
+            source += [flat, *places] if old_dims else []
+        return symbol.at(tuple(source))
+
+    same = {n[0]: o[0] for o, n in groups if len(o) == len(n) == 1}
+    guarded = tuple(d in same and symbol.guarded[same[d]] for d in range(len(new)))
+    sizes = tuple(symbol.sizes[same[d]] if d in same else const(n) for d, n in enumerate(new))
+    return Symbol(context, sizes, at, symbol.dtype, guarded)
+
+
+def _groups(old: list[int], new: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of old and of new dimensions, as short as possible, that hold the same number of elements."""
+    if 0 in old:
+        return [(list(range(len(old))), list(range(len(new))))]
+    groups: list[tuple[list[int], list[int]]] = []
+    a = b = 0
+    while a < len(old) or b < len(new):
+        olds, news = [a] if a < len(old) else [], [b] if b < len(new) else []
+        a, b = a + len(olds), b + len(news)
+        while math.prod(old[d] for d in olds) != math.prod(new[d] for d in news):
+            if math.prod(old[d] for d in olds) < math.prod(new[d] for d in news):
+                olds, a = [*olds, a], a + 1
+            else:
+                news, b = [*news, b], b + 1
+        groups.append((olds, news))
+    return groups
+
+
+@_handles("reshape", "view")
+def _reshape_method(context: TraceContext, x: Any, *sizes: Any, shape: Any = None, size: Any = None) -> Symbol:
+    if any(isinstance(n, torch.dtype) for n in sizes):
+        raise at_user_line(
+            UnsupportedOpError,
+            f"view as another dtype is not supported in a {context.kind}",
+            "Capture the view, `bits = x.view(torch.int16)`, or convert the values with .to(dtype).",
+        )
+    return _reshape(context, x, _unpacked(sizes, size if shape is None else shape))
+
+
+@_handles("view_as", "reshape_as")
+def _reshape_as(context: TraceContext, x: Any, other: Any) -> Symbol:
+    return _reshape(context, x, _shape(context, other))
+
+
+@_handles("flatten", "ravel")
+def _flatten(context: TraceContext, x: Any, start_dim: int = 0, end_dim: int = -1) -> Symbol:
+    symbol = context.symbol(x)
+    if symbol.rank == 0:
+        return _unsqueeze(context, symbol, 0)
+    start, end = _dim(symbol, start_dim), _dim(symbol, end_dim)
+    if start > end:
+        raise at_user_line(TraceError, f"flatten from dimension {start} to {end}", "Start at the first of them.")
+    shape = _shape(context, symbol)
+    return _reshape(context, symbol, (*shape[:start], -1, *shape[end + 1 :])) if start < end else symbol
+
+
+@_handles("unflatten")
+def _unflatten(context: TraceContext, x: Any, dim: int, sizes: Any) -> Symbol:
+    symbol = context.symbol(x)
+    dim = _dim(symbol, dim)
+    shape = [context.python_int(n) for n in symbol.sizes]
+    known = [context.python_int(context.symbol(n).node) for n in sizes]
+    if -1 in known:
+        rest = math.prod(n for n in known if n != -1)
+        known[known.index(-1)] = shape[dim] // rest if rest else 0
+    return _reshape(context, symbol, (*shape[:dim], *known, *shape[dim + 1 :]))
 
 
 # --- Attributes -------------------------------------------------------------------------------------------------------

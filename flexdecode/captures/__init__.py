@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 
 from ..errors import TraceError
 from .copies import CannotRebuild, _Rebuilder, _Recorder
+from .facts import uncompiled
 from .reads import Reads
 from .scan import NOTHING, Followed, _run, _Scan
 
@@ -36,6 +37,7 @@ __all__ = [
     "pins",
     "read",
     "rebuild",
+    "uncompiled",
     "walk",
 ]
 

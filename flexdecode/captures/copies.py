@@ -16,6 +16,7 @@ from .facts import (
     _TABLES,
     _At,
     _Type,
+    uncompiled,
 )
 from .holders import _array_of, _holder, _is_numpy_array
 from .reads import Reads
@@ -172,6 +173,8 @@ class _Rebuilder:
 
     def copy(self, node: _Node, leaf: int) -> Any:
         owner = node.owner
+        if uncompiled(owner) is not None:
+            return self.build(node.children[0], node.refs[0])
         special = node.special if id(node) in self.own else ""
         if special == "refused":
             assert self.reads is not None

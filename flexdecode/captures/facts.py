@@ -144,6 +144,16 @@ def _union(names: frozenset[str], more: frozenset[str]) -> frozenset[str]:
     return names | more
 
 
+def uncompiled(value: Any) -> Any:
+    """The function or module that `torch.compile` wrapped in `value`; None if it wrapped none."""
+    if type(value) is FunctionType:
+        return value.__dict__.get("_torchdynamo_orig_callable")
+    kind = type(value)
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        return value.__dict__["_modules"]["_orig_mod"]
+    return None
+
+
 # --- What a type says about its instances ----------------------------------------------------------------------------
 
 _POINTER = struct.calcsize("P")

@@ -55,6 +55,7 @@ from .facts import (
     _union,
     _View,
     _view,
+    uncompiled,
 )
 from .holders import (
     _BUILTINS,
@@ -352,6 +353,8 @@ def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
 
 
 def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | None:
+    if fn.__dict__ and "_torchdynamo_orig_callable" in fn.__dict__:
+        return _compiled(scan, fn, at, called)
     if (
         at is not _FUNC
         and at[0] in ("global", "module")
@@ -399,6 +402,11 @@ def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
         package = (fn.__globals__.get("__package__") or "").split(".")
         name = ".".join([*package[: len(package) - dots + 1], *filter(None, [name])])
     return (name,) if "." not in name else (name, name.partition(".")[0])
+
+
+def _compiled(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts:
+    """What `torch.compile` gives counts as what it was made of."""
+    return ("compiled",), (uncompiled(value),), (_FUNC,)
 
 
 def _method(scan: _Scan, method: MethodType, at: _At, called: bool) -> _Parts:
@@ -607,6 +615,8 @@ def _choose(kind: type) -> _Describe:
         return _TABLE[kind]
     if issubclass(kind, torch.Tensor):
         return _tensor
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        return _compiled
     if issubclass(kind, ModuleType):
         return _module
     if issubclass(kind, type):
