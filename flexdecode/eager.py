@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import IndexRangeError
-from .graph import INDEX_NAMES, Graph, Node, loops_around, topological
+from .graph import INDEX_NAMES, Graph, Node, changing, loops_around, topological
 from .inputs import Inputs
 from .ops import HALF, OPS
 
@@ -183,14 +183,12 @@ class _Evaluation:
     def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
         loop, count, name = node.attr
         (body,) = node.args
-        changing = [n for n in topological(body) if loop in self.loops[n]]
+        again = changing(node, self.loops)
         result: torch.Tensor | None = None
         for step in range(count):
             local = dict(values)
-            local |= {
-                n: torch.tensor(step, device=self.device) for n in changing if n.op == "step" and n.attr[0] == loop
-            }
-            self._fill(local, changing, inside | {loop})
+            local |= {n: torch.tensor(step, device=self.device) for n in again if n.op == "step" and n.attr[0] == loop}
+            self._fill(local, again, inside | {loop})
             result = local[body] if result is None else OPS[name].torch(result, local[body])
         assert result is not None
         return result

@@ -53,7 +53,8 @@ class Node:
         args: operands; for `load` the indices, one per dimension; for `fold` what it joins, for each step of a loop.
         dtype: the type that PyTorch gives to this value (floating captures widen to float32).
         attr: `index`: its name; `const`: the value; `number`: its `Source` or slot; `load`: leaf or slot of the tensor;
-            `step`: which loop, and how many steps it has; `fold`: the same, and the row that joins two values.
+            `step`: the loop (1 or more, inside of another one a larger number) and how many steps it has; `fold`: the
+            same, and the row that joins two values.
         weak: true for Python numbers, which do not take part in type promotion within their category.
         digest: 16 bytes that identify the content.
     """
@@ -135,6 +136,22 @@ def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
     return found
 
 
+def changing(fold: Node, loops: dict[Node, frozenset[int]]) -> list[Node]:
+    """What is computed anew in each step of a loop, operands first; `loops` is of `loops_around`."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack = [(fold.args[0], False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+        elif node not in seen and fold.attr[0] in loops[node]:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((arg, False) for arg in reversed(node.args))
+    return order
+
+
 @dataclass(frozen=True)
 class Graph:
     """A traced mod.
@@ -166,7 +183,6 @@ class Graph:
         """
         numbers: dict[Source, int] = {}
         tensors: dict[int, int] = {}
-        loops: dict[int, int] = {}
 
         def visit(node: Node, args: tuple[Node, ...]) -> Node:
             attr = node.attr
@@ -174,8 +190,6 @@ class Graph:
                 attr = numbers.setdefault(attr, len(numbers))
             elif node.op == "load":
                 attr = tensors.setdefault(attr, len(tensors))
-            elif node.op in ("step", "fold"):
-                attr = (loops.setdefault(attr[0], len(loops)), *attr[1:])
             return Node(node.op, args, node.dtype, attr, node.weak)
 
         # A size names its tensor by leaf, which says nothing: the slot order makes equal mods equal.

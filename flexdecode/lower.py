@@ -9,7 +9,7 @@ import torch
 
 from .analyze import Facts, analyze
 from .bounds import nodes_of
-from .graph import Graph, Node, loops_around, topological
+from .graph import Graph, Node, changing, loops_around, topological
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
 from .ops import FLOATS, HALF, OPS
 from .program import Program
@@ -209,7 +209,7 @@ class _Writer:
             if node in self.names or not self.loops[node] <= inside:
                 continue
             if node.op == "fold":
-                self.names[node] = self._fold(node, nodes, inside)
+                self.names[node] = self._fold(node, inside)
                 continue
             text = self._text(node)
             if node.op == "load":
@@ -223,17 +223,17 @@ class _Writer:
         self.lines.append(f"{self.indent}{name} = {text}")
         return name
 
-    def _fold(self, node: Node, nodes: list[Node], inside: frozenset[int]) -> str:
+    def _fold(self, node: Node, inside: frozenset[int]) -> str:
         """A loop. Its first step stands before it, which gives the result its type and shape."""
         loop, count, name = node.attr
-        changing = [n for n in nodes if loop in self.loops[n]]
+        again = changing(node, self.loops)
         outer = dict(self.names)
 
         def value(step: str) -> str:
-            for n in changing:
+            for n in again:
                 if n.op == "step" and n.attr[0] == loop:
                     self.names[n] = self._assign(f"tl.full((), {step}, {self._dtype(n)})")
-            self._write(changing, inside | {loop})
+            self._write(again, inside | {loop})
             return self._as(node.args[0], self._dtype(node))
 
         total = self._assign(value("0"))

@@ -135,10 +135,10 @@ class _Infix:
         if op == "cast":
             return f"{str(node.dtype).removeprefix('torch.')}({self._list(node.args)})", _ATOM
         if op == "step":
-            return f"i{node.attr[0] or ''}", _ATOM
+            return _step_name(node), _ATOM
         if op == "fold":
-            loop, count, name = node.attr
-            return f"{_FOLDS[name]}({self._list(node.args)} for i{loop or ''} in range({count}))", _ATOM
+            _, count, name = node.attr
+            return f"{_FOLDS[name]}({self._list(node.args)} for {_step_name(node)} in range({count}))", _ATOM
         operands = _unconverted(node)
         if op in _PREFIXES:
             return f"{_PREFIXES[op]}{self._at(operands[0], _UNARY)}", _UNARY
@@ -197,6 +197,10 @@ class _Infix:
                     if x in self.on_kv and low not in self.on_kv:
                         return f"clamp({self._list((x, low, high))})"
         return None
+
+
+def _step_name(node: Node) -> str:
+    return "i" if node.attr[0] == 1 else f"i{node.attr[0]}"
 
 
 def _unconverted(node: Node) -> list[Node]:

@@ -17,7 +17,7 @@ from .errors import TraceError, at_user_line
 from .graph import Node, const
 from .joins import checked_count
 from .ops import HALF
-from .symbol import Symbol, TraceContext
+from .symbol import Symbol, TraceContext, innermost
 from .torch_functions import _HANDLERS, _as_dtype, _broadcast, _handles, _refuse, elementwise
 from .views import _dim, _permuted, _reshape, _unsqueeze
 
@@ -31,7 +31,7 @@ class _Elements(NamedTuple):
     step: Node | None = None
 
     @property
-    def count(self) -> int:
+    def extent(self) -> int:
         return len(self.nodes) if self.step is None else self.step.attr[1]
 
     @property
@@ -109,7 +109,7 @@ def _reduced(
         if total == 0:
             return const(empty, dtype)
         if total > _UNROLLED and not unrolled:
-            step = context.step(total)
+            step = Node("step", (), torch.int64, (innermost(index) + 1, total))
             return combine(_Elements([element(_place(step, counts))], step))
         places = itertools.product(*map(range, counts))
         return combine(_Elements([element([const(k) for k in place]) for place in places]))
@@ -192,7 +192,7 @@ def _mean(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     def combine(elements: _Elements) -> Node:
         result = dtype or elements.dtype
         wide = torch.float32 if result in HALF else result
-        return cast(make("div", _sum_of(wide)(elements), const(elements.count)), result)
+        return cast(make("div", _sum_of(wide)(elements), const(elements.extent)), result)
 
     return _reduced(context, "mean", symbol, dim, keepdim, combine)
 
@@ -310,9 +310,9 @@ def _spread(name: str) -> Callable[..., Symbol]:
         dim, keepdim, _ = _options(context, name, args, named)
 
         def combine(elements: _Elements) -> Node:
-            mean = make("div", elements.join("add"), const(elements.count))
+            mean = make("div", elements.join("add"), const(elements.extent))
             away = elements.each(lambda n: make("sub", n, mean))
-            freedom = max(0, elements.count - (int(correction) if unbiased else 0))
+            freedom = max(0, elements.extent - (int(correction) if unbiased else 0))
             variance = make("div", away.each(lambda d: make("mul", d, d)).join("add"), const(freedom))
             return make("sqrt", variance) if name == "std" else variance
 

@@ -8,7 +8,7 @@ operations wait until they are indexed, so nothing of a captured tensor is read 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import torch
 from .build import check_constant, remake, sources
 from .captures import Reads
 from .errors import TraceError, UnsupportedOpError, at_user_line
-from .graph import Node, Source, const, rewrite
+from .graph import Node, Source, const, loops_around, rewrite, topological
 from .ops import DTYPES
 
 _NO_BRANCH = (
@@ -53,7 +53,6 @@ class TraceContext:
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
     own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
-    num_loops: int = 0
     num_shaped: int = 0  # symbols made with dimensions
     made: list[weakref.ref[Symbol]] = field(default_factory=list)  # all symbols
 
@@ -67,11 +66,6 @@ class TraceContext:
             return getattr(self.functions, name)(self, *args)
         finally:
             self.own_code = before
-
-    def step(self, count: int) -> Node:
-        """The step of a new loop."""
-        self.num_loops += 1
-        return Node("step", (), torch.int64, (self.num_loops, count))
 
     def scalar(self, node: Node) -> Symbol:
         """A symbol of rank 0."""
@@ -325,13 +319,23 @@ class Symbol:
         return self
 
 
+def innermost(index: Iterable[Node]) -> int:
+    """The innermost loop in which an index changes, 0 for none."""
+    nodes = topological(*index)
+    return max((loop for loops in loops_around(nodes).values() for loop in loops), default=0)
+
+
 def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable[[tuple[Node, ...]], Node]:
     """Computes an element once, for indices that are filled in later, so that no recursion is as deep as a mod."""
     axes = tuple(Node("axis", (), torch.int64, dim) for dim in range(rank))
     body = element(axes)
 
     def at(index: tuple[Node, ...]) -> Node:
+        outer = innermost(index)
+
         def visit(node: Node, args: tuple[Node, ...]) -> Node:
+            if node.op in ("step", "fold"):  # now inside of the loops of the index
+                return Node(node.op, args, node.dtype, (node.attr[0] + outer, *node.attr[1:]))
             return index[node.attr] if node.op == "axis" else remake(node, args)
 
         return body if index == axes else rewrite(body, visit)
