@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -138,6 +139,12 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
             now = identify(kind, function)
         elif traced is not None:
             cache.counters.traces += 1
+            if reads.too_far:
+                text = (
+                    f"the {kind} reaches more than can be read again at each call: changes of `{reads.too_far}`, and "
+                    "of what lies beyond, go unseen. Give it what it reads in variables of its own."
+                )
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
             return traced.graph, now
         mod = now
     raise TraceError(

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..errors import TraceError
 from .copies import CannotRebuild, _Rebuilder, _Recorder
 from .facts import uncompiled
 from .reads import Reads
@@ -102,14 +101,9 @@ def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Read
 
     Raises:
         CannotRebuild: a replacement is not possible where that leaf is held.
-        TraceError: the callable reaches too much.
     """
     record = _run(fn, _Recorder, reads.followed)
-    if record.too_far:
-        raise TraceError(
-            f"the {reads.kind} reaches more than can be read again at each call, through `{record.too_far}`\n"
-            "  Give it what it reads in variables of its own."
-        )
+    reads.too_far = record.too_far
     reads.known = record.names
     while True:
         try:

@@ -29,6 +29,7 @@ class Reads:
         followed: what was known before.
         kept: positions of nodes that cannot be replaced in a copy.
         known: the attribute names that the walk looks up.
+        too_far: the first thing that the walk did not follow because it was too deep, or one object too many.
     """
 
     def __init__(self, kind: str, followed: Followed = NOTHING) -> None:
@@ -36,6 +37,7 @@ class Reads:
         self.followed = followed
         self.kept: set[int] = set()
         self.known: frozenset[str] = frozenset()
+        self.too_far = ""
         self.names: set[str] = set()
         self.entries: dict[tuple[int, _At], None] = {}
         self._followed = set(followed.reads)
