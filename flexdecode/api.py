@@ -29,8 +29,22 @@ from .plan import Plan, any_length, layout, prepare
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_plans = Bounded(limit=1024)  # all that identifies a call -> its plan, and the objects whose ids are in there
-_prepared = Bounded(limit=256)  # the same without what depends on the length of the cache -> a `Prepared`, and objects
+_calls = Bounded(limit=512)  # all that identifies a call but the length of its cache -> its `_Lengths`
+
+
+class _Lengths:
+    """The plans of a call by the length of its cache.
+
+    Attributes:
+        plans: by layouts of the caches, and by what proofs about indices rest on.
+        prepared: what plans share, by the same without N and its multiples.
+        kept: the objects whose ids are in the key of the call.
+    """
+
+    def __init__(self, kept: list) -> None:
+        self.plans = Bounded(limit=64)
+        self.prepared = Bounded(limit=16)
+        self.kept = kept
 
 
 def flex_decode(
@@ -68,8 +82,9 @@ def flex_decode(
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`. `score` is the scaled logit in natural-log units,
             `h` the query head; positions are absolute token positions in the sequence.
         mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, true where the query attends to the key.
-        kv_lens: live keys of each sequence, int32 or int64 `[B]`; by default N.
-        q_offset: position of the first query token, a number or an integer tensor `[B]`; by default
+        kv_lens: live keys of each sequence, int32 or int64 `[B]`, or one number for all (an integer or a 0-d tensor);
+            by default N.
+        q_offset: position of the first query token, int32 or int64 `[B]`, or one number for all; by default
             `kv_lens[b] - Q`, because the queries are the newest tokens.
         scale: factor of the dot product; by default `1 / sqrt(D)`.
         block_mask: PyTorch's BlockMask, for masks that only lists of blocks describe; holds beside `mask_mod`. Its
@@ -80,16 +95,16 @@ def flex_decode(
             `[num_pages, Hkv, page_size, D]` and `value` `[num_pages, Hkv, page_size, Dv]`, `kv_lens` is required, and
             N is `max_pages * page_size`. Mods see positions in the sequence, never pages. Entries past the last page
             of a sequence are not read.
-        q_lens: query tokens of each sequence, int32 or int64 `[B]`; by default Q. What lies past them gives 0 with a
-            log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
-        k_scale: what a stored key is multiplied by: a number, or a tensor per head `[Hkv]`, per sequence and head
-            `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
+        q_lens: query tokens of each sequence, int32 or int64 `[B]`, or one number for all; by default Q. What lies
+            past them gives 0 with a log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
+        k_scale: what a stored key is multiplied by: a number or a 0-d tensor, or a tensor per head `[Hkv]`, per
+            sequence and head `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
         v_scale: the same for values.
         sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
             value.
         cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
-        out: tensor `[B, Hq, Q, Dv]` to write to, any strides.
+        out: tensor `[B, Hq, Q, Dv]` to write to, any strides; it shares no memory with an input.
         options: how to execute the call.
 
     Returns:
@@ -130,25 +145,32 @@ def flex_decode(
     )  # fmt: skip
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    found = _plans.get((call, lengths))
-    if found is None:
-        plan = _make_plan(inputs, score, mask, call, lengths)
+    known = _calls.get(call)
+    plan = None if known is None else known.plans.get(lengths)
+    if plan is None:
+        plan, score, mask = _make_plan(known, inputs, score, mask, call, lengths)
     else:
         counters.hits += 1
-        plan = found[0]
     if plan.options.debug:
         check_again("score_mod", score, query.device)
         check_again("mask_mod", mask, query.device)
     return plan.run(inputs, score.leaves, mask.leaves, lists)
 
 
-def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple) -> Plan:
-    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared."""
+def _make_plan(
+    known: _Lengths | None, inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple
+) -> tuple[Plan, Mod, Mod]:
+    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared.
+
+    Returns:
+        The plan, and both mods with what tracing found of them.
+    """
     free = any_length(*lengths[2:])
-    shared = None if free is None else _prepared.get((call, len(score.present), len(mask.present), free))
-    if shared is not None:
-        prepared, kept = shared
-        plan, mask = prepared.plan(inputs, (score, mask))
+    shared = None
+    if known is not None and free is not None:
+        shared = known.prepared.get((len(score.present), len(mask.present), free))
+    if known is not None and shared is not None:
+        plan, mask = shared.plan(inputs, (score, mask))
     else:
         if getattr(inputs.query, "is_meta", False):
             raise ValueError(
@@ -156,12 +178,15 @@ def _make_plan(inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tupl
             )
         *_, return_lse, options, _, listed, combined = call
         prepared, plan, score, mask = prepare(inputs, score, mask, return_lse, options, listed, combined)
-        kept = [pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None]
         call = (score.identity, mask.identity, *call[2:])
+        known = _calls.get(call)
+        if known is None:
+            known = _Lengths([pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None])
+            _calls.add(call, known)
         if free is not None:
-            _prepared.add((call, len(score.present), len(mask.present), free), (prepared, kept))
-    _plans.add((call, (score.present, mask.present, *lengths[2:])), (plan, kept))
-    return plan
+            known.prepared.add((len(score.present), len(mask.present), free), prepared)
+    known.plans.add((score.present, mask.present, *lengths[2:]), plan)
+    return plan, score, mask
 
 
 def _same_start(key: object, value: object) -> bool:
@@ -182,8 +207,7 @@ def clear_cache() -> None:
     From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
     """
     with lock:
-        _plans.clear()
-        _prepared.clear()
+        _calls.clear()
         forget_memos()
         forget_graphs()
         forget_kernels()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .graph import Node, Source, const, topological
+from .graph import Node, Source, const, rewrite, topological
 from .ops import CONSTANT_SECOND, HALF, INT_LIMITS, OPS, Op, operand_dtypes
 
 _EXCHANGED = {"gt": "lt", "ge": "le", "greater": "lt", "greater_equal": "le"}
@@ -110,6 +110,8 @@ def cast(node: Node, dtype: torch.dtype) -> Node:
     """
     if node.dtype == dtype:
         return node
+    if node.weak and node.dtype == torch.float32 and dtype == torch.float64:
+        return _in_float64(node)
     unrounded = node.weak and dtype in HALF
     if node.is_const:
         if dtype.is_floating_point and node.weak:
@@ -119,6 +121,21 @@ def cast(node: Node, dtype: torch.dtype) -> Node:
     if dtype == torch.bool:
         return Node("ne", (node, const(0, node.dtype)), torch.bool)
     return Node("cast", (node,), dtype, weak=unrounded)
+
+
+def _in_float64(node: Node) -> Node:
+    """A float made of Python numbers, as a tensor with all the bits that Python's floats have."""
+
+    def visit(node: Node, args: tuple[Node, ...]) -> Node:
+        if node.dtype != torch.float32:
+            return node
+        if node.is_const:
+            return const(node.attr, torch.float64)
+        if node.op == "number":
+            return Node("number", (), torch.float64, node.attr)
+        return cast(args[0], torch.float64) if node.op == "cast" else make(node.op, *args)
+
+    return rewrite(node, visit)
 
 
 def strong(node: Node) -> Node:

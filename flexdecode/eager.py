@@ -198,7 +198,7 @@ class _Evaluation:
     def _number(self, node: Node) -> int | float | torch.Tensor:
         source = self.graph.numbers[node.attr]
         leaf = self.leaves[source.leaf]
-        return leaf.shape[source.dim] if source.dim >= 0 else leaf
+        return leaf if source.dim < 0 and isinstance(leaf, torch.Tensor) else source.read(self.leaves)
 
     def _load(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         """Reads a captured tensor; negative indices count from the end, and out of range reads 0."""

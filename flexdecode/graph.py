@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import TraceError
+
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 
 
@@ -22,12 +25,22 @@ class Source(NamedTuple):
     dim: int = -1
 
     def read(self, leaves: list) -> int | float:
-        """The present value, from the captures of a mod."""
+        """The present value, from the captures of a mod.
+
+        Raises:
+            TraceError: it is an integer that no 64-bit type holds.
+        """
         value = leaves[self.leaf]
         if self.dim >= 0:
             return value.shape[self.dim]
-        # `+` makes a bool an int: kernels take it as an integer.
-        return +value.item() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            return +value.item()  # `+` makes a bool an int: kernels take it as an integer
+        if value.__class__ is int and not _INT64_MIN <= value <= _INT64_MAX:
+            raise TraceError(
+                f"the captured number {value} does not fit into int64, in which a mod computes\n"
+                "  Capture a smaller one: sys.maxsize is the largest."
+            )
+        return value
 
 
 @dataclass(frozen=True, eq=False)

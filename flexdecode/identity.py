@@ -15,11 +15,9 @@ from .proofs import witnesses
 from .trace import trace
 
 _known = cache.Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
-_followed = cache.Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides
+_followed = cache.Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
 _graphs = cache.Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
-
-
-_MAX_CHANGES = 4  # traces of a mod that itself changes what it captures
+_MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
 
 
 class Mod(NamedTuple):
@@ -86,7 +84,8 @@ def identify(kind: str, mod: Callable | None) -> Mod:
 def _follow(kind: str, function: Callable, key: tuple) -> Mod | None:
     """Reads as well what earlier traces found to be read of large containers and by computed names."""
     mod = None
-    while (followed := _followed.get((kind, key))) is not None:
+    while (more := _followed.get((kind, key))) is not None:
+        followed, _ = more
         found, leaves, _ = read(function, followed)
         place = key = (key, found)
         constants, witnesses = _known.get((kind, key)) or _NO_SOURCES
@@ -119,8 +118,8 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
 
 def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tuple[Graph, Mod]:
     """Traces a mod, again each time that it was seen to read more than its code tells."""
-    changes = 0
-    while changes < _MAX_CHANGES:
+    changes, problem = 0, "reads something else each time that it is run"
+    for _ in range(_MAX_ROUNDS):
         reads = Reads(kind, mod.followed)
         traced = None
         try:
@@ -131,15 +130,18 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
         now = _watch(kind, mod, () if traced is None else traced.constants, ())
         if now.place != mod.place:  # the mod itself changed something, or imported a module
             changes += 1
+            if changes == _MAX_CHANGES:
+                problem = "changes what it captures"
+                break
         elif reads.pending:
-            _followed.add((kind, now.identity), reads.more())
+            _followed.add((kind, now.identity), (reads.more(), pins(function, mod.followed)))
             now = identify(kind, function)
         elif traced is not None:
             cache.counters.traces += 1
             return traced.graph, now
         mod = now
     raise TraceError(
-        f"{kind} {getattr(function, '__name__', type(function).__name__)!r} changes what it captures\n"
+        f"{kind} {getattr(function, '__name__', type(function).__name__)!r} {problem}\n"
         "  A mod is run a few times on symbols, and not at every call: compute what shall change outside the mod."
     )
 

@@ -38,7 +38,8 @@ class DecodeOptions:
         batch_invariant: the result of a sequence has the same bits whatever else is in the batch. Sequences are then
             cut as if each were alone.
         debug: checks on every call what is otherwise trusted, at the price of host synchronisation and of a
-            slow second computation: `kv_lens` within the cache, captured indices in range at attending pairs.
+            slow second computation: `kv_lens` within the cache, captured indices in range at attending pairs,
+            mods that compute the same as when they were traced.
 
     Raises:
         ValueError: a field has an impossible value.

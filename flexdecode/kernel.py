@@ -14,7 +14,7 @@ import torch
 from .block_mask import BLOCK_LISTS_TYPES
 from .errors import CompileError, SharedMemoryError, TritonVersionError
 from .graph import Graph
-from .lower import CaptureLayout
+from .lower import CaptureLayout, number_dtypes
 from .ops import HALF
 from .schedule import DeviceFacts, Tiles
 from .signature import UNIT, ScaleType, Signature
@@ -34,12 +34,9 @@ def capture_types(graph: Graph | None) -> CaptureTypes:
     """Triton types of the `captures` tuple of a graph, in the order of `CaptureLayout`."""
     if graph is None:
         return ()
-    types: dict[int, str] = {}
-    for node in graph.nodes():
-        if node.op == "number":
-            types[node.attr] = "fp32" if node.dtype.is_floating_point else "i64"
     layout = CaptureLayout.of(graph)
-    numbers = [types[i] for i in range(layout.num_numbers)]
+    dtypes = number_dtypes(graph)
+    numbers = [TYPE_NAMES[dtypes[i]] for i in range(layout.num_numbers)]
     tensors: list[str] = []
     for dtype, rank in graph.tensor_types:
         tensors += ["*" + TYPE_NAMES[dtype], *["i64"] * (2 * rank)]

@@ -12,7 +12,7 @@ from .compiled import Kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
 from .inputs import Inputs, Sizes
-from .kernel import CaptureTypes, KernelSpec, scale_arguments
+from .kernel import CaptureTypes, KernelSpec, capture_types, scale_arguments
 from .program import Program
 from .schedule import Schedule
 
@@ -35,11 +35,11 @@ def forget_workspaces() -> None:
 class CaptureReader:
     """Reads the current values of a graph's captures from the leaves of its mod, as kernel arguments."""
 
-    def __init__(self, graph: Graph | None, types: CaptureTypes, pointers: bool) -> None:
+    def __init__(self, graph: Graph | None, pointers: bool, types: CaptureTypes | None = None) -> None:
         self.numbers = graph.numbers if graph else ()
         self.tensors = graph.tensors if graph else ()
         self.frozen = graph.frozen if graph else ()
-        self.types = types
+        self.types = capture_types(graph) if types is None else types
         self.pointers = pointers
 
     def __call__(self, leaves: list) -> tuple:
@@ -71,8 +71,8 @@ class TritonLauncher:
     ) -> None:
         self.kernel = kernel
         self.on_gpu = on_gpu
-        self.read_score = CaptureReader(program.score, spec.score_captures, on_gpu)
-        self.read_mask = CaptureReader(program.mask, spec.mask_captures, on_gpu)
+        self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
+        self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
         signature, tiles = spec.signature, spec.tiles
         self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
         self.matrices = matrices

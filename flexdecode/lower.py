@@ -50,6 +50,16 @@ class CaptureLayout:
         return self.pointer(slot) + 1 + self.ranks[slot] + dim
 
 
+def number_dtypes(graph: Graph) -> dict[int, torch.dtype]:
+    """The types in which number slots travel: int64, float32, or float64 where one meets float64."""
+    found: dict[int, torch.dtype] = {}
+    for node in graph.nodes():
+        if node.op == "number":
+            dtype = node.dtype if node.dtype.is_floating_point else torch.int64
+            found[node.attr] = torch.promote_types(found.get(node.attr, dtype), dtype)
+    return found
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Bodies of the hook functions of one mod, by name, and the elementwise functions that they call."""
@@ -136,6 +146,7 @@ class _Writer:
         self.captures = captures
         self.prefix = prefix
         self.layout = CaptureLayout.of(graph)
+        self.number_dtypes = number_dtypes(graph)
         self.scalars: set[Node] = set()  # may be one value for the whole tile: no h, no kv_idx in it
         for node in facts.nodes:
             if node.op != "score" and node.attr not in ("h", "kv_idx") and self.scalars.issuperset(node.args):
@@ -222,7 +233,9 @@ class _Writer:
         text = f"{self.captures}[{node.attr}]"
         if node.dtype == torch.bool:
             return f"{text} != 0"
-        return text if node.dtype in (torch.int64, torch.float32) else f"{text}.to({self._dtype(node)})"
+        if self.number_dtypes[node.attr] == torch.float64:  # Triton's interpreter has it as a Python float
+            return f"tl.full((), {text}, {self._dtype(node)})"
+        return text if node.dtype == self.number_dtypes[node.attr] else f"{text}.to({self._dtype(node)})"
 
     def _operation(self, node: Node, dtype: str) -> str:
         op = OPS[node.op]
@@ -294,12 +307,12 @@ class _Writer:
         return f"tl.load({address}, mask={guard}, other=0)" if inside else f"tl.load({address})"
 
     def widened(self, node: Node, text: str) -> str:
-        """What was loaded in the type that computes: float32 for floats, a condition for bool."""
+        """What was loaded in the type that computes: at least float32 for floats, a condition for bool."""
         dtype, _ = self.graph.tensor_types[node.attr]
         if dtype == torch.bool:
             return f"({text} != 0)"
         if dtype in FLOATS:
-            return text if dtype == torch.float32 else f"{text}.to(tl.float32)"
+            return text if dtype in (torch.float32, torch.float64) else f"{text}.to(tl.float32)"
         return text
 
 

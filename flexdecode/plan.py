@@ -34,7 +34,7 @@ from .launch import TritonLauncher
 from .overlap import extent, share_memory
 from .program import Program
 from .proofs import CallSizes, Checks, depends_on_length, find_checks, integers
-from .schedule import DeviceFacts, Schedule, Tiles, has_latent_kernel, schedule, smaller
+from .schedule import DeviceFacts, Schedule, Tiles, has_latent_kernel, next_power_of_2, schedule, smaller
 from .signature import Signature, all_strides, describe, packed
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ class Prepared:
             check_device(self.signature, self.facts)
         self.programs: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in graphs)
-        self.last: tuple[tuple, _Loaded | None] = (), None  # what proofs rest on, and what they gave
+        # What the last proofs rest on, what they gave, and from which length to which.
+        self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
         self.num_watched = -1  # numbers of the mask_mod, where the proofs of the score_mod rest on them, too
 
     def plan(self, inputs: Inputs, mods: tuple[Mod, Mod]) -> tuple[Plan, Mod]:
@@ -275,11 +276,23 @@ class Prepared:
         batch, num_kv_heads = len(inputs.query), inputs.key.shape[1]
         sizes = Sizes(batch, num_kv_heads, inputs.max_kv_len)
         score, mask = mods
-        present, loaded = self.last
-        if loaded is None or self.is_proof_of_length or present != (score.present, mask.present):
-            loaded, mask = self._load(mods, sizes)
-            self.last = (score.present, mask.present), loaded
+        present, loaded, first, end = self.last
+        if loaded is None or not first <= sizes.max_kv_len <= end or present != (score.present, mask.present):
+            loaded, mask = self._reach(mods, sizes)
         return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.options)), mask
+
+    def _reach(self, mods: tuple[Mod, Mod], sizes: Sizes) -> tuple[_Loaded, Mod]:
+        """Proves what can be proven of a call, and notes up to which length it stays so."""
+        score, mask = mods
+        repeated = self.last[0] == (score.present, mask.present)
+        loaded, mask = self._load(mods, sizes)
+        end = sizes.max_kv_len if self.is_proof_of_length else MAX_KV_LEN
+        if repeated and end == sizes.max_kv_len:
+            # What is proven, and what is not, for a longer sequence as well as for this one is so for all between.
+            further = next_power_of_2(end)
+            end = further if self._load((score, mask), sizes._replace(max_kv_len=further))[0] is loaded else end
+        self.last = (score.present, mask.present), loaded, sizes.max_kv_len, end
+        return loaded, mask
 
     def _load(self, mods: tuple[Mod, Mod], sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and finds the kernels that leave it out."""
@@ -499,13 +512,14 @@ def cut_call(
         if latents is not None:
             cut = schedule(signature, sizes, facts, options, is_bounded=bounds.is_bounded, latent=True)
             return cut, (latents, latents)
+    # The blocks of lists may all be partial.
+    hopeful = hopeful and program.num_full > 0 and not program.block_lists
     cut = schedule(signature, sizes, facts, options, hopeful, bounds.is_bounded, program.fetches)
-    seen = packed(inputs) if cut.tiles.packed else inputs
     matrices = None
-    listed = program.block_lists  # whose blocks may all be partial
-    if cut.tiles.descriptors and program.num_full and not listed and signature.page_size % cut.tiles.block_n == 0:
+    if cut.tiles.descriptors and signature.page_size % cut.tiles.block_n == 0:
+        seen = packed(inputs) if cut.tiles.packed else inputs
         matrices = as_matrices(seen.key, seen.value, caches)
-    if matrices is None:
+    if matrices is None and cut.tiles.descriptors:
         cut = schedule(signature, sizes, facts, options, False, bounds.is_bounded, program.fetches)
     return cut, matrices
 

@@ -207,6 +207,8 @@ def _number(node: Node) -> str:
     value = node.attr
     if not isinstance(value, float) or value - value != 0 or value == int(value):
         return repr(value)
+    if node.dtype == torch.float64:
+        return repr(value)
     exact = _rounded(value)
     digits = next(d for d in range(1, 18) if _rounded(float(f"{value:.{d}g}")) == exact)
     return f"{value:.{digits}g}"

@@ -47,7 +47,7 @@ class TraceContext:
     functions: Any  # the module torch_functions, which is built on this one
     reads: Reads  # notes what the mod reads that the walk does not follow
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
-    frozen: list[torch.Tensor] = field(default_factory=list)
+    frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
     own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
 
     def __post_init__(self) -> None:
@@ -111,25 +111,24 @@ class TraceContext:
                 "Changes of it would go unseen: give it a name outside the mod, `table = ...`, and use that.",
             )
         if value.ndim == 0 and value.device.type == "cpu":
-            dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
             _check_dtype(value.dtype, self.kind)
-            return self.scalar(Node("number", (), dtype, Source(leaf)))
+            return self.scalar(Node("number", (), widened(value.dtype), Source(leaf)))
         return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
 
     def freeze(self, value: torch.Tensor) -> Symbol:
-        """A tensor that the mod makes of numbers."""
+        """A tensor on the CPU that the mod makes of numbers."""
         if value.ndim == 0:
-            return self.scalar(const(value.item(), torch.float32 if value.dtype.is_floating_point else value.dtype))
+            return self.scalar(const(value.item(), widened(value.dtype)))
         alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]
         if not alike:
             alike = [len(self.frozen)]
-            self.frozen.append(value.to(self.device))
+            self.frozen.append(value)
         return self._loads(-1 - alike[0], value, tuple(const(n) for n in value.shape))
 
     def _loads(self, leaf: int, value: torch.Tensor, shape: tuple[Node, ...]) -> Symbol:
         _check_dtype(value.dtype, self.kind)
         self.tensor_types[leaf] = (value.dtype, value.ndim)
-        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+        dtype = widened(value.dtype)
         return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
 
     def _size(self, source: Source, size: int) -> Node:
@@ -146,6 +145,11 @@ class TraceContext:
     def size_value(self, node: Node) -> int | Symbol:
         """A size as the mod sees it: a number, or a symbol for the size of a captured tensor."""
         return node.attr if node.is_const else self.scalar(node)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
 def _check_dtype(dtype: torch.dtype, kind: str) -> None:
@@ -210,7 +214,7 @@ class Symbol:
         return f"<traced {self.dtype} of rank {self.rank} in a {self.context.kind}>"
 
     def __getitem__(self, index: Any) -> Symbol:
-        return self.context.do("getitem", self, index)
+        return self.context.do("call", "getitem", self, index)
 
     def python_value(self, problem: str, remedy: str) -> NoReturn:
         """Refuses to become a Python value; a captured number becomes a constant instead."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from . import factories, joins, reductions, views  # noqa: F401 (they register their functions)
 from . import torch_functions as tf
 from .build import cast, remake
 from .captures import CannotRebuild, Reads, copy_for_trace
@@ -94,7 +95,8 @@ def _run(
         numbers = {i: context.number(Source(i)) for i in planted if Source(i) not in constants}
         try:
             output = _call(copy_for_trace(mod, numbers, reads), context)
-            return _Run(Graph.build(output, context.tensor_types, context.frozen), output, constants)
+            frozen = [tensor.to(device) for tensor in context.frozen]
+            return _Run(Graph.build(output, context.tensor_types, frozen), output, constants)
         except Consumed as consumed:
             constants |= consumed.sources
 

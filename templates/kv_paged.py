@@ -22,7 +22,8 @@ def _place_in_page(start_n, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
 @triton.jit
 def _in_pool(page, num_pages):
     """A page of the pool, in place of a number that names none."""
-    return tl.where((page >= 0) & (page < num_pages), page, 0)
+    UNSIGNED: tl.constexpr = tl.uint32 if page.dtype == tl.int32 else tl.uint64  # in which -1 is large
+    return tl.where(page.to(UNSIGNED, bitcast=True) < num_pages.to(UNSIGNED), page, 0)
 
 
 @triton.jit

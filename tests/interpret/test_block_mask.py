@@ -99,3 +99,13 @@ def test_rows_that_attend_to_nothing():
     out, lse = decode(*inputs, block_mask=block_mask, num_splits=2)
     assert (out == 0).all() and (lse == -torch.inf).all()
     check_decode(*inputs, mask_mod=mods.causal())
+
+
+def test_lists_that_are_reassigned():
+    """In each step, so that the memory of old ones is used again."""
+    inputs = make_inputs(1, HQ, HKV, 1, N, D)
+    block_mask = create_block_mask(lambda b, h, q, k: k // 16 == 0, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+    for step in range(6):
+        block_mask.full_kv_indices = torch.full_like(block_mask.full_kv_indices, step % 4)
+        out, lse = decode(*inputs, block_mask=block_mask, num_splits=2)
+        assert_close_to_reference(out, lse, *inputs, mask_mod=lambda b, h, q, k, block=step % 4: k // 16 == block)

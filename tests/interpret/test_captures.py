@@ -1,7 +1,11 @@
 """Captured tensors and numbers through the generated kernel: every type, odd strides, read at call time."""
 
+import contextvars
 import sys
+import threading
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from interpret.decoding import check_decode, decode
@@ -181,3 +185,38 @@ def test_same_graph_from_another_function_gives_the_same_bits():
     first = decode(*inputs(), lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx))
     again = decode(*inputs(), lambda s, b, head, q, k: s - slopes[head] * (q - k))
     assert torch.equal(first[0], again[0])
+
+
+# --- Host state -------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_in_other_containers():
+    """Each changes; one kernel for all values."""
+    var, ring, layers = contextvars.ContextVar("slope"), deque([0.5, 1.0], maxlen=2), [0.1 * i for i in range(80)]
+    local, table = threading.local(), np.arange(3, dtype=np.float32)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        bias = layers[7] * (q_idx - kv_idx) + ring[-1] * h + local.shift
+        return score * var.get() + bias * table[1]
+
+    flexdecode.clear_cache()
+    for step in (1.0, -0.5, 2.0):
+        var.set(step)
+        ring.append(step + 1)
+        layers[7] = local.shift = 0.25 * step
+        table[1] = step
+        check_decode(*inputs(), score_mod)
+    info = flexdecode.cache_info()
+    assert (info.traces, info.compilations) == (1, 1)
+
+
+def test_layers_share_a_kernel():
+    slopes, tables = (
+        [0.1 * i for i in range(80)],
+        [torch.randn(HQ, generator=torch.Generator().manual_seed(i)) for i in range(80)],
+    )
+    flexdecode.clear_cache()
+    for layer in (3, 70):
+        check_decode(*inputs(), lambda score, b, h, q_idx, kv_idx: score + slopes[layer] * kv_idx + tables[layer][h])
+    info = flexdecode.cache_info()
+    assert (info.traces, info.compilations) == (2, 1)

@@ -66,7 +66,9 @@ def test_heads_that_share_a_cache_visit_the_blocks_of_all():
 
 def test_lists_without_full_blocks_and_with_rubbish_behind_their_end():
     counts, indices = torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 99, -5], [0, 1, 99]]]])
-    block_mask = BlockMask((32, 48), counts, indices, *[None] * 6, BLOCK_SIZE=(16, 16))
+    block_mask = BlockMask.from_kv_blocks(
+        counts, indices, BLOCK_SIZE=(16, 16), seq_lengths=(32, 48), compute_q_blocks=False
+    )
     lists = BlockLists(block_mask, 1, 2, CPU)
     assert dense(lists.tables(1, 16, False), 3) == ["..P", "PP."]
 

@@ -533,6 +533,81 @@ def test_changes_of_several_sources(names, data):
         data.draw(st.sampled_from(sources))[1](float(data.draw(st.integers(-3, 3))))
 
 
+FILLING = [0.0] * 70
+# How each kind is made of some children, and how one of these is read.
+KINDS = {
+    "list": (list, operator.getitem),
+    "tuple": (tuple, operator.getitem),
+    "deque": (deque, operator.getitem),
+    "dict": (lambda held: {f"k{i}": x for i, x in enumerate(held)}, lambda table, i: table[f"k{i}"]),
+    "dict of pairs": (lambda held: {(i, "k"): x for i, x in enumerate(held)}, lambda table, i: table[i, "k"]),
+    "OrderedDict": (lambda held: Ordered(enumerate(held)), operator.getitem),
+    "defaultdict": (
+        lambda held: defaultdict(float, enumerate(held)),
+        lambda table, i: table[i if table[99] == 0 else 99],
+    ),
+    "proxy": (lambda held: types.MappingProxyType(dict(enumerate(held))), operator.getitem),
+    "UserList": (UserList, operator.getitem),
+    "attributes": (
+        lambda held: Config(**{f"a{i}": x for i, x in enumerate(held)}),
+        lambda cfg, i: getattr(cfg, f"a{i}"),
+    ),
+    "vars": (lambda held: Config(**{f"a{i}": x for i, x in enumerate(held)}), lambda cfg, i: vars(cfg)[f"a{i}"]),
+    "large list": (lambda held: [*held, *FILLING], operator.getitem),
+    "large list from its end": (lambda held: [*FILLING, *reversed(held)], lambda table, i: table[-1 - i]),
+    "large tuple": (lambda held: (*held, *FILLING), operator.getitem),
+    "large deque": (lambda held: deque([*held, *FILLING]), lambda table, i: table[i]),
+    "large dict": (lambda held: dict(enumerate([*held, *FILLING])), lambda table, i: table.get(i)),
+    "loop": (lambda held: [*held, *FILLING], lambda table, i: [x for x in table][i]),  # noqa: C416
+    "function": (lambda held: lambda i: held[i], lambda function, i: function(i)),
+    "partial": (lambda held: functools.partial(print, *held), lambda call, i: call.args[i]),
+    "pair": (lambda held: Pair(held, 3), lambda pair, i: pair.value[i]),
+    "set beside": (lambda held: (set(range(len(held))), *held), lambda pair, i: pair[1 + i] if i in pair[0] else None),
+}
+shapes = st.recursive(
+    st.none(),
+    lambda inner: st.tuples(st.sampled_from(sorted(KINDS)), st.lists(inner, min_size=1, max_size=3)),
+    max_leaves=8,
+)
+
+
+def build(shape, numbers):
+    if shape is None:
+        return next(numbers)
+    kind, inner = shape
+    return KINDS[kind][0]([build(part, numbers) for part in inner])
+
+
+def read_path(value, path):
+    for kind, i in path:
+        value = KINDS[kind][1](value, i)
+    return value
+
+
+def numbers_in(shape):
+    return 1 if shape is None else sum(map(numbers_in, shape[1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.data())
+def test_numbers_in_any_structure(shape, data):
+    """Structures of containers in containers are made anew in each step; the mod reads one number of them."""
+    clear_cache()
+    path, part = [], shape
+    while part is not None:
+        kind, inner = part
+        index = data.draw(st.integers(0, len(inner) - 1))
+        path.append((kind, index))
+        part = inner[index]
+    held = Config(root=None)
+    mod = adds(lambda: read_path(held.root, path))
+    numbers = [float(i) for i in range(numbers_in(shape))]
+    for _ in range(3):
+        held.root = build(shape, iter(numbers))
+        torch.testing.assert_close(run(mod), bias(read_path(held.root, path)))
+        numbers[data.draw(st.integers(0, len(numbers) - 1))] = data.draw(st.sampled_from([-2.0, 0.25, 7.0, 3]))
+
+
 # --- What it costs ----------------------------------------------------------------------------------------------------
 
 
@@ -669,6 +744,22 @@ def test_a_mod_that_changes_what_it_captures():
     log = []
     text = refuses(lambda: log.append(len(log)) or 0.5, "score_mod '<lambda>' changes what it captures")
     assert text.endswith("compute what shall change outside the mod.")
+
+
+def test_a_mod_that_reads_something_else_each_time():
+    table = dict.fromkeys(range(100_000), 0.5)
+    refuses(lambda: table[random.randrange(100_000)], "'<lambda>' reads something else each time that it is run")
+
+
+def test_a_mod_that_counts():
+    cfg = Config(value=0)
+
+    def read():
+        cfg.value += 1
+        return 0.5
+
+    run(adds(read))
+    run(adds(read))
 
 
 def test_too_many_objects():

@@ -79,6 +79,11 @@ def numbers(launcher):
     return state, [(reader.numbers, reader.tensors, reader.types) for reader in readers]
 
 
+def prepared():
+    """How many calls were prepared from nothing."""
+    return sum(len(known.prepared) for known in api._calls.values())
+
+
 table = torch.zeros(4, 3000)
 
 
@@ -115,7 +120,7 @@ def test_a_new_length_solves_and_builds_nothing(host, case):
     assert info.traces == (score_mod is not None) + (mask_mod is not None)
     assert host.solved <= 1 and host.proven <= 4
     assert len(host.kernels) == len({(spec, text) for spec, _, text in host.kernels}) <= 12
-    assert len(api._prepared) <= 3
+    assert prepared() <= 3
 
 
 def test_a_growing_page_table(host):
@@ -123,7 +128,7 @@ def test_a_growing_page_table(host):
     for width in range(1, 200):
         tables = torch.zeros(2, width, dtype=torch.int32)
         flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
-    assert len(api._prepared) == 1 and len(host.kernels) <= 8
+    assert prepared() == 1 and len(host.kernels) <= 8
     assert {launcher.sizes[2] for launcher in host.launched} == {16 * width for width in range(1, 200)}
 
 
@@ -133,7 +138,7 @@ def test_a_capture_that_grows(host):
         bias = torch.zeros(4, length)
         kv = grown(length)
         flex_decode(query(), kv, kv, lambda s, b, h, q, k: s + bias[h, k], mods.causal(), options=TRITON)
-    assert api.cache_info().traces == 2 and host.solved == 1 and len(api._prepared) == 1
+    assert api.cache_info().traces == 2 and host.solved == 1 and prepared() == 1
     assert len({text for _, _, text in host.kernels}) == 1, "every index is proven"
 
 
@@ -142,7 +147,7 @@ def test_the_torch_backend_makes_one_plan(host):
     for length in range(1, 60):
         kv = grown(length, dtype=torch.float32).zero_()
         flex_decode(q.zero_(), kv, kv, mods.alibi(4), mods.causal())
-    assert len({id(found) for found, _ in api._plans.values()}) == 1 and host.solved == 0
+    assert len({id(plan) for known in api._calls.values() for plan in known.plans.values()}) == 1 and host.solved == 0
 
 
 def test_memory_does_not_grow(host):
@@ -151,11 +156,11 @@ def test_memory_does_not_grow(host):
     for length in range(1, LENGTHS):
         kv = grown(length)
         flex_decode(q, kv, kv, mods.alibi(4), mods.sliding_window(length), options=TRITON)
-    assert len(api._plans) == min(api._plans.limit, LENGTHS - 1)
-    assert len(api._prepared) <= 3
+    assert sum(len(known.plans) for known in api._calls.values()) == 64
+    assert prepared() <= 3
     assert all(len(memo) <= 8 for memo in cache._memos)
     clear_cache()
-    assert not api._plans and not api._prepared and not any(cache._memos)
+    assert not api._calls and not any(cache._memos)
 
 
 # --- Proofs are looked at again ---------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ def test_a_reused_plan_is_a_fresh_one(data):
             positional, named = arguments(length)
             flex_decode(*positional, options=options, **named)
             reused = numbers(host.launched[-1])
-            kept = [(store, dict(store)) for store in (api._plans, api._prepared, *cache._memos)]
+            kept = [(store, dict(store)) for store in (api._calls, *cache._memos)]
             clear_cache()
             flex_decode(*positional, options=options, **named)
             assert numbers(host.launched[-1]) == reused

@@ -1,0 +1,81 @@
+"""Tensors that a mod makes: of numbers, of one value, or like another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .build import cast, strong
+from .symbol import Symbol, TraceContext
+from .torch_functions import _HANDLERS, _as_dtype, _handles
+
+
+@_handles("tensor", "as_tensor", "asarray", "scalar_tensor")
+def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Symbol:
+    if isinstance(data, (Symbol, torch.Tensor)):
+        x = context.symbol(data)
+        return _as_dtype(context, x, dtype or x.dtype)
+    if isinstance(data, (bool, int, float)):
+        x = context.symbol(data)
+        return context.scalar(strong(x.node if dtype is None else cast(x.node, dtype)))
+    _check_data(data)
+    return context.freeze(_literal(torch.tensor, data, dtype=dtype))
+
+
+def _literal(make: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+    """A tensor of Python numbers: float32 where PyTorch's default dtype would decide."""
+    made = make(*args, **kwargs, dtype=dtype, device="cpu")
+    if dtype is None and made.is_floating_point() and made.dtype != torch.float32:
+        made = make(*args, **kwargs, dtype=torch.float32, device="cpu")
+    return made
+
+
+@_handles("new_tensor")
+def _new_tensor(context: TraceContext, x: Any, data: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+    return _tensor(context, data, dtype or x.dtype)
+
+
+def _check_data(data: Any) -> None:
+    """Refuses traced values in a list."""
+    if isinstance(data, Symbol):
+        data.python_value("a list of traced values became a tensor", "Use torch.where to choose between values.")
+    for item in data if isinstance(data, (list, tuple)) else ():
+        _check_data(item)
+
+
+def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
+    sizes = tuple(context.symbol(n).node for n in shape)
+    x = context.symbol(value)
+    node = strong(x.node if dtype is None else cast(x.node, dtype))
+    return Symbol(context, sizes, lambda _: node, node.dtype)
+
+
+def _unpacked(args: tuple, given: Any = None) -> Any:
+    """Sizes or dimensions, passed one by one, as one sequence, or by keyword."""
+    args = args if given is None else (given,)
+    return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+
+
+_HANDLERS |= {
+    "full": lambda c, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype),
+    "zeros": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0.0, dtype),
+    "ones": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1.0, dtype),
+    "new_full": lambda c, x, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype or x.dtype),
+    "new_zeros": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0, dtype or x.dtype),
+    "new_ones": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1, dtype or x.dtype),
+    "full_like": lambda c, x, fill_value, dtype=None, **_: _like(c, x, fill_value, dtype),
+    "zeros_like": lambda c, x, dtype=None, **_: _like(c, x, 0, dtype),
+    "ones_like": lambda c, x, dtype=None, **_: _like(c, x, 1, dtype),
+}
+
+
+def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
+    x = context.symbol(x)
+    node = cast(context.symbol(value).node, dtype or x.dtype)
+    return Symbol(context, x.sizes, lambda _: strong(node), node.dtype)
+
+
+@_handles("arange")
+def _arange(context: TraceContext, *args: Any, device: Any = None, **kwargs: Any) -> Symbol:
+    return context.freeze(_literal(torch.arange, *args, **kwargs))
