@@ -14,7 +14,7 @@ from flexdecode.reference import reference_decode
 from .case import Case
 from .tensors import Inputs
 
-POOLED = 8  # draws of the contents by which an error that is a little too large is judged
+POOLED = 24  # draws of the contents by which an error that is a little too large is judged
 _TILES = ("block_n", "num_warps", "num_stages")
 
 

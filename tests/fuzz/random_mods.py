@@ -331,11 +331,11 @@ class Mods:
         if form == 1:
             return self.capture(self.data.choice(HUGE[:3]))
         if form == 2:
-            return self.table(self.kind.choice(("int64", "int32", "int16")), least, max(least, self.N), "", ("B",))
+            dtype = self.kind.choice(("int64", "int32", "int16"))
+            return self.capture(Captured(("B",), dtype, least, max(least, self.N), self.kind.choice(LAYOUTS))) + "[b]"
         if form == 3:
-            return self.table(
-                self.kind.choice(("int64", "int32", "uint8")), least, max(least, min(self.N, 200)), "", ("Hq",)
-            )
+            dtype, most = self.kind.choice(("int64", "int32", "uint8")), max(least, min(self.N, 200))
+            return self.capture(Captured(("Hq",), dtype, least, most, self.kind.choice(LAYOUTS))) + "[h]"
         return self.capture(max(least, self.data.choice((1, 2, 16, 17, self.N // 4, self.N // 2, self.N))))
 
     def atom(self):
