@@ -15,7 +15,7 @@ from .analyze import Facts, analyze
 from .build import make, remake
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import solve_mask
-from .ops import Interval
+from .ranges import Interval
 
 
 class IndexCheck(NamedTuple):

@@ -50,7 +50,6 @@ FLOATS = torch.tensor(
 SPECIAL = torch.tensor([INF, -INF, NAN])
 INTEGERS = torch.tensor([0, 1, -1, 2, -2, 3, 5, -5, 7, -7, 8, 100, -100, 12345, -54321])
 SMALL = torch.tensor([1, 2, 3, 5, 17])
-POSITIVE = {"log", "log2", "log10", "sqrt", "rsqrt"}
 PREDICATES = {name for name, op in OPS.items() if op.rule == "predicate"}
 
 
@@ -67,6 +66,11 @@ def mod_of(function, *operands):
         return function(*(x[i] if k == 0 else x[i + zero] for k, x in enumerate(operands)))
 
     return mod
+
+
+def of_torch(name):
+    """PyTorch's function of a row."""
+    return getattr(torch, name, None) or getattr(torch.special, name)
 
 
 UNARY = sorted(name for name, op in OPS.items() if op.arity == 1)
