@@ -29,7 +29,7 @@ _GROUPS_OF_MODULES = {
 
 # The rows of the op table by their names in PyTorch.
 ROWS = {name: op.name for op in OPS.values() for name in (op.name, *op.names)}
-ROWS |= {name: name for name in ("gt", "ge", "greater", "greater_equal")}
+ROWS |= {"gt": "gt", "greater": "gt", "ge": "ge", "greater_equal": "ge"}
 GROUPS |= {name: GROUPS_OF_ROWS.get(row, GROUPS_OF_ROWS["lt"]) for name, row in ROWS.items()}
 
 
