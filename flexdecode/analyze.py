@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 
 from .graph import Node, topological
-from .ops import INT_LIMITS, OPS, Interval
+from .ops import INT_LIMITS, OPS
+from .ranges import Interval
 
 MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
 _INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-(1 << 20), MAX_KV_LEN)}

@@ -20,10 +20,12 @@ _ON_BOOLS = {
     "add": "logical_or",
     "minimum": "logical_and",
     "maximum": "logical_or",
+    "fmin": "logical_and",
+    "fmax": "logical_or",
 }
 _NO_BOOLS = {
     "sub", "neg", "floor_divide", "remainder", "fmod", "pow", "abs", "bitwise_left_shift", "bitwise_right_shift",
-    "floor", "ceil", "round", "trunc",
+    "floor", "ceil", "round", "trunc", "gcd", "lcm",
 }  # fmt: skip
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from .build import cast, strong
+from .elementwise import as_dtype as _as_dtype
+from .handlers import HANDLERS as _HANDLERS
+from .handlers import handles as _handles
 from .symbol import Symbol, TraceContext
-from .torch_functions import _HANDLERS, _as_dtype, _handles
 
 
 @_handles("tensor", "as_tensor", "asarray", "scalar_tensor")
@@ -65,6 +67,7 @@ _HANDLERS |= {
     "new_zeros": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0, dtype or x.dtype),
     "new_ones": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1, dtype or x.dtype),
     "full_like": lambda c, x, fill_value, dtype=None, **_: _like(c, x, fill_value, dtype),
+    "fill": lambda c, x, value: _like(c, x, value, None),
     "zeros_like": lambda c, x, dtype=None, **_: _like(c, x, 0, dtype),
     "ones_like": lambda c, x, dtype=None, **_: _like(c, x, 1, dtype),
 }

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from .build import cast, make
+from .elementwise import expanded as _expanded
 from .errors import TraceError, UnsupportedOpError, at_user_line
 from .graph import Node, const
+from .handlers import handles as _handles
 from .ops import common_dtype
 from .symbol import Symbol, TraceContext
-from .torch_functions import _expanded, _handles
 from .views import _dim, _index_symbol, _reshape, _select, _slice, _unsqueeze, _zero_outside
 
 MAX_PARTS = 256  # of one tensor inside a mod: each is text of the kernel

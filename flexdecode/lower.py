@@ -301,6 +301,9 @@ class _Writer:
             names = [self._as(a, common) for a in operands]
         integer = not operands[-1].dtype.is_floating_point
         template = op.triton_int if integer and op.triton_int is not None else op.triton
+        for position, value, shorter in op.shortcuts:
+            if not integer and operands[position].is_const and operands[position].attr == value:
+                template = shorter
         text = template.format(*names)
         self.functions.update(_called(text))
         if integer and dtype == "tl.int32" and "tl.int64" in {self._dtype(a) for a in operands}:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from . import ranges
 from .graph import Node
-
-Interval = tuple[int, int]
+from .ranges import Interval
 
 INT_LIMITS: dict[torch.dtype, Interval] = {
     torch.bool: (0, 1),
@@ -43,6 +43,7 @@ class Op:
         torch: computes it on operands of the type that the rule gives.
         triton: text for floating operands, with `{0}`, `{1}`, ... for the operands.
         triton_int: text for integer operands, where it differs.
+        shortcuts: texts for floating operands one of which is a constant: its position, its value, the text.
         python: computes it on Python numbers, for operators.
         interval: integer range of the result from those of the operands.
         commutative: operands may change places.
@@ -59,68 +60,7 @@ class Op:
     interval: Callable[..., Interval] | None = None
     commutative: bool = False
     names: tuple[str, ...] = ()
-
-
-# --- Integer ranges ---------------------------------------------------------------------------------------------------
-
-
-def _hull(candidates: Sequence[int]) -> Interval:
-    return min(candidates), max(candidates)
-
-
-def _mul(a: Interval, b: Interval) -> Interval:
-    return _hull([x * y for x in a for y in b])
-
-
-def _floor_divide(a: Interval, b: Interval) -> Interval:
-    if b[0] <= 0 <= b[1]:
-        bound = max(abs(a[0]), abs(a[1]))
-        return -bound, bound
-    return _hull([x // y for x in a for y in b])
-
-
-def _remainder(a: Interval, b: Interval) -> Interval:
-    if b[0] > 0:
-        return (a[0], a[1]) if a[0] >= 0 and a[1] < b[0] else (0, b[1] - 1)
-    if b[1] < 0:
-        return b[0] + 1, 0
-    bound = max(abs(b[0]), abs(b[1]))
-    return -bound, bound
-
-
-def _abs(a: Interval) -> Interval:
-    return (0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))), max(abs(a[0]), abs(a[1]))
-
-
-def _bits(a: Interval, b: Interval) -> Interval:
-    """Range of `|` and `^`: no bit above the operands' highest one appears."""
-    bits = max(v.bit_length() for v in (*a, *b))
-    return (0 if min(a[0], b[0]) >= 0 else -(1 << bits)), (1 << bits) - 1
-
-
-def _and(a: Interval, b: Interval) -> Interval:
-    if a[0] >= 0 or b[0] >= 0:
-        return 0, min(x[1] for x in (a, b) if x[0] >= 0)
-    return _bits(a, b)
-
-
-def _shift_left(a: Interval, b: Interval) -> Interval:
-    if b[0] < 0 or b[1] > 62:
-        return INT_LIMITS[torch.int64]
-    return _hull([x << y for x in a for y in b])
-
-
-def _shift_right(a: Interval, b: Interval) -> Interval:
-    if b[0] < 0 or b[1] > 63:
-        return INT_LIMITS[torch.int64]
-    return _hull([x >> y for x in a for y in b])
-
-
-def _pow(a: Interval, b: Interval) -> Interval:
-    if b[0] < 0 or b[1] > 63 or max(abs(a[0]), abs(a[1])) ** b[1] >= 1 << 63:
-        return INT_LIMITS[torch.int64]
-    corners = [x**y for x in a for y in b]
-    return _hull([*corners, *(-c for c in corners), 0, 1] if a[0] < 0 else corners)
+    shortcuts: tuple[tuple[int, float, str], ...] = ()
 
 
 # --- PyTorch twins that need more than one call -----------------------------------------------------------------------
@@ -137,87 +77,150 @@ def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     return divide
 
 
+def _ndtr(x: torch.Tensor) -> torch.Tensor:
+    """torch.special.ndtr computes 1 + erf, which is 0 in the lower tail."""
+    return 0.5 * torch.erfc(x * -(0.5**0.5))
+
+
 def _row(name: str, arity: int, rule: str, triton: str, **rest: Any) -> Op:
     function = rest.pop("torch", None) or getattr(torch, name)
     return Op(name, arity, rule, function, triton, **rest)
 
 
-_TABLE = (
-    # Arithmetic.
-    _row("add", 2, "promote", "{0} + {1}", python=operator.add, commutative=True,
-         interval=lambda a, b: (a[0] + b[0], a[1] + b[1])),
-    _row("sub", 2, "promote", "{0} - {1}", python=operator.sub, names=("subtract",),
-         interval=lambda a, b: (a[0] - b[1], a[1] - b[0])),
-    _row("mul", 2, "promote", "{0} * {1}", python=operator.mul, commutative=True, names=("multiply",), interval=_mul),
-    _row("div", 2, "float", "{0} / {1}", python=operator.truediv, names=("true_divide", "divide", "truediv")),
-    _row("floor_divide", 2, "promote", "floor_divide_float({0}, {1})", triton_int="floor_divide_int({0}, {1})",
-         torch=_zero_by_zero(torch.floor_divide), python=operator.floordiv, interval=_floor_divide,
-         names=("floordiv",)),
-    _row("remainder", 2, "promote", "remainder_float({0}, {1})", triton_int="remainder_int({0}, {1})",
-         torch=_zero_by_zero(torch.remainder), python=operator.mod, interval=_remainder, names=("mod",)),
-    _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="fmod_int({0}, {1})",
-         torch=_zero_by_zero(torch.fmod)),
-    _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})",
-         python=operator.pow, interval=_pow),
-    _row("maximum", 2, "promote", "maximum({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
-         interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
-    _row("minimum", 2, "promote", "minimum({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
-         interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
-    _row("neg", 1, "promote", "-{0}", python=operator.neg, names=("negative",), interval=lambda a: (-a[1], -a[0])),
-    _row("abs", 1, "promote", "tl.abs({0})", python=operator.abs, names=("absolute",), interval=_abs),
-    _row("sign", 1, "promote", "sign({0})", triton_int="sign({0})", names=("sgn",),
-         interval=lambda a: (max(-1, min(a[0], 1)), max(-1, min(a[1], 1)))),
-    # Comparison. `gt` and `ge` become `lt` and `le` with the operands exchanged.
-    _row("lt", 2, "compare", "{0} < {1}", python=operator.lt, names=("less",)),
-    _row("le", 2, "compare", "{0} <= {1}", python=operator.le, names=("less_equal",)),
-    _row("eq", 2, "compare", "{0} == {1}", python=operator.eq, commutative=True),
-    _row("ne", 2, "compare", "{0} != {1}", python=operator.ne, commutative=True, names=("not_equal",)),
-    # Logic and bits.
-    _row("logical_and", 2, "logical", "{0} & {1}", commutative=True),
-    _row("logical_or", 2, "logical", "{0} | {1}", commutative=True),
-    _row("logical_xor", 2, "logical", "{0} ^ {1}", commutative=True),
-    _row("logical_not", 1, "logical", "{0} == 0"),
-    _row("bitwise_and", 2, "integer", "{0} & {1}", python=operator.and_, commutative=True, names=("and",),
-         interval=_and),
-    _row("bitwise_or", 2, "integer", "{0} | {1}", python=operator.or_, commutative=True, names=("or",), interval=_bits),
-    _row("bitwise_xor", 2, "integer", "{0} ^ {1}", python=operator.xor, commutative=True, names=("xor",),
-         interval=_bits),
-    _row("bitwise_not", 1, "integer", "~{0}", names=("invert",), python=operator.invert,
-         interval=lambda a: (~a[1], ~a[0])),
-    _row("bitwise_left_shift", 2, "integer", "shift_left({0}, {1})", python=operator.lshift, names=("lshift",),
-         interval=_shift_left),
-    _row("bitwise_right_shift", 2, "integer", "shift_right({0}, {1})", python=operator.rshift, names=("rshift",),
-         interval=_shift_right),
-    # Choice.
-    _row("where", 3, "where", "tl.where({0}, {1}, {2})",
-         interval=lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
-    # Functions of a real number.
-    _row("exp", 1, "float", "tl.exp({0})"),
-    _row("exp2", 1, "float", "tl.exp2({0})"),
-    _row("expm1", 1, "float", "expm1({0})"),
-    _row("log", 1, "float", "tl.log({0})"),
-    _row("log2", 1, "float", "tl.log2({0})"),
-    _row("log10", 1, "float", "tl.log2({0}) * 0.30102999566398120"),
-    _row("log1p", 1, "float", "log1p({0})"),
-    _row("sqrt", 1, "float", "tl.sqrt({0})"),
-    _row("rsqrt", 1, "float", "tl.rsqrt({0})"),
-    _row("reciprocal", 1, "float", "1.0 / {0}"),
-    _row("tanh", 1, "float", "tanh({0})"),
-    _row("sigmoid", 1, "float", "1.0 / (1.0 + tl.exp(-{0}))", names=("expit",)),
-    _row("sin", 1, "float", "tl.sin({0})"),
-    _row("cos", 1, "float", "tl.cos({0})"),
-    _row("tan", 1, "float", "tl.sin({0}) / tl.cos({0})"),
-    _row("erf", 1, "float", "tl.erf({0})"),
-    _row("floor", 1, "promote", "tl.floor({0})", triton_int="{0}", interval=lambda a: a),
-    _row("ceil", 1, "promote", "tl.ceil({0})", triton_int="{0}", interval=lambda a: a),
-    _row("round", 1, "promote", "round_half_even({0})", triton_int="{0}", interval=lambda a: a),
-    _row("trunc", 1, "promote", "trunc({0})", triton_int="{0}", interval=lambda a: a, names=("fix",)),
-    _row("isnan", 1, "predicate", "{0} != {0}"),
-    _row("isinf", 1, "predicate", 'tl.abs({0}) == float("inf")'),
-    _row("isfinite", 1, "predicate", 'tl.abs({0}) < float("inf")'),
-)  # fmt: skip
+_POWERS = (
+    (0, 2.0, "tl.exp2({1})"),
+    (1, 2.0, "{0} * {0}"),
+    (1, 3.0, "{0} * {0} * {0}"),
+    (1, 0.5, 'tl.where({0} == float("-inf"), float("inf"), tl.sqrt({0}))'),
+    (1, -1.0, "1.0 / {0}"),
+    (1, -2.0, "1.0 / ({0} * {0})"),
+)
 
-OPS: dict[str, Op] = {row.name: row for row in _TABLE}
+_TABLE: dict[str, tuple[Op, ...]] = {
+    "Arithmetic": (
+        _row("add", 2, "promote", "{0} + {1}", python=operator.add, commutative=True,
+             interval=lambda a, b: (a[0] + b[0], a[1] + b[1])),
+        _row("sub", 2, "promote", "{0} - {1}", python=operator.sub, names=("subtract",),
+             interval=lambda a, b: (a[0] - b[1], a[1] - b[0])),
+        _row("mul", 2, "promote", "{0} * {1}", python=operator.mul, commutative=True, names=("multiply",),
+             interval=ranges.mul),
+        _row("div", 2, "float", "{0} / {1}", python=operator.truediv, names=("true_divide", "divide", "truediv")),
+        _row("floor_divide", 2, "promote", "floor_divide_float({0}, {1})", triton_int="floor_divide_int({0}, {1})",
+             torch=_zero_by_zero(torch.floor_divide), python=operator.floordiv, names=("floordiv",),
+             interval=ranges.floor_divide),
+        _row("remainder", 2, "promote", "remainder_float({0}, {1})", triton_int="remainder_int({0}, {1})",
+             torch=_zero_by_zero(torch.remainder), python=operator.mod, names=("mod",), interval=ranges.remainder),
+        _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="fmod_int({0}, {1})",
+             torch=_zero_by_zero(torch.fmod)),
+        _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})", python=operator.pow,
+             interval=ranges.power, shortcuts=_POWERS),
+        _row("neg", 1, "promote", "-{0}", python=operator.neg, names=("negative",),
+             interval=lambda a: (-a[1], -a[0])),
+        _row("abs", 1, "promote", "tl.abs({0})", python=operator.abs, names=("absolute",), interval=ranges.absolute),
+        _row("sign", 1, "promote", "sign({0})", triton_int="sign({0})", names=("sgn",),
+             interval=lambda a: (max(-1, min(a[0], 1)), max(-1, min(a[1], 1)))),
+        _row("reciprocal", 1, "float", "1.0 / {0}"),
+        _row("hypot", 2, "float", "hypot({0}, {1})", commutative=True),
+        _row("copysign", 2, "float", "copysign({0}, {1})"),
+        _row("nextafter", 2, "float", "nextafter({0}, {1})"),
+        _row("gcd", 2, "integer", "gcd({0}, {1})", commutative=True),
+        _row("lcm", 2, "integer", "lcm({0}, {1})", commutative=True),
+    ),
+    "Comparison and choice": (  # `gt` and `ge` become `lt` and `le` with the operands exchanged
+        _row("lt", 2, "compare", "{0} < {1}", python=operator.lt, names=("less",)),
+        _row("le", 2, "compare", "{0} <= {1}", python=operator.le, names=("less_equal",)),
+        _row("eq", 2, "compare", "{0} == {1}", python=operator.eq, commutative=True),
+        _row("ne", 2, "compare", "{0} != {1}", python=operator.ne, commutative=True, names=("not_equal",)),
+        _row("where", 3, "where", "tl.where({0}, {1}, {2})",
+             interval=lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
+        _row("maximum", 2, "promote", "maximum({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
+             interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+        _row("minimum", 2, "promote", "minimum({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
+             interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+        _row("fmax", 2, "promote", "tl.maximum({0}, {1})", commutative=True,
+             interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+        _row("fmin", 2, "promote", "tl.minimum({0}, {1})", commutative=True,
+             interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+        _row("isnan", 1, "predicate", "{0} != {0}"),
+        _row("isinf", 1, "predicate", 'tl.abs({0}) == float("inf")'),
+        _row("isposinf", 1, "predicate", '{0} == float("inf")'),
+        _row("isneginf", 1, "predicate", '{0} == float("-inf")'),
+        _row("isfinite", 1, "predicate", 'tl.abs({0}) < float("inf")'),
+        _row("signbit", 1, "predicate", "signbit({0})"),
+    ),
+    "Logic and bits": (
+        _row("logical_and", 2, "logical", "{0} & {1}", commutative=True),
+        _row("logical_or", 2, "logical", "{0} | {1}", commutative=True),
+        _row("logical_xor", 2, "logical", "{0} ^ {1}", commutative=True),
+        _row("logical_not", 1, "logical", "{0} == 0"),
+        _row("bitwise_and", 2, "integer", "{0} & {1}", python=operator.and_, commutative=True, names=("and",),
+             interval=ranges.bitwise_and),
+        _row("bitwise_or", 2, "integer", "{0} | {1}", python=operator.or_, commutative=True, names=("or",),
+             interval=ranges.bitwise_or),
+        _row("bitwise_xor", 2, "integer", "{0} ^ {1}", python=operator.xor, commutative=True, names=("xor",),
+             interval=ranges.bitwise_or),
+        _row("bitwise_not", 1, "integer", "~{0}", names=("invert",), python=operator.invert,
+             interval=lambda a: (~a[1], ~a[0])),
+        _row("bitwise_left_shift", 2, "integer", "shift_left({0}, {1})", python=operator.lshift, names=("lshift",),
+             interval=ranges.shift_left),
+        _row("bitwise_right_shift", 2, "integer", "shift_right({0}, {1})", python=operator.rshift, names=("rshift",),
+             interval=ranges.shift_right),
+    ),
+    "Rounding": (
+        _row("floor", 1, "promote", "tl.floor({0})", triton_int="{0}", interval=lambda a: a),
+        _row("ceil", 1, "promote", "tl.ceil({0})", triton_int="{0}", interval=lambda a: a),
+        _row("round", 1, "promote", "round_half_even({0})", triton_int="{0}", interval=lambda a: a),
+        _row("trunc", 1, "promote", "trunc({0})", triton_int="{0}", interval=lambda a: a, names=("fix",)),
+    ),
+    "Exponentials, logarithms and roots": (
+        _row("exp", 1, "float", "tl.exp({0})"),
+        _row("exp2", 1, "float", "tl.exp2({0})"),
+        _row("expm1", 1, "float", "expm1({0})"),
+        _row("log", 1, "float", "tl.log({0})"),
+        _row("log2", 1, "float", "tl.log2({0})"),
+        _row("log10", 1, "float", "tl.log2({0}) * 0.30102999566398120"),
+        _row("log1p", 1, "float", "log1p({0})"),
+        _row("sqrt", 1, "float", "tl.sqrt({0})"),
+        _row("rsqrt", 1, "float", "tl.rsqrt({0})"),
+        _row("sigmoid", 1, "float", "1.0 / (1.0 + tl.exp(-{0}))", names=("expit",)),
+        _row("logit", 1, "float", "logit({0})"),
+        _row("logaddexp", 2, "float", "logaddexp({0}, {1})", commutative=True),
+        _row("logaddexp2", 2, "float", "logaddexp2({0}, {1})", commutative=True),
+        _row("xlogy", 2, "float", "xlogy({0}, {1})"),
+        _row("xlog1py", 2, "float", "xlog1py({0}, {1})", torch=torch.special.xlog1py),
+        _row("entr", 1, "float", "entr({0})", torch=torch.special.entr),
+    ),
+    "Trigonometric and hyperbolic functions": (
+        _row("sin", 1, "float", "tl.sin({0})"),
+        _row("cos", 1, "float", "tl.cos({0})"),
+        _row("tan", 1, "float", "tl.sin({0}) / tl.cos({0})"),
+        _row("asin", 1, "float", "asin({0})", names=("arcsin",)),
+        _row("acos", 1, "float", "acos({0})", names=("arccos",)),
+        _row("atan", 1, "float", "atan({0})", names=("arctan",)),
+        _row("atan2", 2, "float", "atan2({0}, {1})", names=("arctan2",)),
+        _row("sinc", 1, "float", "sinc({0})"),
+        _row("sinh", 1, "float", "sinh({0})"),
+        _row("cosh", 1, "float", "cosh({0})"),
+        _row("tanh", 1, "float", "tanh({0})"),
+        _row("asinh", 1, "float", "asinh({0})", names=("arcsinh",)),
+        _row("acosh", 1, "float", "acosh({0})", names=("arccosh",)),
+        _row("atanh", 1, "float", "atanh({0})", names=("arctanh",)),
+    ),
+    "The error function and its relatives": (
+        _row("erf", 1, "float", "tl.erf({0})"),
+        _row("erfc", 1, "float", "erfc({0})"),
+        _row("erfcx", 1, "float", "erfcx({0})", torch=torch.special.erfcx),
+        _row("erfinv", 1, "float", "erfinv({0})"),
+        _row("ndtr", 1, "float", "ndtr({0})", torch=_ndtr),
+        _row("log_ndtr", 1, "float", "log_ndtr({0})", torch=torch.special.log_ndtr),
+        _row("ndtri", 1, "float", "ndtri({0})", torch=torch.special.ndtri),
+    ),
+}  # fmt: skip
+
+OPS: dict[str, Op] = {row.name: row for rows in _TABLE.values() for row in rows}
+
+# The heading under which the docs list a row.
+GROUPS: dict[str, str] = {row.name: group for group, rows in _TABLE.items() for row in rows}
 
 # The operations whose second operand becomes a constant of the kernel when it is a captured number: a division by a
 # constant is a multiplication, and its bounds can be solved.

@@ -17,7 +17,8 @@ from .build import make, remake
 from .cache import Bounded
 from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
 from .intervals import solve_mask
-from .ops import INT_LIMITS, OPS, Interval
+from .ops import INT_LIMITS, OPS
+from .ranges import Interval
 
 _DEEPEST = 12  # nested min and max of a bound that a proof looks through
 

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .build import cast, make
+from .elementwise import as_dtype as _as_dtype
+from .elementwise import broadcast as _broadcast
+from .elementwise import elementwise
 from .errors import TraceError, at_user_line
 from .graph import Node, const
+from .handlers import HANDLERS as _HANDLERS
+from .handlers import handles as _handles
+from .handlers import refuse as _refuse
 from .joins import checked_count
 from .ops import HALF
 from .symbol import Symbol, TraceContext, innermost
-from .torch_functions import _HANDLERS, _as_dtype, _broadcast, _handles, _refuse, elementwise
 from .views import _dim, _permuted, _reshape, _unsqueeze
 
 _UNROLLED = 8  # elements up to which their text stands side by side, so that the bounds of a mask can see it

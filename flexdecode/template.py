@@ -10,7 +10,7 @@ import ast
 import functools
 import hashlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .lower import Hooks
@@ -23,6 +23,10 @@ HOOK_PARAMETERS = {
     "mask_row": ("b", "h", "q_idx", "captures"),
     "mask_mod": ("live", "b", "h", "q_idx", "kv_idx", "row", "captures"),
 }
+
+
+# What the texts of the op table call; a function may call those of either file.
+ELEMENTWISE_FILES = ("elementwise.py", "special_functions.py")
 
 
 @functools.cache
@@ -65,7 +69,7 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
         edits += [_body(template, name, body) for name, body in hook.bodies.items()]
     called = frozenset().union(*(hook.functions for hook in hooks))
     start, _ = _lines_of(template["kv_bounds"])
-    edits.append((start, start, _elementwise(called)))
+    edits.append((start, start, elementwise_functions(called)))
     known = _imports("decode.py")
     more = [text for name in replacements for text, _ in _imports(name).items() if text not in known]
     end = known["import triton.language as tl"]
@@ -137,15 +141,15 @@ def _whole_functions(template: dict[str, ast.FunctionDef], other: str) -> list[_
     return edits
 
 
-def _elementwise(called: frozenset[str]) -> str:
+def elementwise_functions(called: Iterable[str]) -> str:
     """The elementwise functions that the hooks call, and those that these call."""
-    functions = _functions("elementwise.py")
+    files = {name: file for file in ELEMENTWISE_FILES for name in _functions(file)}
     wanted: set[str] = set()
-    pending = [name for name in called if name in functions]
+    pending = [name for name in called if name in files]
     while pending:
         name = pending.pop()
         if name not in wanted:
             wanted.add(name)
-            names = {n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)}
-            pending.extend(n for n in names if n in functions)
-    return "".join(_source("elementwise.py", node) + "\n\n" for name, node in functions.items() if name in wanted)
+            names = {n.id for n in ast.walk(_functions(files[name])[name]) if isinstance(n, ast.Name)}
+            pending.extend(n for n in names if n in files)
+    return "".join(_source(files[name], _functions(files[name])[name]) + "\n\n" for name in files if name in wanted)

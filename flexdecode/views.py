@@ -9,11 +9,14 @@ from typing import Any, NoReturn
 import torch
 
 from .build import cast, make
+from .elementwise import as_dtype as _as_dtype
+from .elementwise import expanded as _expanded
 from .errors import TraceError, UnsupportedOpError, at_user_line
 from .factories import _unpacked
 from .graph import Node, const
+from .handlers import handles as _handles
 from .symbol import Symbol, TraceContext
-from .torch_functions import _PROPERTIES, _as_dtype, _expanded, _handles
+from .torch_functions import _PROPERTIES
 
 
 def _where_in(index: Node, size: Node) -> Node:

@@ -48,13 +48,18 @@ def trunc(x):
 
 @triton.jit
 def fmod_float(a, b):
-    """Remainder with the sign of the dividend, exact for quotients below 2**29: their product needs 53 bits."""
+    """Remainder with the sign of the dividend, exact for quotients below 2**29 (float64: 2**26)."""
     dividend = tl.abs(a).to(tl.float64)
     divisor = tl.abs(b).to(tl.float64)
-    rest = dividend - tl.floor(dividend / divisor) * divisor
+    quotient = tl.floor(dividend / divisor)
+    if a.dtype == tl.float64:  # in two halves, whose products are exact
+        head = (divisor.to(tl.int64, bitcast=True) & -134217728).to(tl.float64, bitcast=True)
+        rest = (dividend - quotient * head) - quotient * (divisor - head)
+    else:
+        rest = dividend - quotient * divisor
     # One step corrects the rounding of the quotient; a small dividend stays, whatever the divisor.
     rest = tl.where(rest < 0, rest + divisor, tl.where(rest >= divisor, rest - divisor, rest))
-    rest = tl.where(dividend < divisor, dividend, rest).to(tl.float32)
+    rest = tl.where(dividend < divisor, dividend, rest).to(a.dtype)
     return tl.where(a < 0, -rest, rest)
 
 
@@ -68,19 +73,51 @@ def remainder_float(a, b):
 @triton.jit
 def floor_divide_float(a, b):
     """Division rounding to minus infinity; from the exact remainder, so that 1.0 // 0.2 is 4.0, as in Python."""
-    return tl.where(b == 0, a / b, round_half_even((a - remainder_float(a, b)) / b))
+    rest = fmod_float(a, b)
+    quotient = round_half_even((a - rest) / b)
+    quotient = tl.where((rest != 0) & ((rest < 0) != (b < 0)), quotient - 1.0, quotient)
+    return tl.where(b == 0, a / b, quotient)
 
 
 @triton.jit
 def pow_float(a, b):
-    """a ** b through exp2 and log2; a finite negative base takes an integral exponent only."""
-    size = tl.exp2(b * tl.log2(tl.abs(a)))
+    """a ** b; a finite negative base takes an integral exponent only."""
+    size = power_of_size(tl.abs(a), b)
     odd = tl.floor(b * 0.5) * 2 != b
     integral = tl.floor(b) == b
-    root = tl.where(tl.abs(a) == float("inf"), size, float("nan"))
+    root = tl.where((size == 0) | (size == float("inf")), size, float("nan"))
+    root = tl.where((a == 0) | (tl.abs(a) == float("inf")), root, float("nan"))
     signed = tl.where(integral, tl.where(odd, -size, size), root)
-    power = tl.where(a < 0, signed, size)
-    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, power))
+    power = tl.where(signbit(a), signed, size)
+    power = tl.where((a != a) | (b != b), a + b, power)
+    return tl.where((b == 0) | (a == 1), 1.0, power)
+
+
+@triton.jit
+def power_of_size(a, b):
+    """a ** b of a >= 0 as 2 ** (b * log2(a)), whose exponent has to be more exact than float32."""
+    if a.dtype == tl.float64:
+        power = tl.exp2(b * tl.log2(a))
+    else:
+        # a = m * 2**e with m in [sqrt(1/2), sqrt(2)); log2(m) by the series of atanh in (m - 1) / (m + 1).
+        subnormal = a < 1.1754943508222875e-38
+        bits = tl.where(subnormal, a * 16777216.0, a).to(tl.int32, bitcast=True)
+        e = (bits - 0x3F3504F3) >> 23
+        m = (bits - (e << 23)).to(tl.float32, bitcast=True).to(tl.float64)
+        s = (m - 1.0) / (m + 1.0)
+        z = s * s
+        tail = 0.41219858311113244 + z * (0.32059889797532525 + z * (0.26230818925253881 + z * 0.22195308321368668))
+        log2_m = s * (2.8853900817779268 + z * (0.96179669392597561 + z * (0.57707801635558536 + z * tail)))
+        y = b.to(tl.float64) * ((e - tl.where(subnormal, 24, 0)).to(tl.float64) + log2_m)
+        y = tl.where(y < -200.0, -200.0, tl.where(y > 200.0, 200.0, y))
+        whole = tl.floor(y + 0.5)
+        rest = tl.exp2((y - whole).to(tl.float32))
+        whole = whole.to(tl.float32)
+        half = tl.floor(whole * 0.5)  # 2**whole itself may overflow where the power does not
+        power = rest * tl.exp2(half) * tl.exp2(whole - half)
+        power = tl.where(a == 0, tl.where(b < 0, float("inf"), 0.0), power)
+        power = tl.where(a == float("inf"), tl.where(b < 0, 0.0, float("inf")), power)
+    return tl.where(a == 1, 1.0, power)
 
 
 @triton.jit
@@ -116,18 +153,18 @@ def sign(x):
 
 @triton.jit
 def expm1(x):
-    """e**x - 1; where the difference would cancel, the series, whose next term is below 2**-29 of the result."""
-    tail = 0.041666667 + x * (0.0083333333 + x * (0.0013888889 + x * 0.00019841270))
-    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * tail)))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+    """e**x - 1 (Kahan: (u - 1) * x / log(u) with u = e**x, in which the error of u cancels)."""
+    u = tl.exp(x)
+    scaled = (u - 1.0) * (x / tl.log(u))
+    return tl.where(u == 1.0, x, tl.where((u < 1e-20) | (u == float("inf")), u - 1.0, scaled))
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), exact for small x (Kahan: log(u) * x / (u - 1) with u = 1 + x)."""
+    """log(1 + x), exact for small x: log(u) with u = 1 + x, less what its rounding added."""
     u = 1.0 + x
-    scaled = tl.log(u) * (x / (u - 1.0))
-    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, scaled))
+    exact = tl.log(u) - ((u - 1.0) - x) / u
+    return tl.where((u == 0) | (u == float("inf")), tl.log(u), exact)
 
 
 @triton.jit
@@ -142,9 +179,63 @@ def tanh(x):
 
 @triton.jit
 def round_half_even(x):
-    """Rounds to the nearest integer, ties to even; from 2**23 on every float32 is an integer."""
+    """Rounds to the nearest integer, ties to even; from 2**23 on every float32 is an integer (float64: 2**52)."""
     nearest = tl.floor(x + 0.5)
     past = nearest - x
     odd = tl.floor(nearest * 0.5) * 2 != nearest
     rounded = tl.where((past > 0.5) | ((past == 0.5) & odd), nearest - 1.0, nearest)
-    return tl.where(tl.abs(x) >= 8388608.0, x, rounded)
+    if x.dtype == tl.float64:
+        is_integer = tl.abs(x) >= 4503599627370496.0
+    else:
+        is_integer = tl.abs(x) >= 8388608.0
+    return tl.where(is_integer, x, rounded)
+
+
+# --- Bits -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def signbit(x):
+    """Whether the sign is minus, also that of -0 and NaN."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+    return bits < 0
+
+
+@triton.jit
+def copysign(x, sign):
+    """The size of `x` with the sign of `sign`."""
+    return tl.where(signbit(sign), -tl.abs(x), tl.abs(x))
+
+
+@triton.jit
+def nextafter(a, b):
+    """The next number after a on the way to b."""
+    if a.dtype == tl.float64:
+        bits = a.to(tl.int64, bitcast=True)
+    else:
+        bits = a.to(tl.int32, bitcast=True)
+    away = (a < b) == (a > 0)  # from zero
+    moved = tl.where(away, bits + 1, bits - 1).to(a.dtype, bitcast=True)
+    smallest = (bits * 0 + 1).to(a.dtype, bitcast=True)
+    moved = tl.where(a == 0, copysign(smallest, b), moved)
+    return tl.where((a != a) | (b != b), a + b, tl.where(a == b, b, moved))
+
+
+@triton.jit
+def gcd(a, b):
+    """Greatest common divisor by Euclid's algorithm, in at most 1.45 steps for each bit."""
+    a, b = tl.abs(a) + b * 0, tl.abs(b) + a * 0
+    for _ in range(a.dtype.primitive_bitwidth * 3 // 2):
+        rest = a % (b + (b == 0).to(b.dtype))
+        a, b = tl.where(b == 0, a, b), tl.where(b == 0, b, rest)
+    return a
+
+
+@triton.jit
+def lcm(a, b):
+    """Least common multiple; 0 if either is 0."""
+    divisor = gcd(a, b)
+    return tl.abs(a // (divisor + (divisor == 0).to(divisor.dtype)) * b)

@@ -27,7 +27,7 @@ OPERANDS = [*((variable(d), torch.tensor(1, dtype=d)) for d in DTYPES), *((const
 
 def pytorch_dtype(name, operands):
     """PyTorch's result type, by the function or the operator; None where both refuse."""
-    for function in (getattr(torch, name), OPS[name].python):
+    for function in (getattr(torch, name, None) or getattr(torch.special, name), OPS[name].python):
         try:
             return function(*operands).dtype
         except (TypeError, RuntimeError, AttributeError):

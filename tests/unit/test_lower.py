@@ -353,9 +353,19 @@ def test_every_row_has_text_for_floats_and_for_integers(name):
     """Valid Python with as many operands as the row says."""
     op = OPS[name]
     for template in filter(None, (op.triton, op.triton_int)):
-        text = template.format(*(f"x{i}" for i in range(op.arity)))
-        used = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and n.id.startswith("x")}
-        assert used == {f"x{i}" for i in range(op.arity)}
+        text = template.format(*(f"operand{i}" for i in range(op.arity)))
+        used = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and n.id.startswith("operand")}
+        assert used == {f"operand{i}" for i in range(op.arity)}
+
+
+def test_simple_powers_are_products_and_roots():
+    texts = {2: "score * score", 3: "score * score * score", -1: "1.0 / score", -2: "1.0 / (score * score)"}
+    for exponent, text in texts.items():
+        assert f" = {text}\n" in bodies(lambda s, b, h, q, k, exponent=exponent: s**exponent)[-1]
+    assert "tl.sqrt" in bodies(lambda s, b, h, q, k: s**0.5)[-1]
+    assert "tl.exp2(score)" in bodies(lambda s, b, h, q, k: 2**s)[-1]
+    assert "pow_float" in bodies(lambda s, b, h, q, k: s**4)[-1]
+    assert "pow_int" in bodies(lambda s, b, h, q, k: s + k**2)[-1]
 
 
 def test_equal_graphs_have_equal_text():

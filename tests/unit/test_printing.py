@@ -197,9 +197,15 @@ LENGTH = 1 << 30
 INDICES = [Node("index", (), torch.int64, name) for name in ("b", "h", "q_idx")]
 
 
+def computed(op, *operands):
+    """A row on operands of its own types."""
+    real = op.rule == "float"
+    return op.torch(*(x.float() if real and not x.is_floating_point() else x for x in operands))
+
+
 def namespace(example, names, indices, row):
     """What the names in a text are at one row of an example."""
-    known = {name: lambda *a, op=op: op.torch(*map(torch.as_tensor, a)) for name, op in OPS.items()}
+    known = {name: lambda *a, op=op: computed(op, *map(torch.as_tensor, a)) for name, op in OPS.items()}
     known |= {str(d).removeprefix("torch."): lambda x, d=d: torch.as_tensor(x).to(d) for d in DTYPES}
     known |= {
         "min": min, "max": max, "abs": abs, "clamp": lambda x, low, high: min(max(x, low), high), "kv_len": LENGTH,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import POINTS, assert_close_to_reference, assert_same_as_pytorch, make_inputs, trace_mod
 
-from flexdecode import TraceError, UnsupportedOpError, flex_decode, torch_functions
+from flexdecode import TraceError, UnsupportedOpError, flex_decode, handlers, torch_functions
 
 B, Hq, N, Q = 2, 4, 19, 2
 QUERY, KEY, VALUE = make_inputs(B, Hq, 2, Q, N, 16)
@@ -78,7 +78,6 @@ ELEMENTWISE = {
     "divide": [lambda s, k: s.divide(3)],
     "double": [lambda s, k: (s.double() * 3).float()],
     "elu": [lambda s, k: F.elu(s), lambda s, k: F.elu(s, alpha=0.5)],
-    "erfc": [lambda s, k: torch.erfc(s), lambda s, k: torch.special.erfc(s)],
     "float": [lambda s, k: k.float()],
     "float_power": [
         lambda s, k: torch.float_power(k, 2).float(),
@@ -94,6 +93,8 @@ ELEMENTWISE = {
     "leaky_relu": [lambda s, k: F.leaky_relu(s), lambda s, k: F.leaky_relu(s, negative_slope=0.2)],
     "log_sigmoid": [lambda s, k: F.logsigmoid(s)],
     "logsigmoid": [lambda s, k: F.logsigmoid(s)],
+    "max": [lambda s, k: torch.max(s, k), lambda s, k: s.max(other=k.float()), lambda s, k: k.max(k - 2) + s],
+    "min": [lambda s, k: torch.min(s, k), lambda s, k: torch.min(s, other=-s)],
     "long": [lambda s, k: (s.clamp(-9, 9) * 5).long() + s],
     "masked_fill": [
         lambda s, k: s.masked_fill(k > 3, -1e9),
@@ -256,15 +257,23 @@ ON_TENSORS = {
     "tensor": [lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0, 3.0, 4.0])[h] + torch.tensor([[1], [2]])[b, 0]],
 }
 
+# Elementwise functions that test_op_db.py runs on PyTorch's own samples, in every spelling.
+IN_OP_DB = {
+    "addcdiv", "addcmul", "angle", "celu", "conj", "conj_physical", "deg2rad", "fill", "fmax", "fmin", "hardshrink",
+    "hardsigmoid", "hardswish", "heaviside", "isclose", "isreal", "ldexp", "lerp", "logit", "mish", "nan_to_num",
+    "nextafter", "prelu", "rad2deg", "real", "resolve_conj", "resolve_neg", "rrelu", "selu", "softshrink", "softsign",
+    "tanhshrink", "threshold", "_threshold", "_to_copy",
+}  # fmt: skip
+
 READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__format__",
          "__index__", "__int__", "__repr__"}  # fmt: skip
-REDUCTIONS = {"max", "min"}
 UNREACHED = {"alias", "cuda"}  # no method of that name, and no GPU
 
 
 def test_every_handler_is_tested_here():
     """A new handler needs a case in one of the tables above."""
-    assert {*ELEMENTWISE, *ON_TENSORS, *READS, *REDUCTIONS, *UNREACHED} == set(torch_functions._HANDLERS)
+    tested = {*ELEMENTWISE, *ON_TENSORS, *IN_OP_DB, *READS, *UNREACHED}
+    assert tested == set(torch_functions._HANDLERS)
 
 
 @pytest.fixture
@@ -434,7 +443,9 @@ def refused(mod, kind, message):
         ("equal", lambda s, b, h, q, k: s if torch.equal(table, table) else -s),
         ("view", lambda s, b, h, q, k: s + table.view(-1)[h * N + k]),
         ("unbind", lambda s, b, h, q, k: s + sum(slopes)),
-        ("lerp", lambda s, b, h, q, k: torch.lerp(s, s, 0.5)),
+        (r"rrelu\(training=True\)", lambda s, b, h, q, k: F.rrelu(s, training=True)),
+        ("prelu with a weight for each channel", lambda s, b, h, q, k: F.prelu(s, slopes)),
+        ("nextafter of torch.bfloat16", lambda s, b, h, q, k: torch.nextafter(s.bfloat16(), s)),
         (r"Tensor\.to\(torch.complex64\)", lambda s, b, h, q, k: s.to(torch.complex64).real),
         (r"Tensor\.grad_fn", lambda s, b, h, q, k: s if s.grad_fn is None else -s),
         (r"div\(rounding_mode='up'\)", lambda s, b, h, q, k: torch.div(s, 2, rounding_mode="up")),
@@ -443,15 +454,56 @@ def refused(mod, kind, message):
 )
 def test_unsupported_operations(name, mod):
     remedy = refused(mod, UnsupportedOpError, rf"^torch\.{name} is not supported in score_mod\n")
-    assert (
-        remedy
-        == "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
+    assert remedy == REMEDY
+
+
+REMEDY = "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
+
+
+@pytest.mark.parametrize(
+    "mod, nearest",
+    [
+        (lambda s, b, h, q, k: torch.unsqueeze_copy(s, 0)[0], "torch.unsqueeze"),
+        (lambda s, b, h, q, k: torch.special.i0e(s), None),
+        (lambda s, b, h, q, k: torch.addr(s, s, s), "torch.add"),
+    ],
+)
+def test_the_nearest_operation_is_named(mod, nearest):
+    remedy = refused(mod, UnsupportedOpError, "is not supported in score_mod")
+    assert remedy == REMEDY + (f" The nearest supported one is `{nearest}`." if nearest else "")
+
+
+def test_a_method_that_does_not_exist_names_the_nearest():
+    message = (
+        "AttributeError: 'Tensor' object has no attribute 'clampmin', the nearest supported one is `torch.clamp_min`"
     )
+    with pytest.raises(TraceError, match=message):
+        trace_mod(lambda s, b, h, q, k: s.clampmin(0))
+    trace_mod(lambda s, b, h, q, k: None if hasattr(s, "clampmin") else s)
 
 
-@pytest.mark.parametrize("mod", [lambda s, b, h, q, k: s + table.max(), lambda s, b, h, q, k: torch.min(s)])
+def test_the_nearest_operation_is_written_as_a_user_writes_it():
+    near = {
+        "heavyside": "torch.heaviside", "clampmin": "torch.clamp_min", "atan3": "torch.atan",
+        "entro": "torch.special.entr", "hardswishh": "torch.nn.functional.hardswish", "type_is": "torch.Tensor.type_as",
+        "rand": None, "cumsum": None, "item": None, "numpy": None,
+    }  # fmt: skip
+    assert {name: handlers.nearest(name) for name in near} == near
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, k: s + table.max(),
+        lambda s, b, h, q, k: torch.min(s),
+        lambda s, b, h, q, k: torch.max(s, 0),
+        lambda s, b, h, q, k: torch.max(s, dim=0),
+    ],
+)
 def test_reductions(mod):
-    remedy = refused(mod, UnsupportedOpError, "torch.max and torch.min reduce, which a score_mod cannot do")
+    remedy = refused(
+        mod, UnsupportedOpError, "torch.max and torch.min of one tensor reduce it, which a score_mod cannot do"
+    )
     assert remedy.startswith("Use torch.maximum(a, b) or torch.minimum(a, b)")
 
 
