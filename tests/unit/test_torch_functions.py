@@ -259,12 +259,64 @@ ON_TENSORS = {
 READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__format__",
          "__index__", "__int__", "__repr__"}  # fmt: skip
 REDUCTIONS = {"max", "min"}
+ELSEWHERE = set(  # in test_reductions and test_views
+    [
+        "__iter__",
+        "all",
+        "amax",
+        "amin",
+        "any",
+        "argmax",
+        "argmin",
+        "bmm",
+        "bucketize",
+        "cat",
+        "chunk",
+        "concat",
+        "concatenate",
+        "count_nonzero",
+        "dot",
+        "flatten",
+        "gather",
+        "index_select",
+        "inner",
+        "isin",
+        "linalg_norm",
+        "linalg_vecdot",
+        "linalg_vector_norm",
+        "logsumexp",
+        "matmul",
+        "mean",
+        "mm",
+        "mv",
+        "norm",
+        "prod",
+        "ravel",
+        "reshape",
+        "reshape_as",
+        "searchsorted",
+        "split",
+        "split_with_sizes",
+        "stack",
+        "std",
+        "sum",
+        "take",
+        "take_along_dim",
+        "unbind",
+        "unflatten",
+        "var",
+        "vdot",
+        "view",
+        "view_as",
+    ]
+)
 UNREACHED = {"alias", "cuda"}  # no method of that name, and no GPU
 
 
 def test_every_handler_is_tested_here():
     """A new handler needs a case in one of the tables above."""
-    assert {*ELEMENTWISE, *ON_TENSORS, *READS, *REDUCTIONS, *UNREACHED} == set(torch_functions._HANDLERS)
+    known = {*ELEMENTWISE, *ON_TENSORS, *READS, *REDUCTIONS, *UNREACHED, *ELSEWHERE}
+    assert known == set(torch_functions._HANDLERS)
 
 
 @pytest.fixture
@@ -423,17 +475,13 @@ def refused(mod, kind, message):
     "name, mod",
     [
         ("cumsum", lambda s, b, h, q, k: s + table.cumsum(0)[h, k]),
-        ("sum", lambda s, b, h, q, k: s + table.sum()),
         ("softmax", lambda s, b, h, q, k: torch.softmax(s, -1)),
         ("rand", lambda s, b, h, q, k: s + torch.rand(())),
         ("rand", lambda s, b, h, q, k: s + torch.rand(2, 3)),
         ("randn", lambda s, b, h, q, k: s + torch.randn(4)[h]),
         ("empty", lambda s, b, h, q, k: s + torch.empty(4)[h]),
-        ("stack", lambda s, b, h, q, k: torch.stack([s, s])[0]),
         ("dropout", lambda s, b, h, q, k: F.dropout(s)),
         ("equal", lambda s, b, h, q, k: s if torch.equal(table, table) else -s),
-        ("view", lambda s, b, h, q, k: s + table.view(-1)[h * N + k]),
-        ("unbind", lambda s, b, h, q, k: s + sum(slopes)),
         ("lerp", lambda s, b, h, q, k: torch.lerp(s, s, 0.5)),
         (r"Tensor\.to\(torch.complex64\)", lambda s, b, h, q, k: s.to(torch.complex64).real),
         (r"Tensor\.grad_fn", lambda s, b, h, q, k: s if s.grad_fn is None else -s),
@@ -449,8 +497,8 @@ def test_unsupported_operations(name, mod):
     )
 
 
-@pytest.mark.parametrize("mod", [lambda s, b, h, q, k: s + table.max(), lambda s, b, h, q, k: torch.min(s)])
-def test_reductions(mod):
+@pytest.mark.parametrize("mod", [lambda s, b, h, q, k: torch.max(s, -s), lambda s, b, h, q, k: torch.min(s, slopes[h])])
+def test_max_of_two(mod):
     remedy = refused(mod, UnsupportedOpError, "torch.max and torch.min reduce, which a score_mod cannot do")
     assert remedy.startswith("Use torch.maximum(a, b) or torch.minimum(a, b)")
 
