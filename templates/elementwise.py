@@ -89,8 +89,9 @@ def pow_float(a, b):
     root = tl.where((a == 0) | (tl.abs(a) == float("inf")), root, float("nan"))
     signed = tl.where(integral, tl.where(odd, -size, size), root)
     power = tl.where(signbit(a), signed, size)
-    power = tl.where((a != a) | (b != b), a + b, power)
-    return tl.where((b == 0) | (a == 1), 1.0, power)
+    # Conditions of a scalar and of a tile are not joined by `|`: Triton's interpreter cannot.
+    power = tl.where(a != a, a, tl.where(b != b, b, power))
+    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, power))
 
 
 @triton.jit
@@ -217,11 +218,11 @@ def nextafter(a, b):
         bits = a.to(tl.int64, bitcast=True)
     else:
         bits = a.to(tl.int32, bitcast=True)
-    away = (a < b) == (a > 0)  # from zero
+    away = tl.where(a > 0, a < b, a > b)  # from zero
     moved = tl.where(away, bits + 1, bits - 1).to(a.dtype, bitcast=True)
     smallest = (bits * 0 + 1).to(a.dtype, bitcast=True)
     moved = tl.where(a == 0, copysign(smallest, b), moved)
-    return tl.where((a != a) | (b != b), a + b, tl.where(a == b, b, moved))
+    return tl.where(a != a, a, tl.where(b != b, b, tl.where(a == b, b, moved)))
 
 
 @triton.jit

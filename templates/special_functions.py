@@ -77,8 +77,8 @@ def hypot(a, b):
     large = maximum(tl.abs(a), tl.abs(b))
     ratio = minimum(tl.abs(a), tl.abs(b)) / large
     length = tl.where(large == 0, 0.0, large * tl.sqrt(1.0 + ratio * ratio))
-    infinite = (tl.abs(a) == float("inf")) | (tl.abs(b) == float("inf"))
-    return tl.where(infinite, float("inf"), length)
+    length = tl.where(tl.abs(a) == float("inf"), float("inf"), length)
+    return tl.where(tl.abs(b) == float("inf"), float("inf"), length)
 
 
 @triton.jit

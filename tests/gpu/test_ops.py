@@ -22,6 +22,9 @@ FLOATS = torch.tensor(
 INTEGERS = torch.tensor([0, 1, -1, 2, -2, 3, 5, -5, 7, -7, 8, 100, -100, 12345, -54321])
 
 
+CANCELLING = {"logaddexp", "logaddexp2", "ndtr", "sinc"}  # digits cancel in PyTorch's function, or in both
+
+
 def evaluate(functions, *operands):
     """Values `[len(functions), n]` of each function at each element of its operands `[n]`.
 
@@ -55,7 +58,8 @@ def check(functions, *operands):
             expected = function(*operands).float()
         except RuntimeError:  # PyTorch refuses integers here
             expected = function(*(x.float() for x in operands)).float()
-        wrong = ~torch.isclose(values, expected, rtol=PRECISION, atol=0.0, equal_nan=True)
+        atol = 1e-7 if name in CANCELLING else 0.0
+        wrong = ~torch.isclose(values, expected, rtol=PRECISION, atol=atol, equal_nan=True)
         found = [(*(x[i].item() for x in operands), values[i].item(), expected[i].item()) for i in wrong.nonzero()]
         assert not found, f"{name}: (operands, got, expected) = {found[:4]}"
 
@@ -90,7 +94,7 @@ def test_binary_of_floats():
 
 def test_binary_of_infinities_and_nan():
     x = torch.tensor([INF, -INF, torch.nan, 0.0, 1.0, -2.5])
-    check(of_torch(sorted(BINARY - {"pow", "floor_divide"})), *pairs(x, x))
+    check(of_torch(sorted(BINARY - {"pow", "floor_divide", "nextafter"})), *pairs(x, x))
 
 
 def test_pow():
