@@ -12,7 +12,7 @@ import torch
 from .errors import IndexRangeError
 from .graph import INDEX_NAMES, Graph, Node, changing, loops_around, topological
 from .inputs import Inputs
-from .ops import HALF, OPS
+from .ops import FLOAT8, HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
 
@@ -238,5 +238,8 @@ class _Evaluation:
             raise IndexRangeError(self.graph, node, self._where(args, self.live & ~inside, tensor.shape))
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
-        found = tensor[tuple(places)] if places else tensor
+        if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere
+            found = tensor.view(torch.uint8)[tuple(places)].view(tensor.dtype)
+        else:
+            found = tensor[tuple(places)]
         return torch.where(inside, found.to(node.dtype), torch.zeros((), dtype=node.dtype, device=self.device))

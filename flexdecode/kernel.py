@@ -15,7 +15,7 @@ from .block_mask import BLOCK_LISTS_TYPES
 from .errors import CompileError, SharedMemoryError, TritonVersionError
 from .graph import Graph
 from .lower import CaptureLayout, number_dtypes
-from .ops import HALF
+from .ops import FLOAT8, HALF
 from .schedule import DeviceFacts, Tiles
 from .signature import UNIT, ScaleType, Signature
 from .triton_api import compile_ahead
@@ -39,7 +39,8 @@ def capture_types(graph: Graph | None) -> CaptureTypes:
     numbers = [TYPE_NAMES[dtypes[i]] for i in range(layout.num_numbers)]
     tensors: list[str] = []
     for dtype, rank in graph.tensor_types:
-        tensors += ["*" + TYPE_NAMES[dtype], *["i64"] * (2 * rank)]
+        stored = torch.uint8 if dtype in FLOAT8 else dtype  # not every device has these types, every one has their bits
+        tensors += ["*" + TYPE_NAMES[stored], *["i64"] * (2 * rank)]
     return (*numbers, *tensors)
 
 

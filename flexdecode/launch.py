@@ -13,6 +13,7 @@ from .descriptor import Matrix, make_descriptor
 from .graph import Graph
 from .inputs import Inputs, Sizes
 from .kernel import CaptureTypes, KernelSpec, capture_types, scale_arguments
+from .ops import FLOAT8
 from .program import Program
 from .schedule import Schedule
 
@@ -49,7 +50,10 @@ class CaptureReader:
         values: list[Any] = [source.read(leaves) for source in self.numbers]
         for leaf in self.tensors:
             tensor = leaves[leaf] if leaf >= 0 else self.frozen[-1 - leaf]
-            values.append(tensor.data_ptr() if self.pointers else tensor)
+            if self.pointers:
+                values.append(tensor.data_ptr())
+            else:
+                values.append(tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor)
             values += tensor.shape
             values += tensor.stride()
         return tuple(values)

@@ -11,7 +11,7 @@ from .analyze import Facts, analyze
 from .bounds import nodes_of
 from .graph import Graph, Node, changing, loops_around, topological
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
-from .ops import FLOATS, HALF, OPS
+from .ops import FLOAT8, FLOATS, HALF, OPS
 from .program import Program
 from .proofs import Checks, LoadCheck, unproven
 
@@ -363,6 +363,10 @@ class _Writer:
         dtype, _ = self.graph.tensor_types[node.attr]
         if dtype == torch.bool:
             return f"({text} != 0)"
+        if dtype in FLOAT8:
+            function = str(dtype).removeprefix("torch.")
+            self.functions.add(function)
+            return f"{function}({text})"
         if dtype in FLOATS:
             return text if dtype in (torch.float32, torch.float64) else f"{text}.to(tl.float32)"
         return text

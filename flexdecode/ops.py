@@ -27,6 +27,7 @@ INT_LIMITS: dict[torch.dtype, Interval] = {
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # captured tensors may have them; they are read as float32
 DTYPES = (*INT_LIMITS, *FLOATS)
 
 

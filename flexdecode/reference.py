@@ -274,7 +274,7 @@ class _InMod(TorchFunctionMode):
     def _widen(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             wide = x.is_floating_point() and not any(x is r for r in self.rounded)
-            return x.to("cpu", torch.promote_types(x.dtype, self.dtype)) if wide else x.to("cpu")
+            return x.to("cpu", x.dtype if x.dtype == torch.float64 else self.dtype) if wide else x.to("cpu")
         if isinstance(x, dict):
             return {name: self._widen(item) for name, item in x.items()}
         return type(x)(self._widen(item) for item in x) if type(x) in (tuple, list) else x

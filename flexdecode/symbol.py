@@ -18,7 +18,7 @@ from .build import check_constant, remake, sources
 from .captures import Reads
 from .errors import TraceError, UnsupportedOpError, at_user_line
 from .graph import Node, Source, const, loops_around, rewrite, topological
-from .ops import DTYPES
+from .ops import DTYPES, FLOAT8
 
 _NO_BRANCH = (
     "A mod is traced, so it cannot branch on a value: use torch.where(cond, a, b) for if/else, `&`, `|`, `~` for "
@@ -164,7 +164,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_dtype(dtype: torch.dtype, kind: str) -> None:
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, *FLOAT8):
         raise at_user_line(
             UnsupportedOpError,
             f"a captured tensor of {dtype} cannot be read in a {kind}",

@@ -5,6 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
+def float8_e4m3fn(x):
+    """The float32 number with the float8_e4m3fn bits `x`, uint8: those of a float16 that is 2**8 times smaller."""
+    bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+    number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((x & 0x7F) == 0x7F, float("nan"), number)
+
+
+@triton.jit
+def float8_e5m2(x):
+    """The float32 number with the float8_e5m2 bits `x`, uint8: the upper half of a float16."""
+    return (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def floor_divide_int(a, b):
     """Integer division rounding to minus infinity, as in Python; by zero it gives 0."""
     divisor = b + (b == 0).to(b.dtype)

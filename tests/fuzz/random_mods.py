@@ -15,7 +15,7 @@ from flexdecode.ops import OPS
 from .case import Captured
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
-FLOATS = ("float32", "float32", "float16", "bfloat16", "float64")  # float8 joins them with the test that waits for it
+FLOATS = ("float32", "float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "strided", "expanded")
 HUGE = (sys.maxsize, 2**40, 2**62, -(2**62), 2**31, 2**31 - 1)
 

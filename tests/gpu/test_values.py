@@ -8,7 +8,7 @@ from support import assert_close_to_reference, make_inputs
 
 import flexdecode
 from flexdecode import DecodeOptions, flex_decode, mods
-from flexdecode.ops import DTYPES
+from flexdecode.ops import DTYPES, FLOAT8
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +85,7 @@ def test_fully_masked_rows(num_splits):
 def test_captures_of_every_dtype_in_one_mod():
     """Contiguous and transposed, and as 0-d tensors on both sides."""
     inputs = make_inputs(2, 8, 2, 2, 200, 64, dtype=torch.bfloat16, device="cuda")
-    tables = [torch.randint(0, 3, (8, 200)).mul(0.6).to(dtype).cuda() for dtype in DTYPES]
+    tables = [torch.randint(0, 3, (8, 200)).mul(0.6).to(dtype).cuda() for dtype in (*DTYPES, *FLOAT8)]
     tables[::2] = [table.mT.contiguous().mT for table in tables[::2]]
     on_cpu, on_gpu, number = torch.tensor(0.5), torch.tensor(True).cuda(), 3
 
