@@ -61,7 +61,7 @@ def prepare_a_call(num_keys=4096):
     ):
         mods = identify("score_mod", None), identify("mask_mod", None)
         options = DecodeOptions(backend="triton", num_splits=4)
-        plan, *_ = prepare(Inputs(query, key, value), *mods, False, options)
+        _, plan, *_ = prepare(Inputs(query, key, value), *mods, False, options)
     return plan
 
 
