@@ -48,7 +48,8 @@ class BlockLists:
         self.num_q, self.num_kv = block_mask.seq_lengths
         _check_shapes(block_mask, -(-self.num_q // self.q_block))
         columns = -(-self.num_kv // self.kv_block)
-        kinds = torch.zeros(*shape, columns, dtype=torch.int8, device=device)
+        # Of int8, PyTorch's CUDA kernel for this reads whole words, past the end of the tensor.
+        kinds = torch.zeros(*shape, columns, dtype=torch.int32, device=device)
         for counts, indices, kind in (
             (partial, block_mask.kv_indices, PARTIAL),
             (full, block_mask.full_kv_indices, FULL),
@@ -56,9 +57,9 @@ class BlockLists:
             if counts is not None:
                 listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
                 listed &= (indices >= 0) & (indices < columns)
-                kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int8), "amax")
-        self.own = kinds
-        self.kinds = kinds.expand(batch, num_q_heads, -1, -1)
+                kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int32), "amax")
+        self.own = kinds.to(torch.int8)
+        self.kinds = self.own.expand(batch, num_q_heads, -1, -1)
         self._tables: dict[tuple[int, int, bool], torch.Tensor] = {}
 
     def mask_mod(self, inner: Callable) -> Callable:

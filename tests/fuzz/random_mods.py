@@ -214,7 +214,10 @@ class Mods:
             return f"({inner()} {self.kind.choice('+-*')} {inner()})"
         if form == 10:
             exact = f"({self.tensor(self.integer(depth - 1))}).clamp(-200, 200)"
-            cast = self.kind.choice(("half()", "bfloat16()", "double()", "to(score.dtype)", "type(torch.float32)"))
+            # Half types go no further: their functions differ in the last bit between PyTorch's own loops, or are missing.
+            cast = self.kind.choice(
+                ("half().float()", "bfloat16().float()", "double()", "to(score.dtype)", "type(torch.float32)")
+            )
             return f"{exact}.{cast}"
         if form == 11:
             return self.kind.choice(
