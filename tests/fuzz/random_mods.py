@@ -214,7 +214,7 @@ class Mods:
             return f"({inner()} {self.kind.choice('+-*')} {inner()})"
         if form == 10:
             exact = f"({self.tensor(self.integer(depth - 1))}).clamp(-200, 200)"
-            # Half types go no further: their functions differ in the last bit between PyTorch's own loops, or are missing.
+            # Half types go no further: PyTorch's own loops differ in the last bit of their functions, or lack them.
             cast = self.kind.choice(
                 ("half().float()", "bfloat16().float()", "double()", "to(score.dtype)", "type(torch.float32)")
             )
