@@ -25,6 +25,7 @@ from .inputs import (
 from .kv_cache import KVCache, PagedKVCache, read_cache
 from .launch import forget_workspaces
 from .plan import Plan, any_length, layout, prepare
+from .schedule import forget_schedules
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -209,6 +210,7 @@ def clear_cache() -> None:
     with lock:
         _calls.clear()
         forget_memos()
+        forget_schedules()
         forget_graphs()
         forget_kernels()
         forget_workspaces()

@@ -239,7 +239,9 @@ def _tiles(
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = latent or (facts.has_descriptors and describable and not (is_float32 and crowded))
     # Whether a cache is packable may depend on where in memory a sequence lies.
-    packed = signature.packable and facts.can_unpack and block_r == 0 and not options.batch_invariant
+    # A product takes 16 columns at least, and a packed tile has two of a half each.
+    wide = block_d >= 32
+    packed = signature.packable and facts.can_unpack and block_r == 0 and wide and not options.batch_invariant
     block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
     block_n = min(block_n, 64) if is_bounded else block_n
     if latent:
@@ -360,6 +362,12 @@ def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
         return programs / (per_sm * num_sms)
     waves = -(-programs // (fit * num_sms))
     return 0.95 * (programs / (fit * num_sms * waves))
+
+
+def forget_schedules() -> None:
+    """Forgets the choices so far."""
+    for choice in (_tile_shape, _tiles, _best_split):
+        choice.cache_clear()
 
 
 @functools.lru_cache(maxsize=1024)

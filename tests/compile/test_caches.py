@@ -93,6 +93,13 @@ def test_float8_e4m3(device, page_size):
     assert resources(found.split)[1] <= 64
 
 
+@pytest.mark.parametrize("stored", [INT8, E4M3, E5M2], ids=str)
+def test_quantised_rows_that_are_too_short_for_two_columns_in_a_word(stored):
+    """A product takes 16 columns at least."""
+    found = call("sm_90", D=16, N=512, stored=stored, scale="tokens", **lengths())
+    assert not found.spec.tiles.packed
+
+
 @pytest.mark.parametrize("device", ["sm_80", "gfx942"])
 def test_float8_e4m3_where_there_is_none(device):
     with pytest.raises(ValueError, match="float8_e4m3fn caches need an NVIDIA GPU"):

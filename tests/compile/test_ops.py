@@ -8,9 +8,9 @@ from compile.compiling import DEVICES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexdecode.kernel import load_module
 from flexdecode.ops import OPS
 from flexdecode.template import elementwise_functions
+from flexdecode.triton_api import load_module
 
 KERNEL = """
 @triton.jit

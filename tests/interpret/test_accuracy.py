@@ -14,9 +14,9 @@ import pytest
 import torch
 import triton
 
-from flexdecode.kernel import load_module
 from flexdecode.ops import OPS
 from flexdecode.template import elementwise_functions
+from flexdecode.triton_api import load_module
 
 ROWS = sorted(name for name, op in OPS.items() if op.rule == "float" or name in ("floor", "ceil", "round", "trunc"))
 ROWS += ["pow", "fmod", "remainder", "floor_divide", "maximum", "minimum", "fmax", "fmin"]

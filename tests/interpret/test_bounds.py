@@ -150,7 +150,7 @@ def as_mod(example):
             elif node.op == "cast":
                 value = torch.as_tensor(args[0]).to(node.dtype)
             else:
-                function = getattr(torch, node.op)
+                function = getattr(torch, node.op, None) or getattr(torch.special, node.op)
                 try:
                     value = function(torch.as_tensor(args[0]), *args[1:])
                 except (TypeError, TraceError):  # some functions take no numbers

@@ -26,7 +26,7 @@ def test_the_kernel_reads_the_blocks_that_explain_names(name, Q):
     for block in range(step.num_blocks):
         # A NaN in a value spreads to every row that loads it, whatever the mask says (0 * NaN is NaN).
         poisoned = value.clone()
-        poisoned[:, :, block * BLOCK_N] = torch.nan
+        poisoned[:, :, block * BLOCK_N : (block + 1) * BLOCK_N] = torch.nan
         out, _ = decode(query, key, poisoned, score_mod, mask_mod, kv_lens=kv_lens, num_splits=2, block_n=BLOCK_N)
         read[:, block] = out.isnan().view(step.num_items, -1).any(1)
     assert torch.equal(read, states >= PARTIAL)
