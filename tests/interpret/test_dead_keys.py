@@ -14,7 +14,7 @@ CASES = [
     (mask, cache, [*SCHEDULES][(i + j) % 3], (1, 3)[(i + j) % 2])
     for i, mask in enumerate(MASKS)
     for j, cache in enumerate(CACHES)
-    if (i + j) % 3 == 0 or mask in ("window", "sinks_and_window")
+    if (i + j) % 4 == 0 or mask == "sinks_and_window"
 ]
 
 
@@ -27,7 +27,7 @@ def test_what_nobody_attends_to_does_not_matter(mask, cache, schedule, num_queri
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("page_size", [4, 16, 64])
+@pytest.mark.parametrize("page_size", [4, 64])
 def test_an_entry_that_names_no_page_reads_a_page_of_the_pool(page_size):
     """The host does not look at a table on a GPU, so the kernel does."""
     _, call = make_call("the_past", f"pages of {page_size}")
