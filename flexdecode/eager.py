@@ -35,7 +35,8 @@ def decode(
         score: graph of the score_mod with the leaves of its captures.
         mask: the same of the mask_mod.
         scale: factor of the dot product.
-        check_indices: raise where an attending pair reads a captured tensor out of range.
+        check_indices: raise where an attending pair reads a captured tensor out of range, and where an entry of the
+            page table names no page; on a CPU the latter always raises.
 
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
@@ -73,12 +74,12 @@ def decode(
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         # Keys that no row of their head attends to may hold anything, and their page entries lead anywhere.
         read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
-        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, read)
+        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, read, check_indices)
         s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
             s = _Evaluation(score, indices, s, live, check_indices).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, read)
+        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, read, check_indices)
         m_new = torch.maximum(m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
@@ -105,6 +106,7 @@ def _read(
     page_table: torch.Tensor | None,
     kv: torch.Tensor,
     read: torch.Tensor,
+    check_pages: bool,
 ) -> torch.Tensor:
     """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
     per_token = scale if isinstance(scale, torch.Tensor) and scale.dim() == 3 else None
@@ -115,7 +117,7 @@ def _read(
     else:
         pages = torch.where(read.any(1), page_table[:, kv // cache.shape[2]], 0).long()
         wrong = (pages < 0) | (pages >= len(cache))
-        if pages.device.type == "cpu" and wrong.any():
+        if (check_pages or pages.device.type == "cpu") and wrong.any():
             raise ValueError(
                 f"`page_table` names page {int(pages[wrong][0])} within a sequence, but `key` has {len(cache)} pages"
             )

@@ -130,3 +130,10 @@ def test_merging_infinite_parts():
     lses[1, :, torch.tensor([0, 2, 3])] = torch.inf
     out, lse = merge_attention(outs, lses)
     assert_infinite_rows(out.cpu(), lse.cpu())
+
+
+def test_debug_refuses_an_entry_that_names_no_page():
+    _, call = make_call("window", "pages of 16", device="cuda", head_dim=64)
+    call["page_table"][0, -1] = -1
+    with pytest.raises(ValueError, match="`page_table` names page -1 within a sequence"):
+        flex_decode(**call, options=DecodeOptions(debug=True))
