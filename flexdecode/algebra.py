@@ -249,6 +249,8 @@ class _Algebra:
             return f"abs({self.text(value.args[0])})", _ATOM
         if isinstance(value, s.Pow):
             return " ** ".join(self.text(x, _ATOM) for x in value.args), _POWER
+        if isinstance(value, s.Symbol):  # the name alone: sympy marks its dummies
+            return value.name, _ATOM
         return str(value), _ATOM if not value.is_number or value >= 0 else _SUM
 
     def _sum(self, value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import linecache
 import sys
+from collections import deque
 from collections.abc import Callable
 from types import CellType, FrameType, FunctionType, GeneratorType
 from typing import Any
@@ -80,7 +81,11 @@ def _line_that_stores(holder: Any, run_again: Callable[[], TraceContext]) -> str
 
 
 def _take_out(holder: Any) -> None:
-    if isinstance(holder, list):
+    if isinstance(holder, deque):
+        kept = [item for item in holder if not isinstance(item, Symbol)]
+        holder.clear()
+        holder.extend(kept)
+    elif isinstance(holder, list):
         holder[:] = [item for item in holder if not isinstance(item, Symbol)]
     elif isinstance(holder, dict):
         for name in [name for name, item in holder.items() if isinstance(item, Symbol)]:

@@ -206,6 +206,7 @@ class Plan:
         lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
         if inputs.out is not None:
             self.check_out(inputs, out)
+            check_captured_out(out, score_leaves, mask_leaves)
         if self.checks_lens:
             check_all_lens(inputs, self.options)
         if not self.empty:
@@ -221,6 +222,23 @@ class Plan:
                 self.checker(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale)
             self.launcher(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
         return out if lse is None else (out, lse)
+
+
+def check_captured_out(out: torch.Tensor, score_leaves: list, mask_leaves: list) -> None:
+    """Refuses an `out` that is written over a tensor that a mod captures.
+
+    Raises:
+        ValueError: it shares memory with one.
+    """
+    start, size = out.data_ptr(), extent(out)
+    for kind, leaves in (("score_mod", score_leaves), ("mask_mod", mask_leaves)):
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or leaf.device != out.device:
+                continue
+            if leaf.data_ptr() < start + size and start < leaf.data_ptr() + extent(leaf) and share_memory(out, leaf):
+                raise ValueError(
+                    f"`out` must not share memory with a tensor that {kind} captures: it is written while that is read"
+                )
 
 
 class Prepared:

@@ -151,7 +151,7 @@ class _Options(NamedTuple):
 
 
 def _options(context: TraceContext, what: str, args: tuple, named: dict) -> _Options:
-    """`dim`, `keepdim` and `dtype` as PyTorch and numpy name them; `x.sum(0, 1)` gives dimensions one by one."""
+    """`dim`, `keepdim` and `dtype` as PyTorch and numpy name them, by position in this order."""
     given = dict(named)
     dim = given.pop("dim", given.pop("axis", None))
     keepdim, dtype = given.pop("keepdim", given.pop("keepdims", False)), given.pop("dtype", None)
@@ -298,10 +298,13 @@ _HANDLERS |= {"max": _max_or_min("max", True), "min": _max_or_min("min", False)}
 @_handles("logsumexp")
 def _logsumexp(context: TraceContext, x: Any, dim: Any, keepdim: bool = False) -> Symbol:
     def combine(elements: _Elements) -> Node:
-        floats = elements.each(lambda n: n if n.dtype.is_floating_point else cast(n, torch.float32))
+        given = elements.dtype
+        wide = given if given.is_floating_point and given not in HALF else torch.float32
+        floats = elements.each(lambda n: cast(n, wide))
         largest = floats.join("maximum")
         shift = make("where", make("isinf", largest), cast(const(0), largest.dtype), largest)
-        return make("add", make("log", floats.each(lambda n: make("exp", make("sub", n, shift))).join("add")), shift)
+        total = floats.each(lambda n: make("exp", make("sub", n, shift))).join("add")
+        return cast(make("add", make("log", total), shift), given if given.is_floating_point else torch.float32)
 
     return _reduced(context, "logsumexp", x, dim, keepdim, combine)
 
@@ -310,16 +313,23 @@ def _spread(name: str) -> Callable[..., Symbol]:
     def reduce(
         context: TraceContext, x: Any, *args: Any, correction: Any = 1, unbiased: bool = True, **named: Any
     ) -> Symbol:
+        # PyTorch's forms: (unbiased), (dim, unbiased, keepdim), (dim, *, correction, keepdim).
         if args and isinstance(args[0], bool):
             unbiased, args = args[0], args[1:]
+        elif len(args) > 1:
+            unbiased, args = bool(args[1]), (args[0], *args[2:])
         dim, keepdim, _ = _options(context, name, args, named)
+        less = 0 if not unbiased else 1 if correction is None else correction
 
         def combine(elements: _Elements) -> Node:
-            mean = make("div", elements.join("add"), const(elements.extent))
-            away = elements.each(lambda n: make("sub", n, mean))
-            freedom = max(0, elements.extent - (int(correction) if unbiased else 0))
-            variance = make("div", away.each(lambda d: make("mul", d, d)).join("add"), const(freedom))
-            return make("sqrt", variance) if name == "std" else variance
+            given = elements.dtype
+            wide = elements.each(lambda n: cast(n, torch.float32 if given in HALF else given))
+            mean = make("div", wide.join("add"), const(elements.extent))
+            away = wide.each(lambda n: make("sub", n, mean))
+            variance = make(
+                "div", away.each(lambda d: make("mul", d, d)).join("add"), const(max(0, elements.extent - less))
+            )
+            return cast(make("sqrt", variance) if name == "std" else variance, given)
 
         return _reduced(context, name, x, dim, keepdim, combine)
 
@@ -329,7 +339,15 @@ def _spread(name: str) -> Callable[..., Symbol]:
 _HANDLERS |= {"var": _spread("var"), "std": _spread("std")}
 
 
-@_handles("norm", "linalg_norm", "linalg_vector_norm")
+@_handles("linalg_norm")
+def _linalg_norm(context: TraceContext, x: Any, ord: Any = None, dim: Any = None, **named: Any) -> Symbol:
+    is_matrix = len(dim) == 2 if isinstance(dim, (tuple, list)) else dim is None and context.symbol(x).rank == 2
+    if is_matrix and ord not in (None, "fro"):
+        _refuse(context, f"linalg.norm of a matrix, ord={ord!r}")
+    return _norm(context, x, 2 if ord is None else ord, dim, **named)
+
+
+@_handles("norm", "linalg_vector_norm")
 def _norm(
     context: TraceContext, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, **named: Any
 ) -> Symbol:
@@ -359,7 +377,17 @@ def _norm(
 # --- Products ---------------------------------------------------------------------------------------------------------
 
 
-@_handles("dot", "vdot", "linalg_vecdot", "inner")
+@_handles("inner")
+def _inner(context: TraceContext, x: Any, other: Any) -> Symbol:
+    a, b = context.symbol(x), context.symbol(other)
+    if not (a.rank and b.rank):
+        return elementwise(context, "mul", a, b)
+    for _ in range(b.rank - 1):  # every row of one with every row of the other
+        a = _unsqueeze(context, a, a.rank - 1)
+    return _dot(context, a, b)
+
+
+@_handles("dot", "vdot", "linalg_vecdot")
 def _dot(context: TraceContext, x: Any, other: Any, dim: int = -1) -> Symbol:
     product = elementwise(context, "mul", x, other)
     return _reduced(context, "dot", product, dim, False, _sum_of(product.dtype), empty=0)
@@ -377,11 +405,12 @@ def _matmul(context: TraceContext, x: Any, other: Any) -> Symbol:
             f"a product `@` of {inner[0]} and {inner[1]} elements",
             "Check the shapes of the captured tensors.",
         )
-    if b.rank > 1:  # [..., 1, k] times [..., n, k]
+    if b.rank > 1:  # [..., m, 1, k] times [..., 1, n, k]
         order = list(range(b.rank))
         order[-2:] = order[:-3:-1]
         b = _permuted(b, order)
-        a = _unsqueeze(context, a, a.rank - 1)
+        if a.rank > 1:
+            a, b = _unsqueeze(context, a, a.rank - 1), _unsqueeze(context, b, b.rank - 2)
     return _dot(context, a, b)
 
 

@@ -103,13 +103,17 @@ def reference_decode(
         if score_mod is not None:
             score = evaluate_mod(score_mod, grid, score[None])[0]
         score = score.where(live, -torch.inf)
-        lse[batch] = score.logsumexp(dim=-1)
-        if sinks is not None:
-            lse[batch] = lse[batch].logaddexp(sinks.to("cpu", torch.float64)[:, None])
+        # The sink is one more score, without a value.
+        sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.to("cpu")
+        score = torch.cat([score, sink.double()[:, None, None].expand(Hq, Q, 1)], dim=-1)
+        # Relative to the largest score: beside 1e30 even float64 has no digits left for the logarithm of a sum.
+        largest = score.amax(dim=-1)
         # A row without a live key keeps finite arithmetic: exp(-inf - 0) = 0.
-        shift = lse[batch].where(lse[batch] != -torch.inf, 0.0)
-        weight = (score - shift[..., None]).exp()
-        out[batch] = (weight.reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
+        weight = (score - largest.where(largest != -torch.inf, 0.0)[..., None]).exp()
+        total = weight.sum(dim=-1)
+        values = (weight[..., :n].reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
+        out[batch] = values / total.where(total != 0, 1.0)[..., None]
+        lse[batch] = (largest + total.log()).where(largest != torch.inf, torch.inf)
         out[batch, :, m:], lse[batch, :, m:] = 0.0, -torch.inf
     return (out, lse) if return_lse else out
 

@@ -115,7 +115,14 @@ for _name, _dtype in {
     )
 
 
-@_handles("to", "type", "type_as", "_to_copy")
+@_handles("type")
+def _type(context: TraceContext, x: Any, dtype: Any = None, **_: Any) -> Symbol:
+    if not isinstance(dtype, torch.dtype):  # names and classes of tensor types
+        _refuse(context, f"Tensor.type({'' if dtype is None else repr(dtype)})")
+    return _as_dtype(context, context.symbol(x), dtype)
+
+
+@_handles("to", "type_as", "_to_copy")
 def _to(context: TraceContext, x: Any, *args: Any, dtype: Any = None, **_: Any) -> Symbol:
     x = context.symbol(x)
     for arg in args:

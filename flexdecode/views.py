@@ -156,7 +156,9 @@ def _select_method(context: TraceContext, x: Any, dim: int, index: Any) -> Symbo
 @_handles("narrow")
 def _narrow(context: TraceContext, x: Any, dim: int, start: int, length: int) -> Symbol:
     symbol = context.symbol(x)
-    return _slice(context, symbol, _dim(symbol, dim), slice(start, start + length))
+    dim = _dim(symbol, dim)
+    first = start if start >= 0 else start + context.python_int(symbol.sizes[dim])
+    return _slice(context, symbol, dim, slice(first, first + length))
 
 
 @_handles("unsqueeze")

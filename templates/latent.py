@@ -114,7 +114,7 @@ def _attend_block(
     score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score])
     # Without a score_mod the softmax is that of unscaled scores in other units: one operation less for each of them.
-    unit = scale * LOG2E
+    unit = gl.maximum(scale * LOG2E, 1e-37)  # scale may be 0, and 0 times -inf is NaN
     if HAS_SCORE_MOD:
         score = score_mod(score * scale, b, h, q_idx, kv_idx, score_rows, fetched, score_captures)
         unit = LOG2E

@@ -182,7 +182,7 @@ def make_long_dict(kind=dict, key=lambda i: i):
 
 def make_long_get():
     table = {str(i): 0.0 for i in range(80)}
-    return lambda: table.get("w", 0.125), lambda x: table.__setitem__("w", x) if x < 3 else table.pop("w")
+    return lambda: table.get("w", 0.125), lambda x: table.__setitem__("w", x) if x < 3 else table.pop("w", None)
 
 
 def make_long_set():

@@ -107,3 +107,15 @@ def test_interleaved_slices_are_fine():
             assert result is out
             assert_close_to_reference(out, lse, QUERY, KEY, VALUE)
         assert torch.equal(query, QUERY)
+
+
+def test_a_tensor_that_a_mod_captures():
+    out = torch.randn(QUERY.shape)
+    message = "`out` must not share memory with a tensor that {} captures: it is written while that is read"
+    for kind, mod in (
+        ("score_mod", lambda score, b, h, q_idx, kv_idx: score * out[0, 0, 0, 0]),
+        ("mask_mod", lambda b, h, q_idx, kv_idx: out[0, 0, 0, kv_idx % 4] < 9.0),
+    ):
+        with pytest.raises(ValueError, match=message.format(kind)):
+            flex_decode(QUERY, KEY, VALUE, **{kind: mod}, out=out)
+        flex_decode(QUERY, KEY, VALUE, **{kind: mod}, out=torch.empty_like(out))

@@ -10,6 +10,7 @@ from support import trace_mod
 from unit import mask_graphs
 
 from flexdecode import mods
+from flexdecode.algebra import UNREAD
 from flexdecode.analyze import analyze
 from flexdecode.bounds import find_bounds, nodes_of
 from flexdecode.captures import leaf_names
@@ -266,6 +267,8 @@ def test_texts_of_random_masks_say_what_their_bounds_compute(example):
             )
             known = namespace(example, names, indices, row)
             for lines in texts:
+                if any(UNREAD in line for line in lines):
+                    continue  # a part that is too long to be read
                 try:
                     assert joined(read(line, known) for line in lines) == expected
                 except RuntimeError as error:  # a mod has x // 0 = 0 and 3 ** -1 = 0, which PyTorch refuses on a CPU

@@ -16,6 +16,7 @@ BYTES = INTEGERS.to(torch.uint8)
 CUBE = torch.randn(4, 2, 3, generator=GENERATOR)
 DOUBLES = A.double() + 1e6
 EMPTY = torch.empty(8, 0)
+SQUARES = torch.rand(4, 3, 3, generator=GENERATOR)
 SORTED, SORTED_FLOATS = torch.tensor([0, 3, 3, 7, 8, 12]), torch.tensor([1.0, 2.0, 2.0, 5.0, 9.0])
 
 # Pairs of which no position lies outside of the tables, where PyTorch would raise.
@@ -57,6 +58,15 @@ CASES = {
     ),
     "bucketize": lambda s, b, h, q, k: torch.bucketize(s, SORTED_FLOATS) + torch.bucketize(k, SORTED, right=True),
     "float64": lambda s, b, h, q, k: ((DOUBLES[h].sum() - DOUBLES[0].sum()) + DOUBLES[h].mean() - 1e6).float(),
+    "products of batches": lambda s, b, h, q, k: (
+        (SQUARES @ SQUARES.mT)[h, 0, 1] + torch.bmm(SQUARES, SQUARES)[h, 2, 1] + (P[:3, :3] @ SQUARES)[h, 1, 2]
+        + (SQUARES @ P[:3, :3])[h, 2, 0] + (P[0, :3] @ SQUARES)[h, 1]
+    ),
+    "inner of rows": lambda s, b, h, q, k: torch.inner(P, R)[h, 2] + torch.inner(SQUARES, R[:, :3])[h, 1, 3],
+    "var by position": lambda s, b, h, q, k: (
+        A[h].var(0, False) + A[h].std(-1, False, True)[0] + CUBE[h].var((0, 1), False) + A[h].var(False)
+        + A[h].var(correction=0.5) + A[h].var(0, correction=None)
+    ),
     "Python's sum": lambda s, b, h, q, k: sum(A[h]) + sum(x * 2 for x in B[h]),
 }  # fmt: skip
 
@@ -67,6 +77,21 @@ def test_reductions_give_what_pytorch_gives(name, unrolled, monkeypatch):
     """As a loop, from two elements on, and as a tree of elements."""
     monkeypatch.setattr(reductions, "_UNROLLED", unrolled)
     assert_same_as_pytorch(CASES[name], INSIDE, rtol=2e-6)
+
+
+def test_norms_of_matrices_are_refused():
+    for order in (1, 2, float("inf"), "nuc"):
+        with pytest.raises(UnsupportedOpError, match=r"linalg\.norm of a matrix"):
+            trace_mod(lambda s, b, h, q, k, order=order: s + torch.linalg.norm(A, order))
+    both = lambda s, b, h, q, k: s * 0.0 + torch.linalg.norm(P) + torch.linalg.norm(P, "fro")
+    assert_same_as_pytorch(both, INSIDE[:1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["var", "std", "logsumexp"])
+def test_spreads_of_half_types_are_computed_in_float32(name):
+    big = (A * (300 if name != "logsumexp" else 3)).half()
+    dim = (-1,) if name == "logsumexp" else ()
+    assert_same_as_pytorch(lambda s, b, h, q, k: getattr(big[h].half(), name)(*dim).float(), INSIDE, rtol=2e-3)
 
 
 def test_half_types_are_summed_in_float32():

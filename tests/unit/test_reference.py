@@ -651,3 +651,13 @@ def test_layouts_hold_the_same_numbers(layout):
     assert actual[1].transpose(1, 2).is_contiguous() == (layout == "bnhd")
     with pytest.raises(ValueError, match="unknown layout"):
         make_inputs(1, 1, 1, 1, 1, 1, layout="nhd")
+
+
+def test_scores_beside_which_a_logarithm_has_no_digits():
+    """The weights of a row sum to 1, whatever is added to its scores."""
+    query, (key, value) = torch.randn(1, 2, 1, 16), torch.randn(2, 1, 1, 8, 16)
+    mean = value.double().mean(2, keepdim=True).expand(1, 2, 1, 16)
+    for far in (1e15, 1e30, 3e38, -3e38):
+        out, lse = reference_decode(query, key, value, lambda s, b, h, q, k, far=far: s * 0.0 + far, return_lse=True)
+        torch.testing.assert_close(out, mean)
+        assert (lse == far).all() or far == 1e15

@@ -1,5 +1,6 @@
 """What a mod may be and capture, captured numbers in Python code, results, and random mods against PyTorch."""
 
+import collections
 import enum
 import functools
 import math
@@ -953,7 +954,7 @@ class Store:
     """Something with attributes."""
 
 
-LOG, NAMED, STORE = [], {"old": 1}, Store()
+LOG, NAMED, STORE, QUEUE = [], {"old": 1}, Store(), collections.deque()
 
 
 def _append(s, b, h, q, k):
@@ -994,6 +995,17 @@ def test_a_traced_value_that_outlives_the_mod_is_refused_and_taken_out(mod, line
         assert lines[1].endswith(line) and __file__ in lines[1]
         assert "use a variable of its own, and compute what shall stay outside the mod" in lines[2]
         assert LOG == [] and list(NAMED) == ["old"]
+
+
+def test_a_deque_keeps_no_traced_value():
+    def mod(s, b, h, q, k):
+        QUEUE.append(s)
+        return s
+
+    for _ in range(2):
+        with pytest.raises(TraceError, match="score_mod keeps a traced value in a deque"):
+            trace_mod(mod)
+        assert not QUEUE
 
 
 def test_what_a_mod_keeps_while_it_runs_is_its_own():
