@@ -50,13 +50,19 @@ class BlockLists:
         columns = -(-self.num_kv // self.kv_block)
         # Of int8, PyTorch's CUDA kernel for this reads whole words, past the end of the tensor.
         kinds = torch.zeros(*shape, columns, dtype=torch.int32, device=device)
-        for counts, indices, kind in (
-            (partial, block_mask.kv_indices, PARTIAL),
-            (full, block_mask.full_kv_indices, FULL),
+        for name, counts, indices, kind in (
+            ("kv_indices", partial, block_mask.kv_indices, PARTIAL),
+            ("full_kv_indices", full, block_mask.full_kv_indices, FULL),
         ):
             if counts is not None:
                 listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
-                listed &= (indices >= 0) & (indices < columns)
+                outside = listed & ((indices < 0) | (indices >= columns))
+                if device.type == "cpu" and outside.any():  # on a GPU this would wait; there they are left out
+                    raise ValueError(
+                        f"`block_mask.{name}` lists block {int(indices[outside][0])}, but its {self.num_kv} keys in "
+                        f"blocks of {self.kv_block} are blocks 0 to {columns - 1}"
+                    )
+                listed &= ~outside
                 kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int32), "amax")
         self.own = kinds.to(torch.int8)
         self.kinds = self.own.expand(batch, num_q_heads, -1, -1)

@@ -95,16 +95,17 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder into which everybody can write: what lies there is imported."""
-    try:
-        mode = folder.stat().st_mode
-    except OSError:  # there is none yet, or none that can be read
-        return
-    if mode & stat.S_IWOTH:
-        raise PermissionError(
-            f"everybody can write into the cache folder {folder}, and flexdecode imports code from there: `chmod o-w` "
-            "it, or choose another one by FLEXDECODE_CACHE_DIR"
-        )
+    """Refuses a folder into which everybody can write, at any of its levels: what lies there is imported."""
+    for place in (folder, folder / "index", folder / "modules"):
+        try:
+            mode = place.stat().st_mode
+        except OSError:  # there is none yet, or none that can be read
+            continue
+        if mode & stat.S_IWOTH:
+            raise PermissionError(
+                f"everybody can write into the cache folder {place}, and flexdecode imports code from there: "
+                "`chmod o-w` it, or choose another one by FLEXDECODE_CACHE_DIR"
+            )
 
 
 def _temporary_folder() -> Path:
@@ -145,7 +146,7 @@ def _indexed_module(folder: Path, index: Path) -> Path | None:
 
 def _publish(path: Path, text: str) -> Path:
     """Writes a file so that another process sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)  # whatever the umask: not for everybody to write to
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(handle, "w") as file:

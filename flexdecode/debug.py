@@ -50,6 +50,9 @@ def _difference(graphs: tuple[Graph, Graph], names: tuple[Names, Names]) -> str:
         new = [operand for operand in now.args if operand not in before.args]
         alike = (before.op, before.attr, before.dtype) == (now.op, now.attr, now.dtype)
         if not alike or not old or len(old) != len(new):
-            return f"`{formula(before, names[0])}` became `{formula(now, names[1])}`"
+            texts = formula(before, names[0]), formula(now, names[1])
+            if texts[0] == texts[1] and before.is_const and now.is_const:  # as float32 they are one number
+                texts = repr(before.attr), repr(now.attr)
+            return f"`{texts[0]}` became `{texts[1]}`"
         pairs += reversed([*zip(old, new, strict=True)])
     return "a table that it makes of numbers has other contents"

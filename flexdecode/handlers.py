@@ -62,15 +62,21 @@ def group_of(name: str) -> str | None:
 
 def spelled(name: str) -> str | None:
     """How a user writes an operation, `torch.special.entr`; None if PyTorch has it under no such name."""
+    for space in ("special", "linalg"):
+        if hasattr(getattr(torch, space), short := name.removeprefix(f"{space}_")) and short != name:
+            return f"torch.{space}.{short}"
     spaces = {"torch": torch, "torch.Tensor": torch.Tensor, "torch.nn.functional": torch.nn.functional,
-              "torch.special": torch.special}  # fmt: skip
+              "torch.special": torch.special, "torch.linalg": torch.linalg}  # fmt: skip
     return next((f"{space}.{name}" for space, module in spaces.items() if hasattr(module, name)), None)
 
 
 def nearest(name: str) -> str | None:
     """The supported operation whose name is most like `name`, as a user writes it."""
-    known = {known: text for known in (*ROWS, *HANDLERS) if group_of(known) and (text := spelled(known))}
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    known = {}
+    for other in (*ROWS, *HANDLERS):
+        if group_of(other) and (text := spelled(other)):
+            known.setdefault(text.rpartition(".")[2], text)
+    found = difflib.get_close_matches(name.removeprefix("special_").removeprefix("linalg_"), known, n=1, cutoff=0.75)
     return known[found[0]] if found else None
 
 
@@ -79,9 +85,9 @@ def refuse(context: TraceContext, name: str, unknown: bool = False) -> NoReturn:
     close = nearest(name) if unknown else None
     raise at_user_line(
         UnsupportedOpError,
-        f"torch.{name} is not supported in {context.kind}",
+        f"{spelled(name) or f'torch.{name}'} is not supported in {context.kind}",
         "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
-        + (f" The nearest supported one is `{close}`." if close else ""),
+        + (f" The nearest supported name is `{close}`." if close else ""),
     )
 
 

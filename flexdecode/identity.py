@@ -149,7 +149,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
         mod = now
     raise TraceError(
         f"{kind} {getattr(function, '__name__', type(function).__name__)!r} {problem}\n"
-        "  A mod is run a few times on symbols, and not at every call: compute what shall change outside the mod."
+        "  A mod is run on symbols when it is traced, not at every call: compute what shall change outside the mod."
     )
 
 

@@ -14,8 +14,8 @@ from .errors import TraceError, is_user_file
 from .symbol import Symbol, TraceContext
 
 _REMEDY = (
-    "A mod is run once, on symbols, and not at every call: use a variable of its own, and compute what shall stay "
-    "outside the mod."
+    "A mod is run on symbols when it is traced, not at every call: use a variable of its own, and compute what "
+    "shall stay outside the mod."
 )
 
 

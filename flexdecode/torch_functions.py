@@ -90,7 +90,7 @@ def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
         return _PROPERTIES[name](symbol)
     if name not in _HANDLERS and name not in _ELEMENTWISE and not hasattr(torch.Tensor, name):
         close = nearest(name)
-        hint = f", the nearest supported one is `{close}`" if close else ""
+        hint = f", the nearest supported name is `{close}`" if close else ""
         raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}")
     method = getattr(torch.Tensor, name)
     if not callable(method):

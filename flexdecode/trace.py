@@ -120,7 +120,7 @@ def _call(mod: Callable, context: TraceContext) -> Node:
     except Exception as error:  # whatever the user's code raises, with the line that raised it
         raise TraceError(
             f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
-            "  A mod is run once on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
+            "  A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
             "operators on tensors and numbers, and compute everything else outside the mod."
         ) from error
     return _checked_result(result, mod, context)
@@ -171,8 +171,8 @@ def _check_assignments(mod: Callable, kind: str) -> None:
             raise TraceError(
                 f"{kind} assigns to `{step.argval}`, a variable outside of it\n"
                 f"  {code.co_filename}:{code.co_firstlineno}, in {code.co_name}\n"
-                "  A mod is run once, on symbols, and not at every call: use a variable of its own, and compute what "
-                "shall stay outside the mod."
+                "  A mod is run on symbols when it is traced, not at every call: use a variable of its own, and "
+                "compute what shall stay outside the mod."
             )
 
 

@@ -168,10 +168,10 @@ def _unsqueeze_method(context: TraceContext, x: Any, dim: int) -> Symbol:
 
 
 @_handles("squeeze")
-def _squeeze(context: TraceContext, x: Any, dim: int | None = None) -> Symbol:
+def _squeeze(context: TraceContext, x: Any, dim: int | tuple[int, ...] | None = None) -> Symbol:
     symbol = context.symbol(x)
-    dims = range(symbol.rank) if dim is None else [_dim(symbol, dim)] if symbol.rank else []
-    for d in reversed(dims):
+    chosen = range(symbol.rank) if dim is None else dim if isinstance(dim, tuple) else (dim,)
+    for d in sorted({_dim(symbol, d) for d in chosen} if symbol.rank else (), reverse=True):
         if context.python_int(symbol.sizes[d]) == 1:
             symbol = _select(context, symbol, d, context.scalar(const(0)))
     return symbol

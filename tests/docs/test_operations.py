@@ -3,6 +3,7 @@
 `python tests/docs/test_operations.py` writes the tables anew.
 """
 
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -24,12 +25,18 @@ def in_aten(name):
     return hasattr(torch.ops.aten, name) or hasattr(torch.ops.aten, f"special_{name}")
 
 
+def has(space, name):
+    *modules, short = name.split(".")
+    return hasattr(reduce(lambda found, module: getattr(found, module, None), modules, space), short)
+
+
 def groups():
     """By heading: the names of each function, that of its row first."""
     found = {}
     for name in (*ROWS, *HANDLERS):
         if group_of(name) is not None and spelled(name) and not name.startswith("_"):
             names = found.setdefault(group_of(name), {}).setdefault(ROWS.get(name, HANDLERS.get(name)), [])
+            name = name.replace("linalg_", "linalg.")
             if name not in names:
                 names.append(name)
     return {group: sorted(functions.values()) for group, functions in found.items()}
@@ -41,7 +48,7 @@ def tables():
         spaces = [*SPACES, "`torch.ops.aten.`"] if group in ELEMENTWISE else [*SPACES]
         text += f"\n## {group}\n\n| | {' | '.join(spaces)} |\n|---|{'---|' * len(spaces)}\n"
         for names in functions:
-            columns = [[name for name in names if hasattr(space, name)] for space in SPACES.values()]
+            columns = [[name for name in names if has(space, name)] for space in SPACES.values()]
             columns += [[name for name in names if in_aten(name)]] if group in ELEMENTWISE else []
             marks = ["" if not column else "✓" if column == names else ", ".join(column) for column in columns]
             text += f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(marks)} |\n"

@@ -73,6 +73,20 @@ def test_lists_without_full_blocks_and_with_rubbish_behind_their_end():
     assert dense(lists.tables(1, 16, False), 3) == ["..P", "PP."]
 
 
+@pytest.mark.parametrize("name, number", [("kv_indices", 3), ("kv_indices", -1), ("full_kv_indices", 7)])
+def test_a_block_outside_of_the_mask(name, number):
+    counts, indices = torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 0, 1], [0, 1, 2]]]])
+    lists = {"kv_indices": indices, "full_kv_indices": indices.clone()}
+    lists[name][0, 0, 1, 1] = number
+    block_mask = BlockMask.from_kv_blocks(
+        counts, lists["kv_indices"], counts, lists["full_kv_indices"],
+        BLOCK_SIZE=(16, 16), seq_lengths=(32, 48), compute_q_blocks=False,
+    )  # fmt: skip
+    message = f"`block_mask.{name}` lists block {number}, but its 48 keys in blocks of 16 are blocks 0 to 2"
+    with pytest.raises(ValueError, match=message):
+        BlockLists(block_mask, 1, 2, CPU)
+
+
 def test_changes_of_the_lists_are_seen():
     inputs = make_inputs(1, 4, 2, 1, 64, 16)
     mask_mod = lambda b, h, q, k: k // 16 == 1

@@ -273,6 +273,19 @@ def test_a_cache_folder_that_everybody_can_write_into(folder):
     assert stored_module("an identity", Generator()).is_relative_to(folder)
 
 
+@pytest.mark.parametrize("name", ["index", "modules"])
+def test_a_part_of_the_cache_folder_that_everybody_can_write_into(folder, name):
+    umask = os.umask(0)
+    try:
+        stored_module("an identity", Generator())
+    finally:
+        os.umask(umask)
+    assert not (folder / name).stat().st_mode & stat.S_IWOTH
+    (folder / name).chmod(0o777)
+    with pytest.raises(PermissionError, match=f"everybody can write into the cache folder {folder / name}, "):
+        stored_module("another identity", Generator())
+
+
 @pytest.fixture
 def fallback(monkeypatch, tmp_path):
     """The fallback folder, which is not made yet; nothing can be written elsewhere."""

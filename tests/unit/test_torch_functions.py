@@ -233,7 +233,10 @@ ON_TENSORS = {
     "select": [lambda s, b, h, q, k: s + table.select(0, 1)[k] + table.select(1, -1)[h] + torch.select(table, 0, 2)[k]],
     "shape": [lambda s, b, h, q, k: s + table[h % table.shape[0], (2 * k) % table.shape[1]]],
     "size": [lambda s, b, h, q, k: s + table[h, (k * 2) % table.size(1)] / table.size(-1) + len(table.size())],
-    "squeeze": [lambda s, b, h, q, k: s + one_row.squeeze()[k] + one_row.squeeze(0)[k] + table.squeeze()[h, k]],
+    "squeeze": [
+        lambda s, b, h, q, k: s + one_row.squeeze()[k] + one_row.squeeze(0)[k] + table.squeeze()[h, k],
+        lambda s, b, h, q, k: s + one_row[:, :, None].squeeze((0, 2))[k] + table.squeeze((0, -1))[h, k],
+    ],
     "swapaxes": [lambda s, b, h, q, k: s + table.swapaxes(0, 1)[k, h]],
     "swapdims": [lambda s, b, h, q, k: s + bias.swapdims(0, 2)[k, h, b]],
     "t": [lambda s, b, h, q, k: s + table.t()[k, h] + slopes.t()[h]],
@@ -467,18 +470,25 @@ REMEDY = "Write it with supported operations, or compute it outside the mod and 
     "mod, nearest",
     [
         (lambda s, b, h, q, k: torch.unsqueeze_copy(s, 0)[0], "torch.unsqueeze"),
-        (lambda s, b, h, q, k: torch.special.i0e(s), None),
         (lambda s, b, h, q, k: torch.addr(s, s, s), "torch.add"),
     ],
 )
 def test_the_nearest_operation_is_named(mod, nearest):
     remedy = refused(mod, UnsupportedOpError, "is not supported in score_mod")
-    assert remedy == REMEDY + (f" The nearest supported one is `{nearest}`." if nearest else "")
+    assert remedy == REMEDY + (f" The nearest supported name is `{nearest}`." if nearest else "")
+
+
+@pytest.mark.parametrize("name", ["torch.special.zeta", "torch.linalg.det"])
+def test_a_function_is_named_as_a_user_writes_it(name):
+    function = eval(name)
+    mod = lambda s, b, h, q, k: function(s, s) if "zeta" in name else function(s)
+    remedy = refused(mod, UnsupportedOpError, f"^{name} is not supported in score_mod")
+    assert remedy == REMEDY
 
 
 def test_a_method_that_does_not_exist_names_the_nearest():
     message = (
-        "AttributeError: 'Tensor' object has no attribute 'clampmin', the nearest supported one is `torch.clamp_min`"
+        "AttributeError: 'Tensor' object has no attribute 'clampmin', the nearest supported name is `torch.clamp_min`"
     )
     with pytest.raises(TraceError, match=message):
         trace_mod(lambda s, b, h, q, k: s.clampmin(0))
