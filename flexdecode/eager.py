@@ -35,8 +35,8 @@ def decode(
         score: graph of the score_mod with the leaves of its captures.
         mask: the same of the mask_mod.
         scale: factor of the dot product.
-        check_indices: raise where an attending pair reads a captured tensor out of range, and where an entry of the
-            page table names no page; on a CPU the latter always raises.
+        check_indices: raise where the result of an attending pair depends on a read out of range of a captured tensor,
+            and where an entry of the page table names no page; on a CPU the latter always raises.
 
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
@@ -159,11 +159,22 @@ class _Evaluation:
         self.indices = indices
         self.score = score
         self.live = live
-        self.check_indices = check_indices
+        # With `check_indices`: where each load is out of range, and where a value depends on such a load.
+        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] | None = {} if check_indices else None
+        self.unknown: dict[Node, torch.Tensor] = {}
         self.device = live.device
 
     def result(self) -> torch.Tensor:
-        return self.values([self.graph.output])[0]
+        output = self.graph.output
+        found = self.values([output])[0]
+        bad = self.live & self.unknown[output] if output in self.unknown else None
+        if bad is not None and bool(bad.any()):
+            assert self.wrong is not None
+            for load, (index, wrong) in self.wrong.items():
+                if bool((bad & wrong).any()):
+                    shape = self._tensor(load).shape
+                    raise IndexRangeError(self.graph, load, self._where(index, bad & wrong, shape))
+        return found
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
         values: dict[Node, torch.Tensor] = {}
@@ -181,6 +192,25 @@ class _Evaluation:
                 values[node] = self._fold(values, node, inside)
             else:
                 values[node] = self._value(node, [values[a] for a in node.args])
+                if self.wrong is not None:
+                    self._follow(node, values)
+
+    def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
+        """Notes where a value depends on a read out of range; what an operand alone decides depends on that alone."""
+        assert self.wrong is not None
+        none = torch.zeros((), dtype=torch.bool, device=self.device)
+        unknown = [self.unknown.get(a, none) for a in node.args]
+        if node.op in ("logical_and", "logical_or"):
+            decides = [(values[a] == (node.op == "logical_or")) & ~u for a, u in zip(node.args, unknown, strict=True)]
+            found = (unknown[0] | unknown[1]) & ~(decides[0] | decides[1])
+        elif node.op == "where":
+            found = unknown[0] | torch.where(values[node.args[0]], unknown[1], unknown[2])
+        else:
+            found = none
+            for part in (*unknown, *(self.wrong[node][1:] if node in self.wrong else ())):
+                found = found | part
+        if found.dim() or bool(found):
+            self.unknown[node] = found
 
     def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
         loop, count, name = node.attr
@@ -192,6 +222,8 @@ class _Evaluation:
             local |= {n: torch.tensor(step, device=self.device) for n in again if n.op == "step" and n.attr[0] == loop}
             self._fill(local, again, inside | {loop})
             result = local[body] if result is None else OPS[name].torch(result, local[body])
+            if body in self.unknown:
+                self.unknown[node] = self.unknown[body] | self.unknown.get(node, self.unknown[body])
         assert result is not None
         return result
 
@@ -226,18 +258,21 @@ class _Evaluation:
         leaf = self.leaves[source.leaf]
         return leaf if source.dim < 0 and isinstance(leaf, torch.Tensor) else source.read(self.leaves)
 
+    def _tensor(self, load: Node) -> torch.Tensor:
+        leaf = self.graph.tensors[load.attr]
+        return self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
+
     def _load(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         """Reads a captured tensor; negative indices count from the end, and out of range reads 0."""
-        leaf = self.graph.tensors[node.attr]
-        tensor = self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
+        tensor = self._tensor(node)
         inside = torch.ones((), dtype=torch.bool, device=self.device)
         places = []
         for index, size in zip(args, tensor.shape, strict=True):
             place = torch.where(index < 0, index + size, index)
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
-        if self.check_indices and bool((self.live & ~inside).any()):
-            raise IndexRangeError(self.graph, node, self._where(args, self.live & ~inside, tensor.shape))
+        if self.wrong is not None and bool((self.live & ~inside).any()):
+            self.wrong[node] = args, ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
         if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere

@@ -3,7 +3,8 @@
 The text runs alone in a kernel, so that nothing but itself rounds. Errors are counted in units in the last place of
 float32. PyTorch's error is the largest of its float32 function on a CPU among the points whose operand (of two
 operands: whose result) has nearly the same binary exponent, because one point may be exact by luck. Where float32 has
-subnormal numbers only, a unit is that of the smallest normal one: a GPU flushes them.
+subnormal numbers only, a unit is that of the smallest normal one: a GPU flushes them. Where two terms cancel, 4 units
+of the larger operand are allowed in any case.
 
 On float64 operands a row is at least as exact: 4 ulp of float32, beside the rounding of float64 itself.
 """
@@ -105,6 +106,7 @@ def in_groups(error, key):
     return torch.stack([largest[exponent - 1], largest[exponent], largest[exponent + 1]]).amax(0)
 
 
+CANCELS = ("logaddexp", "logaddexp2")  # a sum of the larger operand and of a logarithm
 STEPS = ("fmod", "remainder", "floor_divide")  # which count how often the divisor fits
 
 
@@ -137,6 +139,9 @@ def test_float32(name, operands, tmp_path):
     # Where PyTorch's function itself has another infinity or NaN there is nothing to compare with.
     finite = torch.where(measure.isfinite(), measure, 0.0)
     allowed = 2 * in_groups(finite, x[0] if len(x) == 1 else truth) + 4
+    if name in CANCELS:  # the last place of what cancels, also where PyTorch was lucky: that depends on the processor
+        largest = torch.maximum(x[0].abs(), x[1].abs()).double()
+        allowed = torch.maximum(allowed, 4 * ulp(largest) / ulp(truth))
     wrong = ~(own <= allowed) & measure.isfinite()
     assert not wrong.any(), f"(operands, error, allowed, truth) = {found(wrong, x, own, allowed, truth)}"
 

@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 import torch
 from support import MODS, assert_close_to_reference, make_inputs
+from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, FlexDecodeError, eager, flex_decode, mods
 
@@ -281,6 +282,47 @@ def test_indices_in_range_and_at_masked_pairs_are_fine():
     check(*inputs, lambda s, b, h, q, k: s + table[h, k % 9] + table[-1, -(k % 9) - 1], options=DEBUG)
     check(*inputs, lambda s, b, h, q, k: s + table[h, k], lambda b, h, q, k: k < 9, options=DEBUG)
     check(*inputs, lambda s, b, h, q, k: s + table[h, k], kv_lens=torch.tensor([9, 3]), options=DEBUG)
+
+
+GUARDED = {
+    "where": lambda s, b, h, q, k: s + torch.where(k < 9, table[h, k], 0.0),
+    "where of a value of it": lambda s, b, h, q, k: torch.where(k >= 9, s, s * table[h, k].exp() + 1),
+    "never taken": lambda s, b, h, q, k: s + torch.where(k >= 0, 0.0, table[h, k]),
+}
+GUARDED_MASKS = {
+    "and": lambda b, h, q, k: (k < 9) & (table[h, k] < 1),
+    "or": lambda b, h, q, k: (table[h, k] + 1 > 1) | (k >= 9),
+    "where": lambda b, h, q, k: torch.where(k < 9, table[h, k] < 1, False),
+}
+
+
+@pytest.mark.parametrize("name", [*GUARDED, *GUARDED_MASKS])
+def test_what_a_mod_reads_and_does_not_use_may_be_out_of_range(name):
+    mods_of_call = (GUARDED[name], None) if name in GUARDED else (None, GUARDED_MASKS[name])
+    check(*make_inputs(2, 4, 2, 2, 21, 16), *mods_of_call, options=DEBUG)
+
+
+UNGUARDED_MASKS = {
+    "and": lambda b, h, q, k: (k < 10) & (table[h, k] < 1),
+    "or": lambda b, h, q, k: (table[h, k] + 1 > 1) | (k >= 10),
+    "not": lambda b, h, q, k: ~((k >= 10) | (table[h, k] < 1)),
+    "any": lambda b, h, q, k: (table[h, k + torch.arange(2)] > 9).any(),
+    "an index of an index": lambda b, h, q, k: table[0, table[h, k].long() * 0] < 9,
+}
+
+
+@pytest.mark.parametrize("name", UNGUARDED_MASKS)
+def test_what_decides_about_a_pair_has_to_be_in_range(name):
+    with pytest.raises(FlexDecodeError, match=r"mask_mod reads `table\[h, .*\]` out of range: .* kv_idx = (8|9), "):
+        flex_decode(*make_inputs(2, 4, 2, 2, 21, 16), None, UNGUARDED_MASKS[name], options=DEBUG)
+
+
+def test_blocks_before_the_first_position():
+    inputs = make_inputs(1, 4, 2, 33, 15, 16)
+    block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    kv_lens = torch.tensor([12])  # the queries stand at -21 to 11
+    out = flex_decode(*inputs, block_mask=block_mask, kv_lens=kv_lens, options=DEBUG)
+    assert torch.equal(out, flex_decode(*inputs, None, mods.causal(), kv_lens=kv_lens))
 
 
 def test_contents_are_checked_at_every_call():
