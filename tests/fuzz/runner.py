@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fast_interpreter import install
+
 from .case import DEAD
 from .generate import DRAWS, random_case
 
@@ -28,6 +30,8 @@ def run_cases(backend: str, seeds: range, finite: tuple = (), until: float = flo
     from .check import check
     from .shrink import kind_of
 
+    if backend == "interpret":
+        install()
     for seed in seeds:
         if time.time() > until:
             break

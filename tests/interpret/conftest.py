@@ -9,3 +9,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         "Run this tier in a process of its own: `TRITON_INTERPRET=1 pytest tests/interpret`, or `make test-interpret`."
     )
 os.environ["TRITON_INTERPRET"] = "1"
+
+from fast_interpreter import install  # noqa: E402
+
+install()
