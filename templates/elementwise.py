@@ -161,6 +161,18 @@ def minimum(a, b):
 
 
 @triton.jit
+def fmax(a, b):
+    """The larger value; NaN only if both are NaN (`tl.maximum` differs there from one Triton to another)."""
+    return tl.where((a > b) | (b != b), a, b)
+
+
+@triton.jit
+def fmin(a, b):
+    """The smaller value; NaN only if both are NaN."""
+    return tl.where((a < b) | (b != b), a, b)
+
+
+@triton.jit
 def sign(x):
     """-1, 0 or 1; 0 for NaN, as in PyTorch."""
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
