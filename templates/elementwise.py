@@ -163,13 +163,15 @@ def minimum(a, b):
 @triton.jit
 def fmax(a, b):
     """The larger value; NaN only if both are NaN (`tl.maximum` differs there from one Triton to another)."""
-    return tl.where((a > b) | (b != b), a, b)
+    larger = tl.where(a > b, a, b)  # b where one is NaN
+    return tl.where(larger == larger, larger, tl.where(b > a, b, a))
 
 
 @triton.jit
 def fmin(a, b):
     """The smaller value; NaN only if both are NaN."""
-    return tl.where((a < b) | (b != b), a, b)
+    smaller = tl.where(a < b, a, b)
+    return tl.where(smaller == smaller, smaller, tl.where(b < a, b, a))
 
 
 @triton.jit
