@@ -12,6 +12,7 @@ from flexdecode import mods
 SPILLS = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 64}
 # Registers per thread of the first pass; the combine pass has one warp and may use more.
 REGISTERS = {torch.float16: 208, torch.bfloat16: 208, torch.float32: 256}
+AMD_REGISTERS = 256  # from 169 to 256 of them a multiprocessor holds as many waves, and Triton 3.6 takes 212
 MODS = {"none": (None, None), "alibi_and_window": (mods.alibi(16, device="meta"), mods.sliding_window(1024))}
 CASES = [
     (device, dtype, mod)
@@ -41,9 +42,8 @@ def test_resources(device, dtype, mod):
             what = f"{kernel.name} of {label} with {call.spec.tiles}"
             assert kernel.metadata.shared <= DEVICES[device].shared_memory, what
             assert spilled <= SPILLS[dtype], f"{spilled} bytes spilled in {what}"
-            assert registers <= (256 if kernel is call.combine else REGISTERS[dtype]), (
-                f"{registers} registers in {what}"
-            )
+            allowed = 256 if kernel is call.combine else AMD_REGISTERS if device == "gfx942" else REGISTERS[dtype]
+            assert registers <= allowed, f"{registers} registers in {what}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
