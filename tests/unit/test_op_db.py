@@ -112,8 +112,8 @@ def samples_of(op, dtype):
     for sample in op.sample_inputs("cpu", dtype):
         if op.name == "nn.functional.prelu":  # of several weights each is that of a channel
             sample.args, sample.kwargs = (torch.tensor([0.2]),), {}
-        if op.name == "logit" and max((*sample.args, *sample.kwargs.values()), default=0) > 0.5:  # PyTorch has two results
-            continue
+        if op.name == "logit" and max((*sample.args, *sample.kwargs.values()), default=0) > 0.5:
+            continue  # PyTorch has two results where the limits cross
         values = [sample.input, *sample.args, *sample.kwargs.values()]
         shape = torch.broadcast_shapes(*(x.shape for x in values if isinstance(x, torch.Tensor)))
 
