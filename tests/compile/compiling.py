@@ -16,6 +16,7 @@ from flexdecode.identity import identify
 from flexdecode.inputs import Inputs
 from flexdecode.kernel import KernelSpec, compile_pass
 from flexdecode.schedule import DeviceFacts
+from flexdecode.triton_api import triton_version
 
 DEVICES = {
     "sm_80": DeviceFacts("cuda", 80, num_sms=108, shared_memory=163 * 1024),
@@ -24,6 +25,8 @@ DEVICES = {
     "gfx942": DeviceFacts("hip", "gfx942", num_sms=304, shared_memory=64 * 1024),
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# ptxas of Triton 3.8 spills 80 bytes of a thread more than those of 3.6 and 3.9, which spill 16 of the same kernels.
+SPILLED_MORE = 80 if triton_version() == (3, 8) else 0
 FULL = os.environ.get("FLEXDECODE_FULL") == "1"  # the whole cross product in place of a covering part of it
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compile.compiling import DEVICES, DTYPES, FULL, assembly, compile_call, meta_inputs, resources
+from compile.compiling import DEVICES, DTYPES, FULL, SPILLED_MORE, assembly, compile_call, meta_inputs, resources
 
 from benchmarks.rows import load_rows
 from flexdecode import mods
@@ -41,7 +41,7 @@ def test_resources(device, dtype, mod):
             registers, spilled = resources(kernel)
             what = f"{kernel.name} of {label} with {call.spec.tiles}"
             assert kernel.metadata.shared <= DEVICES[device].shared_memory, what
-            assert spilled <= SPILLS[dtype], f"{spilled} bytes spilled in {what}"
+            assert spilled <= SPILLS[dtype] + SPILLED_MORE, f"{spilled} bytes spilled in {what}"
             allowed = 256 if kernel is call.combine else AMD_REGISTERS if device == "gfx942" else REGISTERS[dtype]
             assert registers <= allowed, f"{registers} registers in {what}"
 
