@@ -72,7 +72,7 @@ def spelled(name: str) -> str | None:
 
 def nearest(name: str) -> str | None:
     """The supported operation whose name is most like `name`, as a user writes it."""
-    known = {}
+    known: dict[str, str] = {}
     for other in (*ROWS, *HANDLERS):
         if group_of(other) and (text := spelled(other)):
             known.setdefault(text.rpartition(".")[2], text)
