@@ -1,8 +1,9 @@
 """Kernels by signature, in memory and on disk, with counters.
 
 On disk lie the generated modules, named by the hash of their text, and an index from what a kernel is generated from
-(graphs, spec, library version) to a module, so that a known signature needs no analysis and no generation. Machine code
-is left to Triton's own cache. Files are published by `os.replace`; a damaged one is written again.
+(graphs, spec, library version) to a module, so that a known signature needs no analysis and no generation.
+The module of the second pass, which no mod changes, lies beside them. Machine code is left to Triton's own cache. Files
+are published by `os.replace`; a damaged one is written again.
 """
 
 from __future__ import annotations
@@ -82,16 +83,39 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
     if found is not None:
         counters.disk_hits += 1
         return found
-    text = generate()
+    path = _publish_module(folder, generate())
     counters.generations += 1
-    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    if path.is_relative_to(folder):
+        with contextlib.suppress(OSError):
+            _publish(index, path.stem)
+    return path
+
+
+def fixed_module(text: str) -> Path:
+    """The file of a module that depends on no mod, found on disk or written there.
+
+    Raises:
+        PermissionError: as of `stored_module`.
+    """
+    folder = cache_folder()
+    _check_folder(folder)
+    path = folder / "modules" / f"{_name_of(text)}.py"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text() == text:
+            return path
+    return _publish_module(folder, text)
+
+
+def _name_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _publish_module(folder: Path, text: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = _publish(folder / "modules" / f"{name}.py", text)
-        _publish(index, name)
+        return _publish(folder / "modules" / f"{_name_of(text)}.py", text)
     except OSError:  # a read-only home: the module lives as long as the machine's temporary files
-        path = _publish(_temporary_folder() / f"{name}.py", text)
-    return path
+        return _publish(_temporary_folder() / f"{_name_of(text)}.py", text)
 
 
 def _check_folder(folder: Path) -> None:

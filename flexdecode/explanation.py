@@ -13,7 +13,7 @@ import torch
 
 from .block_mask import read_block_mask
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
-from .compiled import module_path
+from .compiled import module_path, template_files
 from .device import find_target, without_autocast
 from .identity import Mod, graph_of, identify
 from .inputs import (
@@ -207,7 +207,7 @@ def explain(
     cut, source = None, None
     if target.facts is not None and 0 not in inputs.out_shape:
         cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, cut.tiles.descriptors, call.signature.page_size > 0, cut.tiles.latent)
+        source = module_path(call.program, template_files(call.program, call.signature, cut.tiles))
     step = _step(call, cut)
     batch, num_kv_heads, _ = call.sizes
     used, read = None, None

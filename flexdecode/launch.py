@@ -168,7 +168,7 @@ class TritonLauncher:
                 make_descriptor(address, matrix, [block_n, width], self.dtype)
                 for address, matrix, width in zip((key, value), self.matrices, widths, strict=True)
             ]
-            self.described = (key, value), self.kernel.encode_descriptors(*made)
+            self.described = (key, value), self.kernel.split.encode_descriptors(*made)
         return self.described[1]
 
     def _workspace(self, stream: int) -> tuple:

@@ -99,7 +99,7 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
 
 
 def lower_bounds(program: Program) -> Hooks:
-    """Writes the body of `kv_bounds`: live and full intervals of kv_idx, each bound int64, as one flat tuple."""
+    """Writes the body of `kv_bounds`: live and full intervals of kv_idx, four each, with bounds of int64."""
     bounds = program.bounds
     lines: list[str] = []
     functions: set[str] = set()
@@ -124,8 +124,8 @@ def lower_bounds(program: Program) -> Hooks:
         live = [(f"tl.maximum({a}, {lo})", f"tl.minimum({b}, {hi})") for a, b in live]
     for region in (live, full):
         region += [(_ABOVE, _BELOW)] * (MAX_INTERVALS - len(region))
-    flat = [bound for region in (live, full) for interval in region for bound in interval]
-    lines.append(f"return ({', '.join(flat)})")
+    pairs = [", ".join(f"({lo}, {hi})" for lo, hi in region) for region in (live, full)]
+    lines.append(f"return ({pairs[0]}), ({pairs[1]})")
     return Hooks({"kv_bounds": "\n".join(lines)}, frozenset(functions))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -172,8 +173,7 @@ class Plan:
 
     def launched_by(self, launcher: Launcher) -> Plan:
         """The same plan for another length."""
-        other = object.__new__(Plan)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.launcher, other.extents, other.apart = launcher, [], set()
         return other
 

@@ -132,14 +132,14 @@ def _place(step: Node, counts: list[int]) -> list[Node]:
     return [step, *place]
 
 
-def _sum_of(dtype: torch.dtype | None) -> Combine:
-    """A sum in PyTorch's type: int64 for integers and bools; half types are summed in float32 and rounded once."""
+def _joined(row: str, dtype: torch.dtype | None) -> Combine:
+    """A sum or product in PyTorch's type: int64 for integers and bools; half types in float32, rounded once."""
 
     def combine(elements: _Elements) -> Node:
         given = elements.dtype
         result = dtype or (given if given.is_floating_point else torch.int64)
         computed = torch.float32 if result in HALF else result
-        return cast(elements.each(lambda n: cast(n, computed)).join("add"), result)
+        return cast(elements.each(lambda n: cast(n, computed)).join(row), result)
 
     return combine
 
@@ -171,20 +171,13 @@ def _options(context: TraceContext, what: str, args: tuple, named: dict) -> _Opt
 @_handles("sum")
 def _sum(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     dim, keepdim, dtype = _options(context, "sum", args, named)
-    return _reduced(context, "sum", x, dim, keepdim, _sum_of(dtype), empty=0)
+    return _reduced(context, "sum", x, dim, keepdim, _joined("add", dtype), empty=0)
 
 
 @_handles("prod")
 def _prod(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     dim, keepdim, dtype = _options(context, "prod", args, named)
-
-    def combine(elements: _Elements) -> Node:
-        given = elements.dtype
-        result = dtype or (given if given.is_floating_point else torch.int64)
-        computed = torch.float32 if result in HALF else result
-        return cast(elements.each(lambda n: cast(n, computed)).join("mul"), result)
-
-    return _reduced(context, "prod", x, dim, keepdim, combine, empty=1)
+    return _reduced(context, "prod", x, dim, keepdim, _joined("mul", dtype), empty=1)
 
 
 @_handles("mean")
@@ -197,7 +190,7 @@ def _mean(context: TraceContext, x: Any, *args: Any, **named: Any) -> Symbol:
     def combine(elements: _Elements) -> Node:
         result = dtype or elements.dtype
         wide = torch.float32 if result in HALF else result
-        return cast(make("div", _sum_of(wide)(elements), const(elements.extent)), result)
+        return cast(make("div", _joined("add", wide)(elements), const(elements.extent)), result)
 
     return _reduced(context, "mean", symbol, dim, keepdim, combine)
 
@@ -222,7 +215,7 @@ _HANDLERS |= {"any": _truth("any", False), "all": _truth("all", True)}
 @_handles("count_nonzero")
 def _count_nonzero(context: TraceContext, x: Any, dim: Any = None) -> Symbol:
     nonzero = _as_dtype(context, context.symbol(x), torch.bool)
-    return _reduced(context, "count_nonzero", nonzero, dim, False, _sum_of(None), empty=0)
+    return _reduced(context, "count_nonzero", nonzero, dim, False, _joined("add", None), empty=0)
 
 
 # --- Extremes ---------------------------------------------------------------------------------------------------------
@@ -274,7 +267,7 @@ class ValuesAndIndices(NamedTuple):
     indices: Symbol
 
 
-def _max_or_min(name: str, largest: bool) -> Callable[..., Any]:
+def _max_or_min(name: str) -> Callable[..., Any]:
     of_two = _HANDLERS[name]
 
     def reduce(context: TraceContext, x: Any, *args: Any, **named: Any) -> Any:
@@ -289,7 +282,7 @@ def _max_or_min(name: str, largest: bool) -> Callable[..., Any]:
     return reduce
 
 
-_HANDLERS |= {"max": _max_or_min("max", True), "min": _max_or_min("min", False)}
+_HANDLERS |= {name: _max_or_min(name) for name in ("max", "min")}
 
 
 # --- Sums of other things ---------------------------------------------------------------------------------------------
@@ -390,7 +383,7 @@ def _inner(context: TraceContext, x: Any, other: Any) -> Symbol:
 @_handles("dot", "vdot", "linalg_vecdot")
 def _dot(context: TraceContext, x: Any, other: Any, dim: int = -1) -> Symbol:
     product = elementwise(context, "mul", x, other)
-    return _reduced(context, "dot", product, dim, False, _sum_of(product.dtype), empty=0)
+    return _reduced(context, "dot", product, dim, False, _joined("add", product.dtype), empty=0)
 
 
 @_handles("matmul", "mm", "mv", "bmm")

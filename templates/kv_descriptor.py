@@ -2,34 +2,31 @@
 
 A descriptor shows the cache as a matrix whose rows are `stride_n` elements apart. One KV head of one sequence is a
 rectangle in it, and the host divides the strides by `stride_n` to find where it starts. So a contiguous
-`[B, H, N, D]` cache and a `[B, N, H, D]` cache both need one two-dimensional descriptor.
+`[B, H, N, D]` cache and a `[B, N, H, D]` cache both need one two-dimensional descriptor. In a paged cache each block
+is a rectangle: its pages hold a whole number of blocks.
 """
 
 import triton
 import triton.language as tl
+from decode import in_spans, owner, rectangle
 
 
 @triton.jit
-def kv_origin(base, b, kv_head, steps):
+def kv_start(base, b, kv_head, steps):
     """Row and column where the rows of one KV head start; `steps` are the rows and columns per b, then per head."""
-    return b * steps[0] + kv_head * steps[2], b * steps[1] + kv_head * steps[3]
-
-
-@triton.jit
-def _rectangle(origin, pages, steps, start_n, PAGE_SIZE: tl.constexpr):
-    """Row and column where the keys from `start_n` on lie."""
-    return origin[0] + start_n, origin[1]
+    rows_of_b, columns_of_b, rows_of_head, columns_of_head = steps
+    b = owner(b)
+    return b * rows_of_b + kv_head * rows_of_head, b * columns_of_b + kv_head * columns_of_head
 
 
 @triton.jit
 def load_kv(
-    cache, pages, start_n, spans, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, CHECKED: tl.constexpr,
+    cache, block, spans, COLUMN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Loads rows `start_n .. start_n + BLOCK_N` as [BLOCK_N, BLOCK_D]; CHECKED makes zeros of those outside `spans`."""
-    block = cache[1].load(_rectangle(cache[0], pages, cache[2], start_n, PAGE_SIZE))
+    """Loads the rows of a block as [BLOCK_N, COLUMNS]; CHECKED makes zeros of those outside `spans`."""
+    loaded = cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))
     if CHECKED:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        inside = in_spans(offs_n, spans)  # noqa: F821 (of decode.py)
-        block = tl.where(inside[:, None], block, tl.zeros_like(block))
-    return block
+        inside = in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)
+        loaded = tl.where(inside[:, None], loaded, tl.zeros_like(loaded))
+    return loaded

@@ -1,4 +1,6 @@
-"""Attention over latents on Hopper's tensor cores: this `attend_run` takes the place of that of `decode.py`.
+"""Attention over latents on Hopper's tensor cores: this `attend_run` takes the place of the one in `decode.py`.
+
+It needs the loads of kv_descriptor.py. Of balanced.py it replaces the two functions that make layouts.
 
 It is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill a
 multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
@@ -21,7 +23,38 @@ part has a place for even and one for odd steps. Barriers, and who passes them o
 The last three are passed once per step, the others once in two steps, so that a wait names the parity of that count.
 """
 
-import triton.language as tl
+import types
+from collections import namedtuple
+
+import triton.language
+from decode import (
+    HAS_SCORE_MOD,
+    LOG2E,
+    Block,
+    Outputs,
+    Tile,
+    Visit,
+    block_runs,
+    find_pages,
+    full_block,
+    gdc_launch_dependents,
+    gdc_wait,
+    in_spans,
+    inside_a_span,
+    kv_start,
+    mask_mod,
+    mask_row,
+    partial_block,
+    positions,
+    query_rows,
+    rectangle,
+    row_start,
+    score_fetch,
+    score_mod,
+    score_row,
+    share_of,
+    store_run,
+)
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,27 +70,45 @@ except ImportError:  # its name until Triton 3.6
     from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as async_load
 
 
+def _gluon_language():
+    """`triton.language` with the functions of Gluon that make tensors, for the other functions of the module.
+
+    Triton knows it by its name, and does not ask what is in it.
+    """
+    language = types.ModuleType("triton.language")
+    makers = ("arange", "full", "zeros", "zeros_like")
+    language.__dict__.update(vars(triton.language) | {name: getattr(gl, name) for name in makers})
+    return language
+
+
+tl = _gluon_language()
+
+# The shared memory and the barriers of a program. `queries` [BLOCK_M, columns] and `latents` [2, BLOCK_N, columns] are
+# tuples of parts, `weights` is [BLOCK_M, BLOCK_N], `factors` and `sums` are float32 [BLOCK_M].
+Memory = namedtuple("Memory", "queries latents weights factors sums full empty scaled ready taken")
+# How scores, halves of the result and rows of a tile are spread over four warps.
+Layouts = namedtuple("Layouts", "SCORES OUTPUT ROWS")
+
+
 @gluon.jit
-def _find_block(runs, i, block_lists, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr):
+def _find_block(visit, i, C: gl.constexpr):
     """The block with the number `i` of an item: first its full ones, then its partial ones."""
-    block = partial_block(runs, i - runs[0], block_lists, NUM_LIVE)
-    if NUM_FULL > 0:
-        block = gl.where(i < runs[0], full_block(runs, i, block_lists, NUM_LIVE), block)
+    block = partial_block(visit.runs, i - visit.runs.num_full, visit.block_lists)
+    if C.NUM_FULL > 0:
+        block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i, visit.block_lists), block)
     return block
 
 
 @gluon.jit
-def _copy_blocks(
-    wide, narrow, latents, full, empty, runs, first, last, origin, steps, page_table, block_lists, b, spans,
-    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr,
-):  # fmt: skip
+def _copy_blocks(wide, narrow, start, steps, memory, visit, first, last, b, C: gl.constexpr):
     """Keeps all places filled."""
+    latents, full, empty = memory.latents, memory.full, memory.empty
     HALF: gl.constexpr = latents[0].shape[2]
     for i in range(first, last):
         place = (i - first) % 2
-        start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        pages = find_pages(page_table, b, start_n, spans, BLOCK_N, PAGE_SIZE)
-        row, column = _rectangle(origin, pages, steps, start_n, PAGE_SIZE)
+        start_n = _find_block(visit, i, C) * C.BLOCK_N
+        pages = find_pages(visit.page_table, b, start_n, visit.spans, C)
+        row, column = rectangle(start, Block(start_n, pages), steps, C)
         phase = ((i - first) // 2 + 1) % 2
         left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
         _copy(narrow, row, column + 2 * HALF, rest, full[2].index(place), empty[2].index(place), phase)
@@ -85,27 +136,29 @@ def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    acc, m_i, l_i, i, step, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs, spans, scale,
-    kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, CHECKED: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+    acc, m_i, l_i, i, step, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr,
+    L: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, and the left half of its result.
 
     No product stays under way at its end: beside the loads of some mods, ptxas then serialises all products.
     """
+    queries, full = memory.queries, memory.full
+    b, h, q_idx = tile.b, tile.h, tile.q_idx
     place = step % 2
-    start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-    kv_idx = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))[None, :]
+    start_n = _find_block(visit, i, C) * C.BLOCK_N
+    kv_idx = start_n + gl.arange(0, C.BLOCK_N, gl.SliceLayout(0, L.SCORES))[None, :]
     live = None
     if CHECKED:
-        live = in_spans(kv_idx, spans)
-        kv_idx = gl.minimum(kv_idx, kv_len - 1)
-        live = mask_mod(live, b, h, q_idx, kv_idx, mask_rows, mask_captures)
-    fetched = score_fetch(live, b, h, q_idx, kv_idx, score_rows, score_captures)
-    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
+        live = in_spans(kv_idx, visit.spans)
+        kv_idx = gl.minimum(kv_idx, tile.kv_len - 1)
+        live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
+    fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
+    left, right, rest = (
+        memory.latents[0].index(place), memory.latents[1].index(place), memory.latents[2].index(place)
+    )  # fmt: skip
     phase = step // 2 % 2
-    score = gl.full([queries[0].shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
+    score = gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES)
     mbarrier.wait(full[2].index(place), phase)
     score = warpgroup_mma(queries[2], rest.permute((1, 0)), score, use_acc=False, is_async=True)
     mbarrier.wait(full[0].index(place), phase)
@@ -116,7 +169,7 @@ def _attend_block(
     # Without a score_mod the softmax is that of unscaled scores in other units: one operation less for each of them.
     unit = gl.maximum(scale * LOG2E, 1e-37)  # scale may be 0, and 0 times -inf is NaN
     if HAS_SCORE_MOD:
-        score = score_mod(score * scale, b, h, q_idx, kv_idx, score_rows, fetched, score_captures)
+        score = score_mod(score * scale, b, h, q_idx, kv_idx, tile.score_row, fetched, captures.score)
         unit = LOG2E
     if CHECKED:
         score = gl.where(live, score, float("-inf"))
@@ -124,130 +177,101 @@ def _attend_block(
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = gl.exp2((m_i - m_safe) * unit)
-    mbarrier.wait(taken, (step + 1) % 2)  # the other half has used the weights of the last step
-    factors.store(alpha)
-    mbarrier.arrive(scaled, count=1)
+    mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
+    memory.factors.store(alpha)
+    mbarrier.arrive(memory.scaled, count=1)
     p = gl.exp2((score - m_safe[:, None]) * unit)
     l_i = l_i * alpha + gl.sum(p, 1)
-    weights.store(p.to(weights.dtype))
+    memory.weights.store(p.to(memory.weights.dtype))
     fence_async_shared()
-    mbarrier.arrive(ready, count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+    mbarrier.arrive(memory.ready, count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
     if CHECKED:
-        if not inside_a_span(start_n, spans, BLOCK_N):
-            _clear_rows(left, start_n, spans, ROWS)
-    acc = warpgroup_mma(weights, left, acc, is_async=True)
+        if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
+            _clear_rows(left, start_n, visit.spans, L.ROWS)
+    acc = warpgroup_mma(memory.weights, left, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty[0].index(place), count=1)
+    mbarrier.arrive(memory.empty[0].index(place), count=1)
     return acc, m_new, l_i
 
 
 @gluon.jit
 def _attend_left(
-    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, spans, first, last, scale,
-    kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-    BLOCK_N: gl.constexpr, NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SCORES: gl.constexpr,
-    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+    memory, visit, first, last, scale, tile, captures, C: gl.constexpr, L: gl.constexpr
 ):  # fmt: skip
     """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
-    BLOCK_M: gl.constexpr = queries[0].shape[0]
-    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    l_i = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-    acc = gl.full([BLOCK_M, latents[0].shape[2]], 0.0, gl.float32, OUTPUT)
+    m_i = gl.full([C.BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, L.SCORES))
+    l_i = gl.full([C.BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, L.SCORES))
+    acc = gl.full([C.BLOCK_M, memory.latents[0].shape[2]], 0.0, gl.float32, L.OUTPUT)
     last_full = first
-    if NUM_FULL > 0:
-        last_full = gl.maximum(gl.minimum(last, runs[0]), first)
+    if C.NUM_FULL > 0:
+        last_full = gl.maximum(gl.minimum(last, visit.runs.num_full), first)
         for i in range(first, last_full):
             acc, m_i, l_i = _attend_block(
-                acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken,
-                runs, spans, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures,
-                block_lists, BLOCK_N, NUM_LIVE, NUM_FULL, False, SCORES, OUTPUT, ROWS,
-            )  # fmt: skip
+                acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, False, C, L
+            )
     for i in range(last_full, last):
-        acc, m_i, l_i = _attend_block(
-            acc, m_i, l_i, i, i - first, queries, latents, weights, factors, full, empty, scaled, ready, taken, runs,
-            spans, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-            BLOCK_N, NUM_LIVE, NUM_FULL, True, SCORES, OUTPUT, ROWS,
-        )  # fmt: skip
+        acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, True, C, L)
     if not HAS_SCORE_MOD:
         m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
-    mbarrier.wait(taken, (last - first + 1) % 2)
-    factors.store(m_i)  # in place of factors, for which there is no further use
-    sums.store(l_i)
-    mbarrier.arrive(ready, count=1)
-    return acc, gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, OUTPUT))
+    mbarrier.wait(memory.taken, (last - first + 1) % 2)
+    memory.factors.store(m_i)  # in place of factors, for which there is no further use
+    memory.sums.store(l_i)
+    mbarrier.arrive(memory.ready, count=1)
+    return acc, gl.convert_layout(m_i, gl.SliceLayout(1, L.OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, L.OUTPUT))
 
 
 @gluon.jit
 def _attend_right(
-    latents, weights, factors, sums, empty, scaled, ready, taken, runs, spans, first, last, tile, b, kv_head,
-    place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum, q_lens, sinks, block_lists, stride_ob,
-    stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
-    GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    NUM_LIVE: gl.constexpr, NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr,
-    OUTPUT: gl.constexpr, ROWS: gl.constexpr,
+    memory, visit, first, last, item, num_tokens, q_lens, outputs, C: gl.constexpr, L: gl.constexpr
 ):  # fmt: skip
     """The right half of the result of a run; also writes it."""
-    BLOCK_M: gl.constexpr = weights.shape[0]
-    COLUMNS: gl.constexpr = latents[1].shape[2]
-    acc = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, OUTPUT)
+    latents, factors = memory.latents[1], memory.factors
+    COLUMNS: gl.constexpr = latents.shape[2]
+    acc = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, L.OUTPUT)
     for i in range(first, last):
         step = i - first
         spot = step % 2
-        mbarrier.wait(scaled, spot)
-        mbarrier.arrive(empty[2].index(spot), count=1)  # the scores are there
-        acc = acc * factors.load(gl.SliceLayout(1, OUTPUT))[:, None]
-        values = latents[1].index(spot)
-        start_n = _find_block(runs, i, block_lists, NUM_LIVE, NUM_FULL) * BLOCK_N
-        if not inside_a_span(start_n, spans, BLOCK_N):
-            _clear_rows(values, start_n, spans, ROWS)
-        mbarrier.wait(ready, spot)
-        acc = warpgroup_mma(weights, values, acc)
-        mbarrier.arrive(empty[1].index(spot), count=1)
-        mbarrier.arrive(taken, count=1)
-    mbarrier.wait(ready, (last - first) % 2)
-    m_i = factors.load(gl.SliceLayout(1, OUTPUT))
-    l_i = sums.load(gl.SliceLayout(1, OUTPUT))
-    _store_half(
-        acc, m_i, l_i, COLUMNS, tile, b, kv_head, place, whole, num_tokens, out, None, partial_out,
-        partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
-        GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
-    )  # fmt: skip
+        mbarrier.wait(memory.scaled, spot)
+        mbarrier.arrive(memory.empty[2].index(spot), count=1)  # the scores are there
+        acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
+        values = latents.index(spot)
+        start_n = _find_block(visit, i, C) * C.BLOCK_N
+        if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
+            _clear_rows(values, start_n, visit.spans, L.ROWS)
+        mbarrier.wait(memory.ready, spot)
+        acc = warpgroup_mma(memory.weights, values, acc)
+        mbarrier.arrive(memory.empty[1].index(spot), count=1)
+        mbarrier.arrive(memory.taken, count=1)
+    mbarrier.wait(memory.ready, (last - first) % 2)
+    m_i = factors.load(gl.SliceLayout(1, L.OUTPUT))
+    l_i = memory.sums.load(gl.SliceLayout(1, L.OUTPUT))
+    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, q_lens, outputs, C, L.OUTPUT)
 
 
 @gluon.jit
 def _store_half(
-    acc, m_i, l_i, COLUMN: gl.constexpr, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out,
-    partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits,
-    GROUP_SIZE: gl.constexpr, NUM_QUERIES: gl.constexpr, V_HEAD_DIM: gl.constexpr, SPLIT: gl.constexpr,
-    BALANCED: gl.constexpr, OUTPUT: gl.constexpr,
-):  # fmt: skip
-    """Writes the columns of a result from `COLUMN` on."""
-    BLOCK_M: gl.constexpr = acc.shape[0]
-    lanes = gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUTPUT))
-    rows, row_valid, head, token = query_rows(tile * BLOCK_M + lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
+    acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, q_lens, outputs, C: gl.constexpr, OUTPUT: gl.constexpr
+):
+    """Writes the columns of a result from `COLUMN` on; the left half writes the log-sum-exp."""
+    lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
+    rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
-    store_run(
-        acc, m_i, l_i, lanes, rows, row_valid, head, token, offs_dv, b, kv_head, place, whole, num_tokens,
-        out, lse, partial_out, partial_max, partial_sum, q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od,
-        num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES, V_HEAD_DIM, BLOCK_M, SPLIT, BALANCED,
-    )  # fmt: skip
+    store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C)
 
 
 @gluon.jit
 def _load_query(
-    query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE: gl.constexpr,
-    NUM_QUERIES: gl.constexpr, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr,
-    LAYOUT: gl.constexpr, LATENTS: gl.constexpr,
+    queries, item, scale, COLUMN: gl.constexpr, COLUMNS: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr,
+    LATENTS: gl.constexpr,
 ):  # fmt: skip
     """Columns from `COLUMN` on of the query rows of a tile, in shared memory, with the sign of the scale."""
-    lanes = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-    _, _, head, token = query_rows(lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
+    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
     offs_d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-    row = query + b.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh + token.to(gl.int64) * stride_qm
-    q = gl.load(row[:, None] + offs_d[None, :] * stride_qd)
+    row = row_start(queries.start, queries, item.b, rows.head, rows.token)
+    q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
     q = gl.where(scale < 0, -q, q)
-    return gl.allocate_shared_memory(query.dtype.element_ty, [BLOCK_M, COLUMNS], LATENTS, q)
+    return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, COLUMNS], LATENTS, q)
 
 
 @gluon.jit
@@ -268,13 +292,13 @@ def _end_barriers(barriers):
 
 
 @gluon.jit
-def numbers(SIZE: gl.constexpr):
+def _numbers(SIZE: gl.constexpr):
     """The numbers from 0 to SIZE, as rows of a matrix."""
     return gl.arange(0, SIZE, gl.SliceLayout(1, gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])))
 
 
 @gluon.jit
-def sums_before(weights):
+def _sums_before(weights):
     """The sum of all weights in front of each."""
     flat = gl.convert_layout(weights, gl.BlockedLayout([1], [32], [4], [0]))
     return gl.convert_layout(tl.cumsum(flat, 0), weights.type.layout) - weights
@@ -282,94 +306,67 @@ def sums_before(weights):
 
 @gluon.jit
 def attend_run(
-    b, kv_head, tile, start, end, parts, place, whole,
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, kv_lens,
-    q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures, scale,
-    stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits, GROUP_SIZE: gl.constexpr,
-    NUM_QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_DV: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, SHARED: gl.constexpr, PACKED: gl.constexpr, NUM_LIVE: gl.constexpr,
-    NUM_FULL: gl.constexpr, SPLIT: gl.constexpr, BALANCED: gl.constexpr, PRECISION: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
+    item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: gl.constexpr
+):
     """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
-    HALF: gl.constexpr = BLOCK_DV // 2
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    HALF: gl.constexpr = C.BLOCK_DV // 2
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    if PDL and not BALANCED:
+    L: gl.constexpr = Layouts(SCORES, OUTPUT, ROWS)
+    if C.PDL and not C.BALANCED:
         gdc_wait()
         gdc_launch_dependents()
 
-    lanes = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
-    _, _, head, token = query_rows(lanes, kv_head, GROUP_SIZE, NUM_QUERIES)
-    kv_len, num_tokens, q_idx = positions(b, token, kv_lens, q_lens, q_offset, max_kv_len, NUM_QUERIES)
-    h = head[:, None]
-    score_rows = score_row(b, h, q_idx, score_captures)
-    mask_rows = mask_row(b, h, q_idx, mask_captures)
-    runs, spans = block_runs(
-        b, h, q_idx, kv_head, kv_len, block_lists, score_captures, mask_captures, BLOCK_N, NUM_LIVE, NUM_FULL
-    )  # fmt: skip
-    first, last = share_of(runs, start, end, parts, num_tokens, q_lens, SPLIT, BALANCED)
+    b, kv_head = item.b, item.kv_head
+    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), kv_head, C)
+    kv_len, num_tokens, q_idx = positions(b, rows.token, lengths, C.NUM_QUERIES)
+    h = rows.head[:, None]
+    score_rows = score_row(b, h, q_idx, captures.score)
+    mask_rows = mask_row(b, h, q_idx, captures.mask)
+    tile = Tile(b, kv_head, h, q_idx, kv_len, score_rows, mask_rows)
+    runs, spans = block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C)
+    first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
+    visit = Visit(runs, spans, block_lists, page_table)
 
-    q_left = _load_query(
-        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
-        0, HALF, ROWS, LATENTS,
-    )  # fmt: skip
-    q_right = _load_query(
-        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
-        HALF, HALF, ROWS, LATENTS,
-    )  # fmt: skip
-    q_rest = _load_query(
-        query, tile, b, kv_head, scale, stride_qb, stride_qh, stride_qm, stride_qd, GROUP_SIZE, NUM_QUERIES, BLOCK_M,
-        2 * HALF, BLOCK_R, NARROW, LATENTS,
-    )  # fmt: skip
-    queries = q_left, q_right, q_rest
+    q_left = _load_query(queries, item, scale, 0, HALF, C, ROWS, LATENTS)
+    q_right = _load_query(queries, item, scale, HALF, HALF, C, ROWS, LATENTS)
+    q_rest = _load_query(queries, item, scale, 2 * HALF, C.BLOCK_R, C, NARROW, LATENTS)
     scale = gl.abs(scale)
-    dtype: gl.constexpr = query.dtype.element_ty
+    dtype: gl.constexpr = queries.start.dtype.element_ty
     latents = (
-        gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS),
-        gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], LATENTS),
-        gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_R], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_R], LATENTS),
     )
-    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], LATENTS)
-    factors = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
-    sums = gl.allocate_shared_memory(gl.float32, [BLOCK_M], NUMBERS)
+    weights = gl.allocate_shared_memory(dtype, [C.BLOCK_M, C.BLOCK_N], LATENTS)
+    factors = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
+    sums = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
     full = _barriers(2), _barriers(2), _barriers(2)
     empty = _barriers(2), _barriers(2), _barriers(2)
     handed = _barriers(3)
-    scaled, ready, taken = handed.index(0), handed.index(1), handed.index(2)
+    memory = Memory(
+        (q_left, q_right, q_rest), latents, weights, factors, sums, full, empty,
+        handed.index(0), handed.index(1), handed.index(2),
+    )  # fmt: skip
     fence_async_shared()
 
-    origin = kv_origin(key, b, kv_head, key_steps)
+    start = kv_start(keys.start, b, kv_head, keys.steps)
+    without_lse = Outputs(
+        outputs.out, None, outputs.partial_out, outputs.partial_max, outputs.partial_sum, outputs.sinks,
+        outputs.stride_b, outputs.stride_h, outputs.stride_m, outputs.stride_d, outputs.num_kv_heads,
+        outputs.num_splits,
+    )  # fmt: skip
     acc, m_i, l_i = gl.warp_specialize(
         [
-            (
-                _attend_left,
-                (
-                    queries, latents, weights, factors, sums, full, empty, scaled, ready, taken, runs, spans, first,
-                    last, scale, kv_len, b, h, q_idx, score_rows, score_captures, mask_rows, mask_captures, block_lists,
-                    BLOCK_N, NUM_LIVE, NUM_FULL, SCORES, OUTPUT, ROWS,
-                ),
-            ),
-            (
-                _attend_right,
-                (
-                    latents, weights, factors, sums, empty, scaled, ready, taken, runs, spans, first, last, tile, b,
-                    kv_head, place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum, q_lens, sinks,
-                    block_lists, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE,
-                    NUM_QUERIES, V_HEAD_DIM, BLOCK_N, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, OUTPUT, ROWS,
-                ),
-            ),
+            (_attend_left, (memory, visit, first, last, scale, tile, captures, C, L)),
+            (_attend_right, (memory, visit, first, last, item, num_tokens, lengths.q_lens, without_lse, C, L)),
             (
                 _copy_blocks,
-                (
-                    key_descriptor, value_descriptor, latents, full, empty, runs, first, last, origin,
-                    key_steps, page_table, block_lists, b, spans, BLOCK_N, PAGE_SIZE, NUM_LIVE, NUM_FULL,
-                ),
+                (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, first, last, b, C),
             ),
         ],
         [4, 1],
@@ -379,8 +376,4 @@ def attend_run(
         _end_barriers(full[part])
         _end_barriers(empty[part])
     _end_barriers(handed)
-    _store_half(
-        acc, m_i, l_i, 0, tile, b, kv_head, place, whole, num_tokens, out, lse, partial_out, partial_max, partial_sum,
-        q_lens, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads, num_splits, GROUP_SIZE, NUM_QUERIES,
-        V_HEAD_DIM, SPLIT, BALANCED, OUTPUT,
-    )  # fmt: skip
+    _store_half(acc, m_i, l_i, 0, item, num_tokens, lengths.q_lens, outputs, C, OUTPUT)

@@ -10,6 +10,6 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     )
 os.environ["TRITON_INTERPRET"] = "1"
 
-from fast_interpreter import install  # noqa: E402
+from fast_interpreter import install
 
 install()

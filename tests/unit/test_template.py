@@ -1,8 +1,10 @@
-"""Splicing of hook bodies into the template, and the modules that come out. No Triton runs here."""
+"""Splicing of hook bodies into the template, and the modules that come out. No kernel runs here."""
 
 import ast
 import builtins
 import re
+import subprocess
+import sys
 
 import pytest
 from support import MODS, trace_mod
@@ -11,7 +13,7 @@ from flexdecode import template
 from flexdecode.compiled import generate_module
 from flexdecode.lower import Hooks
 from flexdecode.program import Program
-from flexdecode.template import HOOK_PARAMETERS, generate, read_template, sources_digest, template_folder
+from flexdecode.template import HOOK_PARAMETERS, generate, read_template, sources_digest, standalone, template_folder
 
 
 def functions_of(text):
@@ -90,7 +92,7 @@ def test_hooks_have_identity_bodies():
 
 
 def test_no_hooks_give_the_template():
-    assert generate([]) == read_template("decode.py")
+    assert re.sub(r" *# records [0-9a-f]{16}\n", "", generate([])) == read_template("decode.py")
 
 
 def test_a_body_takes_the_place_of_another():
@@ -128,16 +130,24 @@ def test_other_loads():
     loads = functions_of(read_template("kv_descriptor.py"))
     for name, node in loads.items():
         assert ast.unparse(functions_of(text)[name]) == ast.unparse(node)
+    assert "from decode import" not in text
+
+
+def test_helpers_and_records_come_along():
     known = functions_of(read_template("decode.py")).keys()
-    assert functions_of(text).keys() - known == {"_rectangle"}, "helpers come along"
+    assert functions_of(generate([], ["kv_paged.py"])).keys() - known == {"_in_pool"}
+    assert generate([], ["block_lists.py"]).count("Listed = namedtuple(") == 1
+
+
+def test_a_template_is_a_module_that_can_be_imported():
+    names = {path.stem for path in template_folder().glob("*.py")} - {"latent"}  # which needs Gluon
+    subprocess.run([sys.executable, "-c", f"import {', '.join(sorted(names))}"], cwd=template_folder(), check=True)
 
 
 def test_the_first_pass_over_latents_is_gluon():
     program = Program(trace_mod(lambda s, b, h, q, k: s + 1.5 * h, "score_mod")[0], None, False)
-    text = generate_module(program, descriptors=True, latent=True)
-    first, second = text.split("def decode_combine(")
-    assert not re.search(r"\btl\.(arange|full|zeros|zeros_like)\(", first) and "gl.full(" in first
-    assert "gl." not in second
+    text = generate_module(program, ("kv_descriptor.py", "balanced.py", "latent.py"))
+    assert text.index("\ntl = _gluon_language()") > text.index("import triton.language as tl")
     assert undefined_names(text) == set()
     assert text.index("from triton.experimental import gluon") < text.index("@triton.jit")
     assert text.count("import triton\n") == 1, "imports that are there do not come again"
@@ -155,10 +165,39 @@ def test_a_hook_with_other_parameters(monkeypatch):
         generate([hooks(score_mod="return score")])
 
 
+def test_a_function_that_nothing_calls(monkeypatch):
+    known = template._definitions("decode.py")
+    other = ast.parse("@jit\ndef row_offset(block, step, stride_n, C):\n    return 0").body
+    monkeypatch.setattr(template, "_definitions", lambda name: known if name == "decode.py" else other)
+    with pytest.raises(ValueError, match=r"the template has no hook row_offset\('block', 'step', 'stride_n', 'C'\)"):
+        generate([], ["other.py"])
+
+
+def test_records_are_a_part_of_the_text_of_the_kernel(monkeypatch):
+    """Triton's key of a kernel has the text of its functions, and not that of records."""
+    before = generate([])
+    source = template._source
+    swap = lambda file, node: source(file, node).replace("full_start full_end", "full_end full_start")
+    monkeypatch.setattr(template, "_source", swap)
+    template._digest.cache_clear()
+    assert body_of_kernel(generate([])) != body_of_kernel(before)
+    template._digest.cache_clear()
+
+
+def body_of_kernel(text):
+    return text[text.index("def decode_split(") :]
+
+
+def test_a_standalone_module_says_what_it_cannot_copy():
+    assert undefined_names(standalone("combine.py")) == set()
+    with pytest.raises(ValueError, match=r"balanced.py imports \['Item'"):
+        standalone("balanced.py")
+
+
 def test_loads_that_do_not_fit(monkeypatch):
     other = ast.parse("@jit\ndef load_kv(pointer):\n    '''Reads.'''\n    return 0").body
-    known = template._functions("decode.py")
-    monkeypatch.setattr(template, "_functions", lambda name: known if name == "decode.py" else {"load_kv": other[0]})
+    known = template._definitions("decode.py")
+    monkeypatch.setattr(template, "_definitions", lambda name: known if name == "decode.py" else other)
     with pytest.raises(ValueError, match=r"the template has no hook load_kv\('pointer',\)"):
         generate([], ["other.py"])
 
@@ -173,8 +212,9 @@ def test_generated_modules_are_self_contained(family, descriptors):
     score = score_mod and trace_mod(score_mod, "score_mod")[0]
     mask = mask_mod and trace_mod(mask_mod, "mask_mod")[0]
     for q_idx_given in (False, True):
-        text = generate_module(Program(score, mask, q_idx_given), descriptors)
+        files = ("kv_descriptor.py",) if descriptors else ()
+        text = generate_module(Program(score, mask, q_idx_given), files)
         assert undefined_names(text) == set()
         assert "import flexdecode" not in text and "from flexdecode" not in text
-        assert text.count("def decode_split(") == text.count("def decode_combine(") == 1
-        assert generate_module(Program(score, mask, q_idx_given), descriptors) == text, "generation is deterministic"
+        assert text.count("def decode_split(") == 1
+        assert generate_module(Program(score, mask, q_idx_given), files) == text, "generation is deterministic"

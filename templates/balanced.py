@@ -1,0 +1,135 @@
+"""A balanced schedule: this `attend_items` takes the place of the one in `decode.py`.
+
+The blocks of all sequences and KV heads form one line of slots, the same for each row tile, so that the tiles of a head
+read the same keys at the same time. A worker takes an equal run of it: the end of one item, some whole items, the
+beginning of another one. It has two places for partial results, for an item that it continues and for one that it
+begins. `item_parts` [batch, num_kv_heads, 2] tells the second pass which worker begins an item and how many take part.
+A sequence has at most `max_weight` slots per head, which keeps their number in 32 bits. MANY: there are more than
+BLOCK_B sequences, so they are weighed in chunks. Grid: (workers, row tiles).
+"""
+
+import triton
+import triton.language as tl
+from decode import Item, attend_run, first_position, gdc_launch_dependents, gdc_wait, kv_bounds, read_length
+
+
+@triton.jit
+def _numbers(SIZE: tl.constexpr):
+    """The _numbers from 0 to SIZE."""
+    return tl.arange(0, SIZE)
+
+
+@triton.jit
+def _sums_before(weights):
+    """The sum of all weights in front of each."""
+    return tl.cumsum(weights, 0) - weights
+
+
+@triton.jit
+def _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C: tl.constexpr):
+    """How many blocks an item of each sequence is about to visit, int32; 0 where there is none, which is exact.
+
+    An estimate, from the newest token and the outer heads: it decides who does the work, never which work is done.
+    """
+    b = tl.minimum(sequences, batch - 1)
+    kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
+    q_len = read_length(lengths.q_lens, b, C.NUM_QUERIES)
+    num_tokens = tl.maximum(q_len, 1)
+    newest = first_position(lengths.q_offset, b, kv_len, num_tokens) + num_tokens - 1
+    h = (tl.arange(0, 2) * last_head)[None, :]
+    live, _ = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], captures.score, captures.mask)
+    weight = tl.zeros([sequences.shape[0], 2], tl.int32)
+    end = (kv_len + tl.zeros_like(b))[:, None]
+    for i in tl.static_range(C.NUM_LIVE):
+        lo, hi = live[i]
+        lo = tl.minimum(tl.maximum(lo, 0), 1 << 30).to(tl.int32)
+        hi = tl.maximum(tl.minimum(hi, end), 0).to(tl.int32)
+        weight += tl.where(lo < hi, (hi + C.BLOCK_N - 1) // C.BLOCK_N - lo // C.BLOCK_N, 0)
+    busy = (sequences < batch) & (kv_len > 0) & (q_len > 0)
+    return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), max_weight), 0)
+
+
+@triton.jit
+def _find_slot(slot, sequences, starts, weights):
+    """The sequence among `sequences` that holds a slot, its first slot and its weight; zeros if none does."""
+    here = (starts <= slot) & (slot < starts + weights)
+    found = tl.sum(tl.where(here, sequences, 0), 0)
+    return found, tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, weights, 0), 0)
+
+
+@triton.jit
+def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, BLOCK_B: tl.constexpr, C: tl.constexpr):
+    """As _find_slot, among all sequences; also how many slots there are in all."""
+    found = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    weight = tl.zeros((), tl.int32)
+    total = tl.zeros((), tl.int32)
+    for chunk in tl.range(0, batch, BLOCK_B):
+        sequences = chunk + _numbers(BLOCK_B)
+        weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
+        starts = total + _sums_before(weights)
+        found_here, first_here, weight_here = _find_slot(slot, sequences, starts, weights)
+        found += found_here
+        first += first_here
+        weight += weight_here
+        total += tl.sum(weights, 0)
+    return found, first, weight, total
+
+
+@triton.jit
+def attend_items(
+    queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts, max_weight,
+    BLOCK_B: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What one worker does: its run of slots, item by item."""
+    tl.static_assert(C.BALANCED)
+    if C.PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    num_kv_heads = outputs.num_kv_heads
+    last_head = num_kv_heads * C.GROUP_SIZE - 1
+    worker = tl.program_id(0)
+    tile = tl.program_id(1)
+    if MANY:
+        _, _, _, total = _find_in_chunks(-1, batch, lengths, captures, last_head, max_weight, BLOCK_B, C)
+    else:
+        sequences = _numbers(BLOCK_B)
+        weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
+        starts = _sums_before(weights)
+        total = tl.sum(weights, 0)
+    # Runs of `share` slots; the first `extra` workers have one more.
+    total *= num_kv_heads
+    share = total // tl.num_programs(0)
+    extra = total % tl.num_programs(0)
+    slot = worker * share + tl.minimum(worker, extra)
+    stop = slot + share + tl.where(worker < extra, 1, 0)
+    b = tl.zeros((), tl.int32)
+    weight = tl.full((), 1, tl.int32)
+    first = slot
+    past = slot
+    while slot < stop:
+        if slot == past:
+            if MANY:
+                sequence = slot // num_kv_heads
+                b, first, weight, _ = _find_in_chunks(
+                    sequence, batch, lengths, captures, last_head, max_weight, BLOCK_B, C
+                )
+            else:
+                b, first, weight = _find_slot(slot // num_kv_heads, sequences, starts, weights)
+            first *= num_kv_heads
+            past = first + num_kv_heads * weight
+        kv_head = (slot - first) // weight
+        start = slot - first - kv_head * weight
+        end = tl.minimum(weight, start + stop - slot)
+        if start == 0:
+            shared_out = item_parts + 2 * (b.to(tl.int64) * num_kv_heads + kv_head)
+            last_slot = slot + weight - 1
+            final = last_slot // (share + 1)
+            if final >= extra:
+                final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
+            tl.store(shared_out, worker)
+            tl.store(shared_out + 1, final - worker + 1)
+        place = 2 * worker + tl.where(start == 0, 1, 0)
+        item = Item(b, kv_head, tile, start, end, weight, place, (start == 0) & (end == weight))
+        attend_run(item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C)
+        slot += end - start
