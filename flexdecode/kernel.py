@@ -148,7 +148,7 @@ def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
     }
     for name, stride_class in _strides(spec).items():
         known[name] = "constexpr" if stride_class == UNIT else "i64"
-    return {name: known.get(name, "constexpr") for name in names}
+    return {name: "constexpr" if name.isupper() else known[name] for name in names}
 
 
 def _pointer(dtype: Any) -> str:
