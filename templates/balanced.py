@@ -58,14 +58,14 @@ def _find_slot(slot, sequences, starts, weights):
 
 
 @triton.jit
-def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, BLOCK_B: tl.constexpr, C: tl.constexpr):
+def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, C: tl.constexpr):
     """As _find_slot, among all sequences; also how many slots there are in all."""
     found = tl.zeros((), tl.int32)
     first = tl.zeros((), tl.int32)
     weight = tl.zeros((), tl.int32)
     total = tl.zeros((), tl.int32)
-    for chunk in tl.range(0, batch, BLOCK_B):
-        sequences = chunk + _numbers(BLOCK_B)
+    for chunk in tl.range(0, batch, C.BLOCK_B):
+        sequences = chunk + _numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
         starts = total + _sums_before(weights)
         found_here, first_here, weight_here = _find_slot(slot, sequences, starts, weights)
@@ -79,7 +79,7 @@ def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, BLOCK
 @triton.jit
 def attend_items(
     queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts, max_weight,
-    BLOCK_B: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """What one worker does: its run of slots, item by item."""
     tl.static_assert(C.BALANCED)
@@ -90,10 +90,10 @@ def attend_items(
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)
     tile = tl.program_id(1)
-    if MANY:
-        _, _, _, total = _find_in_chunks(-1, batch, lengths, captures, last_head, max_weight, BLOCK_B, C)
+    if C.MANY:
+        _, _, _, total = _find_in_chunks(-1, batch, lengths, captures, last_head, max_weight, C)
     else:
-        sequences = _numbers(BLOCK_B)
+        sequences = _numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
         starts = _sums_before(weights)
         total = tl.sum(weights, 0)
@@ -109,11 +109,9 @@ def attend_items(
     past = slot
     while slot < stop:
         if slot == past:
-            if MANY:
+            if C.MANY:
                 sequence = slot // num_kv_heads
-                b, first, weight, _ = _find_in_chunks(
-                    sequence, batch, lengths, captures, last_head, max_weight, BLOCK_B, C
-                )
+                b, first, weight, _ = _find_in_chunks(sequence, batch, lengths, captures, last_head, max_weight, C)
             else:
                 b, first, weight = _find_slot(slot // num_kv_heads, sequences, starts, weights)
             first *= num_kv_heads

@@ -36,7 +36,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PACKED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED PRECISION PDL",
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY PRECISION PDL",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -452,6 +452,24 @@ def power_of_two(x):
 
 
 @triton.jit
+def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
+    """The products of all query rows and keys of a block [BLOCK_M, BLOCK_N], float32; and the keys as loaded."""
+    PER_WORD: tl.constexpr = 1 if C.PACKED is None else 2
+    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
+    if C.PACKED is not None:
+        k_even, k_odd = unpack(k, C.PACKED)
+        score = tl.dot(q, tl.trans(k_even))
+        score = tl.dot(q_rest, tl.trans(k_odd), score)
+    else:
+        k = k.to(q.dtype)
+        score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+    if C.BLOCK_R > 0:
+        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED, C)
+        score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=C.PRECISION)
+    return score, k
+
+
+@triton.jit
 def attend_block(
     state, q, q_rest, keys, values, scale, block, spans, tile, captures, CHECKED: tl.constexpr, C: tl.constexpr
 ):
@@ -470,17 +488,7 @@ def attend_block(
         key_scale = load_scales(keys.scales, block, tile, spans, CHECKED, C)
     if len(values.scales) == 4:
         value_scale = load_scales(values.scales, block, tile, spans, CHECKED, C)
-    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
-    if C.PACKED is not None:
-        k_even, k_odd = unpack(k, C.PACKED)
-        score = tl.dot(q, tl.trans(k_even))
-        score = tl.dot(q_rest, tl.trans(k_odd), score)
-    else:
-        k = k.to(q.dtype)
-        score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-    if C.BLOCK_R > 0:
-        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED, C)
-        score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=C.PRECISION)
+    score, k = scores_of(q, q_rest, keys, block, spans, CHECKED, C)
     score = score * scale
     if len(keys.scales) == 4:
         score = score * key_scale[None, :]
@@ -745,7 +753,7 @@ def attend_run(
 @triton.jit
 def attend_items(
     queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts, max_weight,
-    BLOCK_B: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """What one program does: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
@@ -785,7 +793,7 @@ def decode_split(
     """
     C: tl.constexpr = Constants(
         GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
-        PACKED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, PRECISION, PDL,
+        PACKED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, PRECISION, PDL,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
@@ -798,5 +806,5 @@ def decode_split(
     captures = Captures(score_captures, mask_captures)
     attend_items(
         queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts,
-        max_weight, BLOCK_B, MANY, C,
+        max_weight, C,
     )  # fmt: skip
