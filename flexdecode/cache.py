@@ -85,7 +85,7 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
         return found
     path = _publish_module(folder, generate())
     counters.generations += 1
-    if path.is_relative_to(folder):
+    if path.parent == folder / "modules":
         with contextlib.suppress(OSError):
             _publish(index, path.stem)
     return path

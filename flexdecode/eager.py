@@ -167,9 +167,8 @@ class _Evaluation:
     def result(self) -> torch.Tensor:
         output = self.graph.output
         found = self.values([output])[0]
-        bad = self.live & self.unknown[output] if output in self.unknown else None
-        if bad is not None and bool(bad.any()):
-            assert self.wrong is not None
+        if self.wrong:
+            bad = self.live & self.unknown[output]
             for load, (index, wrong) in self.wrong.items():
                 if bool((bad & wrong).any()):
                     shape = self._tensor(load).shape
@@ -209,8 +208,7 @@ class _Evaluation:
             found = none
             for part in (*unknown, *(self.wrong[node][1:] if node in self.wrong else ())):
                 found = found | part
-        if found.dim() or bool(found):
-            self.unknown[node] = found
+        self.unknown[node] = found
 
     def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
         loop, count, name = node.attr
@@ -272,7 +270,8 @@ class _Evaluation:
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
         if self.wrong is not None and bool((self.live & ~inside).any()):
-            self.wrong[node] = args, ~inside
+            before = self.wrong.get(node)  # of another step of a loop
+            self.wrong[node] = (args, ~inside) if before is None else (before[0], before[1] | ~inside)
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
         if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere

@@ -317,6 +317,13 @@ def test_what_decides_about_a_pair_has_to_be_in_range(name):
         flex_decode(*make_inputs(2, 4, 2, 2, 21, 16), None, UNGUARDED_MASKS[name], options=DEBUG)
 
 
+def test_a_step_of_a_loop_has_to_be_in_range():
+    """Of twelve steps the first is out of range everywhere, the last one from key 9 on."""
+    mask_mod = lambda b, h, q, k: (table[h, k + 11 - torch.arange(12)] > 9).any()
+    with pytest.raises(FlexDecodeError, match=r"out of range: at .* kv_idx = 0, which attends, the index is \[0, 11\]"):
+        flex_decode(*make_inputs(2, 4, 2, 2, 21, 16), None, mask_mod, options=DEBUG)
+
+
 def test_blocks_before_the_first_position():
     inputs = make_inputs(1, 4, 2, 33, 15, 16)
     block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
