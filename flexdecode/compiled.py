@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from . import cache
+from .arguments import ARGUMENTS, KernelSpec
 from .errors import CompileError
-from .kernel import KernelSpec, combine_block_dv, compile_pass, constants
+from .kernel import combine_block_dv, compile_pass, constants
 from .lower import lower, lower_bounds
 from .program import Program
 from .schedule import DeviceFacts, Tiles
@@ -23,6 +25,7 @@ class Kernel:
     Attributes:
         path: the generated module.
         split, combine: run one pass: `run(grid, stream, arguments)`; a `Launch`, but in the interpreter.
+        combined: picks the arguments of the second pass out of those of the first one.
         combine_block_dv: output columns per program of the combine pass.
     """
 
@@ -30,10 +33,12 @@ class Kernel:
         self.path = path
         self.facts = facts
         self.split = self._pass(module, spec, combine=False)
-        self.combine = None
+        self.combine: Any = None
         if spec.tiles.split:
             second = load_module(cache.fixed_module(standalone("combine.py")))
             self.combine = self._pass(second, spec, combine=True)
+            names = [row.name for row in ARGUMENTS]
+            self.combined = itemgetter(*[names.index(n) for n in second.decode_combine.arg_names if not n.isupper()])
         self.combine_block_dv = combine_block_dv(spec.tiles)
 
     def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Any:

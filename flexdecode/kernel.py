@@ -5,29 +5,21 @@ Kernels are compiled ahead of time from declared types, so no value ever special
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from .block_mask import BLOCK_LISTS_TYPES
+from .arguments import ARGUMENTS, TYPE_NAMES, CaptureTypes, KernelSpec
 from .errors import CompileError, SharedMemoryError, TritonVersionError
 from .graph import Graph
 from .lower import CaptureLayout, number_dtypes
 from .ops import FLOAT8, HALF
 from .schedule import DeviceFacts, Tiles
-from .signature import UNIT, ScaleType, Signature
 from .triton_api import compile_ahead
 
-TYPE_NAMES = {
-    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
-}  # fmt: skip
+ROWS = {row.name: row for row in ARGUMENTS}
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
-
-CaptureTypes = tuple[str, ...]
 
 
 def capture_types(graph: Graph | None) -> CaptureTypes:
@@ -47,31 +39,6 @@ def capture_types(graph: Graph | None) -> CaptureTypes:
 def rounds_to_half(graph: Graph | None) -> bool:
     """Whether a mod computes in float16 or bfloat16."""
     return graph is not None and any(node.dtype in HALF for node in graph.nodes())
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """Everything besides its text that a kernel is compiled from.
-
-    Attributes:
-        signature: what the inputs look like.
-        tiles: compile-time sizes.
-        score_captures, mask_captures: Triton types of the captured values of each mod.
-        num_live: intervals of kv_idx that can attend.
-        num_full: intervals in which no mask is needed.
-        fp_fusion: whether a product and a sum may become one operation. A mod that rounds to half precision forbids
-            it: LLVM would drop the rounding between them.
-        block_lists: whether the blocks to visit come from lists.
-    """
-
-    signature: Signature
-    tiles: Tiles
-    score_captures: CaptureTypes
-    mask_captures: CaptureTypes
-    num_live: int
-    num_full: int
-    fp_fusion: bool = True
-    block_lists: bool = False
 
 
 def combine_block_dv(tiles: Tiles) -> int:
@@ -116,103 +83,19 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
 
 
 def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
-    """The Triton type of each argument; `constexpr` for what is absent or known to be 1."""
-    signature = spec.signature
-    offset, tiles = signature.q_offset, spec.tiles
-    element, cached = "*" + TYPE_NAMES[signature.dtype], "*" + _cache_type(spec)
-    known: dict[str, Any] = {
-        "query": element,
-        "key": cached,
-        "value": cached,
-        "out": element,
-        "key_descriptor": _descriptor_type(spec, tiles.key_columns),
-        "value_descriptor": _descriptor_type(spec, tiles.value_columns),
-        "lse": "*fp32" if signature.return_lse else "constexpr",
-        "partial_out": "*fp32" if tiles.split else "constexpr",
-        "partial_max": "*fp32" if tiles.split else "constexpr",
-        "partial_sum": "*fp32" if tiles.split else "constexpr",
-        "item_parts": "*i32" if tiles.balanced else "constexpr",
-        "kv_lens": _pointer(signature.kv_lens),
-        "q_lens": _pointer(signature.q_lens),
-        "q_offset": "i64" if offset is int else _pointer(offset),
-        "page_table": () if signature.page_table is None else (_pointer(signature.page_table), "i64", "i32"),
-        "block_lists": BLOCK_LISTS_TYPES if spec.block_lists else (),
-        "key_scales": _scale_types(signature.k_scale),
-        "value_scales": _scale_types(signature.v_scale),
-        "sinks": _pointer(signature.sinks),
-        "score_captures": spec.score_captures,
-        "mask_captures": spec.mask_captures,
-        "scale": "fp32",
-        **dict.fromkeys(("key_steps", "value_steps"), ("i32",) * 4 if tiles.descriptors else ("i64",) * 2),
-        **dict.fromkeys(("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight"), "i32"),
-    }
-    for name, stride_class in _strides(spec).items():
-        known[name] = "constexpr" if stride_class == UNIT else "i64"
-    return {name: "constexpr" if name.isupper() else known[name] for name in names}
+    """The Triton type of each parameter of a kernel; `constexpr` for what is absent or known to be 1."""
+    types = {name: "constexpr" if name.isupper() else ROWS[name].type(spec) for name in names}
+    return {name: "constexpr" if kind is None else kind for name, kind in types.items()}
 
 
-def _pointer(dtype: Any) -> str:
-    """Triton's type of a tensor's address; `constexpr` for None, which stands for no tensor."""
-    return "constexpr" if dtype is None else "*" + TYPE_NAMES[dtype]
-
-
-def _scale_types(kind: ScaleType | None) -> tuple[str, ...]:
-    """Types of what `scale_arguments` gives."""
-    if kind is None:
-        return ()
-    dtype, rank = kind
-    return ("fp32",) if dtype is None else (_pointer(dtype), *["i64"] * max(rank, 2))
-
-
-def scale_arguments(scale: float | torch.Tensor | None, pointers: bool) -> tuple:
-    """`key_scales` or `value_scales` of a kernel: (), (number,), or address and strides over b, h and, if any, n."""
-    if scale is None:
-        return ()
-    if not isinstance(scale, torch.Tensor):
-        return (float(scale),)
-    steps = [0 if size == 1 else step for size, step in zip(scale.shape, scale.stride(), strict=True)]
-    return (scale.data_ptr() if pointers else scale, *[0] * (2 - scale.dim()), *steps)
-
-
-def _descriptor_type(spec: KernelSpec, width: int) -> str:
-    if not spec.tiles.descriptors:
-        return "constexpr"
-    layout = ",NVMMASharedLayout(128, 16)" if spec.tiles.latent else ""
-    return f"tensordesc<{_cache_type(spec)}[{spec.tiles.block_n}, {width}]{layout}>"
-
-
-def _cache_type(spec: KernelSpec) -> str:
-    """Triton's type of what is loaded from a cache."""
-    return "i16" if spec.tiles.packed else TYPE_NAMES[spec.signature.kv_dtype]
-
-
-def _strides(spec: KernelSpec) -> dict[str, int]:
-    """Class of each stride, in units of what is loaded."""
-    names = [f"stride_{t}{d}" for t, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd")) for d in dims]
-    classes = dict(zip(names, spec.signature.strides, strict=True))
-    if spec.tiles.packed:
-        classes |= {name: c // 2 for name, c in classes.items() if name[-2] in "kv" and c != UNIT}
-    return classes
-
-
-def attributes(spec: KernelSpec, names: list[str]) -> dict[tuple[int, ...], list]:
-    """Divisibility that Triton may rely on, by argument position."""
-    divisors = _strides(spec)
-    if spec.signature.aligned:
-        divisors |= dict.fromkeys(("query", "key", "value", "out"), 16)
-    divisors |= dict.fromkeys(("partial_out", "partial_max", "partial_sum"), 16)
-    types = argument_types(spec, names)
-    found: dict[tuple[int, ...], list] = {
-        (i,): [["tt.divisibility", divisors[name]]]
-        for i, name in enumerate(names)
-        if divisors.get(name, 1) > 1 and types[name] != "constexpr"
-    }
-    if not spec.tiles.descriptors:
-        for steps, tensor in (("key_steps", "k"), ("value_steps", "v")):
-            for element, dim in enumerate("bh"):
-                divisor = divisors[f"stride_{tensor}{dim}"]
-                if steps in names and divisor > 1:
-                    found[names.index(steps), element] = [["tt.divisibility", divisor]]
+def attributes(spec: KernelSpec, types: dict[str, Any]) -> dict[tuple[int, ...], list]:
+    """Divisibility that Triton may rely on, by place of an argument, or of an element of one."""
+    found: dict[tuple[int, ...], list] = {}
+    for i, (name, kind) in enumerate(types.items()):
+        if kind != "constexpr":
+            divisor = ROWS[name].divisor(spec)
+            each = {(i, j): d for j, d in enumerate(divisor)} if isinstance(divisor, tuple) else {(i,): divisor}
+            found |= {place: [["tt.divisibility", d]] for place, d in each.items() if d > 1}
     return found
 
 
@@ -227,10 +110,10 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
         SharedMemoryError: it needs more shared memory than the device has.
     """
     function = module.decode_combine if combine else module.decode_split
-    names = function.arg_names
-    types = argument_types(spec, names)
+    types = argument_types(spec, function.arg_names)
     known = constants(spec, facts, combine)
-    known |= {n: 1 if n.startswith("stride") else None for n in names if types[n] == "constexpr" and n not in known}
+    absent = [name for name, kind in types.items() if kind == "constexpr" and name not in known]
+    known |= {name: 1 if name.startswith("stride") else None for name in absent}
     target = facts.backend, facts.arch, 64 if facts.backend == "hip" else 32
     options: dict[str, Any] = {
         "num_warps": 1 if combine else spec.tiles.num_warps,
@@ -241,7 +124,7 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
         options["launch_pdl"] = facts.has_pdl
     try:
         gluon = spec.tiles.latent and not combine
-        compiled = compile_ahead(function, types, known, attributes(spec, names), target, options, gluon)
+        compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon)
     except TritonVersionError:
         raise
     except Exception as error:  # Triton raises many kinds; all mean that this text did not compile

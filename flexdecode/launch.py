@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from .block_mask import BlockLists
+from .arguments import ARGUMENTS, DESCRIPTORS, STRIDES, Call, CaptureTypes, KernelSpec
 from .compiled import Kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
 from .inputs import Inputs, Sizes
-from .kernel import CaptureTypes, KernelSpec, capture_types, scale_arguments
+from .kernel import capture_types
 from .ops import FLOAT8
 from .program import Program
 from .schedule import Schedule
@@ -59,6 +60,23 @@ class CaptureReader:
         return tuple(values)
 
 
+class Scratch(NamedTuple):
+    """What one launch needs besides the arguments of its call.
+
+    Attributes:
+        launcher: that of the call.
+        at: gives what a kernel takes for a tensor: its address, or in the interpreter the tensor.
+        partial_out, partial_max, partial_sum, item_parts: parts of the workspace.
+    """
+
+    launcher: TritonLauncher
+    at: Callable[[Any], Any]
+    partial_out: Any = None
+    partial_max: Any = None
+    partial_sum: Any = None
+    item_parts: Any = None
+
+
 class TritonLauncher:
     """Launches a call on tensors of one layout: everything but addresses and captured values is prepared."""
 
@@ -96,79 +114,66 @@ class TritonLauncher:
         self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
         self.workspace_size = self.outs_at + self.places * signature.v_head_dim
         self.device = signature.device
-        self.reads_lens = signature.kv_lens is not None  # a number is `max_kv_len`
-        max_weight = max(1, (1 << 30) // max(cut.num_items, 1))
-        self.sizes = (sizes.batch, sizes.num_kv_heads, sizes.max_kv_len, cut.num_splits, max_weight)
+        self.grid = cut.grid
+        self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
         key_steps, value_steps = strides[4:6], strides[8:10]
         if matrices is not None:
             key_steps, value_steps = matrices[0].steps, matrices[1].steps
-        self.strides = (*strides[:4], key_steps, *strides[6:8], value_steps, *strides[10:])
-        self.combine_tail = (*strides[12:], *self.sizes[1:4])
-        self.grid = cut.grid
-        self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
+        same: dict[str, Any] = {
+            **dict(zip(STRIDES, strides, strict=True)),
+            "key_steps": key_steps,
+            "value_steps": value_steps,
+            **sizes._asdict(),
+            "num_splits": cut.num_splits,
+            "max_weight": max(1, (1 << 30) // max(cut.num_items, 1)),
+        }
+        types = [row.type(spec) for row in ARGUMENTS]
+        rows = list(enumerate(zip(ARGUMENTS, types, strict=True)))
+        self.same = [same.get(row.name, () if kind == () else None) for _, (row, kind) in rows]
+        asked = [(i, row) for i, (row, kind) in rows if kind]
+        self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
+        self.values = [(i, row.value) for i, row in asked if row.value is not None]
+        self.scratch = Scratch(self, _address if on_gpu else _itself)
 
-    def __call__(
-        self,
-        inputs: Inputs,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        score_leaves: list,
-        mask_leaves: list,
-        scale: float,
-        lists: BlockLists | None = None,
-    ) -> None:
+    def __call__(self, call: Call) -> None:
         """Launches both passes on the current stream; returns at once."""
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self._launch(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
+                self._launch(call)
         else:
-            self._launch(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
+            self._launch(call)
 
-    def _launch(
-        self,
-        inputs: Inputs,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        score_leaves: list,
-        mask_leaves: list,
-        scale: float,
-        lists: BlockLists | None,
-    ) -> None:
-        # The launcher takes addresses as numbers without asking the driver about them.
-        at = _address if self.on_gpu else _itself
+    def _launch(self, call: Call) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
-        caches = at(inputs.key), at(inputs.value)
-        described = self.on_gpu and self.matrices is not None
-        seen = (caches[0], caches[0]) if self.latent else caches
-        descriptors = self._descriptors(*seen) if described else (None, None)
-        partials = self._workspace(stream) if self.workspace_size else (None,) * 4
-        outputs = at(out), at(lse), *partials
-        lens = at(inputs.kv_lens) if self.reads_lens else None, at(inputs.q_lens)
-        sinks, table = at(inputs.sinks), inputs.page_table
-        self.kernel.split(
-            self.grid,
-            stream,
-            (
-                at(inputs.query), *caches, *descriptors, *outputs, *lens, at(inputs.q_offset),
-                () if table is None else (at(table), table.stride(0), inputs.key.shape[0]),
-                () if lists is None else lists.arguments(*self.listed),
-                scale_arguments(inputs.k_scale, self.on_gpu), scale_arguments(inputs.v_scale, self.on_gpu), sinks,
-                self.read_score(score_leaves), self.read_mask(mask_leaves), scale, *self.strides, *self.sizes,
-            ),
-        )  # fmt: skip
-        if self.kernel.combine is not None:
-            self.kernel.combine(self.combine_grid, stream, (*outputs, *lens, sinks, *self.combine_tail))
+        scratch = self.scratch
+        if self.workspace_size:
+            scratch = Scratch(self, scratch.at, *self._workspace(stream))
+        arguments = self.same.copy()
+        # The launcher takes addresses as numbers without asking the driver about them.
+        for place, read in self.tensors:
+            tensor = read(call)
+            arguments[place] = tensor.data_ptr() if self.on_gpu else tensor
+        for place, value in self.values:
+            arguments[place] = value(scratch, call)
+        second = None if self.kernel.combine is None else self.kernel.combined(arguments)
+        if self.matrices is not None and self.on_gpu:
+            arguments[DESCRIPTORS] = self._descriptors(call.inputs)
+        self.kernel.split(self.grid, stream, arguments)
+        if second is not None:
+            self.kernel.combine(self.combine_grid, stream, second)
 
-    def _descriptors(self, key: int, value: int) -> tuple:
-        """Launch arguments of the tensor descriptors of two addresses; those of the last call are kept."""
-        if self.described[0] != (key, value):
-            assert self.matrices is not None
+    def _descriptors(self, inputs: Inputs) -> tuple:
+        """Launch arguments of the tensor descriptors of both caches, several of each; the last ones are kept."""
+        assert self.matrices is not None
+        key = inputs.key.data_ptr()
+        addresses = key, key if self.latent else inputs.value.data_ptr()
+        if self.described[0] != addresses:
             block_n, *widths = self.block_shape
             made = [
                 make_descriptor(address, matrix, [block_n, width], self.dtype)
-                for address, matrix, width in zip((key, value), self.matrices, widths, strict=True)
+                for address, matrix, width in zip(addresses, self.matrices, widths, strict=True)
             ]
-            self.described = (key, value), self.kernel.split.encode_descriptors(*made)
+            self.described = addresses, self.kernel.split.encode_descriptors(*made)
         return self.described[1]
 
     def _workspace(self, stream: int) -> tuple:
@@ -185,14 +190,8 @@ class TritonLauncher:
                 _workspaces.kept[self.device, stream] = kept
         if self.on_gpu:
             start = kept.data_ptr()
-            parts = start + 4 * self.parts_at if self.parts_size else None
-            return start + 4 * self.outs_at, start, start + 4 * self.sums_at, parts
-        return (
-            kept[self.outs_at :],
-            kept,
-            kept[self.sums_at :],
-            kept[self.parts_at :].view(torch.int32) if self.parts_size else None,
-        )
+            return start + 4 * self.outs_at, start, start + 4 * self.sums_at, start + 4 * self.parts_at
+        return kept[self.outs_at :], kept, kept[self.sums_at :], kept[self.parts_at :].view(torch.int32)
 
 
 def _address(value: Any) -> Any:

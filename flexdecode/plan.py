@@ -13,6 +13,7 @@ import torch
 
 from . import eager
 from .analyze import MAX_KV_LEN
+from .arguments import Call, KernelSpec
 from .block_mask import BlockLists
 from .captures import leaf_names
 from .compiled import Kernel, find_kernel
@@ -30,7 +31,7 @@ from .inputs import (
     check_inputs,
     checked_scale,
 )
-from .kernel import KernelSpec, capture_types, rounds_to_half
+from .kernel import capture_types, rounds_to_half
 from .launch import TritonLauncher
 from .overlap import extent, share_memory
 from .program import Program
@@ -90,17 +91,8 @@ def _without_length(layout: tuple) -> tuple:
 class Launcher(Protocol):
     """Runs one call on given outputs."""
 
-    def __call__(
-        self,
-        inputs: Inputs,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        score_leaves: list,
-        mask_leaves: list,
-        scale: float,
-        lists: BlockLists | None = None,
-    ) -> None:
-        """Writes `out` [B, Hq, Q, Dv] and, unless it is None, `lse` [B, Hq, Q]."""
+    def __call__(self, call: Call) -> None:
+        """Writes `call.out` [B, Hq, Q, Dv] and, unless it is None, `call.lse` [B, Hq, Q]."""
         ...
 
 
@@ -112,14 +104,12 @@ class EagerLauncher:
         self.graphs = graphs
         self.names = names
 
-    def __call__(  # type: ignore[no-untyped-def]
-        self, inputs, out, lse, score_leaves, mask_leaves, scale, lists=None
-    ) -> None:
+    def __call__(self, call: Call) -> None:
         """As in `Launcher`; the mask says all that lists say."""
-        score, mask = (self.graphs[0], score_leaves), (self.graphs[1], mask_leaves)
+        score, mask = (self.graphs[0], call.score_leaves), (self.graphs[1], call.mask_leaves)
         try:
             with without_autocast():
-                eager.decode(inputs, out, lse, score, mask, scale, self.names is not None)
+                eager.decode(call.inputs, call.out, call.lse, score, mask, call.scale, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
@@ -219,8 +209,8 @@ class Plan:
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
             if self.checker is not None:
-                self.checker(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale)
-            self.launcher(inputs, out, lse, score_leaves, mask_leaves, scale, lists)
+                self.checker(Call(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale))
+            self.launcher(Call(inputs, out, lse, score_leaves, mask_leaves, scale, lists))
         return out if lse is None else (out, lse)
 
 

@@ -2,12 +2,14 @@
 
 import ast
 import contextlib
+from operator import itemgetter
 from unittest import mock
 
 import pytest
 import torch
 
 from flexdecode import DecodeOptions, flex_decode, mods, plan
+from flexdecode.arguments import ARGUMENTS, DESCRIPTORS
 from flexdecode.schedule import DeviceFacts
 from flexdecode.template import read_template
 
@@ -36,7 +38,9 @@ class _Kernel:
 
     def __init__(self, spec, facts, program):
         self.split = _Pass(parameters("decode.py", "decode_split"))
-        self.combine = _Pass(parameters("combine.py", "decode_combine")) if spec.tiles.split else None
+        second = parameters("combine.py", "decode_combine")
+        self.combine = _Pass(second) if spec.tiles.split else None
+        self.combined = itemgetter(*map(self.split.names.index, second))
 
 
 @pytest.fixture
@@ -55,6 +59,12 @@ def kernels(monkeypatch):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, create=True))
         yield made
+
+
+def test_the_rows_have_the_order_of_the_template():
+    assert [row.name for row in ARGUMENTS] == parameters("decode.py", "decode_split")
+    assert [row.name for row in ARGUMENTS[DESCRIPTORS]] == ["key_descriptor", "value_descriptor"]
+    assert {*parameters("combine.py", "decode_combine")} <= {row.name for row in ARGUMENTS}
 
 
 def test_every_argument_lies_in_its_place(kernels):
