@@ -197,12 +197,8 @@ ARGUMENTS = (
     ),
     Argument(
         "page_table",
-        lambda s: () if s.signature.page_table is None else (_pointer(s.signature.page_table), "i64", "i32"),
-        value=lambda scratch, call: (
-            scratch.at(call.inputs.page_table),
-            call.inputs.page_table.stride(0),
-            len(call.inputs.key),
-        ),
+        lambda s: s.signature.format.types(s.signature, _pointer),
+        value=lambda scratch, call: call.inputs.format.arguments(call.inputs, scratch.at),
     ),
     Argument(
         "block_lists",

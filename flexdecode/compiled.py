@@ -81,13 +81,12 @@ def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
 def template_files(program: Program, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
     """The template files whose functions take the place of those of `decode.py`; the later ones win."""
     wanted = {
-        "kv_paged.py": signature.page_size > 0,
         "kv_descriptor.py": tiles.descriptors,
         "block_lists.py": program.block_lists,
         "balanced.py": tiles.balanced,
         "latent.py": tiles.latent,
     }
-    return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+    return (*signature.format.templates, *(name for name, is_wanted in wanted.items() if is_wanted))
 
 
 def module_path(program: Program, files: tuple[str, ...]) -> Path:

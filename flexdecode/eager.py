@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import IndexRangeError
+from .formats import Gather
 from .graph import INDEX_NAMES, Graph, Node, changing, loops_around, topological
 from .inputs import Inputs
 from .ops import FLOAT8, HALF, OPS
@@ -74,12 +75,13 @@ def decode(
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         # Keys that no row of their head attends to may hold anything, and their page entries lead anywhere.
         read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
-        k = _read(inputs.key, inputs.k_scale, inputs.page_table, kv, read, check_indices)
+        gather = inputs.format.gather(inputs, kv, read, check_indices)
+        k = _read(inputs.key, inputs.k_scale, gather, read)
         s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
             s = _Evaluation(score, indices, s, live, check_indices).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, inputs.page_table, kv, read, check_indices)
+        v = _read(inputs.value, inputs.v_scale, gather, read)
         m_new = torch.maximum(m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
@@ -100,34 +102,13 @@ def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor)
     return lengths.long().clamp(0, most)
 
 
-def _read(
-    cache: torch.Tensor,
-    scale: float | torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    kv: torch.Tensor,
-    read: torch.Tensor,
-    check_pages: bool,
-) -> torch.Tensor:
-    """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
-    per_token = scale if isinstance(scale, torch.Tensor) and scale.dim() == 3 else None
-    if page_table is None:
-        rows = cache[:, :, kv[0] : kv[-1] + 1].float() if len(kv) else cache[:, :, :0].float()
-        if per_token is not None:
-            rows = rows * per_token[:, :, kv, None].float()
-    else:
-        pages = torch.where(read.any(1), page_table[:, kv // cache.shape[2]], 0).long()
-        wrong = (pages < 0) | (pages >= len(cache))
-        if (check_pages or pages.device.type == "cpu") and wrong.any():
-            raise ValueError(
-                f"`page_table` names page {int(pages[wrong][0])} within a sequence, but `key` has {len(cache)} pages"
-            )
-        pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise
-        rows = cache[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
-        if per_token is not None:
-            rows = rows * per_token[pages, :, kv % cache.shape[2]].float().transpose(1, 2)[..., None]
-    if isinstance(scale, torch.Tensor) and per_token is None:
-        rows = rows * scale.float()[..., None, None]
-    elif isinstance(scale, (int, float)):
+def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor) -> torch.Tensor:
+    """Rows of keys or values, float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
+    rows = gather(cache).float()
+    if isinstance(scale, torch.Tensor):
+        per_token = scale.dim() == 3
+        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).float()
+    elif scale is not None:
         rows = rows * scale
     if read.device.type == "cpu" and bool(read.all()):
         return rows

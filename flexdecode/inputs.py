@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .analyze import MAX_KV_LEN
+from .formats import CONTIGUOUS, PAGED, Contiguous
 from .overlap import overlaps_itself
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -96,17 +97,14 @@ class Inputs(NamedTuple):
     out: torch.Tensor | None = None
 
     @property
-    def capacity(self) -> int:
-        """The longest sequence that the cache can hold."""
-        rows = self.key.shape[2]
-        if self.page_table is None:
-            return rows
-        return rows * self.page_table.shape[1] if len(self.key) else 0
+    def format(self) -> Contiguous:
+        """How keys and values lie in memory."""
+        return CONTIGUOUS if self.page_table is None else PAGED
 
     @property
     def max_kv_len(self) -> int:
         """The longest sequence that the call can have: a number as `kv_lens` says it."""
-        return self.kv_lens if isinstance(self.kv_lens, int) else self.capacity
+        return self.kv_lens if isinstance(self.kv_lens, int) else self.format.capacity(self)
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -202,18 +200,15 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
 
 def _check_caches(inputs: Inputs) -> Sizes:
     """Checks the shapes of key and value, and the page table."""
-    query, key, value, table = inputs.query, inputs.key, inputs.value, inputs.page_table
+    query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.format.form
     batch, num_q_heads, _, head_dim = query.shape
-    form = "[B, Hkv, N, {}]" if table is None else "[num_pages, Hkv, page_size, {}]"
-    caches = None if table is not None else batch
+    caches = batch if inputs.page_table is None else None
     _check_shape("key", key, (caches, None, None, head_dim), form.format("D"), f"D = {head_dim} (from query)")
     num_caches, num_kv_heads, rows, _ = key.shape
-    source = f"Hkv = {num_kv_heads} and N = {rows} (from key)"
-    if table is not None:
-        source = f"num_pages = {num_caches}, Hkv = {num_kv_heads} and page_size = {rows} (from key)"
+    source = inputs.format.sizes.format(*key.shape)
     _check_shape("value", value, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
-    if table is not None and value.shape[0] != num_caches:
-        raise ValueError(f"`value` must have as many pages as `key`, {num_caches}, got {value.shape[0]}")
+    if caches is None and len(value) != num_caches:
+        raise ValueError(f"`value` must have as many pages as `key`, {num_caches}, got {len(value)}")
     for name, size, most in (("query", head_dim, MAX_HEAD_DIM), ("value", value.shape[3], MAX_V_HEAD_DIM)):
         if not MIN_HEAD_DIM <= size <= most:
             raise ValueError(f"the head dimension of `{name}` must be between {MIN_HEAD_DIM} and {most}, got {size}")
@@ -222,11 +217,11 @@ def _check_caches(inputs: Inputs) -> Sizes:
             f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}; "
             "a [B, N, H, D] cache is passed as its view `cache.transpose(1, 2)`"
         )
-    if table is not None:
-        _check_page_table(table, inputs)
-    if inputs.capacity >= MAX_KV_LEN:
-        source = "`key` must have" if table is None else "`page_table` must reach"
-        raise ValueError(f"{source} fewer than {MAX_KV_LEN} positions, got N = {inputs.capacity}")
+    if inputs.page_table is not None:
+        _check_page_table(inputs.page_table, inputs)
+    capacity = inputs.format.capacity(inputs)
+    if capacity >= MAX_KV_LEN:
+        raise ValueError(f"{inputs.format.limit} fewer than {MAX_KV_LEN} positions, got N = {capacity}")
     return Sizes(batch, num_kv_heads, inputs.max_kv_len)
 
 
@@ -286,8 +281,14 @@ def _check_kv_lens(inputs: Inputs) -> None:
     length: Any = inputs.kv_lens
     if type(length) is not int:
         _check_per_sequence("kv_lens", length, inputs.query, "an integer or ")
-    elif not 0 <= length <= inputs.capacity:
-        raise ValueError(f"`kv_lens` must lie between 0 and {_capacity(inputs)}, got {length}")
+    elif not 0 <= length <= inputs.format.capacity(inputs):
+        raise ValueError(f"`kv_lens` must lie between 0 and {_capacity(inputs)[1]}, got {length}")
+
+
+def _capacity(inputs: Inputs) -> tuple[int, str]:
+    """The longest sequence that the cache can hold, and the same in words."""
+    capacity = inputs.format.capacity(inputs)
+    return capacity, inputs.format.capacity_form.format(capacity)
 
 
 def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Tensor, also: str = "") -> None:
@@ -329,17 +330,10 @@ def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
     """
     kv_lens, q_lens = inputs.kv_lens, inputs.q_lens
     if isinstance(kv_lens, torch.Tensor) and (kv_lens.device.type == "cpu" or options.debug):
-        check_lens("kv_lens", kv_lens, inputs.capacity, _capacity(inputs))
+        check_lens("kv_lens", kv_lens, *_capacity(inputs))
     if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
         most = inputs.query.shape[2]
         check_lens("q_lens", q_lens, most, f"Q = {most} (from query)")
-
-
-def _capacity(inputs: Inputs) -> str:
-    """The longest sequence that the cache can hold, in words."""
-    if inputs.page_table is None:
-        return f"N = {inputs.capacity} (from key)"
-    return f"max_pages * page_size = {inputs.capacity} (from page_table)"
 
 
 def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
@@ -376,7 +370,7 @@ def _check_cache_scale(name: str, scale: object, inputs: Inputs, sizes: Sizes) -
         return
     heads = sizes.num_kv_heads
     shapes = [[heads], [sizes.batch, heads], list(key.shape[:3])]
-    form = "[Hkv], [B, Hkv] or " + ("[B, Hkv, N]" if inputs.page_table is None else "[num_pages, Hkv, page_size]")
+    form = f"[Hkv], [B, Hkv] or {inputs.format.scale_form}"
     if scale.dim() and list(scale.shape) not in shapes:
         expected = f"{shapes[0]}, {shapes[1]} or {shapes[2]}"
         raise ValueError(f"`{name}` must be a number or have shape {form} = {expected}, got {list(scale.shape)}")

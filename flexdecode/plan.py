@@ -511,7 +511,7 @@ def cut_call(
     """
     # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
     bounds = program.bounds
-    caches = inputs.key.shape[0] if signature.page_size else sizes.batch
+    caches = inputs.format.owners(inputs)
     # Whether there are matrices may depend on the batch, and with it the tiles.
     hopeful = not options.batch_invariant
     latent = latent and hopeful and not _refusals and not program.block_lists

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .formats import Contiguous
 from .inputs import QUANTISED, DecodeOptions, Inputs
 
 UNIT = 0  # the class of a stride that is known to be 1
@@ -24,6 +25,7 @@ class Signature:
         kv_dtype: type of key and value.
         num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
         kv_lens, q_lens, q_offset, page_table, sinks: type of the tensor, None if absent, `int` for a Python number.
+        format: how keys and values lie in memory.
         page_size: tokens of a page, 0 without a page table.
         k_scale, v_scale: how the caches are scaled.
         shared_kv: whether each value is the first columns of its key, in the same memory.
@@ -45,6 +47,7 @@ class Signature:
     kv_lens: torch.dtype | None
     q_lens: torch.dtype | None
     q_offset: torch.dtype | type | None
+    format: Contiguous
     page_table: torch.dtype | None
     page_size: int
     k_scale: ScaleType | None
@@ -74,8 +77,9 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
         kv_lens=None if isinstance(inputs.kv_lens, int) else _dtype(inputs.kv_lens),
         q_lens=_dtype(inputs.q_lens),
         q_offset=int if isinstance(inputs.q_offset, int) else _dtype(inputs.q_offset),
+        format=inputs.format,
         page_table=_dtype(inputs.page_table),
-        page_size=0 if inputs.page_table is None else key.shape[2],
+        page_size=inputs.format.page_size(key),
         k_scale=_scale_type(inputs.k_scale),
         v_scale=_scale_type(inputs.v_scale),
         sinks=_dtype(inputs.sinks),
@@ -90,7 +94,7 @@ def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: Decod
 def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of query, key, value and output as the kernels take them, 16 in all."""
     batch = inputs.query.shape[0]
-    caches = batch if inputs.page_table is None else inputs.key.shape[0]
+    caches = inputs.format.owners(inputs)
     return (
         *kernel_strides(inputs.query, batch),
         *kernel_strides(inputs.key, caches),
