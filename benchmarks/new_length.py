@@ -48,13 +48,13 @@ class _NoKernel:
 @contextlib.contextmanager
 def no_launch() -> Iterator[None]:
     """Lets calls on CPU tensors go the way of an H200, up to the launch."""
-    from flexdecode import plan
+    from flexdecode import prepare
     from flexdecode.device import KNOWN_DEVICES
 
     facts, _ = KNOWN_DEVICES["H200"]
     with (
-        mock.patch.object(plan, "device_facts", lambda _: facts),
-        mock.patch.object(plan, "find_kernel", _NoKernel),
+        mock.patch.object(prepare, "device_facts", lambda _: facts),
+        mock.patch.object(prepare, "find_kernel", _NoKernel),
         mock.patch.object(torch.cuda, "current_device", lambda: None),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True),

@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .block_mask import read_block_mask
 from .cache import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
 from .debug import check_again
-from .identity import Mod, forget_graphs, identify
-from .inputs import (
-    DEFAULT_OPTIONS,
-    DecodeOptions,
-    Inputs,
-    as_scale,
-    check_inputs,
-    per_sequence,
-    same_for_all,
-)
-from .kv_cache import KVCache, PagedKVCache, read_cache
+from .identity import Mod, forget_graphs
+from .inputs import DecodeOptions, Inputs
+from .kv_cache import KVCache, PagedKVCache
 from .launch import forget_workspaces
-from .plan import Plan, any_length, layout, prepare
+from .plan import Plan, any_length, layout
+from .prepare import prepare
+from .request import read_request
 from .schedule import forget_schedules
 
 if TYPE_CHECKING:
@@ -120,28 +113,20 @@ def flex_decode(
     counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
-    if cache is not None:
-        given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
-    if key is None or value is None:
-        raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
-    inputs = Inputs(
-        query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
-        page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale, out,
+    inputs, score, mask, lists, listed = read_request(
+        query, key, value, score_mod, mask_mod, kv_lens, q_offset, scale, block_mask, page_table, q_lens, k_scale,
+        v_scale, sinks, cache, out, options,
     )  # fmt: skip
-    lists, combined = None, block_mask is not None and mask_mod is not None
-    if block_mask is not None:
-        check_inputs(inputs, options or DEFAULT_OPTIONS)
-        mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
+    if lists is not None:
         lists.check_positions(inputs)
-    score, mask = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
+    query, key, value = inputs[:3]
     call = (
         score.identity, mask.identity, layout(query), layout(inputs.kv_lens), layout(inputs.q_lens),
         layout(inputs.q_offset), layout(sinks), layout(out), _same_start(key, value), return_lse, options,
-        torch.is_grad_enabled(), lists is not None, combined,
+        torch.is_grad_enabled(), listed,
     )  # fmt: skip
     lengths = (
-        score.present, mask.present, layout(key), layout(value), layout(page_table), layout(inputs.k_scale),
+        score.present, mask.present, layout(key), layout(value), layout(inputs.page_table), layout(inputs.k_scale),
         layout(inputs.v_scale), inputs.kv_lens if inputs.kv_lens.__class__ is int else None,
     )  # fmt: skip
     if options is not None and not isinstance(options, DecodeOptions):
@@ -177,8 +162,8 @@ def _make_plan(
             raise ValueError(
                 "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
             )
-        *_, return_lse, options, _, listed, combined = call
-        prepared, plan, score, mask = prepare(inputs, score, mask, return_lse, options, listed, combined)
+        *_, return_lse, options, _, listed = call
+        prepared, plan, (score, mask) = prepare(inputs, (score, mask), return_lse, options, listed)
         call = (score.identity, mask.identity, *call[2:])
         known = _calls.get(call)
         if known is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ _LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 
 # What was made of each BlockMask lives as long as that does, because a CUDA graph may hold addresses of it.
 _known: weakref.WeakKeyDictionary[Any, dict[tuple, BlockLists]] = weakref.WeakKeyDictionary()
+
+
+class Listed(Enum):
+    """Whether the lists of a BlockMask say which blocks a call visits.
+
+    `ALONE`: its full blocks need no mask. `WITH_MASK`: a mask_mod holds as well, so no block is known to be full.
+    """
+
+    NO = 0
+    ALONE = 1
+    WITH_MASK = 2
 
 
 class BlockLists:
@@ -66,7 +78,7 @@ class BlockLists:
                 kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int32), "amax")
         self.own = kinds.to(torch.int8)
         self.kinds = self.own.expand(batch, num_q_heads, -1, -1)
-        self._tables: dict[tuple[int, int, bool], torch.Tensor] = {}
+        self._tables: dict[tuple[int, int, Listed], torch.Tensor] = {}
 
     def mask_mod(self, inner: Callable) -> Callable:
         """The mask of the blocks: where they are full, and where `inner` is true in partial ones."""
@@ -104,20 +116,20 @@ class BlockLists:
                 "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
             )
 
-    def tables(self, num_kv_heads: int, block_n: int, combined: bool) -> torch.Tensor:
+    def tables(self, num_kv_heads: int, block_n: int, listed: Listed) -> torch.Tensor:
         """The tables of `templates/block_lists.py`, `[B, Hkv, rows, 4 * blocks + 2]` int32, without waiting for a GPU.
 
         Args:
             num_kv_heads: heads of the cache; query heads that share one visit the blocks of all.
             block_n: keys per block of the kernel.
-            combined: another mask holds as well, so that no block is known to be full.
+            listed: whether another mask holds as well.
         """
-        found = self._tables.get((num_kv_heads, block_n, combined))
-        if found is None:
-            found = self._tables[num_kv_heads, block_n, combined] = self._make_tables(num_kv_heads, block_n, combined)
-        return found
+        key = num_kv_heads, block_n, listed
+        if key not in self._tables:
+            self._tables[key] = self._make_tables(*key)
+        return self._tables[key]
 
-    def _make_tables(self, num_kv_heads: int, block_n: int, combined: bool) -> torch.Tensor:
+    def _make_tables(self, num_kv_heads: int, block_n: int, listed: Listed) -> torch.Tensor:
         batch, heads, rows, columns = self.own.shape
         grouped = self.own.view(batch, 1 if heads == 1 else num_kv_heads, -1, rows, columns)
         live, full = (grouped > DEAD).any(2), (grouped == FULL).all(2)
@@ -125,7 +137,7 @@ class BlockLists:
         first, last = start // self.kv_block, (start + block_n - 1) // self.kv_block
         covered = torch.nn.functional.pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
         found = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
-        full = (found[1] == last - first + 1) & (not combined)
+        full = (found[1] == last - first + 1) & (listed is Listed.ALONE)
         partial = (found[0] > 0) & ~full
         before = [torch.nn.functional.pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
         orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
@@ -135,9 +147,9 @@ class BlockLists:
         """Blocks of the kernel that the mask covers."""
         return -(-self.own.shape[-1] * self.kv_block // block_n)
 
-    def arguments(self, num_kv_heads: int, block_n: int, combined: bool, pointers: bool) -> tuple:
+    def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool) -> tuple:
         """The `block_lists` argument of a kernel; the tables stay alive with this object."""
-        tables = self.tables(num_kv_heads, block_n, combined)
+        tables = self.tables(num_kv_heads, block_n, listed)
         steps = [stride if size > 1 else 0 for stride, size in zip(tables.stride()[:2], tables.shape[:2], strict=True)]
         place = tables.data_ptr() if pointers else tables
         return (place, *steps, self.num_q, self.q_block, self.num_blocks(block_n))

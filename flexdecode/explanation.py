@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .block_mask import read_block_mask
+from .api import flex_decode
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path, template_files
 from .device import find_target, without_autocast
-from .identity import Mod, graph_of, identify
-from .inputs import (
-    DEFAULT_OPTIONS,
-    DecodeOptions,
-    Inputs,
-    Sizes,
-    as_scale,
-    check_all_lens,
-    check_inputs,
-    per_sequence,
-    same_for_all,
-)
-from .kv_cache import KVCache, PagedKVCache, read_cache
+from .identity import Mod
+from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
 from .mod_report import ModReport, report_mod
-from .plan import check_backend, check_captures, cut_call, make_program
+from .prepare import choose_schedule, trace_call
 from .program import Program
+from .request import Request, read_request
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
-from .signature import Signature, describe, shares_storage
+from .signature import Signature, shares_storage
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+_ASKED = inspect.signature(flex_decode, eval_str=False)
+SIGNATURE = _ASKED.replace(parameters=[p for name, p in _ASKED.parameters.items() if name != "return_lse"])
 
 
 @dataclass(frozen=True)
@@ -136,26 +127,7 @@ class Explanation:
 
 
 @without_autocast()
-def explain(
-    query: torch.Tensor,
-    key: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    score_mod: Callable | None = None,
-    mask_mod: Callable | None = None,
-    *,
-    kv_lens: int | torch.Tensor | None = None,
-    q_offset: int | torch.Tensor | None = None,
-    scale: float | None = None,
-    block_mask: BlockMask | None = None,
-    page_table: torch.Tensor | None = None,
-    q_lens: int | torch.Tensor | None = None,
-    k_scale: float | torch.Tensor | None = None,
-    v_scale: float | torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    cache: KVCache | PagedKVCache | None = None,
-    options: DecodeOptions | None = None,
-    device: str | DeviceFacts | None = None,
-) -> Explanation:
+def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:
     """Says what `flex_decode` does with the same arguments; nothing is compiled or launched.
 
         >>> print(explain(query, key, value, mask_mod=mods.sliding_window(1024), device="H200"))
@@ -164,23 +136,10 @@ def explain(
     lengths and captured tensors may then be anywhere. These are read, so on a GPU the call waits for it.
 
     Args:
-        query: `[B, Hq, Q, D]`.
-        key: `[B, Hkv, N, D]`.
-        value: `[B, Hkv, N, Dv]`.
-        score_mod: as in `flex_decode`, like all that follows except `device`.
-        mask_mod: true where the query attends to the key.
-        kv_lens: live keys of each sequence.
-        q_offset: position of the first query token.
-        scale: factor of the dot product.
-        block_mask: lists of blocks; which ones a step reads is then not reported.
-        page_table: pages of each sequence; their contents do not matter.
-        q_lens: query tokens of each sequence.
-        k_scale: of quantised keys.
-        v_scale: of quantised values.
-        sinks: a logit for each query head.
-        cache: in place of key, value, kv_lens, page_table, k_scale and v_scale.
-        options: how to execute the call.
+        arguments: those of `flex_decode`, by place.
         device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
+        keywords: those of `flex_decode`, by name. Which blocks a `block_mask` lists is not reported, and the contents
+            of a `page_table` do not matter.
 
     Returns:
         The parts of the report as fields; its text by `str`, a picture by `save_picture`.
@@ -188,46 +147,38 @@ def explain(
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
     """
-    if cache is not None:
-        given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
-    if key is None or value is None:
-        raise TypeError("explain needs `key` and `value`, or a `cache` that has them")
-    combined = block_mask is not None and mask_mod is not None
-    if block_mask is not None:
-        mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
-    mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
-    lists = block_mask is not None, combined
-    inputs = Inputs(
-        query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
-        page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale,
-    )  # fmt: skip
-    call = _check(inputs, mods, lists, options, device)
-    target = find_target(query.device, call.signature.backend, device)
-    cut, source = None, None
+    try:
+        given = SIGNATURE.bind(*arguments, **keywords)
+    except TypeError as error:
+        raise TypeError(f"explain() {error}") from None
+    given.apply_defaults()
+    call = _check(read_request(**given.arguments), given.arguments["options"], device)
+    inputs = call.inputs
+    target = find_target(inputs.query.device, call.signature.backend, device)
+    chosen, source = None, None
     if target.facts is not None and 0 not in inputs.out_shape:
-        cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, template_files(call.program, call.signature, cut.tiles))
-    step = _step(call, cut)
-    batch, num_kv_heads, _ = call.sizes
+        chosen, _ = choose_schedule(call.signature, inputs.sizes, inputs, call.program, target.facts, call.options)
+        source = module_path(call.program, template_files(call.program, call.signature, chosen.tiles))
+    step = _step(call, chosen)
+    batch, num_kv_heads, _ = inputs.sizes
     used, read = None, None
     if call.kv_lens is not None:
         longest, total = (int(x) * num_kv_heads for x in (call.kv_lens.amax() if batch else 0, call.kv_lens.sum()))
         used = _bytes(inputs, lambda shared: longest if shared else total)
     if isinstance(step, Step):
         read = _bytes(inputs, step.keys_read)
-    elif cut is None:
+    elif chosen is None:
         read = 0 if 0 in inputs.out_shape else used
     return Explanation(
-        shapes=_shapes(query, key, value),
+        shapes=_shapes(*inputs[:3]),
         score_mod=report_mod("score_mod", call.program, call.mods[0]),
         mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
         device=target.name,
         signature=call.signature,
-        schedule=cut,
+        schedule=chosen,
         step=None if isinstance(step, str) else step,
         unknown=step if isinstance(step, str) else "",
-        cache_bytes=_bytes(inputs, lambda shared: math.prod(key.shape[:3])),
+        cache_bytes=_bytes(inputs, lambda shared: math.prod(inputs.key.shape[:3])),
         used_bytes=used,
         read_bytes=read,
         floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
@@ -235,76 +186,65 @@ def explain(
     )
 
 
+_DEVICE = inspect.Parameter("device", inspect.Parameter.KEYWORD_ONLY, default=None)
+explain.__signature__ = SIGNATURE.replace(parameters=[*SIGNATURE.parameters.values(), _DEVICE])  # type: ignore[attr-defined]
+
+
 class _Call(NamedTuple):
     """A checked call.
 
     Attributes:
+        inputs: tensors and numbers.
         mods: the score_mod and the mask_mod.
         program: what is known of both.
-        signature, sizes, options: of the call.
-        place: where captured values are read.
+        signature, options: of the call.
         kv_lens: keys in use, int64 [B]; None where they are not known.
         first_token: position of the first query token, int64 [B]; None where it is not known.
         num_tokens: query tokens, int64 [B]; None where they are not known.
     """
 
+    inputs: Inputs
     mods: tuple[Mod, Mod]
     program: Program
     signature: Signature
-    sizes: Sizes
     options: DecodeOptions
-    place: torch.device
     kv_lens: torch.Tensor | None
     first_token: torch.Tensor | None
     num_tokens: torch.Tensor | None
 
 
-def _check(
-    inputs: Inputs,
-    mods: tuple[Mod, Mod],
-    lists: tuple[bool, bool],
-    options: DecodeOptions | None,
-    device: str | DeviceFacts | None,
-) -> _Call:
+def _check(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> _Call:
     """Checks and traces a call as `flex_decode` does, except that only shapes matter on the meta device."""
-    query = inputs.query
+    inputs, query = request.inputs, request.inputs.query
     options = DEFAULT_OPTIONS if options is None else options
     meta = getattr(query, "is_meta", False)
-    shapes = inputs
-    if meta:
-        # Key and value stay as they are, because they may share memory.
-        names = ("kv_lens", "q_lens", "q_offset", "page_table", "k_scale", "v_scale", "sinks")
-        given = {name: getattr(inputs, name) for name in names}
-        moved: dict[str, Any] = {n: x.to("meta") for n, x in given.items() if isinstance(x, torch.Tensor)}
-        shapes = inputs._replace(**moved)
-    sizes = check_inputs(shapes, options)
-    if options.backend is None and (device is not None or meta):
+    if getattr(options, "backend", "") is None and (device is not None or meta):
         options = replace(options, backend="triton")
-    place = torch.device("cpu") if meta else query.device
+    # Query, key, value and out stay as they are: key and value may share memory.
+    kept = ("query", "key", "value", "out")
+    moved: dict[str, Any] = {
+        name: x.to("meta")
+        for name, x in inputs._asdict().items()
+        if meta and isinstance(x, torch.Tensor) and name not in kept
+    }
+    place = torch.device("cpu") if meta else None
+    mods = request.score, request.mask
+    traced, mods = trace_call(inputs._replace(**moved), mods, False, options, request.listed, place)
+    place, sizes = place or query.device, inputs.sizes
     lens, tokens = (
         _known(given, place) if isinstance(given, torch.Tensor) else torch.full((sizes.batch,), most, device=place)
         for given, most in ((inputs.kv_lens, sizes.max_kv_len), (inputs.q_lens, query.shape[2]))
     )
-    known = inputs._replace(kv_lens=lens, q_lens=tokens)
-    check_all_lens(known, replace(options, debug=True))
-    graphs, traced = [], []
-    for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
-        graph, mod = graph_of(kind, mod, place)
-        check_captures(kind, graph, mod, None if meta else place)
-        graphs.append(graph)
-        traced.append(mod)
-    mods = traced[0], traced[1]
-    lens, tokens = (None if x is None else x.to(place, torch.int64) for x in (lens, tokens))
+    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
+    lens, tokens = (None if x is None else x.to(torch.int64) for x in (lens, tokens))
     first = None if lens is None or tokens is None else lens - tokens
     if isinstance(inputs.q_offset, int):
         first = torch.full((sizes.batch,), inputs.q_offset, device=place)
     elif inputs.q_offset is not None:
         first = _known(inputs.q_offset, place)
         first = None if first is None else first.to(torch.int64).expand(sizes.batch)
-    signature = describe(shapes, query.new_empty(inputs.out_shape), False, options)
-    check_backend(signature, options)
-    program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes, *lists)
-    return _Call(mods, program, signature, sizes, options, place, lens, first, tokens)
+    program, _ = traced.program(mods, sizes)
+    return _Call(inputs, mods, program, traced.signature, options, lens, first, tokens)
 
 
 def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
@@ -312,11 +252,11 @@ def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
     return None if tensor.is_meta else tensor.to(place)
 
 
-def _step(call: _Call, cut: Schedule | None) -> Step | str:
+def _step(call: _Call, chosen: Schedule | None) -> Step | str:
     """The blocks that a step reads, or why they are not known."""
-    if cut is None and call.signature.backend == "torch":
+    if chosen is None and call.signature.backend == "torch":
         return 'the torch backend reads every key; `device="H200"` explains for a GPU'
-    if cut is None:
+    if chosen is None:
         return "there is no query, so nothing is launched"
     if call.program.block_lists:
         return "the lists of `block_mask` say which blocks are read"
@@ -327,7 +267,7 @@ def _step(call: _Call, cut: Schedule | None) -> Step | str:
     # A sequence without a query token reads nothing.
     lens = call.kv_lens.where(call.num_tokens > 0, 0)
     at = lens, call.first_token, call.num_tokens
-    step = find_step(call.program, call.mods, *at, call.signature, call.sizes, cut)
+    step = find_step(call.program, call.mods, *at, call.signature, call.inputs.sizes, chosen)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

@@ -109,8 +109,16 @@ class Inputs(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
         """[B, Hq, Q, Dv]."""
-        batch, heads, tokens, _ = self.query.shape
-        return batch, heads, tokens, self.value.shape[3]
+        return *self.query.shape[:3], self.value.shape[3]  # type: ignore[return-value]
+
+    @property
+    def sizes(self) -> Sizes:
+        """What changes without a new kernel."""
+        return Sizes(len(self.query), self.key.shape[1], self.max_kv_len)
+
+    def make_out(self) -> torch.Tensor:
+        """The tensor that the output is written to."""
+        return self.query.new_empty(self.out_shape) if self.out is None else self.out
 
 
 class Sizes(NamedTuple):
@@ -160,7 +168,7 @@ def as_scale(scale: Any, query: torch.Tensor) -> Any:
     return scale
 
 
-def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
+def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     """Checks the arguments of a call, without reading any tensor on a GPU.
 
     Raises:
@@ -175,7 +183,7 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
         _check_tensor(name, cache, query, (query.dtype, *QUANTISED))
     if value.dtype != key.dtype:
         raise ValueError(f"`value` must have the dtype of `key`, {key.dtype}, got {value.dtype}")
-    sizes = _check_caches(inputs)
+    _check_caches(inputs)
     batch, num_q_heads, num_queries, _ = query.shape
     if num_q_heads > MAX_HEADS:
         raise ValueError(f"`query` must have at most {MAX_HEADS} heads, got Hq = {num_q_heads}")
@@ -190,15 +198,14 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> Sizes:
     if inputs.scale is not None:
         checked_scale(inputs.scale)
     for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
-        _check_cache_scale(name, scale, inputs, sizes)
+        _check_cache_scale(name, scale, inputs)
     if inputs.sinks is not None:
         _check_sinks(inputs.sinks, query)
     if inputs.out is not None:
         _check_out(inputs.out, inputs)
-    return sizes
 
 
-def _check_caches(inputs: Inputs) -> Sizes:
+def _check_caches(inputs: Inputs) -> None:
     """Checks the shapes of key and value, and the page table."""
     query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.format.form
     batch, num_q_heads, _, head_dim = query.shape
@@ -222,7 +229,6 @@ def _check_caches(inputs: Inputs) -> Sizes:
     capacity = inputs.format.capacity(inputs)
     if capacity >= MAX_KV_LEN:
         raise ValueError(f"{inputs.format.limit} fewer than {MAX_KV_LEN} positions, got N = {capacity}")
-    return Sizes(batch, num_kv_heads, inputs.max_kv_len)
 
 
 def _check_page_table(table: torch.Tensor, inputs: Inputs) -> None:
@@ -356,7 +362,7 @@ def _check_q_offset(q_offset: object, query: torch.Tensor) -> None:
         raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
 
 
-def _check_cache_scale(name: str, scale: object, inputs: Inputs, sizes: Sizes) -> None:
+def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
     """Checks `k_scale` or `v_scale`."""
     key, query = inputs.key, inputs.query
     if key.dtype not in QUANTISED:
@@ -368,8 +374,8 @@ def _check_cache_scale(name: str, scale: object, inputs: Inputs, sizes: Sizes) -
     if not isinstance(scale, torch.Tensor):
         checked_scale(scale, name)
         return
-    heads = sizes.num_kv_heads
-    shapes = [[heads], [sizes.batch, heads], list(key.shape[:3])]
+    heads = key.shape[1]
+    shapes = [[heads], [len(query), heads], list(key.shape[:3])]
     form = f"[Hkv], [B, Hkv] or {inputs.format.scale_form}"
     if scale.dim() and list(scale.shape) not in shapes:
         expected = f"{shapes[0]}, {shapes[1]} or {shapes[2]}"

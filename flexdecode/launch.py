@@ -96,7 +96,7 @@ class TritonLauncher:
         self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
         self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
         signature, tiles = spec.signature, spec.tiles
-        self.listed = (sizes.num_kv_heads, tiles.block_n, program.combined, self.on_gpu)
+        self.listed = (sizes.num_kv_heads, tiles.block_n, program.listed, self.on_gpu)
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)

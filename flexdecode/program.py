@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .analyze import analyze
+from .block_mask import Listed
 from .bounds import Bounds, find_bounds
 from .graph import Graph
 from .proofs import Checks
@@ -19,8 +20,7 @@ class Program:
         score, mask: graphs of the two mods.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         score_checks, mask_checks: what their loads have to check; None where nothing is known of the call.
-        block_lists: the mask is that of a BlockMask, whose lists say which blocks to visit.
-        combined: another mask holds beside that of the BlockMask.
+        listed: whether the lists of a BlockMask say which blocks are visited.
     """
 
     score: Graph | None = None
@@ -28,8 +28,12 @@ class Program:
     q_idx_given: bool = False
     score_checks: Checks | None = None
     mask_checks: Checks | None = None
-    block_lists: bool = False
-    combined: bool = False
+    listed: Listed = Listed.NO
+
+    @property
+    def block_lists(self) -> bool:
+        """Whether lists say which blocks are visited."""
+        return self.listed is not Listed.NO
 
     @cached_property
     def bounds(self) -> Bounds:
@@ -39,7 +43,7 @@ class Program:
     @property
     def num_full(self) -> int:
         """Intervals in which a kernel leaves the mask out; lists count for one."""
-        return int(not self.combined) if self.block_lists else len(self.bounds.mask_full)
+        return int(self.listed is Listed.ALONE) if self.block_lists else len(self.bounds.mask_full)
 
     @cached_property
     def fetches(self) -> bool:

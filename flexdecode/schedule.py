@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,14 @@ class DeviceFacts:
     def has_descriptors(self) -> bool:
         """Whether the device copies tiles by tensor descriptors."""
         return self.has_pdl
+
+
+class Loads(Enum):
+    """How a kernel can load keys and values: by pointers, tensor descriptors, or as `templates/latent.py` does."""
+
+    POINTERS = 0
+    DESCRIPTORS = 1
+    LATENTS = 2
 
 
 @dataclass(frozen=True)
@@ -137,10 +146,9 @@ def schedule(
     sizes: Sizes,
     facts: DeviceFacts,
     options: DecodeOptions,
-    describable: bool = False,
+    loads: Loads = Loads.POINTERS,
     is_bounded: bool = False,
     fetches: bool = False,
-    latent: bool = False,
 ) -> Schedule:
     """Chooses tiles and splits for the longest sequence that the cache can hold.
 
@@ -149,50 +157,66 @@ def schedule(
         sizes: batch, heads, longest sequence.
         facts: of the device.
         options: choices of the caller.
-        describable: whether both caches can be seen through tensor descriptors.
+        loads: how the caches can be loaded.
         is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
         fetches: whether the score_mod reads captured tensors for every key; a second program on each multiprocessor
             works while the first one waits for them.
-        latent: whether to use the kernel of `templates/latent.py`, which `has_latent_kernel` must allow.
     """
-    shape = _tile_shape(signature)
+    shape, num_sms, latent = _tile_shape(signature), facts.num_sms, loads is Loads.LATENTS
     items_per_sequence = sizes.num_kv_heads * shape.num_tiles
     num_items = sizes.batch * items_per_sequence
     total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
-    balanced = options.schedule == "balanced" or (
-        options.schedule is None
-        and options.num_splits is None
-        and not (options.batch_invariant or is_bounded)
-        and signature.kv_lens is not None
+    balanced = _is_balanced(signature, sizes, facts, options, total_bytes, is_bounded)
+    if options.num_splits:
+        num_splits = options.num_splits
+    elif balanced:
+        workers = (1 if latent else 2) * num_sms // shape.num_tiles
+        num_splits = max(1, min(workers, num_items // shape.num_tiles * longest))
+    elif options.batch_invariant:
+        num_splits = max(1, num_sms // items_per_sequence)
+    else:
+        per_sm, fit = 2 if fetches and not is_bounded else 1, 1 if latent else 2
+        num_splits = _num_splits(num_items, longest, total_bytes, num_sms, per_sm, fit)
+    crowded = balanced or (not options.batch_invariant and num_items * num_splits > num_sms)
+    # A latent cache has many query rows. Each row is wide and usually has few partial results.
+    block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
+    block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
+    wanted = (signature, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s, block_b)
+    tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
+    if loads is Loads.DESCRIPTORS and tiles.descriptors and signature.page_size % tiles.block_n:
+        tiles = _tiles(Loads.POINTERS, *wanted, many=balanced and sizes.batch > 256)
+    return Schedule(tiles, num_items, num_splits, shape.num_tiles)
+
+
+def _at_least(number: int, choices: tuple[int, ...]) -> int:
+    """The first of ascending choices that is at least a number, else the last one."""
+    return next((choice for choice in choices if number <= choice), choices[-1])
+
+
+def _is_balanced(
+    signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions, total_bytes: int, is_bounded: bool
+) -> bool:
+    """Whether all work is cut into equal runs: as the caller says, or where lengths may differ much.
+
+    Raises:
+        ValueError: the caller says so, and there are too many tiles of query rows.
+    """
+    shape = _tile_shape(signature)
+    if options.schedule == "balanced" and shape.num_tiles > MAX_PROGRAMS:
+        raise ValueError(
+            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '
+            f'got {shape.num_tiles} for each KV head: use "split"'
+        )
+    if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
+        return options.schedule == "balanced"
+    return (
+        signature.kv_lens is not None
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
         and 8 * shape.num_tiles <= facts.num_sms
     )
-    if balanced and shape.num_tiles > MAX_PROGRAMS:
-        raise ValueError(
-            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '
-            f'got {shape.num_tiles} for each KV head: use "split"'
-        )
-    if balanced:
-        workers = (1 if latent else 2) * facts.num_sms // shape.num_tiles
-        num_splits = options.num_splits or max(1, min(workers, num_items // shape.num_tiles * longest))
-    elif options.batch_invariant:
-        num_splits = options.num_splits or max(1, facts.num_sms // items_per_sequence)
-    else:
-        num_splits = options.num_splits or _num_splits(
-            num_items, longest, total_bytes, facts.num_sms, 2 if fetches and not is_bounded else 1, 1 if latent else 2
-        )
-    crowded = balanced or (not options.batch_invariant and num_items * num_splits > facts.num_sms)
-    # Of latents there are many rows, each wide and mostly of few parts.
-    block_s = (4 if latent else 32) if balanced else next(s for s in (4, 32, 128) if num_splits <= s or s == 128)
-    block_b = next(s for s in (32, 256, 1024) if sizes.batch <= s or s == 1024) if balanced else 0
-    tiles = _tiles(
-        signature, facts, options, describable, is_bounded, latent, crowded, balanced, num_splits > 1 or balanced,
-        block_s, block_b, balanced and sizes.batch > 256,
-    )  # fmt: skip
-    return Schedule(tiles, num_items, num_splits, shape.num_tiles)
 
 
 class _TileShape(NamedTuple):
@@ -220,12 +244,11 @@ def _tile_shape(signature: Signature) -> _TileShape:
 
 @functools.lru_cache(maxsize=512)
 def _tiles(
+    loads: Loads,
     signature: Signature,
     facts: DeviceFacts,
     options: DecodeOptions,
-    describable: bool,
     is_bounded: bool,
-    latent: bool,
     crowded: bool,
     balanced: bool,
     split: bool,
@@ -234,18 +257,16 @@ def _tiles(
     many: bool,
 ) -> Tiles:
     """The tiles of a call, which calls of many lengths share: `crowded` means more programs than multiprocessors."""
-    is_float32 = signature.dtype == torch.float32
+    is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
     block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
-    descriptors = latent or (facts.has_descriptors and describable and not (is_float32 and crowded))
-    # Whether a cache is packable may depend on where in memory a sequence lies.
-    # A product takes 16 columns at least, and a packed tile has two of a half each.
-    wide = block_d >= 32
-    packed = signature.packable and facts.can_unpack and block_r == 0 and wide and not options.batch_invariant
-    block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
-    block_n = min(block_n, 64) if is_bounded else block_n
+    descriptors = loads is not Loads.POINTERS and not (is_float32 and crowded)
+    packed = is_packed(signature, facts, options)
     if latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
+    else:
+        block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
+        block_n = min(block_n, 64) if is_bounded else block_n
     return Tiles(
         block_m,
         options.block_n or block_n,
@@ -264,6 +285,16 @@ def _tiles(
         many=many,
         latent=latent,
     )
+
+
+def is_packed(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether the columns of a quantised cache are loaded two by two."""
+    # Whether a cache is packable may depend on where in memory a sequence lies.
+    if not signature.packable or not facts.can_unpack or options.batch_invariant:
+        return False
+    # A product takes 16 columns at least, and a packed tile has two of a half each.
+    shape = _tile_shape(signature)
+    return shape.block_r == 0 and shape.block_d >= 32
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
@@ -290,11 +321,6 @@ def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
     if whole <= 128 or rest > whole // 4:
         return whole, 0
     return whole // 2, max(16, next_power_of_2(rest))
-
-
-def smaller(tiles: Tiles) -> Tiles | None:
-    """Tiles with half as many keys per step, for a kernel that needs too much shared memory; None at the end."""
-    return None if tiles.block_n <= 16 else replace(tiles, block_n=tiles.block_n // 2)
 
 
 def _pipeline(

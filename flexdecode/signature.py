@@ -60,9 +60,9 @@ class Signature:
     strides: tuple[int, ...]
 
 
-def describe(inputs: Inputs, out: torch.Tensor, return_lse: bool, options: DecodeOptions) -> Signature:
-    """Makes the signature of checked inputs, for outputs like `out`."""
-    query, key, value = inputs.query, inputs.key, inputs.value
+def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
+    """Makes the signature of checked inputs."""
+    query, key, value, out = inputs.query, inputs.key, inputs.value, inputs.make_out()
     tensors = (query, key, value, out)
     strides = all_strides(inputs, out.stride())
     return Signature(

@@ -11,10 +11,12 @@ import pytest
 import torch
 import triton
 
-from flexdecode import DecodeOptions, compiled, plan
+from flexdecode import DecodeOptions, compiled, prepare
+from flexdecode.arguments import KernelSpec
+from flexdecode.block_mask import Listed
 from flexdecode.identity import identify
 from flexdecode.inputs import Inputs
-from flexdecode.kernel import KernelSpec, compile_pass
+from flexdecode.kernel import compile_pass
 from flexdecode.schedule import DeviceFacts
 from flexdecode.triton_api import triton_version
 
@@ -73,14 +75,14 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
 
     compiled.forget_kernels()
     return_lse = arguments.pop("return_lse", True)
-    lists = arguments.pop("listed", False), arguments.pop("combined", False)
+    listed = arguments.pop("listed", Listed.NO)
     with (
-        mock.patch.object(plan, "device_facts", lambda _: DEVICES[device]),
+        mock.patch.object(prepare, "device_facts", lambda _: DEVICES[device]),
         mock.patch.object(compiled.Kernel, "_pass", compile_only),
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
         options = options or DecodeOptions(backend="triton")
-        plan.prepare(Inputs(*inputs, **arguments), *mods, return_lse, options, *lists)
+        prepare.prepare(Inputs(*inputs, **arguments), mods, return_lse, options, listed)
     return Compiled(found["spec"], found["path"], found[False], found.get(True))
 
 

@@ -6,7 +6,7 @@ from compile.compiling import DEVICES, assembly, compile_call, meta_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import mods
-from flexdecode.block_mask import BlockLists
+from flexdecode.block_mask import BlockLists, Listed
 
 
 def mask_of_lists(inner):
@@ -20,7 +20,7 @@ def mask_of_lists(inner):
 @pytest.mark.parametrize("device", DEVICES)
 def test_on_every_target(device, num_queries):
     inputs = meta_inputs(4, 16, 2, num_queries, 8192, 128)
-    call = compile_call(device, inputs, None, mask_of_lists(mods.causal()), listed=True)
+    call = compile_call(device, inputs, None, mask_of_lists(mods.causal()), listed=Listed.ALONE)
     assert call.spec.block_lists and call.spec.num_full == 1
     # Listed blocks may all be partial, and where the mask is evaluated descriptors cost more than they gain.
     assert not call.spec.tiles.descriptors
@@ -32,5 +32,5 @@ def test_on_every_target(device, num_queries):
 def test_beside_another_mask_no_block_is_full(device):
     one = mask_of_lists(mods.causal())
     both = lambda b, h, q, k: one(b, h, q, k) & (q - k < 100)
-    call = compile_call(device, meta_inputs(4, 16, 2, 1, 8192, 128), None, both, listed=True, combined=True)
+    call = compile_call(device, meta_inputs(4, 16, 2, 1, 8192, 128), None, both, listed=Listed.WITH_MASK)
     assert call.spec.num_full == 0

@@ -14,7 +14,7 @@ from compile import compiling
 from compile.compiling import DEVICES, compile_call, meta_inputs, meta_lengths
 from support import MODS
 
-from flexdecode import CompileError, DecodeOptions, explain, kernel, plan, schedule
+from flexdecode import CompileError, DecodeOptions, explain, kernel, prepare, schedule
 
 BALANCED = DecodeOptions(backend="triton", schedule="balanced")
 SPLITS = DecodeOptions(backend="triton", schedule="split", num_splits=2)
@@ -110,7 +110,7 @@ def test_a_triton_whose_gluon_is_another(where, name, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(tmp_path / "flexdecode"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(compiling, "_compiled", {})
-    monkeypatch.setattr(plan, "_refusals", [])
+    monkeypatch.setattr(prepare, "_refusals", [])
     monkeypatch.delattr(importlib.import_module(f"triton.experimental.gluon.{where}"), name)
     tensors, _ = latents()
     with pytest.warns(RuntimeWarning, match=rf"(?s)kernel for latents did not compile, .*{name}"):
@@ -121,7 +121,7 @@ def test_a_triton_whose_gluon_is_another(where, name, monkeypatch, tmp_path):
 def test_another_kernel_takes_over_where_this_one_does_not_compile(monkeypatch):
     """It is not tried again, and only the first call warns."""
     real = kernel.compile_pass
-    monkeypatch.setattr(plan, "_refusals", [])
+    monkeypatch.setattr(prepare, "_refusals", [])
 
     def refuse(module, spec, *rest):
         if spec.tiles.latent:

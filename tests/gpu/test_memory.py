@@ -7,7 +7,7 @@ import memory_cases as cases
 import pytest
 import torch
 
-from flexdecode import clear_cache, plan
+from flexdecode import clear_cache, prepare
 from flexdecode.triton_api import has_gluon
 
 pytestmark = pytest.mark.gpu
@@ -18,13 +18,13 @@ def tiles(monkeypatch):
     """The tiles of the kernels that a test chooses."""
     made = []
 
-    def cut_call(*arguments, original=plan.cut_call, **more):
-        cut, matrices = original(*arguments, **more)
-        made.append(cut.tiles)
-        return cut, matrices
+    def choose_schedule(*arguments, original=prepare.choose_schedule, **more):
+        chosen, matrices = original(*arguments, **more)
+        made.append(chosen.tiles)
+        return chosen, matrices
 
     clear_cache()
-    monkeypatch.setattr(plan, "cut_call", cut_call)
+    monkeypatch.setattr(prepare, "choose_schedule", choose_schedule)
     yield made
     clear_cache()
 

@@ -10,7 +10,7 @@ from interpret.decoding import check_decode, decode
 from support import MODS, assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import KVCache, PagedKVCache, clear_cache, flex_decode, mods, plan
+from flexdecode import KVCache, PagedKVCache, clear_cache, flex_decode, mods, prepare
 from flexdecode.schedule import DeviceFacts
 
 B, HQ, HKV, N, D = 3, 4, 2, 48, 16
@@ -34,12 +34,12 @@ def chosen(monkeypatch):
     """The schedules of the plans that a test makes; none is known from before."""
     made = []
 
-    def schedule(*arguments, original=plan.schedule, **more):
+    def schedule(*arguments, original=prepare.schedule, **more):
         made.append(original(*arguments, **more))
         return made[-1]
 
     clear_cache()
-    monkeypatch.setattr(plan, "schedule", schedule)
+    monkeypatch.setattr(prepare, "schedule", schedule)
     yield made
     clear_cache()
 
@@ -48,7 +48,7 @@ def on_device(monkeypatch, num_sms):
     """Lets the schedule see another number of multiprocessors than the 4 of this tier."""
     facts = DeviceFacts("cpu", "interpreter", num_sms=num_sms, shared_memory=227 * 1024)
     clear_cache()
-    monkeypatch.setattr(plan, "device_facts", lambda device: facts)
+    monkeypatch.setattr(prepare, "device_facts", lambda device: facts)
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -385,14 +385,14 @@ def test_balanced_batches(batch):
 @pytest.mark.parametrize("batch", [32, 33, 65])
 def test_more_sequences_than_are_summed_at_a_time(batch, monkeypatch):
     """The sums run over chunks of 32 sequences here, of 1024 in a large batch."""
-    cut = plan.schedule
+    original = prepare.schedule
 
     def schedule(*arguments, **more):
-        found = cut(*arguments, **more)
+        found = original(*arguments, **more)
         return replace(found, tiles=replace(found.tiles, block_b=32, many=batch > 32))
 
     clear_cache()
-    monkeypatch.setattr(plan, "schedule", schedule)
+    monkeypatch.setattr(prepare, "schedule", schedule)
     lens = [0] * batch
     for b in (0, 30, 31, 32, 63, 64):
         if b < batch:

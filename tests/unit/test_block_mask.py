@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexdecode
 from flexdecode import flex_decode, mods
-from flexdecode.block_mask import BlockLists
+from flexdecode.block_mask import BlockLists, Listed
 
 CPU = torch.device("cpu")
 
@@ -39,8 +39,8 @@ def lists_of(mask_mod, length, size, heads=None, num_q_heads=4):
 
 def test_tables_of_a_causal_mask():
     lists = lists_of(mods.causal(), 64, 16)
-    assert dense(lists.tables(2, 16, False), 4) == ["P...", "FP..", "FFP.", "FFFP"]
-    assert dense(lists.tables(2, 16, True), 4) == ["P...", "PP..", "PPP.", "PPPP"]
+    assert dense(lists.tables(2, 16, Listed.ALONE), 4) == ["P...", "FP..", "FFP.", "FFFP"]
+    assert dense(lists.tables(2, 16, Listed.WITH_MASK), 4) == ["P...", "PP..", "PPP.", "PPPP"]
 
 
 @pytest.mark.parametrize("block_n", [8, 16, 24, 32, 64])
@@ -49,7 +49,7 @@ def test_blocks_of_another_size_than_the_kernel_has(block_n):
     mask_mod = lambda b, h, q, k: (k < 12) | (k >= 36) | ((k >= 24) & (k % 2 == 0))
     lists = lists_of(mask_mod, 72, (72, 12))
     num_blocks = lists.num_blocks(block_n)
-    (row,) = dense(lists.tables(2, block_n, False), num_blocks)
+    (row,) = dense(lists.tables(2, block_n, Listed.ALONE), num_blocks)
     at = torch.arange(num_blocks * block_n)
     live = mask_mod(0, 0, 0, at) & (at < 72)
     kinds = ["F" if part.all() else "P" if part.any() else "." for part in live.view(num_blocks, block_n)]
@@ -60,8 +60,8 @@ def test_blocks_of_another_size_than_the_kernel_has(block_n):
 
 def test_heads_that_share_a_cache_visit_the_blocks_of_all():
     lists = lists_of(lambda b, h, q, k: k // 16 == h, 64, (64, 16), heads=4)
-    assert dense(lists.tables(2, 16, False), 4) == ["PP..", "..PP"]
-    assert dense(lists.tables(4, 16, False), 4) == ["F...", ".F..", "..F.", "...F"]
+    assert dense(lists.tables(2, 16, Listed.ALONE), 4) == ["PP..", "..PP"]
+    assert dense(lists.tables(4, 16, Listed.ALONE), 4) == ["F...", ".F..", "..F.", "...F"]
 
 
 def test_lists_without_full_blocks_and_with_rubbish_behind_their_end():
@@ -70,7 +70,7 @@ def test_lists_without_full_blocks_and_with_rubbish_behind_their_end():
         counts, indices, BLOCK_SIZE=(16, 16), seq_lengths=(32, 48), compute_q_blocks=False
     )
     lists = BlockLists(block_mask, 1, 2, CPU)
-    assert dense(lists.tables(1, 16, False), 3) == ["..P", "PP."]
+    assert dense(lists.tables(1, 16, Listed.ALONE), 3) == ["..P", "PP."]
 
 
 @pytest.mark.parametrize("name, number", [("kv_indices", 3), ("kv_indices", -1), ("full_kv_indices", 7)])

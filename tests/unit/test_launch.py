@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from flexdecode import DecodeOptions, flex_decode, mods, plan
+from flexdecode import DecodeOptions, flex_decode, mods, prepare
 from flexdecode.arguments import ARGUMENTS, DESCRIPTORS
 from flexdecode.schedule import DeviceFacts
 from flexdecode.template import read_template
@@ -52,8 +52,8 @@ def kernels(monkeypatch):
         made.append(_Kernel(*of))
         return made[-1]
 
-    monkeypatch.setattr(plan, "device_facts", lambda _: FACTS)
-    monkeypatch.setattr(plan, "find_kernel", find)
+    monkeypatch.setattr(prepare, "device_facts", lambda _: FACTS)
+    monkeypatch.setattr(prepare, "find_kernel", find)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with contextlib.ExitStack() as stack:

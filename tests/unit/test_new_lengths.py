@@ -9,8 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MODS, assert_close_to_reference, make_inputs
 
-from flexdecode import DecodeOptions, api, bounds, cache, clear_cache, flex_decode, launch, mods, plan, proofs, schedule
+from flexdecode import (
+    DecodeOptions,
+    api,
+    bounds,
+    cache,
+    clear_cache,
+    flex_decode,
+    launch,
+    mods,
+    prepare,
+    proofs,
+    schedule,
+)
+from flexdecode.arguments import ARGUMENTS
 from flexdecode.device import KNOWN_DEVICES
+from flexdecode.identity import identify
 
 TRITON = DecodeOptions(backend="triton")
 H200, _ = KNOWN_DEVICES["H200"]
@@ -37,8 +51,8 @@ class Host:
 
     def __init__(self, monkeypatch, facts=H200):
         self.kernels, self.launched, self.solved, self.proven = [], [], 0, 0
-        monkeypatch.setattr(plan, "device_facts", lambda _: facts)
-        monkeypatch.setattr(plan, "find_kernel", self.find_kernel)
+        monkeypatch.setattr(prepare, "device_facts", lambda _: facts)
+        monkeypatch.setattr(prepare, "find_kernel", self.find_kernel)
         monkeypatch.setattr(launch.TritonLauncher, "__call__", lambda launcher, *_: self.launched.append(launcher))
         monkeypatch.setattr(bounds, "_solve", self.counted(bounds._solve, "solved"))
         monkeypatch.setattr(proofs, "_attends_inside", self.counted(proofs._attends_inside, "proven"))
@@ -71,10 +85,14 @@ def query(heads=4, tokens=1, batch=2, dim=64, dtype=torch.bfloat16):
     return torch.empty(batch, heads, tokens, dim, dtype=dtype)
 
 
+MAX_KV_LEN = [row.name for row in ARGUMENTS].index("max_kv_len")
+
+
 def numbers(launcher):
     """All that a launch depends on but addresses and captured values."""
     state = dict(vars(launcher))
     readers = [state.pop(name) for name in ("read_score", "read_mask")]
+    del state["scratch"]  # which holds the launcher itself
     state["kernel"] = state["kernel"].built_from
     return state, [(reader.numbers, reader.tensors, reader.types) for reader in readers]
 
@@ -129,7 +147,7 @@ def test_a_growing_page_table(host):
         tables = torch.zeros(2, width, dtype=torch.int32)
         flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
     assert prepared() == 1 and len(host.kernels) <= 8
-    assert {launcher.sizes[2] for launcher in host.launched} == {16 * width for width in range(1, 200)}
+    assert {launcher.same[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
 
 
 def test_a_capture_that_grows(host):
@@ -197,9 +215,9 @@ def test_memory_of_proofs_by_a_mask(data):
         return score + bias[h, q_idx - kv_idx]
 
     mask_mod = data.draw(st.sampled_from([mods.sliding_window(window), mods.causal(), mods.streaming(3, window)]))
-    graphs = [api.identify(kind, mod) for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod))]
+    graphs = [identify(kind, mod) for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod))]
     (score, one), (mask, other) = (
-        plan.graph_of(kind, mod, torch.device("cpu"))
+        prepare.graph_of(kind, mod, torch.device("cpu"))
         for kind, mod in zip(("score_mod", "mask_mod"), graphs, strict=True)
     )
     for length in lengths:

@@ -16,7 +16,7 @@ from flexdecode import api, compiled, triton_api
 from flexdecode.errors import TritonVersionError
 from flexdecode.identity import identify
 from flexdecode.inputs import DecodeOptions, Inputs
-from flexdecode.plan import prepare
+from flexdecode.prepare import prepare
 from flexdecode.schedule import DeviceFacts
 
 H100 = DeviceFacts("cuda", 90, num_sms=132, shared_memory=227 * 1024)
@@ -50,18 +50,21 @@ def fresh():
     flexdecode.clear_cache()
 
 
+SECOND = SimpleNamespace(arg_names=["out", "num_splits", "PDL"])
+
+
 def prepare_a_call(num_keys=4096):
     """Prepares a call for a GPU that is not there; its kernels are stand-ins."""
     query, key, value = (torch.empty(2, h, n, 64, device="meta") for h, n in ((8, 1), (2, num_keys), (2, num_keys)))
     with (
-        mock.patch("flexdecode.plan.device_facts", lambda _: H100),
+        mock.patch("flexdecode.prepare.device_facts", lambda _: H100),
         mock.patch.object(compiled, "compile_pass", lambda *_: FakeCompiled()),
-        mock.patch.object(compiled, "load_module", lambda path: SimpleNamespace()),
+        mock.patch.object(compiled, "load_module", lambda path: SimpleNamespace(decode_combine=SECOND)),
         mock.patch.object(triton_api, "_encoder", lambda run: None),
     ):
         mods = identify("score_mod", None), identify("mask_mod", None)
         options = DecodeOptions(backend="triton", num_splits=4)
-        _, plan, *_ = prepare(Inputs(query, key, value), *mods, False, options)
+        _, plan, *_ = prepare(Inputs(query, key, value), mods, False, options)
     return plan
 
 
