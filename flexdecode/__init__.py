@@ -7,6 +7,7 @@
 from . import mods as mods
 from .api import cache_info as cache_info
 from .api import clear_cache as clear_cache
+from .api import explain as explain
 from .api import flex_decode as flex_decode
 from .cache import CacheInfo as CacheInfo
 from .errors import CompileError as CompileError
@@ -15,7 +16,6 @@ from .errors import TraceError as TraceError
 from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
 from .explanation import Explanation as Explanation
-from .explanation import explain as explain
 from .inputs import DecodeOptions as DecodeOptions
 from .kv_cache import KVCache as KVCache
 from .kv_cache import OutOfPagesError as OutOfPagesError

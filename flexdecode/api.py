@@ -1,9 +1,10 @@
-"""`flex_decode`: the pipeline, readable in one screen."""
+"""`flex_decode` and `explain`: from arguments to a plan that is known or made."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,7 @@ from .cache import Bounded, CacheInfo, counters, forget_memos, lock, reset, snap
 from .captures import pins
 from .compiled import forget_kernels
 from .debug import check_again
+from .explanation import Explanation, explain_request
 from .identity import Mod, forget_graphs
 from .inputs import DecodeOptions, Inputs
 from .kv_cache import KVCache, PagedKVCache
@@ -18,7 +20,7 @@ from .launch import forget_workspaces
 from .plan import Plan, any_length, layout
 from .prepare import prepare
 from .request import read_request
-from .schedule import forget_schedules
+from .schedule import DeviceFacts, forget_schedules
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -141,6 +143,36 @@ def flex_decode(
         check_again("score_mod", score, query.device)
         check_again("mask_mod", mask, query.device)
     return plan.run(inputs, score.leaves, mask.leaves, lists)
+
+
+def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:
+    """Says what `flex_decode` does with the same arguments; nothing is compiled or launched.
+
+        >>> print(explain(query, key, value, mask_mod=mods.sliding_window(1024), device="H200"))
+
+    Query, key and value may be on the meta device (`torch.empty(..., device="meta")`): only their shapes matter, and
+    lengths and captured tensors may then be anywhere. These are read, so on a GPU the call waits for it.
+
+    Args:
+        arguments: those of `flex_decode`, by place.
+        device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
+        keywords: those of `flex_decode`, by name. Which blocks a `block_mask` lists is not reported, and the contents
+            of a `page_table` do not matter.
+
+    Returns:
+        The parts of the report as fields; its text by `str`, a picture by `save_picture`.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
+    """
+    try:
+        given = inspect.signature(flex_decode).bind(*arguments, **keywords)
+    except TypeError as error:
+        raise TypeError(f"explain() {error}") from None
+    given.apply_defaults()
+    asked = given.arguments
+    del asked["return_lse"]
+    return explain_request(read_request(**asked), asked["options"], device)
 
 
 def _make_plan(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
 
 from .inputs import Inputs
+from .program import Listed
 
 DEAD, PARTIAL, FULL = 0, 1, 2
 BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
@@ -19,17 +19,6 @@ _LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 
 # What was made of each BlockMask lives as long as that does, because a CUDA graph may hold addresses of it.
 _known: weakref.WeakKeyDictionary[Any, dict[tuple, BlockLists]] = weakref.WeakKeyDictionary()
-
-
-class Listed(Enum):
-    """Whether the lists of a BlockMask say which blocks a call visits.
-
-    `ALONE`: its full blocks need no mask. `WITH_MASK`: a mask_mod holds as well, so no block is known to be full.
-    """
-
-    NO = 0
-    ALONE = 1
-    WITH_MASK = 2
 
 
 class BlockLists:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .api import flex_decode
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path, template_files
 from .device import find_target, without_autocast
@@ -21,12 +19,9 @@ from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
 from .mod_report import ModReport, report_mod
 from .prepare import choose_schedule, trace_call
 from .program import Program
-from .request import Request, read_request
+from .request import Request
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
 from .signature import Signature, shares_storage
-
-_ASKED = inspect.signature(flex_decode, eval_str=False)
-SIGNATURE = _ASKED.replace(parameters=[p for name, p in _ASKED.parameters.items() if name != "return_lse"])
 
 
 @dataclass(frozen=True)
@@ -127,32 +122,9 @@ class Explanation:
 
 
 @without_autocast()
-def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:
-    """Says what `flex_decode` does with the same arguments; nothing is compiled or launched.
-
-        >>> print(explain(query, key, value, mask_mod=mods.sliding_window(1024), device="H200"))
-
-    Query, key and value may be on the meta device (`torch.empty(..., device="meta")`): only their shapes matter, and
-    lengths and captured tensors may then be anywhere. These are read, so on a GPU the call waits for it.
-
-    Args:
-        arguments: those of `flex_decode`, by place.
-        device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
-        keywords: those of `flex_decode`, by name. Which blocks a `block_mask` lists is not reported, and the contents
-            of a `page_table` do not matter.
-
-    Returns:
-        The parts of the report as fields; its text by `str`, a picture by `save_picture`.
-
-    Raises:
-        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
-    """
-    try:
-        given = SIGNATURE.bind(*arguments, **keywords)
-    except TypeError as error:
-        raise TypeError(f"explain() {error}") from None
-    given.apply_defaults()
-    call = _check(read_request(**given.arguments), given.arguments["options"], device)
+def explain_request(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> Explanation:
+    """As `flexdecode.explain`, of arguments that are read already."""
+    call = _check(request, options, device)
     inputs = call.inputs
     target = find_target(inputs.query.device, call.signature.backend, device)
     chosen, source = None, None
@@ -184,10 +156,6 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
         floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
         source=source,
     )
-
-
-_DEVICE = inspect.Parameter("device", inspect.Parameter.KEYWORD_ONLY, default=None)
-explain.__signature__ = SIGNATURE.replace(parameters=[*SIGNATURE.parameters.values(), _DEVICE])  # type: ignore[attr-defined]
 
 
 class _Call(NamedTuple):

@@ -9,7 +9,6 @@ import torch
 
 from .analyze import MAX_KV_LEN
 from .arguments import KernelSpec
-from .block_mask import Listed
 from .captures import leaf_names
 from .compiled import Kernel, find_kernel
 from .descriptor import Matrix, as_matrices, as_matrix
@@ -21,7 +20,7 @@ from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
 from .kernel import capture_types, rounds_to_half
 from .launch import TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
-from .program import Program
+from .program import Listed, Program
 from .proofs import CallSizes, depends_on_length, find_checks, integers
 from .schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_packed, next_power_of_2, schedule
 from .signature import Signature, all_strides, describe, packed

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from .analyze import analyze
-from .block_mask import Listed
 from .bounds import Bounds, find_bounds
 from .graph import Graph
 from .proofs import Checks
+
+
+class Listed(Enum):
+    """Whether the lists of a BlockMask say which blocks a call visits.
+
+    `ALONE`: its full blocks need no mask. `WITH_MASK`: a mask_mod holds as well, so no block is known to be full.
+    """
+
+    NO = 0
+    ALONE = 1
+    WITH_MASK = 2
 
 
 @dataclass(frozen=True)

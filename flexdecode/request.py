@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .block_mask import BlockLists, Listed, read_block_mask
+from .block_mask import BlockLists, read_block_mask
 from .identity import Mod, identify
 from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, as_scale, check_inputs, per_sequence, same_for_all
 from .kv_cache import KVCache, PagedKVCache, read_cache
+from .program import Listed
 
 
 class Request(NamedTuple):

@@ -13,10 +13,10 @@ import triton
 
 from flexdecode import DecodeOptions, compiled, prepare
 from flexdecode.arguments import KernelSpec
-from flexdecode.block_mask import Listed
 from flexdecode.identity import identify
 from flexdecode.inputs import Inputs
 from flexdecode.kernel import compile_pass
+from flexdecode.program import Listed
 from flexdecode.schedule import DeviceFacts
 from flexdecode.triton_api import triton_version
 

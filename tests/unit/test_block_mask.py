@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexdecode
 from flexdecode import flex_decode, mods
-from flexdecode.block_mask import BlockLists, Listed
+from flexdecode.block_mask import BlockLists
+from flexdecode.program import Listed
 
 CPU = torch.device("cpu")
 
