@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from math import gcd
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,12 +70,7 @@ def _without_length(layout: tuple) -> tuple:
     return batch, heads, width, gcd(b, 16), gcd(h, 16), gcd(n, 16), d == 1 or gcd(d, 16), *rest
 
 
-class Launcher(Protocol):
-    """Runs one call on given outputs."""
-
-    def __call__(self, call: Call) -> None:
-        """Writes `call.out` [B, Hq, Q, Dv] and, unless it is None, `call.lse` [B, Hq, Q]."""
-        ...
+Launcher = Callable[[Call], None]  # writes `out` of a call, and its `lse` unless that is None
 
 
 class EagerLauncher:
@@ -86,7 +82,7 @@ class EagerLauncher:
         self.names = names
 
     def __call__(self, call: Call) -> None:
-        """As in `Launcher`; the mask says all that lists say."""
+        """Computes the call; the mask says all that lists say."""
         score, mask = (self.graphs[0], call.score_leaves), (self.graphs[1], call.mask_leaves)
         try:
             with without_autocast():
