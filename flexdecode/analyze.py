@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
 
-from .graph import Node, topological
+from .cache import Bounded
+from .graph import Graph, Node, topological
 from .ops import INT_LIMITS, OPS
 from .ranges import Interval
 
@@ -19,11 +21,11 @@ _INT32 = INT_LIMITS[torch.int32]
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about the nodes of one graph.
+    """What is known of the nodes of one graph, in any call.
 
     Attributes:
         nodes: all of them, operands first.
-        ranges: integer range of each integer or bool node, of any call.
+        ranges: integer range of each integer or bool node.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
         on_score: nodes that depend on the score.
     """
@@ -40,7 +42,7 @@ class Facts:
 
 
 def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Interval] = MappingProxyType({})) -> Facts:
-    """Computes the facts of the nodes below `outputs`.
+    """Finds what is known of the nodes below `outputs`.
 
     Args:
         outputs: nodes of one graph.
@@ -53,7 +55,7 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
     nodes = topological(*outputs)
     for node in nodes:
         if not node.dtype.is_floating_point:
-            ranges[node] = known.get(node) or _range(node, ranges, q_idx_given)
+            ranges[node] = known.get(node) or _range_in_any_call(node, ranges, q_idx_given)
         if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
             on_kv.add(node)
         if node.op == "score" or any(a in on_score for a in node.args):
@@ -61,24 +63,58 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
     return Facts(nodes, ranges, frozenset(on_kv), frozenset(on_score))
 
 
-def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:
-    limits = INT_LIMITS[node.dtype]
+def _range_in_any_call(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:
     if node.op == "index" and not (node.attr == "q_idx" and q_idx_given):
         return _INDEX_RANGES[node.attr]
+    return apply_rule(range_rule(node), [ranges.get(a) for a in node.args], INT_LIMITS[node.dtype])
+
+
+_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> its facts
+
+
+def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
+    """As `analyze` for the output of a graph, once for all graphs of one text."""
+    key = graph.text, q_idx_given
+    found = _analyzed.get(key)
+    if found is None:
+        found = analyze([graph.output], q_idx_given)
+        _analyzed.add(key, found)
+    return found
+
+
+RangeRule = Interval | Callable[..., Interval]
+
+
+def range_rule(node: Node) -> RangeRule:
+    """The range of an integer node, or a function that computes it from the ranges of the operands.
+
+    Of an index, a captured number and a load only the type is known.
+    """
     if node.is_const:
         return int(node.attr), int(node.attr)
-    found = limits
     if node.op == "step":
         return 0, node.attr[1] - 1
-    if node.op == "fold" and node.args[0] in ranges and node.attr[2] != "mul":
-        factor = node.attr[1] if node.attr[2] == "add" else 1
-        low, high = ranges[node.args[0]]
-        found = factor * low, factor * high
-    elif node.op == "cast" and node.args[0] in ranges:
-        found = ranges[node.args[0]]
-    elif node.op in OPS:
-        rule = OPS[node.op].interval
-        if rule is not None and all(a in ranges for a in node.args):
-            found = rule(*(ranges[a] for a in node.args))
-    # Outside its type a value wraps around, so that nothing is known.
-    return found if limits[0] <= found[0] and found[1] <= limits[1] else limits
+    if not any(a.dtype.is_floating_point for a in node.args):
+        if node.op == "fold" and node.attr[2] == "add":
+            return partial(_times, node.attr[1])
+        if node.op == "cast" or (node.op == "fold" and node.attr[2] != "mul"):
+            return _unchanged
+        if node.op in OPS and (rule := OPS[node.op].interval) is not None:
+            return rule
+    return INT_LIMITS[node.dtype]
+
+
+def _times(factor: int, operand: Interval) -> Interval:
+    return factor * operand[0], factor * operand[1]
+
+
+def _unchanged(operand: Interval) -> Interval:
+    return operand
+
+
+def apply_rule(rule: RangeRule, operands: Sequence[Interval | None], limits: Interval) -> Interval:
+    """Computes a range of which the type has these limits: outside of them a value wraps around."""
+    if isinstance(rule, tuple):
+        return rule
+    low, high = rule(*operands)
+    return (low, high) if limits[0] <= low and high <= limits[1] else limits

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .analyze import analyze
+from .analyze import analyze_graph
 from .captures import leaf_names
 from .graph import Graph, Source
 from .identity import Mod, constants_of
@@ -182,7 +182,7 @@ def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves:
 
 
 def _loads(graph: Graph, names: Names, checks: Checks) -> tuple[Load, ...]:
-    on_kv = analyze([graph.output], q_idx_given=True).on_kv
+    on_kv = analyze_graph(graph, q_idx_given=True).on_kv
     nodes = (node for node in graph.nodes() if node.op == "load")
     loads = []
     for node, check in zip(nodes, checks, strict=True):

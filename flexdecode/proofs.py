@@ -6,21 +6,18 @@ belong to what identifies a prepared call. A kernel depends only on the outcome:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-from .analyze import MAX_KV_LEN, Facts, analyze
+from .analyze import MAX_KV_LEN, Facts, RangeRule, analyze, analyze_graph, apply_rule, range_rule
 from .build import make, remake
 from .cache import Bounded
 from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
-from .intervals import solve_mask
-from .ops import INT_LIMITS, OPS
+from .intervals import at_most, solve_mask
+from .ops import INT_LIMITS
 from .ranges import Interval
-
-_DEEPEST = 12  # nested min and max of a bound that a proof looks through
 
 
 class IndexCheck(NamedTuple):
@@ -93,8 +90,6 @@ def find_checks(
         mask: for a score_mod, the graph and the captures of the mask.
     """
     indices = _indices_of(graph)
-    if not any(load.indices for load in indices.loads):
-        return tuple(LoadCheck(()) for _ in indices.loads)
     reached = _reached(indices, graph, leaves, sizes, q_idx_given)
     checks = []
     for load in indices.loads:
@@ -113,6 +108,11 @@ def find_checks(
     return tuple(checks)
 
 
+def _check(reached: Interval, size: int) -> IndexCheck:
+    low, high = reached
+    return IndexCheck(low < 0, not (-size <= low and high < size))
+
+
 class _Load(NamedTuple):
     """A load of a graph: the steps that give its indices, and whether its value changes with kv_idx alone."""
 
@@ -127,11 +127,11 @@ class _Indices(NamedTuple):
     Attributes:
         loads: in the order of `Graph.nodes()`.
         steps: of each value below an index, operands first: what gives its range, which steps are its operands, and
-            the limits of its type. A range, the name of an index, the slot of a number, or a rule for operands.
+            the limits of its type. What gives it is the name of an index, the slot of a captured number, or a rule.
     """
 
     loads: tuple[_Load, ...]
-    steps: tuple[tuple[Interval | str | int | Callable[..., Interval], tuple[int, ...], Interval], ...]
+    steps: tuple[tuple[str | int | RangeRule, tuple[int, ...], Interval], ...]
 
 
 def depends_on_length(graph: Graph) -> bool:
@@ -139,14 +139,14 @@ def depends_on_length(graph: Graph) -> bool:
     return any(rule in ("kv_idx", "q_idx") for rule, _, _ in _indices_of(graph).steps)
 
 
-_known_indices = Bounded.memo(limit=1024)  # text of a graph -> its `_Indices`
+_prepared = Bounded.memo(limit=1024)  # text of a graph -> its `_Indices`
 
 
 def _indices_of(graph: Graph) -> _Indices:
-    found = _known_indices.get(graph.text)
+    found = _prepared.get(graph.text)
     if found is None:
         found = _prepare_indices(graph)
-        _known_indices.add(graph.text, found)
+        _prepared.add(graph.text, found)
     return found
 
 
@@ -154,38 +154,20 @@ def _prepare_indices(graph: Graph) -> _Indices:
     loads = [node for node in graph.nodes() if node.op == "load"]
     nodes = topological(*[index for load in loads for index in load.args])
     places = {node: place for place, node in enumerate(nodes)}
-    facts = analyze([graph.output], q_idx_given=True)
-    loops = loops_around(graph.nodes())
+    facts = analyze_graph(graph, q_idx_given=True)
+    loops = loops_around(facts.nodes)
     in_loop = {load for load in loads if load in facts.on_kv - facts.on_score and not loops[load]}
     steps = []
     for node in nodes:
         limits = INT_LIMITS.get(node.dtype, (0, 0))  # of a floating value nothing is asked
-        rule: Interval | str | int | Callable[..., Interval] = limits
-        args = tuple(places[arg] for arg in node.args)
+        rule: str | int | RangeRule = limits
         if node.op == "index" or _is_integer(node):
             rule = node.attr
-        elif node.op == "step":
-            rule = 0, node.attr[1] - 1
-        elif node.dtype in INT_LIMITS and node.is_const:
-            rule = int(node.attr), int(node.attr)
-        elif node.dtype in INT_LIMITS and all(arg.dtype in INT_LIMITS for arg in node.args):
-            if node.op == "cast":
-                rule = _same
-            elif node.op == "fold" and node.attr[2] != "mul":
-                rule = partial(_times, node.attr[1] if node.attr[2] == "add" else 1)
-            elif node.op in OPS and OPS[node.op].interval is not None:
-                rule = OPS[node.op].interval  # type: ignore[assignment]
-        steps.append((rule, args, limits))
+        elif node.dtype in INT_LIMITS:
+            rule = range_rule(node)
+        steps.append((rule, tuple(places[arg] for arg in node.args), limits))
     found = [_Load(load, tuple(places[index] for index in load.args), load in in_loop) for load in loads]
     return _Indices(tuple(found), tuple(steps))
-
-
-def _same(reached: Interval) -> Interval:
-    return reached
-
-
-def _times(factor: int, reached: Interval) -> Interval:
-    return factor * reached[0], factor * reached[1]
 
 
 def _reached(indices: _Indices, graph: Graph, leaves: list, sizes: CallSizes, q_idx_given: bool) -> list[Interval]:
@@ -193,54 +175,37 @@ def _reached(indices: _Indices, graph: Graph, leaves: list, sizes: CallSizes, q_
     of_index = _index_ranges(sizes, q_idx_given)
     reached: list[Interval] = []
     for rule, args, limits in indices.steps:
-        if rule.__class__ is tuple:
-            reached.append(rule)  # type: ignore[arg-type]
-            continue
-        if rule.__class__ is str:
-            reached.append(of_index[rule])  # type: ignore[index]
-            continue
-        if rule.__class__ is int:
-            value = _read(graph.numbers[rule], leaves)  # type: ignore[index]
-            reached.append(limits if value is None else (value, value))
-            continue
-        low, high = rule(*[reached[arg] for arg in args])  # type: ignore[operator]
-        # Outside its type a value wraps around, so that nothing is known.
-        reached.append((low, high) if limits[0] <= low and high <= limits[1] else limits)
+        if isinstance(rule, str):
+            found = of_index[rule]
+        elif isinstance(rule, int):
+            value = known_value(graph.numbers[rule], leaves)
+            found = limits if value is None else (int(value), int(value))
+        else:
+            found = apply_rule(rule, [reached[arg] for arg in args], limits)
+        reached.append(found)
     return reached
 
 
 def _index_ranges(sizes: CallSizes, q_idx_given: bool) -> dict[str, Interval]:
-    batch, num_q_heads, num_queries, max_kv_len = sizes
-    last = max(0, max_kv_len - 1)  # an empty range is no range
+    last = max(0, sizes.max_kv_len - 1)  # an empty range is no range
     return {
-        "b": (0, max(0, batch - 1)), "h": (0, max(0, num_q_heads - 1)), "kv_idx": (0, last),
-        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, num_queries), last),
+        "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (0, last),
+        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, sizes.num_queries), last),
     }  # fmt: skip
-
-
-_CHECKS = tuple(tuple(IndexCheck(below, outside) for outside in (False, True)) for below in (False, True))
-
-
-def _check(reached: Interval, size: int) -> IndexCheck:
-    low, high = reached
-    return _CHECKS[low < 0][not (-size <= low and high < size)]
 
 
 def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
     """The captured integers of a graph as constants."""
     found = {}
     for node in graph.nodes():
-        value = _read(graph.numbers[node.attr], leaves) if _is_integer(node) else None
-        if value is not None:
-            found[node] = Node("const", (), node.dtype, value, node.weak)
+        if _is_integer(node) and (value := known_value(graph.numbers[node.attr], leaves)) is not None:
+            found[node] = Node("const", (), node.dtype, int(value), node.weak)
     return found
 
 
-def _read(source: Source, leaves: list) -> int | None:
-    """A captured integer; None on the meta device."""
-    if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False):
-        return None
-    return int(source.read(leaves))
+def known_value(source: Source, leaves: list) -> int | float | None:
+    """The value of a captured number; None on the meta device."""
+    return None if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False) else source.read(leaves)
 
 
 class _Reach(NamedTuple):
@@ -250,7 +215,7 @@ class _Reach(NamedTuple):
     unproven: int
 
 
-_reaches = Bounded.memo(limit=1024)  # all that such a proof rests on but the longest sequence -> `_Reach`
+_reaches = Bounded.memo(limit=1024)  # all that such a proof depends on but the longest sequence -> `_Reach`
 
 
 def _is_attending_inside(
@@ -262,14 +227,20 @@ def _is_attending_inside(
     sizes: CallSizes,
     q_idx_given: bool,
 ) -> bool:
-    """As `_attends_inside`, from memory where another length has shown it: a proof holds for shorter sequences, too."""
-    numbers, of_mask = _numbers(*score), _numbers(*mask)
-    present = [tuple([(node.attr, value.attr) for node, value in known.items()]) for known in (numbers, of_mask)]
-    key = score[0].text, load, shape, found, mask[0].text, *present, *sizes[:3], q_idx_given
+    """Whether no pair attends where an unproven index of a load is outside its tensor or negative.
+
+    A proof holds for shorter sequences, too, so what another length has shown is remembered.
+    """
+    numbers = _numbers(*score), _numbers(*mask)
+    values = [tuple([(node.attr, value.attr) for node, value in known.items()]) for known in numbers]
+    key = score[0].text, load, shape, found, mask[0].text, *values, *sizes[:3], q_idx_given
 
     def proves(max_kv_len: int) -> bool:
-        longest = sizes._replace(max_kv_len=max_kv_len)
-        return _attends_inside(load, shape, found, numbers, (mask[0], of_mask), longest, q_idx_given)
+        try:
+            bad_pairs = _attending_outside(load, shape, found, mask[0].output, *numbers)
+        except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
+            return False
+        return _is_never(bad_pairs, sizes._replace(max_kv_len=max_kv_len), q_idx_given)
 
     reach, length = _reaches.get(key), sizes.max_kv_len
     if reach is not None and not reach.proven < length < reach.unproven:
@@ -286,42 +257,30 @@ def _is_attending_inside(
     return length <= proven
 
 
-def _attends_inside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    numbers: Mapping[Node, Node],
-    mask: tuple[Graph, Mapping[Node, Node]],
-    sizes: CallSizes,
-    q_idx_given: bool,
-) -> bool:
-    """Whether no pair attends where an unproven index of a load is outside its tensor or negative."""
-    try:
-        both = _attending_outside(load, shape, found, numbers, mask)
-    except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
-        return False
+def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
+    """Whether a mask is false for every pair of a call, as far as its live intervals show it."""
     of_index = _index_ranges(sizes, q_idx_given)
-    ranges = {node: of_index[node.attr] for node in topological(both) if node.op == "index"}
-    live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
-    return all(lo is not None and hi is not None and _at_least(lo, hi) for lo, hi in live)
+    ranges = {node: of_index[node.attr] for node in topological(mask) if node.op == "index"}
+    live = solve_mask(mask, analyze([mask], q_idx_given, ranges)).live
+    return all(lo is not None and hi is not None and at_most(hi, lo) for lo, hi in live)
 
 
 def _attending_outside(
     load: Node,
     shape: torch.Size,
     found: LoadCheck,
-    numbers: Mapping[Node, Node],
-    mask: tuple[Graph, Mapping[Node, Node]],
+    attends: Node,
+    score_numbers: Mapping[Node, Node],
+    mask_numbers: Mapping[Node, Node],
 ) -> Node:
     """A mask of the pairs that attend although an unproven index of a load is outside its tensor or negative."""
-    graph, of_mask = mask
     outside = const(False, torch.bool)
     for index, size, check in zip(load.args, shape, found.indices, strict=True):
         if check.outside:
-            index = _with_constants(index, numbers, "score")
+            index = _with_constants(index, score_numbers, "score")
             beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
             outside = make("logical_or", outside, beyond)
-    return make("logical_and", _with_constants(graph.output, of_mask, "mask"), outside)
+    return make("logical_and", _with_constants(attends, mask_numbers, "mask"), outside)
 
 
 def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> Node:
@@ -335,36 +294,3 @@ def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> No
         return remake(node, args)
 
     return rewrite(output, visit)
-
-
-def _at_least(a: Node, b: Node, depth: int = 0) -> bool:
-    """Whether a >= b wherever they are evaluated, as far as a few steps show it."""
-    if depth > _DEEPEST:
-        return False
-    depth += 1
-    if a.op == "minimum":
-        return all(_at_least(part, b, depth) for part in a.args)
-    if b.op == "maximum":
-        return all(_at_least(a, part, depth) for part in b.args)
-    if a.op == "maximum" and any(_at_least(part, b, depth) for part in a.args):
-        return True
-    if b.op == "minimum" and any(_at_least(a, part, depth) for part in b.args):
-        return True
-    return _at_most_zero(make("sub", b, a))
-
-
-def _at_most_zero(node: Node) -> bool:
-    """Whether the terms of a sum cancel and leave a constant of at most 0."""
-    terms: dict[Node, int] = {}
-    constant, pending = 0, [(node, 1)]
-    while pending:
-        node, factor = pending.pop()
-        if node.is_const:
-            constant += factor * int(node.attr)
-        elif node.op in ("add", "sub") and node.dtype == torch.int64:  # narrower sums may wrap around
-            pending += [(node.args[0], factor), (node.args[1], factor if node.op == "add" else -factor)]
-        elif node.op == "neg" and node.dtype == torch.int64:
-            pending.append((node.args[0], -factor))
-        else:
-            terms[node] = terms.get(node, 0) + factor
-    return constant <= 0 and not any(terms.values())
