@@ -125,7 +125,8 @@ class Step:
     def _programs(self, item: int, work: int) -> torch.Tensor:
         """The program that visits each block of an item: its number among those of the item, or among all if balanced.
 
-        The kernel's weights look at fewer rows than these, so where heads or tokens differ this is approximate.
+        The kernel estimates the slots from fewer rows, and counts overlapping intervals twice. So the workers of a
+        balanced schedule are approximate where heads or tokens differ, or intervals overlap.
         """
         if not self.balanced:
             return _share_out(torch.tensor(work, device="cpu"), self.num_splits)
