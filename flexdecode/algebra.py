@@ -12,7 +12,7 @@ import torch
 
 from .graph import INDEX_NAMES, Node, topological
 from .intervals import FAR, LIMIT
-from .ops import INT_LIMITS
+from .ops import INT_LIMITS, OPS
 
 _ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"}
 LONGEST = 400  # characters of a part of a bound that anyone would read
@@ -140,14 +140,10 @@ class _Algebra:
         return self._symbol(text if len(text) < LONGEST else UNREAD)
 
     def _apply(self, op: str, args: list[Any]) -> Any:
-        s = self.sympy
         if op in ("maximum", "minimum"):
             return self._extreme("Max" if op == "maximum" else "Min", args)
-        if op == "floor_divide":
-            return s.floor(args[0] / args[1])
-        if op in ("remainder", "abs"):
-            return s.Mod(*args) if op == "remainder" else s.Abs(*args)
-        return s.expand({"add": s.Add, "sub": lambda a, b: a - b, "mul": s.Mul, "neg": lambda a: -a}[op](*args))
+        value = OPS[op].python(*args)  # type: ignore[misc]
+        return value if op in ("floor_divide", "remainder", "abs") else self.sympy.expand(value)
 
     # --- Simplification -----------------------------------------------------------------------------------------------
 
@@ -239,14 +235,12 @@ class _Algebra:
                 return f"-{self.text(-value, _POWER if coefficient == -1 else _PRODUCT)}", _SUM
             factors = s.Mul.make_args(rest) if coefficient == 1 else (coefficient, *s.Mul.make_args(rest))
             return " * ".join(self.text(f, _POWER) for f in factors), _PRODUCT
-        if isinstance(value, (s.Max, s.Min)):
+        if isinstance(value, (s.Max, s.Min, s.Abs)):
             args = sorted(value.args, key=lambda a: (not a.is_number, *self._reading_order(a)))
             return f"{type(value).__name__.lower()}({', '.join(map(self.text, args))})", _ATOM
         if isinstance(value, (s.floor, s.Mod)):
             sign, pair = ("//", self._fraction(value.args[0])) if isinstance(value, s.floor) else ("%", value.args)
             return f" {sign} ".join(self.text(x, _POWER) for x in pair), _PRODUCT
-        if isinstance(value, s.Abs):
-            return f"abs({self.text(value.args[0])})", _ATOM
         if isinstance(value, s.Pow):
             return " ** ".join(self.text(x, _ATOM) for x in value.args), _POWER
         if isinstance(value, s.Symbol):  # the name alone: sympy marks its dummies

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -49,24 +48,16 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         known: ranges of nodes in one call, where they are narrower than those of all calls.
     """
-    ranges: dict[Node, Interval] = {}
+    nodes = topological(*outputs)
+    bounded = {n: _INDEX_RANGES[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
     on_kv: set[Node] = set()
     on_score: set[Node] = set()
-    nodes = topological(*outputs)
     for node in nodes:
-        if not node.dtype.is_floating_point:
-            ranges[node] = known.get(node) or _range_in_any_call(node, ranges, q_idx_given)
-        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
+        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or not on_kv.isdisjoint(node.args):
             on_kv.add(node)
-        if node.op == "score" or any(a in on_score for a in node.args):
+        if node.op == "score" or not on_score.isdisjoint(node.args):
             on_score.add(node)
-    return Facts(nodes, ranges, frozenset(on_kv), frozenset(on_score))
-
-
-def _range_in_any_call(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:
-    if node.op == "index" and not (node.attr == "q_idx" and q_idx_given):
-        return _INDEX_RANGES[node.attr]
-    return apply_rule(range_rule(node), [ranges.get(a) for a in node.args], INT_LIMITS[node.dtype])
+    return Facts(nodes, find_ranges(nodes, {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
 
 
 _analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> its facts
@@ -82,39 +73,36 @@ def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
     return found
 
 
-RangeRule = Interval | Callable[..., Interval]
+def find_ranges(nodes: Sequence[Node], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
+    """Finds the range of each integer and bool.
 
-
-def range_rule(node: Node) -> RangeRule:
-    """The range of an integer node, or a function that computes it from the ranges of the operands.
-
-    Of an index, a captured number and a load only the type is known.
+    Args:
+        nodes: operands first.
+        known: ranges of some of them, such as indices; of other ones without operands only the type is known.
     """
+    ranges: dict[Node, Interval] = {}
+    for node in nodes:
+        if not node.dtype.is_floating_point:
+            ranges[node] = known.get(node) or _range(node, ranges)
+    return ranges
+
+
+def _range(node: Node, ranges: dict[Node, Interval]) -> Interval:
     if node.is_const:
         return int(node.attr), int(node.attr)
+    limits = INT_LIMITS[node.dtype]
+    found = limits
     if node.op == "step":
         return 0, node.attr[1] - 1
-    if not any(a.dtype.is_floating_point for a in node.args):
-        if node.op == "fold" and node.attr[2] == "add":
-            return partial(_times, node.attr[1])
-        if node.op == "cast" or (node.op == "fold" and node.attr[2] != "mul"):
-            return _unchanged
-        if node.op in OPS and (rule := OPS[node.op].interval) is not None:
-            return rule
-    return INT_LIMITS[node.dtype]
-
-
-def _times(factor: int, operand: Interval) -> Interval:
-    return factor * operand[0], factor * operand[1]
-
-
-def _unchanged(operand: Interval) -> Interval:
-    return operand
-
-
-def apply_rule(rule: RangeRule, operands: Sequence[Interval | None], limits: Interval) -> Interval:
-    """Computes a range of which the type has these limits: outside of them a value wraps around."""
-    if isinstance(rule, tuple):
-        return rule
-    low, high = rule(*operands)
-    return (low, high) if limits[0] <= low and high <= limits[1] else limits
+    if any(a.dtype.is_floating_point for a in node.args):
+        return limits
+    if node.op == "cast":
+        found = ranges[node.args[0]]
+    elif node.op == "fold" and node.attr[2] != "mul":
+        low, high = ranges[node.args[0]]
+        factor = node.attr[1] if node.attr[2] == "add" else 1
+        found = factor * low, factor * high
+    elif node.op in OPS and (rule := OPS[node.op].interval) is not None:
+        found = rule(*[ranges[a] for a in node.args])
+    # Outside its type a value wraps around, so that nothing is known.
+    return found if limits[0] <= found[0] and found[1] <= limits[1] else limits

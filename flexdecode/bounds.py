@@ -8,7 +8,7 @@ from functools import cached_property
 from .analyze import analyze_graph
 from .cache import Bounded
 from .graph import Graph, Node, topological
-from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
+from .intervals import EVERYWHERE, Interval, Region, find_extent
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> B
 def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
     mask_live = mask_full = score_live = EVERYWHERE
     if mask is not None:
-        extent = solve_mask(mask.output, analyze_graph(mask, q_idx_given))
+        extent = find_extent(mask.output, analyze_graph(mask, q_idx_given))
         mask_live, mask_full = extent.live, extent.full
     if score is not None:
-        score_live = solve_score(score.output, analyze_graph(score, q_idx_given))
+        score_live = find_extent(score.output, analyze_graph(score, q_idx_given)).live
         if len(score_live) > 1 and mask is not None:
             score_live = (_span(score_live),)
     return Bounds(mask_live, mask_full, score_live)

@@ -79,14 +79,9 @@ ALWAYS = Extent(EVERYWHERE, EVERYWHERE)
 NEVER = Extent(NOWHERE, NOWHERE)
 
 
-def solve_mask(output: Node, facts: Facts) -> Extent:
-    """Finds the extent of the bool `output`."""
+def find_extent(output: Node, facts: Facts) -> Extent:
+    """Finds where a mask is true, or where a score is more than -inf: the branches of `torch.where` tell."""
     return _Solver(facts).extent(output)
-
-
-def solve_score(output: Node, facts: Facts) -> Region:
-    """Finds where the score `output` may be anything but -inf: the branches of `torch.where` tell."""
-    return _Solver(facts).extent(output).live
 
 
 def at_most(a: Node, b: Node, depth: int = 0) -> bool:
