@@ -60,11 +60,11 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
     return Facts(nodes, find_ranges(nodes, {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
 
 
-_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> its facts
+_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
 
 
 def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
-    """As `analyze` for the output of a graph, once for all graphs of one text."""
+    """As `analyze` for the output of a graph; graphs with the same text are analysed once."""
     key = graph.text, q_idx_given
     found = _analyzed.get(key)
     if found is None:

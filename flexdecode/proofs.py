@@ -98,14 +98,11 @@ def find_checks(
         leaf = graph.tensors[load.attr]
         shape = (leaves[leaf] if leaf >= 0 else graph.frozen[-1 - leaf]).shape
         found = LoadCheck(tuple([_check(ranges[i], size) for i, size in zip(load.args, shape, strict=True)]))
-        if (
-            mask is not None
-            and load in loads.in_loop
-            and any(index.outside for index in found.indices)
-            and _is_attending_inside(load, shape, found, (graph, leaves), mask, sizes, q_idx_given)
-        ):
-            # Where the mask is true an index that was unproven is neither negative nor too large.
-            found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
+        if mask is not None and load in loads.in_loop:
+            outside = tuple((i, n) for i, n, c in zip(load.args, shape, found.indices, strict=True) if c.outside)
+            if outside and _attend_inside(outside, (graph, leaves), mask, sizes, q_idx_given):
+                # Where the mask is true an index that was unproven is neither negative nor too large.
+                found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
         checks.append(found)
     return tuple(checks)
 
@@ -176,26 +173,23 @@ _reaches = Bounded.memo(limit=1024)
 _UNTRIED = -1, MAX_KV_LEN + 1
 
 
-def _is_attending_inside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    score: tuple[Graph, list],
-    mask: tuple[Graph, list],
-    sizes: CallSizes,
-    q_idx_given: bool,
+_Indices = tuple[tuple[Node, int], ...]  # indices, each with the size of its dimension
+
+
+def _attend_inside(
+    indices: _Indices, score: tuple[Graph, list], mask: tuple[Graph, list], sizes: CallSizes, q_idx_given: bool
 ) -> bool:
-    """Whether no pair attends where an unproven index of a load is outside its tensor or negative.
+    """Whether some indices of a score_mod are in range and not negative wherever the mask is true.
 
     A proof holds for shorter sequences, too, so what another length has shown is remembered.
     """
     numbers = [_numbers(graph.nodes(), graph, leaves) for graph, leaves in (score, mask)]
     values = [tuple([(node.attr, value) for node, value in known.items()]) for known in numbers]
-    key = score[0].text, load, shape, found, mask[0].text, *values, *sizes[:3], q_idx_given
+    key = score[0].text, indices, mask[0].text, *values, *sizes[:3], q_idx_given
 
     def proves(max_kv_len: int) -> bool:
         try:
-            bad_pairs = _attending_outside(load, shape, found, mask[0].output, *numbers)
+            bad_pairs = _attending_outside(indices, mask[0].output, *numbers)
         except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
             return False
         return _is_never(bad_pairs, sizes._replace(max_kv_len=max_kv_len), q_idx_given)
@@ -223,20 +217,14 @@ def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
 
 
 def _attending_outside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    attends: Node,
-    score_numbers: Mapping[Node, int],
-    mask_numbers: Mapping[Node, int],
+    indices: _Indices, attends: Node, score_numbers: Mapping[Node, int], mask_numbers: Mapping[Node, int]
 ) -> Node:
-    """A mask of the pairs that attend although an unproven index of a load is outside its tensor or negative."""
+    """A mask of the pairs that attend although one of the indices is out of range or negative."""
     outside = const(False, torch.bool)
-    for index, size, check in zip(load.args, shape, found.indices, strict=True):
-        if check.outside:
-            index = _with_constants(index, score_numbers, "score")
-            beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
-            outside = make("logical_or", outside, beyond)
+    for index, size in indices:
+        index = _with_constants(index, score_numbers, "score")
+        beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
+        outside = make("logical_or", outside, beyond)
     return make("logical_and", _with_constants(attends, mask_numbers, "mask"), outside)
 
 
