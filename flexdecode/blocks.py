@@ -164,7 +164,7 @@ def find_step(
         mods: captures of the score_mod and the mask_mod.
         kv_lens: keys in use, int64 [B], within the cache.
         first_token: position of the first query token, int64 [B].
-        num_tokens: query tokens, int64 [B]; later ones stand where the last one stands.
+        num_tokens: query tokens, int64 [B]; rows of later ones have the position of the last one.
         signature: of the call.
         sizes: of the call.
         schedule: of the call.

@@ -32,7 +32,7 @@ class Bounds:
     @cached_property
     def is_bounded(self) -> bool:
         """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
-        return all(hi is not None and (lo is not None or _stays(hi)) for lo, hi in self._walked)
+        return all(hi is not None and (lo is not None or _is_fixed(hi)) for lo, hi in self._walked)
 
     @cached_property
     def num_live(self) -> int:
@@ -67,12 +67,12 @@ def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds
     if score is not None:
         score_live = find_extent(score.output, analyze_graph(score, q_idx_given)).live
         if len(score_live) > 1 and mask is not None:
-            score_live = (_span(score_live),)
+            score_live = (_common_ends(score_live),)
     return Bounds(mask_live, mask_full, score_live)
 
 
-def _stays(bound: Node) -> bool:
-    """Whether an upper end keeps its place as the position of the query grows; the solver's own limits are no end."""
+def _is_fixed(bound: Node) -> bool:
+    """Whether an upper bound stays as the position of the query grows; the far constants of the solver are no bound."""
     found: dict[Node, bool] = {}
     for node in topological(bound):
         parts = [found[a] for a in node.args]
@@ -85,8 +85,8 @@ def _stays(bound: Node) -> bool:
     return found[bound]
 
 
-def _span(region: Region) -> Interval:
-    """One interval over all, as far as it is bounded on a side by the same nodes; else unbounded there."""
+def _common_ends(region: Region) -> Interval:
+    """One interval around all, with the bounds that all of them share."""
     los, his = {i.lo for i in region}, {i.hi for i in region}
     return Interval(los.pop() if len(los) == 1 else None, his.pop() if len(his) == 1 else None)
 

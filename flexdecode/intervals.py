@@ -29,7 +29,7 @@ from .ops import INT_LIMITS
 
 MAX_INTERVALS = 4
 LIMIT = 1 << 40  # of guarded values
-FAR = 1 << 62  # stands for no bound where a bound is chosen at run time
+FAR = 1 << 62  # this far away there is no bound; for bounds that are chosen at run time
 _EXACT = 1 << 61  # sums below this do not overflow
 _MAX_CASES = 64  # of min, max, abs and where in one comparison
 _DEEPEST = 12  # nested min and max that `at_most` looks through
@@ -160,7 +160,7 @@ def _constants(i: Interval) -> tuple[int | None, int | None]:
 
 
 def _tidy(intervals: Region, join: _Join) -> Region:
-    """Joins intervals that share a bound, which is exact, and then the closest ones until few enough are left."""
+    """Joins intervals that share a bound: that is exact. Then joins the closest ones until few enough are left."""
     kept: list[Interval] = []
     for interval in intervals:
         if _is_empty(interval):
@@ -341,7 +341,7 @@ class _Solver:
     @_once
     def _linear(self, node: Node) -> _Form:
         """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
-        form = self._apart(node)
+        form = self._take_apart(node)
         if node in self.on_kv and node not in form.terms:
             if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
                 raise _Unsolved
@@ -354,7 +354,7 @@ class _Solver:
         low, high = self.ranges.get(node, limits)
         return limits[0] < low and high < limits[1]
 
-    def _apart(self, node: Node) -> _Form:
+    def _take_apart(self, node: Node) -> _Form:
         """The form of a node. `x % d` is `x - d * (x // d)`; shifts and masks of bits are `//` and `%`."""
         args = node.args
         if node.is_const:
@@ -401,10 +401,10 @@ class _Solver:
         return abs(form.constant) + sum(abs(c) * self._reach(n)[0] for n, c in form.terms.items())
 
     def _guards(self, form: _Form) -> tuple[Node, ...]:
-        """What must be small for the form to be within its size; also what its min, max and quotients hold."""
+        """The values that must be small for `_size` to hold, those inside of min, max and quotients too."""
         return _union(form.guards, *(self._reach(n)[1] for n in form.terms))
 
-    def _bent(self, form: _Form) -> list[Node]:
+    def _nonlinear(self, form: _Form) -> list[Node]:
         """The terms that depend on kv_idx and are not linear in it."""
         return [node for node in form.terms if node in self.on_kv and node != _KV_IDX]
 
@@ -415,19 +415,19 @@ class _Solver:
         self.cases += 1
         if self.cases > _MAX_CASES or self._size(form) >= _EXACT:
             raise _Unsolved
-        bent = self._bent(form)
-        for node in bent:
+        nonlinear = self._nonlinear(form)
+        for node in nonlinear:
             cases = self._cases(node, form.without(node), form.terms[node])
             if cases is not None:
                 return cases
-        if not bent:
+        if not nonlinear:
             return self._bound(form, _integer(0))
-        if any(node.op != "floor_divide" or not node.args[1].is_const or node.args[1].attr <= 0 for node in bent):
+        if any(node.op != "floor_divide" or not node.args[1].is_const or node.args[1].attr <= 0 for node in nonlinear):
             raise _Unsolved
-        if len(bent) == 1 and _KV_IDX not in form.terms:
-            return self._quotient(bent[0], form.terms[bent[0]], form.without(bent[0]))
-        above = self._negative(self._relaxed(form, bent, lower=True))
-        below = self._negative(self._relaxed(form, bent, lower=False))
+        if len(nonlinear) == 1 and _KV_IDX not in form.terms:
+            return self._quotient(nonlinear[0], form.terms[nonlinear[0]], form.without(nonlinear[0]))
+        above = self._negative(self._relaxed(form, nonlinear, lower=True))
+        below = self._negative(self._relaxed(form, nonlinear, lower=False))
         return Extent(above.live, below.full)
 
     def _cases(self, node: Node, rest: _Form, c: int) -> Extent | None:
@@ -458,11 +458,11 @@ class _Solver:
             found = self._bound(inner.times(-1).shifted(-1), product)
         return _guarded(found, rest.guards)
 
-    def _relaxed(self, form: _Form, bent: list[Node], lower: bool) -> _Form:
+    def _relaxed(self, form: _Form, nonlinear: list[Node], lower: bool) -> _Form:
         """A multiple of a form below (or above) `form`, without `//`: x // d is between (x - d + 1) / d and x / d."""
-        scale = prod(int(node.args[1].attr) for node in bent)
-        result = form.without(*bent).times(scale)
-        for node in bent:
+        scale = prod(int(node.args[1].attr) for node in nonlinear)
+        result = form.without(*nonlinear).times(scale)
+        for node in nonlinear:
             c, d = form.terms[node], int(node.args[1].attr)
             inner = self._linear(node.args[0]).shifted(1 - d if (c > 0) == lower else 0)
             result = result.plus(inner, c * (scale // d))
@@ -470,7 +470,7 @@ class _Solver:
 
     def _bound(self, form: _Form, extra: Node) -> Extent:
         """Extent of `form + extra < 0`, where `extra` does not depend on kv_idx."""
-        if self._bent(form):
+        if self._nonlinear(form):
             if extra.is_const:
                 return self._negative(form.shifted(int(extra.attr)))
             return self._negative(form.plus(_Form(0, {extra: 1}, (extra,))))
@@ -500,7 +500,7 @@ class _Solver:
 
 
 def _exactly(interval: Interval) -> Extent:
-    """An interval without the bounds that no position reaches."""
+    """The extent of an interval; bounds that no position reaches are left out."""
     lo, hi = _constants(interval)
     lo_node = None if lo is not None and lo <= 0 else interval.lo
     hi_node = None if hi is not None and hi >= MAX_KV_LEN else interval.hi

@@ -1,4 +1,4 @@
-"""Symbols from several ones and several from one: stack, cat, split, gather."""
+"""Functions that join symbols, split one, or gather its elements."""
 
 from __future__ import annotations
 

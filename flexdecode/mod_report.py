@@ -37,7 +37,7 @@ class Load(NamedTuple):
 
     Attributes:
         text: the expression.
-        checked: the indices that the kernel checks, at the price of a comparison each; none if all are proven.
+        checked: the indices that the kernel checks; none if all are proven.
         by_mask: whether the proof holds for the keys that the mask lets attend, so that only these are read.
         per_key: whether it is read for every key, or once per query row.
     """

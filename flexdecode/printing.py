@@ -260,7 +260,7 @@ def is_guarded(region: Region) -> bool:
 
 
 def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
-    """What stands under an overflow guard, `min(max(x, -LIMIT), LIMIT)` or `where(|x| <= LIMIT, ...)`, if it is one."""
+    """The value x or y of an overflow guard, `min(max(x, -LIMIT), LIMIT)` or `where(|x| <= LIMIT, y, ...)`, or None."""
     if node.op == "minimum" and args[1].is_const and args[1].attr == LIMIT and args[0].op == "maximum":
         inner, low = args[0].args
         return inner if low.is_const and low.attr == -LIMIT else None

@@ -1,7 +1,7 @@
 """Which captured indices are in range, from what the host knows when a call is prepared.
 
-Sizes of the call and of the captured tensors, and captured numbers below an index, are values like any other here; they
-belong to what identifies a prepared call. A kernel depends only on the outcome: which index it checks.
+Known are the sizes of the call and of the captured tensors, and the captured numbers from which an index is computed.
+They are part of what identifies a prepared call. A kernel depends only on the result: which indices it checks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CallSizes(NamedTuple):
 
 
 def witnesses(graph: Graph) -> tuple[Source, ...]:
-    """What proofs about a graph look at: the sizes of its tensors, and the captured numbers below their indices."""
+    """What the proofs of a graph use: sizes of its tensors, and captured numbers from which indices are computed."""
     found: dict[Source, None] = {}
     for node in graph.nodes():
         if node.op == "load" and node.args:
@@ -118,7 +118,7 @@ class _Loads(NamedTuple):
     Attributes:
         all: in the order of `Graph.nodes()`.
         in_loop: those that change with kv_idx alone.
-        below: the nodes below their indices, operands first.
+        below: the nodes from which their indices are computed, operands first.
     """
 
     all: tuple[Node, ...]
@@ -167,8 +167,8 @@ def known_value(source: Source, leaves: list) -> int | float | None:
     return None if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False) else source.read(leaves)
 
 
-# All that a proof by a mask depends on, apart from the longest sequence -> the longest sequence for which it was found,
-# and the shortest one for which it was not.
+# The results of proofs by a mask: up to which length of the longest sequence there is a proof, and from which one on
+# there is none. The key is all else that a proof depends on.
 _reaches = Bounded.memo(limit=1024)
 _UNTRIED = -1, MAX_KV_LEN + 1
 
@@ -229,7 +229,7 @@ def _attending_outside(
 
 
 def _with_constants(output: Node, numbers: Mapping[Node, int], kind: str) -> Node:
-    """A value with its captured integers filled in; what else it captures is told apart from that of another mod."""
+    """A value with its captured integers filled in. Its other captures are marked by `kind`: mods differ in them."""
 
     def visit(node: Node, args: tuple[Node, ...]) -> Node:
         if node in numbers:
