@@ -12,14 +12,14 @@ import torch
 
 from .graph import INDEX_NAMES, Node, topological
 from .intervals import FAR, LIMIT
-from .ops import INT_LIMITS
+from .ops import INT_LIMITS, OPS
 
 _ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"}
-LONGEST = 400  # characters of a part of a bound that anyone would read
-UNREAD = "(...)"  # in place of a longer one
-_LARGEST = 150  # operations in such a part
-_MOST = 16  # parts of a max or min that are different
-_TRIED = 64  # parts of which some may turn out to be needless
+LONGEST = 400  # characters of a part of a bound
+UNREAD = "(...)"  # in place of a longer part
+_LARGEST = 150  # operations in a part of a bound
+_MOST = 16  # different parts of a max or min, after simplification
+_TRIED = 64  # the same before simplification
 _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
 
 
@@ -36,7 +36,9 @@ class Parts(NamedTuple):
     conditions: list[tuple[Node, bool]]
 
 
-class _Span(NamedTuple):
+class _Interval(NamedTuple):
+    """An interval whose ends are sympy's expressions, and the texts of the conditions under which it is there."""
+
     lo: Any
     hi: Any
     conditions: tuple[str, ...]
@@ -50,12 +52,12 @@ def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str]) 
         opaque: text of a node that this algebra does not take apart, in brackets if they are asked for and needed.
     """
     algebra = _Algebra(opaque)
-    spans: list[_Span] = []
-    for span in filter(None, map(algebra.span, parts)):
-        if not any(algebra.holds(other, span) for other in spans):
-            spans = [other for other in spans if not algebra.holds(span, other)] + [span]
+    intervals: list[_Interval] = []
+    for new in filter(None, map(algebra.interval, parts)):
+        if not any(algebra.holds(old, new) for old in intervals):
+            intervals = [old for old in intervals if not algebra.holds(new, old)] + [new]
     texts = []
-    for lo, hi, conditions in spans:
+    for lo, hi, conditions in intervals:
         when = f" if {' and '.join(conditions)}" if conditions else ""
         texts.append((lo != 0, f"kv in [{algebra.text(lo)}, {algebra.text(hi)}){when}"))
     return [text for _, text in sorted(texts)]
@@ -70,23 +72,23 @@ class _Algebra:
         self.done: dict[Node, Any] = {}
         self.sizes: dict[Node, int] = {}
 
-    def span(self, parts: Parts) -> _Span | None:
+    def interval(self, parts: Parts) -> _Interval | None:
         """An interval in expressions; None if it is surely empty."""
         lo = self._extreme("Max", [self.sympy.Integer(0), *self._few(parts.los)])
         hi = self._extreme("Min", [self.sympy.oo, *self._few(parts.his)])
         if len(parts.conditions) > _TRIED:
-            return _Span(lo, hi, (UNREAD,))
+            return _Interval(lo, hi, (UNREAD,))
         conditions = [self._condition(*condition) for condition in parts.conditions]
         if "" in conditions or self._at_most(hi, lo):
             return None
-        return _Span(lo, hi, tuple(dict.fromkeys(c for c in conditions if c)))
+        return _Interval(lo, hi, tuple(dict.fromkeys(c for c in conditions if c)))
 
     def _few(self, nodes: list[Node]) -> list[Any]:
-        """Expressions of the parts of a max or min, of which nobody reads too many."""
+        """Expressions of the parts of a max or min; one symbol where they are too many to be read."""
         distinct = dict.fromkeys(nodes)
         return [self._symbol(UNREAD)] if len(distinct) > _TRIED else [self.convert(node) for node in distinct]
 
-    def holds(self, outer: _Span, inner: _Span) -> bool:
+    def holds(self, outer: _Interval, inner: _Interval) -> bool:
         """Whether one interval is surely inside of another."""
         always = set(outer.conditions) <= set(inner.conditions) and not any(UNREAD in c for c in outer.conditions)
         return always and self._at_most(outer.lo, inner.lo) and self._at_most(inner.hi, outer.hi)
@@ -105,7 +107,7 @@ class _Algebra:
         return self.done[node]
 
     def _symbol(self, text: str) -> Any:
-        """A symbol with a text as its name; two that nobody can read are two."""
+        """A symbol with a text as its name. Where a part of the text is left out, each symbol is a new one."""
         kind = self.sympy.Dummy if UNREAD in text else self.sympy.Symbol
         return kind(text, integer=True)
 
@@ -140,25 +142,21 @@ class _Algebra:
         return self._symbol(text if len(text) < LONGEST else UNREAD)
 
     def _apply(self, op: str, args: list[Any]) -> Any:
-        s = self.sympy
         if op in ("maximum", "minimum"):
             return self._extreme("Max" if op == "maximum" else "Min", args)
-        if op == "floor_divide":
-            return s.floor(args[0] / args[1])
-        if op in ("remainder", "abs"):
-            return s.Mod(*args) if op == "remainder" else s.Abs(*args)
-        return s.expand({"add": s.Add, "sub": lambda a, b: a - b, "mul": s.Mul, "neg": lambda a: -a}[op](*args))
+        value = OPS[op].python(*args)  # type: ignore[misc]
+        return value if op in ("floor_divide", "remainder", "abs") else self.sympy.expand(value)
 
     # --- Simplification -----------------------------------------------------------------------------------------------
 
     def _reached(self, value: Any) -> Any:
-        """A bound that no position comes near is none: FAR, and those of a window of sys.maxsize."""
+        """Infinity in place of a bound that no position reaches, such as FAR or that of a window of sys.maxsize."""
         number, rest = value.as_coeff_Add()
         near = all(symbol.name in INDEX_NAMES for symbol in rest.free_symbols)
         return self.sympy.oo * number if near and abs(number) >= LIMIT // 2 else value
 
     def _extreme(self, kind: str, values: list[Any]) -> Any:
-        """Max or Min, without the values that another one makes needless."""
+        """Max or Min, without values that never decide it."""
         kept = list(dict.fromkeys(map(self._reached, values)))
         if len(kept) > _MOST:
             return self._symbol(UNREAD)
@@ -239,14 +237,12 @@ class _Algebra:
                 return f"-{self.text(-value, _POWER if coefficient == -1 else _PRODUCT)}", _SUM
             factors = s.Mul.make_args(rest) if coefficient == 1 else (coefficient, *s.Mul.make_args(rest))
             return " * ".join(self.text(f, _POWER) for f in factors), _PRODUCT
-        if isinstance(value, (s.Max, s.Min)):
+        if isinstance(value, (s.Max, s.Min, s.Abs)):
             args = sorted(value.args, key=lambda a: (not a.is_number, *self._reading_order(a)))
             return f"{type(value).__name__.lower()}({', '.join(map(self.text, args))})", _ATOM
         if isinstance(value, (s.floor, s.Mod)):
             sign, pair = ("//", self._fraction(value.args[0])) if isinstance(value, s.floor) else ("%", value.args)
             return f" {sign} ".join(self.text(x, _POWER) for x in pair), _PRODUCT
-        if isinstance(value, s.Abs):
-            return f"abs({self.text(value.args[0])})", _ATOM
         if isinstance(value, s.Pow):
             return " ** ".join(self.text(x, _ATOM) for x in value.args), _POWER
         if isinstance(value, s.Symbol):  # the name alone: sympy marks its dummies

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from .graph import Node, topological
+from .cache import Bounded
+from .graph import Graph, Node, topological
 from .ops import INT_LIMITS, OPS
 from .ranges import Interval
 
@@ -19,11 +20,11 @@ _INT32 = INT_LIMITS[torch.int32]
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about the nodes of one graph.
+    """What is known of the nodes of one graph, in any call.
 
     Attributes:
         nodes: all of them, operands first.
-        ranges: integer range of each integer or bool node, of any call.
+        ranges: integer range of each integer or bool node.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
         on_score: nodes that depend on the score.
     """
@@ -40,45 +41,68 @@ class Facts:
 
 
 def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Interval] = MappingProxyType({})) -> Facts:
-    """Computes the facts of the nodes below `outputs`.
+    """Finds what is known of the nodes below `outputs`.
 
     Args:
         outputs: nodes of one graph.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         known: ranges of nodes in one call, where they are narrower than those of all calls.
     """
-    ranges: dict[Node, Interval] = {}
+    nodes = topological(*outputs)
+    bounded = {n: _INDEX_RANGES[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
     on_kv: set[Node] = set()
     on_score: set[Node] = set()
-    nodes = topological(*outputs)
+    for node in nodes:
+        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or not on_kv.isdisjoint(node.args):
+            on_kv.add(node)
+        if node.op == "score" or not on_score.isdisjoint(node.args):
+            on_score.add(node)
+    return Facts(nodes, find_ranges(nodes, {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
+
+
+_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
+
+
+def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
+    """As `analyze` for the output of a graph; graphs with the same text are analysed once."""
+    key = graph.text, q_idx_given
+    found = _analyzed.get(key)
+    if found is None:
+        found = analyze([graph.output], q_idx_given)
+        _analyzed.add(key, found)
+    return found
+
+
+def find_ranges(nodes: Sequence[Node], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
+    """Finds the range of each integer and bool.
+
+    Args:
+        nodes: operands first.
+        known: ranges of some of them, such as indices; of other ones without operands only the type is known.
+    """
+    ranges: dict[Node, Interval] = {}
     for node in nodes:
         if not node.dtype.is_floating_point:
-            ranges[node] = known.get(node) or _range(node, ranges, q_idx_given)
-        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or any(a in on_kv for a in node.args):
-            on_kv.add(node)
-        if node.op == "score" or any(a in on_score for a in node.args):
-            on_score.add(node)
-    return Facts(nodes, ranges, frozenset(on_kv), frozenset(on_score))
+            ranges[node] = known.get(node) or _range(node, ranges)
+    return ranges
 
 
-def _range(node: Node, ranges: dict[Node, Interval], q_idx_given: bool) -> Interval:
-    limits = INT_LIMITS[node.dtype]
-    if node.op == "index" and not (node.attr == "q_idx" and q_idx_given):
-        return _INDEX_RANGES[node.attr]
+def _range(node: Node, ranges: dict[Node, Interval]) -> Interval:
     if node.is_const:
         return int(node.attr), int(node.attr)
+    limits = INT_LIMITS[node.dtype]
     found = limits
     if node.op == "step":
         return 0, node.attr[1] - 1
-    if node.op == "fold" and node.args[0] in ranges and node.attr[2] != "mul":
-        factor = node.attr[1] if node.attr[2] == "add" else 1
-        low, high = ranges[node.args[0]]
-        found = factor * low, factor * high
-    elif node.op == "cast" and node.args[0] in ranges:
+    if any(a.dtype.is_floating_point for a in node.args):
+        return limits
+    if node.op == "cast":
         found = ranges[node.args[0]]
-    elif node.op in OPS:
-        rule = OPS[node.op].interval
-        if rule is not None and all(a in ranges for a in node.args):
-            found = rule(*(ranges[a] for a in node.args))
+    elif node.op == "fold" and node.attr[2] != "mul":
+        low, high = ranges[node.args[0]]
+        factor = node.attr[1] if node.attr[2] == "add" else 1
+        found = factor * low, factor * high
+    elif node.op in OPS and (rule := OPS[node.op].interval) is not None:
+        found = rule(*[ranges[a] for a in node.args])
     # Outside its type a value wraps around, so that nothing is known.
     return found if limits[0] <= found[0] and found[1] <= limits[1] else limits

@@ -1,7 +1,8 @@
 """The blocks of a KV cache that one decode step reads, found on the host as the kernel finds them on the device.
 
 An item is one tile of query rows of one KV head of one sequence. Its work is its proven-full blocks, then its partial
-ones, each in ascending order, cut into shares (templates/decode.py has the same steps).
+ones, each in ascending order. Programs take equal shares of it. templates/decode.py and templates/balanced.py have the
+same steps; tests/interpret/test_blocks.py compares the blocks of each program.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .eager import evaluate
 from .graph import Graph, Node, topological
 from .identity import Mod
 from .inputs import Sizes
-from .intervals import FAR, MAX_INTERVALS, Region
+from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
 from .program import Program
 from .schedule import Schedule
 from .signature import Signature
@@ -25,7 +26,6 @@ from .signature import Signature
 UNUSED, DEAD, PARTIAL, FULL = range(4)  # of a block: past the sequence, masked out, mask evaluated, mask not needed
 
 _MAX_POSITION = 1 << 30
-_Range = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ class Step:
         keys = (self.live * self.block_n).minimum(lens).reshape(len(self.kv_lens), self.num_kv_heads, -1, 2)
         if shared:
             keys = keys.transpose(0, 1).flatten(1, 2)
-        starts, order = keys[..., 0].sort(-1)
-        reached = keys[..., 1].gather(-1, order).cummax(-1).values
-        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
-        return int((reached - starts.maximum(before)).clamp(min=0).sum())
+        return int(_disjoint(keys).diff().sum())
 
     def blocks(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
         """State of each block of an item, and the split that reads it or -1; int64 [num_blocks]."""
@@ -111,41 +108,43 @@ class Step:
     def work_of_programs(self) -> torch.Tensor:
         """How many blocks each program visits, int64."""
         if not self.balanced:
-            splits = torch.arange(self.num_splits, device="cpu")
-            share, extra = self.work[:, None] // self.num_splits, self.work[:, None] % self.num_splits
-            return (share + (splits < extra)).flatten()
+            return _shares(self.work[:, None], self.num_splits).flatten()
         programs = [self._programs(item, int(work)) for item, work in enumerate(self.work)]
         return torch.bincount(torch.cat(programs), minlength=self.num_splits * self.num_tiles)
 
     @cached_property
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """First slot of each KV head of each sequence, and its slots, the same for all row tiles.
+        """How many slots each KV head of each sequence has, and the worker of each slot; the same for all row tiles.
 
-        They are as many as the largest item of the sequence has blocks.
+        A head has as many slots as the largest item of its sequence has blocks.
         """
         weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > 0).long())
         weights = weights.repeat_interleave(self.num_kv_heads)
-        return weights.cumsum(0) - weights, weights
+        return weights, _share_out(weights.sum(), self.num_splits)
 
     def _programs(self, item: int, work: int) -> torch.Tensor:
         """The program that visits each block of an item: its number among those of the item, or among all if balanced.
 
-        The kernel's weights look at fewer rows than these, so where heads or tokens differ this is approximate.
+        The kernel estimates the slots from fewer rows, and counts overlapping intervals twice. So the workers of a
+        balanced schedule are approximate where heads or tokens differ, or intervals overlap.
         """
         if not self.balanced:
-            share, extra = divmod(work, self.num_splits)
-            sizes = torch.full((self.num_splits,), share, device="cpu")
-            sizes[:extra] += 1
-            return torch.arange(self.num_splits, device="cpu").repeat_interleave(sizes)
-        starts, weights = self._slots
+            return _share_out(torch.tensor(work, device="cpu"), self.num_splits)
+        weights, workers = self._slots
         head, tile = divmod(item, self.num_tiles)
-        weight = int(weights[head])
-        share, extra = divmod(int(weights.sum()), self.num_splits)  # the first `extra` workers have one slot more
+        start, weight = int(weights[:head].sum()), int(weights[head])
         ends = torch.arange(weight + 1, device="cpu") * work // max(weight, 1)
-        slots = int(starts[head]) + torch.arange(weight, device="cpu")
-        later = extra + (slots - extra * (share + 1)) // max(share, 1)
-        workers = torch.where(slots < extra * (share + 1), slots // (share + 1), later)
-        return (workers + tile * self.num_splits).repeat_interleave(ends.diff())
+        return (workers[start : start + weight] + tile * self.num_splits).repeat_interleave(ends.diff())
+
+
+def _shares(work: torch.Tensor, num_programs: int) -> torch.Tensor:
+    """Shares of work [..., 1], int64 [..., num_programs]: equal ones, but the first programs take what is left over."""
+    return work // num_programs + (torch.arange(num_programs, device="cpu") < work % num_programs)
+
+
+def _share_out(work: torch.Tensor, num_programs: int) -> torch.Tensor:
+    """The program that takes each piece of work (0-d), int64 [work]."""
+    return torch.arange(num_programs, device="cpu").repeat_interleave(_shares(work, num_programs))
 
 
 def find_step(
@@ -156,7 +155,7 @@ def find_step(
     num_tokens: torch.Tensor,
     signature: Signature,
     sizes: Sizes,
-    cut: Schedule,
+    schedule: Schedule,
 ) -> Step | str:
     """Evaluates the bounds of a call on the device of `kv_lens`.
 
@@ -165,29 +164,29 @@ def find_step(
         mods: captures of the score_mod and the mask_mod.
         kv_lens: keys in use, int64 [B], within the cache.
         first_token: position of the first query token, int64 [B].
-        num_tokens: query tokens, int64 [B]; later ones stand where the last one stands.
+        num_tokens: query tokens, int64 [B]; rows of later ones have the position of the last one.
         signature: of the call.
         sizes: of the call.
-        cut: its schedule.
+        schedule: of the call.
 
     Returns:
         The step; or, where a bound needs a captured tensor that has no values (meta device), the name of that tensor.
     """
-    device, block_n = kv_lens.device, cut.tiles.block_n
+    device, tiles, block_n = kv_lens.device, schedule.tiles, schedule.tiles.block_n
     num_rows = signature.group_size * signature.num_queries
-    num_tiles = -(-num_rows // cut.tiles.block_m)
-    rows = torch.arange(num_tiles * cut.tiles.block_m, device=device).clamp(max=num_rows - 1)
+    num_tiles = -(-num_rows // tiles.block_m)
+    rows = torch.arange(num_tiles * tiles.block_m, device=device).clamp(max=num_rows - 1)
     heads = torch.arange(sizes.num_kv_heads, device=device)[:, None] * signature.group_size
-    shape = (sizes.batch, sizes.num_kv_heads, num_tiles, cut.tiles.block_m)
+    shape = (sizes.batch, sizes.num_kv_heads, num_tiles, tiles.block_m)
     token = (rows % signature.num_queries).minimum(num_tokens.clamp(min=1)[:, None] - 1)
     indices = {
         "b": torch.arange(sizes.batch, device=device).view(-1, 1, 1, 1),
         "h": (heads + rows // signature.num_queries).view(1, *shape[1:]),
         "q_idx": (first_token[:, None] + token).view(shape[0], 1, *shape[2:]),
     }
-    lens = kv_lens.view(-1, 1, 1, 1)
-    regions: list[list[_Range]] = []
     bounds = program.bounds
+    below, above = (torch.tensor(far, device=device) for far in (-FAR, FAR))
+    intervals = []
     for graph, mod, region in (
         (program.score, mods[0], bounds.score_live),
         (program.mask, mods[1], bounds.mask_live),
@@ -199,24 +198,20 @@ def find_step(
         nodes = list(dict.fromkeys(nodes_of(region)))
         found = [] if graph is None else evaluate(nodes, graph, leaves, indices)
         known: dict[Node | None, torch.Tensor] = dict(zip(nodes, found, strict=True))
-        below, above = (torch.tensor(far, device=device) for far in (-FAR, FAR))
         pairs = [(known.get(lo, below), known.get(hi, above)) for lo, hi in region]
-        regions.append([(lo.long().expand(shape), hi.long().expand(shape)) for lo, hi in pairs])
-    score, mask, full = regions
-    # Beside a mask, a score has at most one interval.
-    live = [(lo.maximum(score[0][0]), hi.minimum(score[0][1])) for lo, hi in mask] if len(score) == 1 else score
-    ranges = _disjoint([_live_blocks(lo, hi, lens, block_n) for lo, hi in live])
-    inside = [_full_blocks(lo, hi, lens, block_n) for lo, hi in full]
-    pieces = [_full_part(start, end, inside) for start, end in ranges]
-    empty = torch.zeros(shape[:3], dtype=torch.int64, device=device)
-
-    def stacked(pairs: list[_Range]) -> torch.Tensor:
-        padded = [torch.stack(pair, -1) for pair in [*pairs, *[(empty, empty)] * (MAX_INTERVALS - len(pairs))]]
-        return torch.stack(padded, -2).flatten(0, 2).cpu()
-
+        pairs += [(above, below)] * (MAX_INTERVALS - len(region))
+        intervals.append([torch.stack([x.long().expand(shape) for x in ends], -1) for ends in zip(*pairs, strict=True)])
+    (score_lo, score_hi), (lo, hi), (full_lo, full_hi) = intervals
+    if bounds.mask_live == EVERYWHERE:
+        lo, hi = score_lo, score_hi
+    else:  # beside a mask, a score has at most one interval
+        lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
+    lens = kv_lens.view(-1, 1, 1, 1, 1)
+    live = _disjoint(_live_blocks(lo, hi, lens, block_n))
+    full = _full_parts(live, _full_blocks(full_lo, full_hi, lens, block_n))
     return Step(
-        block_n, cut.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), stacked(ranges), stacked(pieces),
-        cut.tiles.balanced,
+        block_n, schedule.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), live.flatten(0, 2).cpu(),
+        full.flatten(0, 2).cpu(), tiles.balanced,
     )  # fmt: skip
 
 
@@ -236,38 +231,35 @@ def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.devi
     return leaves
 
 
-def _live_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> _Range:
-    """The blocks that meet [lo, hi) in any row of a tile; (0, 0) if none does."""
+def _live_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> torch.Tensor:
+    """The blocks that meet [lo, hi) in any row of a tile; (0, 0) if none does.
+
+    Bounds are int64 [B, Hkv, tiles, rows, intervals], ranges of blocks int64 [B, Hkv, tiles, intervals, 2].
+    """
     lo, hi = lo.clamp(0, _MAX_POSITION), hi.minimum(lens)
     met = lo < hi
-    lo, hi = lo.where(met, _MAX_POSITION).amin(-1), hi.where(met, 0).amax(-1)
-    return lo.where(lo < hi, 0) // block_n, -(-hi // block_n)
+    lo, hi = lo.where(met, _MAX_POSITION).amin(-2), hi.where(met, 0).amax(-2)
+    return torch.stack([lo.where(lo < hi, 0) // block_n, -(-hi // block_n)], -1)
 
 
-def _full_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> _Range:
-    """The blocks that lie inside [lo, hi) in every row of a tile."""
-    lo, hi = lo.clamp(0, _MAX_POSITION).amax(-1), hi.minimum(lens).clamp(min=0).amin(-1)
-    return -(-lo // block_n), hi // block_n
+def _full_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> torch.Tensor:
+    """The blocks that lie inside [lo, hi) in every row of a tile; shapes as of `_live_blocks`."""
+    lo, hi = lo.clamp(0, _MAX_POSITION).amax(-2), hi.minimum(lens).clamp(min=0).amin(-2)
+    return torch.stack([-(-lo // block_n), hi // block_n], -1)
 
 
-def _disjoint(ranges: list[_Range]) -> list[_Range]:
-    """The same blocks in ranges that ascend and do not overlap."""
-    if not ranges:
-        return []
-    starts, order = torch.stack([start for start, _ in ranges]).sort(0)
-    ends = torch.stack([end for _, end in ranges]).gather(0, order)
-    result = [(starts[0], ends[0])]
-    for start, end in zip(starts[1:], ends[1:], strict=True):
-        start = start.maximum(result[-1][1])
-        result.append((start, end.maximum(start)))
-    return result
+def _disjoint(ranges: torch.Tensor) -> torch.Tensor:
+    """The same numbers in half-open ranges [..., ranges, 2] that ascend and do not overlap."""
+    starts, order = ranges[..., 0].sort(-1)
+    ends = ranges[..., 1].gather(-1, order).cummax(-1).values
+    starts[..., 1:] = starts[..., 1:].maximum(ends[..., :-1])
+    return torch.stack([starts, ends.maximum(starts)], -1)
 
 
-def _full_part(start: torch.Tensor, end: torch.Tensor, inside: list[_Range]) -> _Range:
-    """The longest piece that one of the full ranges has inside [start, end); empty if there is none."""
-    best = start, start
-    for lo, hi in inside:
-        lo, hi = lo.maximum(start), hi.minimum(end)
-        longer = hi - lo > best[1] - best[0]
-        best = lo.where(longer, best[0]), hi.where(longer, best[1])
-    return best
+def _full_parts(live: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """The longest piece that one of the full ranges has inside each live range; empty if there is none."""
+    start, end = live[..., None, :].unbind(-1)
+    start, end = full[..., None, :, 0].maximum(start), full[..., None, :, 1].minimum(end)
+    longest = (end - start).argmax(-1, keepdim=True)
+    start, end = (x.gather(-1, longest)[..., 0] for x in (start, end))
+    return torch.stack([start, end], -1).where((start < end)[..., None], live[..., :1])

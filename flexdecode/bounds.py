@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .analyze import analyze
+from .analyze import analyze_graph
 from .cache import Bounded
 from .graph import Graph, Node, topological
-from .intervals import EVERYWHERE, Interval, Region, solve_mask, solve_score
+from .intervals import EVERYWHERE, Interval, Region, find_extent
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,25 @@ class Bounds:
     score_live: Region = EVERYWHERE
 
     @cached_property
+    def _walked(self) -> Region:
+        return self.score_live if self.mask_live == EVERYWHERE else self.mask_live
+
+    @cached_property
     def is_bounded(self) -> bool:
         """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
-        region = self.score_live if self.mask_live == EVERYWHERE else self.mask_live
-        return all(hi is not None and (lo is not None or _stays(hi)) for lo, hi in region)
+        return all(hi is not None and (lo is not None or _is_fixed(hi)) for lo, hi in self._walked)
 
     @cached_property
     def num_live(self) -> int:
         """Intervals that a kernel walks over."""
-        return max(1, len(self.score_live if self.mask_live == EVERYWHERE else self.mask_live))
+        return max(1, len(self._walked))
 
 
 _known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given) -> bounds
 
 
 def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
-    """Solves both graphs of a call, once.
+    """Finds where a call can attend, once for graphs of the same texts.
 
     Args:
         score: graph of the score_mod.
@@ -59,17 +62,17 @@ def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> B
 def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
     mask_live = mask_full = score_live = EVERYWHERE
     if mask is not None:
-        extent = solve_mask(mask.output, analyze([mask.output], q_idx_given))
+        extent = find_extent(mask.output, analyze_graph(mask, q_idx_given))
         mask_live, mask_full = extent.live, extent.full
     if score is not None:
-        score_live = solve_score(score.output, analyze([score.output], q_idx_given))
+        score_live = find_extent(score.output, analyze_graph(score, q_idx_given)).live
         if len(score_live) > 1 and mask is not None:
-            score_live = (_span(score_live),)
+            score_live = (_common_ends(score_live),)
     return Bounds(mask_live, mask_full, score_live)
 
 
-def _stays(bound: Node) -> bool:
-    """Whether an upper end keeps its place as the position of the query grows; the solver's own limits are no end."""
+def _is_fixed(bound: Node) -> bool:
+    """Whether an upper bound stays as the position of the query grows; the far constants of the solver are no bound."""
     found: dict[Node, bool] = {}
     for node in topological(bound):
         parts = [found[a] for a in node.args]
@@ -82,8 +85,8 @@ def _stays(bound: Node) -> bool:
     return found[bound]
 
 
-def _span(region: Region) -> Interval:
-    """One interval over all, as far as it is bounded on a side by the same nodes; else unbounded there."""
+def _common_ends(region: Region) -> Interval:
+    """One interval around all, with the bounds that all of them share."""
     los, his = {i.lo for i in region}, {i.hi for i in region}
     return Interval(los.pop() if len(los) == 1 else None, his.pop() if len(his) == 1 else None)
 

@@ -11,11 +11,14 @@ bound says nothing. What cannot be solved is live everywhere and full nowhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import combinations
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,9 +29,11 @@ from .ops import INT_LIMITS
 
 MAX_INTERVALS = 4
 LIMIT = 1 << 40  # of guarded values
-FAR = 1 << 62  # stands for no bound where a bound is chosen at run time
+FAR = 1 << 62  # this far away there is no bound; for bounds that are chosen at run time
 _EXACT = 1 << 61  # sums below this do not overflow
 _MAX_CASES = 64  # of min, max, abs and where in one comparison
+_DEEPEST = 12  # nested min and max that `at_most` looks through
+_KV_IDX = Node("index", (), torch.int64, "kv_idx")
 
 
 class Interval(NamedTuple):
@@ -58,15 +63,15 @@ class Extent:
 
     def both(self, other: Extent) -> Extent:
         """The extent of `a & b`."""
-        return Extent(_intersect(self.live, other.live, _hull), _intersect(self.full, other.full, _drop))
+        return Extent(_intersect(self.live, other.live, _hull), _intersect(self.full, other.full, _first))
 
     def either(self, other: Extent) -> Extent:
         """The extent of `a | b`."""
-        return Extent(_tidy((*self.live, *other.live), _hull), _tidy((*self.full, *other.full), _drop))
+        return Extent(_tidy((*self.live, *other.live), _hull), _tidy((*self.full, *other.full), _first))
 
     def negated(self) -> Extent:
         """The extent of `~a`."""
-        return Extent(_complement(self.full, _hull), _complement(self.live, _drop))
+        return Extent(_complement(self.full, _hull), _complement(self.live, _first))
 
 
 UNKNOWN = Extent(EVERYWHERE, NOWHERE)
@@ -74,34 +79,69 @@ ALWAYS = Extent(EVERYWHERE, EVERYWHERE)
 NEVER = Extent(NOWHERE, NOWHERE)
 
 
-def solve_mask(output: Node, facts: Facts) -> Extent:
-    """Finds the extent of the bool `output`."""
+def find_extent(output: Node, facts: Facts) -> Extent:
+    """Finds where a mask is true, or where a score is more than -inf: the branches of `torch.where` tell."""
     return _Solver(facts).extent(output)
 
 
-def solve_score(output: Node, facts: Facts) -> Region:
-    """Finds where the score `output` may be anything but -inf: the branches of `torch.where` tell."""
-    return _Solver(facts).finite(output).live
+def at_most(a: Node, b: Node, depth: int = 0) -> bool:
+    """Whether a <= b for all values of their operands, as far as min, max and sums of int64 show it."""
+    if depth > _DEEPEST:
+        return False
+    depth += 1
+    if a.op == "maximum":
+        return all(at_most(part, b, depth) for part in a.args)
+    if b.op == "minimum":
+        return all(at_most(a, part, depth) for part in b.args)
+    if a.op == "minimum" and any(at_most(part, b, depth) for part in a.args):
+        return True
+    if b.op == "maximum" and any(at_most(a, part, depth) for part in b.args):
+        return True
+    constant, terms, pending = 0, Counter[Node](), [(a, 1), (b, -1)]
+    while pending:
+        node, factor = pending.pop()
+        if node.is_const:
+            constant += factor * int(node.attr)
+        elif node.dtype == torch.int64 and (addends := _addends(node)):  # narrower sums may wrap around
+            pending += [(part, factor * times) for part, times in addends]
+        else:
+            terms[node] += factor
+    return constant <= 0 and not any(terms.values())
+
+
+def _addends(node: Node) -> list[tuple[Node, int]]:
+    """The nodes whose sum a node is, each with its constant factor; none where the node is no sum."""
+    args = node.args
+    if node.op in ("add", "sub"):
+        return [(args[0], 1), (args[1], 1 if node.op == "add" else -1)]
+    if node.op == "neg":
+        return [(args[0], -1)]
+    if node.op == "mul" and args[1].is_const:
+        return [(args[0], int(args[1].attr))]
+    if node.op == "bitwise_left_shift" and args[1].is_const and 0 <= args[1].attr < 40:
+        return [(args[0], 1 << int(args[1].attr))]
+    return []
 
 
 # --- Unions of intervals ----------------------------------------------------------------------------------------------
 
-_Reduce = Callable[[Interval, Interval], Interval]
+_Join = Callable[[Interval, Interval], Interval]
 
 
 def _hull(a: Interval, b: Interval) -> Interval:
-    """One interval that holds both."""
+    """The smallest interval that holds both."""
     lo = None if a.lo is None or b.lo is None else make("minimum", a.lo, b.lo)
     hi = None if a.hi is None or b.hi is None else make("maximum", a.hi, b.hi)
     return Interval(lo, hi)
 
 
-def _drop(a: Interval, _: Interval) -> Interval:
-    """One interval that both hold, at least in part."""
+def _first(a: Interval, _: Interval) -> Interval:
+    """An interval inside the union of both."""
     return a
 
 
-def _cut(a: Interval, b: Interval) -> Interval:
+def _overlap(a: Interval, b: Interval) -> Interval:
+    """The positions that are in both intervals."""
     lo = b.lo if a.lo is None else a.lo if b.lo is None else make("maximum", a.lo, b.lo)
     hi = b.hi if a.hi is None else a.hi if b.hi is None else make("minimum", a.hi, b.hi)
     return Interval(lo, hi)
@@ -109,7 +149,7 @@ def _cut(a: Interval, b: Interval) -> Interval:
 
 def _is_empty(i: Interval) -> bool:
     lo, hi = _constants(i)
-    return (MAX_KV_LEN if hi is None else hi) <= (0 if lo is None else lo)
+    return (MAX_KV_LEN if hi is None else hi) <= (lo or 0)
 
 
 def _constants(i: Interval) -> tuple[int | None, int | None]:
@@ -119,8 +159,8 @@ def _constants(i: Interval) -> tuple[int | None, int | None]:
     return lo, hi
 
 
-def _tidy(intervals: Region, reduce: _Reduce) -> Region:
-    """Joins intervals that share a bound, which is exact, and then the closest ones until few enough are left."""
+def _tidy(intervals: Region, join: _Join) -> Region:
+    """Joins intervals that share a bound: that is exact. Then joins the closest ones until few enough are left."""
     kept: list[Interval] = []
     for interval in intervals:
         if _is_empty(interval):
@@ -135,10 +175,10 @@ def _tidy(intervals: Region, reduce: _Reduce) -> Region:
         else:
             kept.append(interval)
     if len(kept) < len(intervals) and len(kept) > 1:
-        return _tidy(tuple(kept), reduce)
+        return _tidy(tuple(kept), join)
     while len(kept) > MAX_INTERVALS:
         i, j = _closest(kept)
-        kept[i] = reduce(kept[i], kept.pop(j))
+        kept[i] = join(kept[i], kept.pop(j))
     return tuple(kept)
 
 
@@ -155,17 +195,17 @@ def _closest(intervals: list[Interval]) -> tuple[int, int]:
     return min(reversed([*combinations(range(len(intervals)), 2)]), key=gap)
 
 
-def _intersect(a: Region, b: Region, reduce: _Reduce) -> Region:
-    return _tidy(tuple(_cut(x, y) for x in a for y in b), reduce)
+def _intersect(a: Region, b: Region, join: _Join) -> Region:
+    return _tidy(tuple(_overlap(x, y) for x in a for y in b), join)
 
 
-def _complement(region: Region, reduce: _Reduce) -> Region:
+def _complement(region: Region, join: _Join) -> Region:
     """Positions outside every interval; of an empty interval (lo >= hi) both sides together are everything."""
     result = EVERYWHERE
     for interval in region:
         sides = [Interval(None, interval.lo)] if interval.lo is not None else []
         sides += [Interval(interval.hi, None)] if interval.hi is not None else []
-        result = _intersect(result, tuple(sides), reduce)
+        result = _intersect(result, tuple(sides), join)
     return result
 
 
@@ -193,6 +233,9 @@ class _Form:
     def times(self, factor: int) -> _Form:
         return _Form(0, {}).plus(self, factor)
 
+    def shifted(self, constant: int) -> _Form:
+        return _Form(self.constant + constant, self.terms, self.guards)
+
     def without(self, *nodes: Node) -> _Form:
         return _Form(self.constant, {n: c for n, c in self.terms.items() if n not in nodes}, self.guards)
 
@@ -209,54 +252,49 @@ class _Unsolved(Exception):
     """A comparison that has no linear form, or one whose sums might overflow."""
 
 
+_T = TypeVar("_T")
+
+
+def _once(find: Callable[[_Solver, Node], _T]) -> Callable[[_Solver, Node], _T]:
+    """Remembers what a method of the solver finds for a node, or that it is `_Unsolved`."""
+
+    def found(solver: _Solver, node: Node) -> _T:
+        key = find, node
+        if key not in solver.found:
+            solver.found[key] = _Unsolved
+            with suppress(_Unsolved):
+                solver.found[key] = find(solver, node)
+        if solver.found[key] is _Unsolved:
+            raise _Unsolved
+        return solver.found[key]
+
+    return found
+
+
 class _Solver:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.ranges = dict(facts.ranges)
+        self.on_kv = set(facts.on_kv)
         self.cases = 0
-        self.known: dict[Node, Extent] = {}
-        self.forms: dict[Node, _Form | None] = {}  # None where there is none
-        self.reaches: dict[Node, tuple[int, tuple[Node, ...]] | None] = {}
+        self.found: dict[tuple[Callable, Node], Any] = {}
         for node in facts.nodes:  # operands first, so that no recursion below is as deep as the graph
-            self._visit(node)
+            if node.dtype == torch.bool or node.dtype.is_floating_point:
+                self.extent(node)
+            elif node in facts.on_kv:
+                with suppress(_Unsolved):
+                    self._size(self._linear(node))
 
-    def _visit(self, node: Node) -> None:
-        if node.dtype == torch.bool:
-            self.extent(node)
-        elif node.dtype.is_floating_point:
-            self.finite(node)
-        elif node in self.facts.on_kv:
-            with suppress(_Unsolved):
-                self._size(self._linear(node))
-
+    @_once
     def extent(self, node: Node) -> Extent:
-        """Extent of a bool node."""
-        found = self.known.get(node)
-        if found is None:
-            found = self.known[node] = self._extent(node)
-        return found
-
-    def finite(self, node: Node) -> Extent:
-        """Extent of `node > -inf` for a score, as far as constant branches show it."""
-        found = self.known.get(node)
-        if found is None:
-            found = self.known[node] = self._finite(node)
-        return found
-
-    def _finite(self, node: Node) -> Extent:
-        if node.op == "where":
-            condition = self.extent(node.args[0])
-            chosen = condition.both(self.finite(node.args[1]))
-            return chosen.either(condition.negated().both(self.finite(node.args[2])))
-        if node.op == "cast" and node.args[0].dtype.is_floating_point:
-            return self.finite(node.args[0])
-        if node.is_const and node.attr == float("-inf"):
-            return NEVER
-        return ALWAYS
-
-    def _extent(self, node: Node) -> Extent:
-        if node not in self.facts.on_kv:
-            return _when(node)
+        """Where a bool is true; where a score is more than -inf, as far as constant branches show it."""
         args = node.args
+        if node.dtype.is_floating_point and node.op != "where":
+            if node.op == "cast" and args[0].dtype.is_floating_point:
+                return self.extent(args[0])
+            return NEVER if node.is_const and node.attr == float("-inf") else ALWAYS
+        if node not in self.on_kv and node.dtype == torch.bool:
+            return _when(node)
         if node.op == "logical_and":
             return self.extent(args[0]).both(self.extent(args[1]))
         if node.op == "logical_or":
@@ -284,35 +322,27 @@ class _Solver:
         try:
             a, b = self._clamped(a, self._linear(b)), self._clamped(b, self._linear(a))
             difference = self._linear(a).plus(self._linear(b), -1)
-            less = self._negative(difference) if op == "lt" else self._negative(difference.plus(_Form(-1, {})))
+            less = self._negative(difference if op == "lt" else difference.shifted(-1))
             if op in ("lt", "le"):
                 return less
-            equal = less.both(self._negative(difference.times(-1).plus(_Form(-1, {}))))
+            equal = less.both(self._negative(difference.times(-1).shifted(-1)))
             return equal if op == "eq" else equal.negated()
         except _Unsolved:
             return UNKNOWN
 
     def _clamped(self, side: Node, other: _Form) -> Node:
         """A side of a comparison that is one value: beyond +-LIMIT it compares with the other side like +-LIMIT."""
-        if side in self.facts.on_kv or self._size(other) >= LIMIT or max(map(abs, self.facts.ranges[side])) <= LIMIT:
+        if side in self.on_kv or self._size(other) >= LIMIT or max(map(abs, self.ranges[side])) <= LIMIT:
             return side
         clamped = make("minimum", make("maximum", side, _integer(-LIMIT)), _integer(LIMIT))
-        self.facts.ranges[clamped] = (-LIMIT, LIMIT)
+        self.ranges[clamped] = (-LIMIT, LIMIT)
         return clamped
 
+    @_once
     def _linear(self, node: Node) -> _Form:
         """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
-        if node not in self.forms:
-            self.forms[node] = None
-            self.forms[node] = self._find_linear(node)
-        form = self.forms[node]
-        if form is None:
-            raise _Unsolved
-        return form
-
-    def _find_linear(self, node: Node) -> _Form:
-        form = self._apart(node)
-        if node in self.facts.on_kv and node not in form.terms:
+        form = self._take_apart(node)
+        if node in self.on_kv and node not in form.terms:
             if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
                 raise _Unsolved
             form = _Form(form.constant, form.terms, self._guards(form))
@@ -320,64 +350,46 @@ class _Solver:
 
     def _proven(self, node: Node) -> bool:
         """Whether a value of a narrow type cannot have wrapped around."""
-        low, high = self.facts.ranges.get(node, INT_LIMITS[node.dtype])
         limits = INT_LIMITS[node.dtype]
+        low, high = self.ranges.get(node, limits)
         return limits[0] < low and high < limits[1]
 
-    def _apart(self, node: Node) -> _Form:
+    def _take_apart(self, node: Node) -> _Form:
+        """The form of a node. `x % d` is `x - d * (x // d)`; shifts and masks of bits are `//` and `%`."""
+        args = node.args
         if node.is_const:
             return _Form(int(node.attr), {})
-        whole = _Form(0, {node: 1})
-        if node not in self.facts.on_kv:
+        if node not in self.on_kv:
             return _Form(0, {node: 1}, self._reach(node)[1])
-        args = node.args
-        if node.op == "add":
-            return self._linear(args[0]).plus(self._linear(args[1]))
-        if node.op == "sub":
-            return self._linear(args[0]).plus(self._linear(args[1]), -1)
-        if node.op == "neg":
-            return self._linear(args[0]).times(-1)
-        constant = next((int(a.attr) for a in reversed(args) if a.is_const), None)
-        if node.op == "mul" and constant is not None:
-            return self._linear(args[0] if args[1].is_const else args[1]).times(constant)
+        if addends := _addends(node):
+            return reduce(_Form.plus, [self._linear(part).times(factor) for part, factor in addends])
         if node.op == "cast" and args[0].dtype != torch.bool and not args[0].dtype.is_floating_point:
-            low, high = self.facts.ranges.get(args[0], INT_LIMITS[torch.int64])
+            low, high = self.ranges.get(args[0], INT_LIMITS[torch.int64])
             limits = INT_LIMITS[node.dtype]
             if node.dtype == torch.int64 or limits[0] <= low <= high <= limits[1]:
                 return self._linear(args[0])
-        if len(args) == 2 and args[1].is_const and constant is not None:
-            return self._divided(node, args[0], constant) or whole
-        return whole
+        if len(args) == 2 and args[1].is_const:
+            x, by = args[0], int(args[1].attr)
+            if node.op == "bitwise_right_shift" and 0 <= by < 40:
+                return self._divided(x, 1 << by)
+            if node.op == "remainder" and by > 0:
+                return self._linear(x).plus(self._divided(x, by), -by)
+            if node.op == "bitwise_and" and by > 0 and by & (by + 1) == 0:
+                return self._linear(x).plus(self._divided(x, by + 1), -by - 1)
+        return _Form(0, {node: 1})
 
-    def _divided(self, node: Node, dividend: Node, by: int) -> _Form | None:
-        """`x // d`, `x % d` and their twins in bits, for a constant d > 0; `x % d` is `x - d * (x // d)`."""
-        if node.op in ("bitwise_right_shift", "bitwise_left_shift") and 0 <= by < 40:
-            if node.op == "bitwise_left_shift":
-                return self._linear(dividend).times(1 << by)
-            return _Form(0, {make("floor_divide", dividend, const(1 << by, dividend.dtype)): 1})
-        if node.op == "bitwise_and" and by > 0 and by & (by + 1) == 0:
-            quotient = make("floor_divide", dividend, const(by + 1, dividend.dtype))
-            return self._linear(dividend).plus(_Form(0, {quotient: 1}), -(by + 1))
-        if node.op == "remainder" and by > 0:
-            quotient = make("floor_divide", dividend, const(by, dividend.dtype))
-            return self._linear(dividend).plus(_Form(0, {quotient: 1}), -by)
-        return None
+    def _divided(self, x: Node, divisor: int) -> _Form:
+        quotient = make("floor_divide", x, const(divisor, x.dtype))
+        self.on_kv.add(quotient)
+        return _Form(0, {quotient: 1})
 
+    @_once
     def _reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
         """A bound of |node|, and the values that must be small for it to hold."""
-        if node not in self.reaches:
-            self.reaches[node] = None
-            self.reaches[node] = self._find_reach(node)
-        found = self.reaches[node]
-        if found is None:
-            raise _Unsolved
-        return found
-
-    def _find_reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
-        known = abs(int(node.attr)) if node.is_const else max(map(abs, self.facts.ranges.get(node, (FAR, FAR))))
+        known = abs(int(node.attr)) if node.is_const else max(map(abs, self.ranges.get(node, (FAR, FAR))))
         if node.is_const or known <= LIMIT:
             return known, ()
-        if not self._on_kv(node):
+        if node not in self.on_kv:
             return LIMIT, (node,)
         if node.op in ("maximum", "minimum", "abs", "floor_divide", "where"):
             forms = [self._linear(a) for a in node.args if a.dtype != torch.bool]
@@ -389,20 +401,12 @@ class _Solver:
         return abs(form.constant) + sum(abs(c) * self._reach(n)[0] for n, c in form.terms.items())
 
     def _guards(self, form: _Form) -> tuple[Node, ...]:
-        """What must be small for the form to be within its size; also what its min, max and quotients hold."""
+        """The values that must be small for `_size` to hold, those inside of min, max and quotients too."""
         return _union(form.guards, *(self._reach(n)[1] for n in form.terms))
 
-    def _on_kv(self, node: Node) -> bool:
-        """Also of nodes made here, which the facts do not list."""
-        pending, seen = [node], {node}
-        while pending:
-            node = pending.pop()
-            if node in self.facts.on_kv:
-                return True
-            if node not in self.facts.ranges:
-                pending += [a for a in node.args if a not in seen]
-                seen.update(node.args)
-        return False
+    def _nonlinear(self, form: _Form) -> list[Node]:
+        """The terms that depend on kv_idx and are not linear in it."""
+        return [node for node in form.terms if node in self.on_kv and node != _KV_IDX]
 
     # --- form < 0 -----------------------------------------------------------------------------------------------------
 
@@ -411,38 +415,36 @@ class _Solver:
         self.cases += 1
         if self.cases > _MAX_CASES or self._size(form) >= _EXACT:
             raise _Unsolved
-        bent = [node for node in form.terms if self._on_kv(node) and node.op != "index"]
-        for node in bent:
+        nonlinear = self._nonlinear(form)
+        for node in nonlinear:
             cases = self._cases(node, form.without(node), form.terms[node])
             if cases is not None:
                 return cases
-        if not bent:
+        if not nonlinear:
             return self._bound(form, _integer(0))
-        if any(node.op != "floor_divide" or not node.args[1].is_const or node.args[1].attr <= 0 for node in bent):
+        if any(node.op != "floor_divide" or not node.args[1].is_const or node.args[1].attr <= 0 for node in nonlinear):
             raise _Unsolved
-        coefficient_of_kv = sum(c for n, c in form.terms.items() if n.op == "index" and n.attr == "kv_idx")
-        if len(bent) == 1 and coefficient_of_kv == 0:
-            return self._quotient(bent[0], form.terms[bent[0]], form.without(bent[0]))
-        above = self._negative(self._relaxed(form, bent, lower=True))
-        below = self._negative(self._relaxed(form, bent, lower=False))
+        if len(nonlinear) == 1 and _KV_IDX not in form.terms:
+            return self._quotient(nonlinear[0], form.terms[nonlinear[0]], form.without(nonlinear[0]))
+        above = self._negative(self._relaxed(form, nonlinear, lower=True))
+        below = self._negative(self._relaxed(form, nonlinear, lower=False))
         return Extent(above.live, below.full)
 
     def _cases(self, node: Node, rest: _Form, c: int) -> Extent | None:
-        """Replaces `c * node` by what it may be: min, max, abs, where and bools."""
-        if node.op in ("maximum", "minimum"):
-            a, b = (self._negative(rest.plus(self._linear(x), c)) for x in node.args)
-            return a.both(b) if (node.op == "maximum") == (c > 0) else a.either(b)
-        if node.op == "abs" and (node.dtype == torch.int64 or self._proven(node)):
-            inner = self._linear(node.args[0])
-            a, b = self._negative(rest.plus(inner, c)), self._negative(rest.plus(inner, -c))
-            return a.both(b) if c > 0 else a.either(b)
-        if node.op == "where":
-            a, b = (self._negative(rest.plus(self._linear(x), c)) for x in node.args[1:])
-            return self._choose(node.args[0], a, b)
-        if node.op == "cast" and node.args[0].dtype == torch.bool:
-            a, b = self._negative(rest.plus(_Form(c, {}))), self._negative(rest)
-            return self._choose(node.args[0], a, b)
-        return None
+        """Extent of `c * node + rest < 0` where the node is one of two values: min, max, abs, where or a bool."""
+        args = node.args
+        if node.op in ("maximum", "minimum", "where"):
+            values = [self._linear(x) for x in args[-2:]]
+        elif node.op == "abs" and (node.dtype == torch.int64 or self._proven(node)):
+            values = [self._linear(args[0]), self._linear(args[0]).times(-1)]
+        elif node.op == "cast" and args[0].dtype == torch.bool:
+            values = [_Form(1, {}), _Form(0, {})]
+        else:
+            return None
+        a, b = (self._negative(rest.plus(value, c)) for value in values)
+        if node.op in ("where", "cast"):
+            return self._choose(args[0], a, b)
+        return a.both(b) if (node.op == "minimum") == (c < 0) else a.either(b)
 
     def _quotient(self, node: Node, c: int, rest: _Form) -> Extent:
         """`c * (x // d) + rest < 0`: `x // d < e` is `x < d * e`, and `x // d >= e` is `x >= d * e`."""
@@ -453,44 +455,39 @@ class _Solver:
         if c > 0:
             found = self._bound(inner, make("neg", product))
         else:
-            found = self._bound(inner.times(-1).plus(_Form(-1, {})), product)
+            found = self._bound(inner.times(-1).shifted(-1), product)
         return _guarded(found, rest.guards)
 
-    def _relaxed(self, form: _Form, bent: list[Node], lower: bool) -> _Form:
+    def _relaxed(self, form: _Form, nonlinear: list[Node], lower: bool) -> _Form:
         """A multiple of a form below (or above) `form`, without `//`: x // d is between (x - d + 1) / d and x / d."""
-        scale = 1
-        for node in bent:
-            scale *= int(node.args[1].attr)
-        result = form.without(*bent).times(scale)
-        for node in bent:
+        scale = prod(int(node.args[1].attr) for node in nonlinear)
+        result = form.without(*nonlinear).times(scale)
+        for node in nonlinear:
             c, d = form.terms[node], int(node.args[1].attr)
-            inner = self._linear(node.args[0])
-            if (c > 0) == lower:
-                inner = inner.plus(_Form(1 - d, {}))
+            inner = self._linear(node.args[0]).shifted(1 - d if (c > 0) == lower else 0)
             result = result.plus(inner, c * (scale // d))
         return result
 
     def _bound(self, form: _Form, extra: Node) -> Extent:
         """Extent of `form + extra < 0`, where `extra` does not depend on kv_idx."""
-        if any(self._on_kv(n) and n.op != "index" for n in form.terms):
+        if self._nonlinear(form):
             if extra.is_const:
-                return self._negative(form.plus(_Form(int(extra.attr), {})))
+                return self._negative(form.shifted(int(extra.attr)))
             return self._negative(form.plus(_Form(0, {extra: 1}, (extra,))))
-        kv = [n for n in form.terms if n.op == "index" and n.attr == "kv_idx"]
-        rest = form.without(*kv)
-        if not kv:
+        rest, a = form.without(_KV_IDX), form.terms.get(_KV_IDX)
+        if a is None:
             found = _when(make("lt", make("add", self._sum(rest), extra), _integer(0)))
         else:
-            edge = self._edge(rest, form.terms[kv[0]], extra)
-            found = _exactly(Interval(None, edge) if form.terms[kv[0]] > 0 else Interval(edge, None))
+            edge = self._edge(rest, a, extra)
+            found = _exactly(Interval(None, edge) if a > 0 else Interval(edge, None))
         return _guarded(found, form.guards)
 
     def _edge(self, rest: _Form, a: int, extra: Node) -> Node:
         """`a * x + rest + extra < 0` is `x < edge` where a > 0, and `x >= edge` where a < 0."""
         if a > 0:  # the next integer from -(rest + extra) / a on
-            total = make("sub", self._sum(rest.times(-1).plus(_Form(a - 1, {}))), extra)
+            total = make("sub", self._sum(rest.times(-1).shifted(a - 1)), extra)
         else:  # the first integer above (rest + extra) / -a
-            total = make("add", self._sum(rest.plus(_Form(-a, {}))), extra)
+            total = make("add", self._sum(rest.shifted(-a)), extra)
         return make("floor_divide", total, _integer(abs(a)))
 
     def _sum(self, form: _Form) -> Node:
@@ -503,7 +500,7 @@ class _Solver:
 
 
 def _exactly(interval: Interval) -> Extent:
-    """An interval without the bounds that no position reaches."""
+    """The extent of an interval; bounds that no position reaches are left out."""
     lo, hi = _constants(interval)
     lo_node = None if lo is not None and lo <= 0 else interval.lo
     hi_node = None if hi is not None and hi >= MAX_KV_LEN else interval.hi
@@ -523,19 +520,11 @@ def _guarded(extent: Extent, guards: Sequence[Node]) -> Extent:
     if not guards:
         return extent
     limits = [make("logical_and", make("le", _integer(-LIMIT), g), make("le", g, _integer(LIMIT))) for g in guards]
-    small = limits[0]
-    for other in limits[1:]:
-        small = make("logical_and", small, other)
+    small = reduce(partial(make, "logical_and"), limits)
 
-    def opened(bound: Node | None, otherwise: int) -> Node | None:
-        return None if bound is None else make("where", small, bound, _integer(otherwise))
+    def if_small(bound: Node | None, otherwise: int) -> Node | None:
+        return bound and make("where", small, bound, _integer(otherwise))
 
-    def closed(interval: Interval) -> Interval:
-        lo = interval.lo if interval.lo is not None else _integer(-FAR)
-        return Interval(make("where", small, lo, _integer(FAR)), interval.hi)
-
-    live = tuple(Interval(opened(i.lo, -FAR), opened(i.hi, FAR)) for i in extent.live)
-    return Extent(
-        live or (Interval(make("where", small, _integer(FAR), _integer(-FAR)), None),),
-        tuple(closed(i) for i in extent.full),
-    )
+    live = tuple(Interval(if_small(i.lo, -FAR), if_small(i.hi, FAR)) for i in extent.live)
+    full = tuple(Interval(if_small(i.lo or _integer(-FAR), FAR), i.hi) for i in extent.full)
+    return Extent(live or (Interval(if_small(_integer(FAR), -FAR), None),), full)

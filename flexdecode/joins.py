@@ -1,8 +1,9 @@
-"""Symbols from several ones and several from one: stack, cat, split, gather."""
+"""Functions that join symbols, split one, or gather its elements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .graph import Node, const
 from .handlers import handles as _handles
 from .ops import common_dtype
 from .symbol import Symbol, TraceContext
-from .views import _dim, _index_symbol, _reshape, _select, _slice, _unsqueeze, _zero_outside
+from .views import _dim, _index_symbol, _reshape, _select, _slice, _unsqueeze, _where_in, _zero_outside
 
 MAX_PARTS = 256  # of one tensor inside a mod: each is text of the kernel
 
@@ -30,71 +31,59 @@ def checked_count(context: TraceContext, what: str, count: int) -> int:
     return count
 
 
-def _clamped(index: Node, size: int) -> Node:
-    """An index moved inside, for the parts that are not chosen: what they read is thrown away."""
-    return make("minimum", make("maximum", index, const(0)), const(max(size - 1, 0)))
-
-
-def _chosen(parts: Sequence[Node], is_part: Callable[[int], Node]) -> Node:
-    """The part of which `is_part` is true; the last one if none is."""
-    result = parts[-1]
-    for number in reversed(range(len(parts) - 1)):
-        result = make("where", is_part(number), parts[number], result)
-    return result
-
-
-def _operands(context: TraceContext, what: str, tensors: Any) -> tuple[list[Symbol], torch.dtype]:
+def _operands(context: TraceContext, what: str, tensors: Any) -> tuple[list[Symbol], list[list[int]], torch.dtype]:
+    """The symbols that are joined, their shapes and their common type."""
     symbols = [context.symbol(t) for t in tensors]
     if not symbols:
         raise at_user_line(TraceError, f"torch.{what} of no tensors", "Give at least one.")
     checked_count(context, what, len(symbols))
     elements = [s.node if s.rank == 0 else Node("axis", (), s.dtype) for s in symbols]
-    return symbols, common_dtype(elements)[0]
+    return symbols, [[context.python_int(n) for n in s.sizes] for s in symbols], common_dtype(elements)[0]
 
 
 @_handles("stack")
 def _stack(context: TraceContext, tensors: Any, dim: int = 0) -> Symbol:
-    symbols, dtype = _operands(context, "stack", tensors)
-    shapes = [[context.python_int(n) for n in s.sizes] for s in symbols]
+    symbols, shapes, dtype = _operands(context, "stack", tensors)
     if any(shape != shapes[0] for shape in shapes):
         raise at_user_line(TraceError, f"torch.stack of the shapes {shapes}", "Stack tensors of one shape.")
     at_dim = _dim(symbols[0], dim, 1)
-    sizes = [const(n) for n in shapes[0]]
-
-    def at(index: tuple[Node, ...]) -> Node:
-        which, rest = index[at_dim], (*index[:at_dim], *index[at_dim + 1 :])
-        if which.is_const and 0 <= which.attr < len(symbols):
-            return cast(symbols[which.attr].at(rest), dtype)
-        return _chosen([cast(s.at(rest), dtype) for s in symbols], lambda k: make("eq", which, const(k)))
-
-    return Symbol(context, (*sizes[:at_dim], const(len(symbols)), *sizes[at_dim:]), at, dtype)
+    return _joined([_unsqueeze(context, s, at_dim) for s in symbols], [1] * len(symbols), at_dim, dtype)
 
 
 @_handles("cat", "concat", "concatenate")
 def _cat(context: TraceContext, tensors: Any, dim: int = 0) -> Symbol:
-    symbols, dtype = _operands(context, "cat", tensors)
-    shapes = [[context.python_int(n) for n in s.sizes] for s in symbols]
+    symbols, shapes, dtype = _operands(context, "cat", tensors)
     at_dim = _dim(symbols[0], dim)
     if any(s[:at_dim] + s[at_dim + 1 :] != shapes[0][:at_dim] + shapes[0][at_dim + 1 :] for s in shapes):
         raise at_user_line(TraceError, f"torch.cat of the shapes {shapes}", "They may differ in one dimension.")
-    lengths = [shape[at_dim] for shape in shapes]
-    starts = [sum(lengths[:k]) for k in range(len(lengths))]
+    return _joined(symbols, [shape[at_dim] for shape in shapes], at_dim, dtype)
+
+
+def _joined(symbols: list[Symbol], lengths: list[int], dim: int, dtype: torch.dtype) -> Symbol:
+    """Symbols one after the other in a dimension, in which they have these lengths."""
+    context, starts = symbols[0].context, [0, *accumulate(lengths)]
+    filled = [k for k, length in enumerate(lengths) if length]
 
     def at(index: tuple[Node, ...]) -> Node:
-        which = index[at_dim]
+        place = index[dim]
 
         def part(k: int) -> Node:
-            inside = _clamped(make("sub", which, const(starts[k])), lengths[k])
-            return cast(symbols[k].at((*index[:at_dim], inside, *index[at_dim + 1 :])), dtype)
+            # Moved inside for the parts that are not chosen: what they read is thrown away.
+            inside = make("maximum", make("sub", place, const(starts[k])), const(0))
+            inside = make("minimum", inside, const(lengths[k] - 1))
+            return cast(symbols[k].at((*index[:dim], inside, *index[dim + 1 :])), dtype)
 
-        filled = [k for k, length in enumerate(lengths) if length]
-        if which.is_const:
-            return part(max((k for k in filled if starts[k] <= which.attr), default=0))
-        parts = [part(k) for k in filled] or [cast(const(0), dtype)]
-        return _chosen(parts, lambda k: make("lt", which, const(starts[filled[k]] + lengths[filled[k]])))
+        if not filled:
+            return cast(const(0), dtype)
+        if place.is_const:
+            return part(max((k for k in filled if starts[k] <= place.attr), default=filled[0]))
+        result = part(filled[-1])
+        for k in reversed(filled[:-1]):
+            result = make("where", make("lt", place, const(starts[k + 1])), part(k), result)
+        return result
 
-    sizes = [const(n) for n in shapes[0]]
-    return Symbol(context, (*sizes[:at_dim], const(sum(lengths)), *sizes[at_dim + 1 :]), at, dtype)
+    sizes = [const(context.python_int(n)) for n in symbols[0].sizes]
+    return Symbol(context, (*sizes[:dim], const(starts[-1]), *sizes[dim + 1 :]), at, dtype)
 
 
 # --- Parts of one tensor ----------------------------------------------------------------------------------------------
@@ -116,19 +105,18 @@ def _iterate(context: TraceContext, x: Any) -> Iterator[Symbol]:
 @_handles("split", "split_with_sizes")
 def _split(context: TraceContext, x: Any, split_size: Any = None, dim: int = 0, **names: Any) -> tuple[Symbol, ...]:
     given = names.get("split_size_or_sections", names.get("split_sizes", split_size))
+    given = [int(n) for n in given] if isinstance(given, (list, tuple)) else int(given)
     symbol = context.symbol(x)
     dim = _dim(symbol, dim)
     size = context.python_int(symbol.sizes[dim])
-    if isinstance(given, (list, tuple)):
-        lengths = [int(n) for n in given]
-    else:
-        step = int(given)
-        lengths = [min(step, size - start) for start in range(0, size, step)] if step > 0 else []
-    if sum(lengths) != size or not lengths:
-        raise at_user_line(TraceError, f"a split of {size} elements into {given}", "The parts have to make the whole.")
+    try:
+        lengths = [len(part) for part in torch.empty(size, device="meta").split(given)]
+    except RuntimeError:
+        text = f"a split of {size} elements into {given}"
+        raise at_user_line(TraceError, text, "The parts have to make the whole.") from None
     checked_count(context, "split", len(lengths))
-    starts = [sum(lengths[:k]) for k in range(len(lengths))]
-    return tuple(_slice(context, symbol, dim, slice(a, a + n)) for a, n in zip(starts, lengths, strict=True))
+    ends = accumulate(lengths)
+    return tuple(_slice(context, symbol, dim, slice(b - n, b)) for b, n in zip(ends, lengths, strict=True))
 
 
 @_handles("chunk")
@@ -193,7 +181,7 @@ def _gathered(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) ->
         chosen = index.at(place)
         if symbol.guarded[dim]:
             return symbol.at((*place[:dim], chosen, *place[dim + 1 :]))
-        from_start = make("where", make("lt", chosen, const(0)), make("add", chosen, size), chosen)
-        return _zero_outside(from_start, size, symbol.at((*place[:dim], from_start, *place[dim + 1 :])))
+        chosen = _where_in(chosen, size)
+        return _zero_outside(chosen, size, symbol.at((*place[:dim], chosen, *place[dim + 1 :])))
 
     return Symbol(context, index.sizes, at, symbol.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .analyze import Facts, analyze
+from .analyze import Facts, analyze, analyze_graph
 from .bounds import nodes_of
 from .graph import Graph, Node, changing, loops_around, topological
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
@@ -77,7 +77,7 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
         q_idx_given: whether q_idx may be any int64.
         checks: what its loads have to check; None where nothing is known of the call.
     """
-    writer = _Writer(graph, analyze([graph.output], q_idx_given), checks)
+    writer = _Writer(graph, analyze_graph(graph, q_idx_given), checks)
     hoisted = writer.hoisted()
     row = writer.body(hoisted, {})
     row.append(f"return ({''.join(writer.names[n] + ', ' for n in hoisted)})")

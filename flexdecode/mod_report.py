@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from textwrap import indent, wrap
 from typing import NamedTuple
 
-import torch
-
-from .analyze import analyze
+from .analyze import analyze_graph
 from .captures import leaf_names
 from .graph import Graph, Source
 from .identity import Mod, constants_of
-from .intervals import Region
 from .printing import Names, formula, is_guarded, name_captures, region_text
 from .program import Program
-from .proofs import Checks
+from .proofs import Checks, known_value
 
 _ALL_KEYS = ("kv in [0, kv_len)",)
 
@@ -40,7 +37,7 @@ class Load(NamedTuple):
 
     Attributes:
         text: the expression.
-        checked: the indices that the kernel checks, at the price of a comparison each; none if all are proven.
+        checked: the indices that the kernel checks; none if all are proven.
         by_mask: whether the proof holds for the keys that the mask lets attend, so that only these are read.
         per_key: whether it is read for every key, or once per query row.
     """
@@ -63,7 +60,7 @@ class ModReport:
         captures: captured numbers and tensors that it depends on.
         loads: reads of captured tensors.
         live: intervals that hold every key whose score is not -inf (score_mod) or that attends (mask_mod).
-        live_now: the same with the present values of the captured numbers.
+        live_now: the same with the values that the captured numbers have now.
         full: intervals in which the mask is proven true, so that it is not evaluated; empty for a score_mod.
         solved: whether anything is known of the live or full keys.
         guarded: whether `live` and `full` hold only for captured integers up to 2**40.
@@ -136,6 +133,7 @@ def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
     names = name_captures(graph, leaf_names(mod.function, mod.followed), constants)
     live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
     live_text, full_text = tuple(region_text(live, names)), tuple(region_text(full, names))
+    values = [known_value(source, mod.leaves) for source in graph.numbers]
     drops = any(node.is_const and node.attr == -math.inf for node in graph.nodes())
     return ModReport(
         kind=kind,
@@ -145,24 +143,12 @@ def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
         captures=_captures(graph, names, constants, mod.leaves),
         loads=_loads(graph, names, checks or ()),
         live=live_text,
-        live_now=_now(live, graph, names, mod.leaves, live_text),
+        live_now=tuple(region_text(live, names, values)),
         full=full_text,
         solved=live_text != _ALL_KEYS or bool(full),
         guarded=is_guarded((*live, *full)),
         reads_dead_keys=bool(live) and (live_text != full_text if is_mask else drops),
     )
-
-
-def _value(source: Source, leaves: list) -> int | float | None:
-    """The present value of a captured number; None where it is in no memory."""
-    leaf = leaves[source.leaf]
-    return None if source.dim < 0 and isinstance(leaf, torch.Tensor) and leaf.is_meta else source.read(leaves)
-
-
-def _now(region: Region, graph: Graph, names: Names, leaves: list, otherwise: tuple[str, ...]) -> tuple[str, ...]:
-    present = [_value(source, leaves) for source in graph.numbers]
-    known = [value for value in present if value is not None]
-    return tuple(region_text(region, names, known)) if len(known) == len(present) else otherwise
 
 
 def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves: list) -> tuple[Capture, ...]:
@@ -172,7 +158,7 @@ def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves:
         (constants, names.constants, "constant: another value makes another kernel"),
     ):
         for source, name in zip(sources, called, strict=True):
-            value = _value(source, leaves)
+            value = known_value(source, leaves)
             found.append(Capture(name, "?" if value is None else repr(value), role))
     for leaf, name in zip(graph.tensors, names.tensors, strict=True):
         tensor = leaves[leaf] if leaf >= 0 else graph.frozen[-1 - leaf]
@@ -182,7 +168,7 @@ def _captures(graph: Graph, names: Names, constants: tuple[Source, ...], leaves:
 
 
 def _loads(graph: Graph, names: Names, checks: Checks) -> tuple[Load, ...]:
-    on_kv = analyze([graph.output], q_idx_given=True).on_kv
+    on_kv = analyze_graph(graph, q_idx_given=True).on_kv
     nodes = (node for node in graph.nodes() if node.op == "load")
     loads = []
     for node, check in zip(nodes, checks, strict=True):

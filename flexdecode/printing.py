@@ -10,12 +10,14 @@ overflow guards are left out: the text of bounds holds for captured integers up 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .algebra import LONGEST, UNREAD, Parts, interval_texts, is_switch, widens
+from .bounds import nodes_of
 from .graph import Graph, Node, Source, const, rewrite, topological
 from .intervals import LIMIT, Region
 from .ops import OPS, operand_dtypes
@@ -32,8 +34,7 @@ _OPERATORS = {
     "pow": ("**", _POWER),
 }  # fmt: skip
 _PREFIXES = {"neg": "-", "logical_not": "~", "bitwise_not": "~"}
-_FUNCTIONS = {"maximum": "max", "minimum": "min"}
-_FOLDS = {
+_FUNCTIONS = {  # also of the operators that join the values of a loop
     "add": "sum", "mul": "prod", "maximum": "max", "minimum": "min", "logical_or": "any", "logical_and": "all",
 }  # fmt: skip
 _TURNED = {"lt": ">", "le": ">=", "eq": "==", "ne": "!="}
@@ -92,10 +93,9 @@ class _Infix:
         self.done: dict[Node, tuple[str, int]] = {}
         self.on_score: set[Node] = set()
         self.on_kv: set[Node] = set()
-        self.uses: dict[Node, int] = {}
-        for node in topological(output) if output is not None else ():
-            for operand in node.args:
-                self.uses[operand] = self.uses.get(operand, 0) + 1
+        self.named: set[Node] = set()  # those that stand under a name, or are too long to be read
+        nodes = [] if output is None else topological(output)
+        self.uses = Counter(operand for node in nodes for operand in node.args)
 
     def text(self, node: Node, level: int = 0) -> str:
         """The text of a node, in brackets if it binds less tightly than `level`."""
@@ -107,11 +107,15 @@ class _Infix:
                     found.add(needed)
             self.done[needed] = self._write(needed)
             text, _ = self.done[needed]
+            name = None
             if len(text) >= LONGEST and not self.uses:  # a part of a bound
-                self.done[needed] = UNREAD, _ATOM
-            elif self.uses.get(needed, 0) > 1 and len(text) >= _LONG:
-                self.shared.append((f"t{len(self.shared)}", text))
-                self.done[needed] = self.shared[-1][0], _ATOM
+                name = UNREAD
+            elif self.uses[needed] > 1 and len(text) >= _LONG:
+                name = f"t{len(self.shared)}"
+                self.shared.append((name, text))
+            if name is not None:
+                self.named.add(needed)
+                self.done[needed] = name, _ATOM
         return self._at(node, level)
 
     def _at(self, node: Node, level: int) -> str:
@@ -138,7 +142,7 @@ class _Infix:
             return _step_name(node), _ATOM
         if op == "fold":
             _, count, name = node.attr
-            return f"{_FOLDS[name]}({self._list(node.args)} for {_step_name(node)} in range({count}))", _ATOM
+            return f"{_FUNCTIONS[name]}({self._list(node.args)} for {_step_name(node)} in range({count}))", _ATOM
         operands = _unconverted(node)
         if op in _PREFIXES:
             return f"{_PREFIXES[op]}{self._at(operands[0], _UNARY)}", _UNARY
@@ -178,15 +182,7 @@ class _Infix:
 
     def _logical(self, node: Node) -> str:
         """`a & b & c`, however it is nested."""
-        operands: dict[Node, None] = {}
-        pending = list(node.args)
-        while pending:
-            operand = pending.pop()
-            if operand.op == node.op and self.done[operand][1] != _ATOM:
-                pending.extend(operand.args)
-            else:
-                operands[operand] = None
-        ordered = sorted(operands, key=self._simplicity)
+        ordered = sorted(set(_parts(node, node.op, self.named)), key=self._simplicity)
         return f" {_OPERATORS[node.op][0]} ".join(self._at(operand, _UNARY) for operand in ordered)
 
     def _clamp(self, *operands: Node) -> str | None:
@@ -217,13 +213,10 @@ def _unconverted(node: Node) -> list[Node]:
 def _number(node: Node) -> str:
     """The shortest text that gives the constant again."""
     value = node.attr
-    if not isinstance(value, float) or value - value != 0 or value == int(value):
+    if node.dtype == torch.float64 or not isinstance(value, float) or value - value != 0 or value == int(value):
         return repr(value)
-    if node.dtype == torch.float64:
-        return repr(value)
-    exact = _rounded(value)
-    digits = next(d for d in range(1, 18) if _rounded(float(f"{value:.{d}g}")) == exact)
-    return f"{value:.{digits}g}"
+    texts = (f"{value:.{digits}g}" for digits in range(1, 18))
+    return next(text for text in texts if _rounded(float(text)) == _rounded(value))
 
 
 def _rounded(value: float) -> float:
@@ -234,43 +227,40 @@ def _rounded(value: float) -> float:
 # --- Bounds -----------------------------------------------------------------------------------------------------------
 
 
-def region_text(region: Region, names: Names, present: Sequence[int | float] | None = None) -> list[str]:
+def region_text(region: Region, names: Names, values: Sequence[int | float | None] | None = None) -> list[str]:
     """The intervals of a region, as `kv in [lo, hi)` within `0 <= kv < kv_len`; none is no key.
 
     Args:
         region: bounds in nodes of one graph.
         names: of its captures.
-        present: values for its number slots, to be put in their place.
+        values: of its number slots, to be put in their place where they are known.
     """
 
     def plain(node: Node, args: tuple[Node, ...]) -> Node:
-        if node.op == "number" and present is not None:
-            return const(present[node.attr], node.dtype)
-        inner = _guarded(node, args)
-        return inner if inner is not None else Node(node.op, args, node.dtype, node.attr, node.weak)
+        if node.op == "number" and values is not None and (value := values[node.attr]) is not None:
+            return const(value, node.dtype)
+        return _guarded(node, args) or Node(node.op, args, node.dtype, node.attr, node.weak)
 
     intervals = []
     for interval in region:
-        conditions: list[tuple[Node, bool]] = []
-        los_and_his: list[list[Node]] = []
-        for bound, op in zip(interval, ("maximum", "minimum"), strict=True):
-            parts = _parts(rewrite(bound, plain), op) if bound is not None else []
-            switches = [p for p in parts if is_switch(p)]
-            # `where(c, -FAR, FAR)` among lower bounds: there is an interval where c is true.
-            conditions += [(p.args[0], (p.args[1].attr < 0) == (op == "maximum")) for p in switches]
-            los_and_his.append([p for p in parts if p not in switches])
-        intervals.append(Parts(los_and_his[0], los_and_his[1], conditions))
+        parts = Parts([], [], [])
+        for bound, op, ends in zip(interval, ("maximum", "minimum"), (parts.los, parts.his), strict=True):
+            for part in [] if bound is None else _parts(rewrite(bound, plain), op):
+                if is_switch(part):  # `where(c, -FAR, FAR)` of lower bounds: there is an interval where c is true
+                    parts.conditions.append((part.args[0], (part.args[1].attr < 0) == (op == "maximum")))
+                else:
+                    ends.append(part)
+        intervals.append(parts)
     return interval_texts(intervals, lambda node, brackets: _Infix(names).text(node, _ATOM if brackets else 0))
 
 
 def is_guarded(region: Region) -> bool:
     """Whether a bound holds only for captured values up to 2**40."""
-    nodes = topological(*(bound for interval in region for bound in interval if bound is not None))
-    return any(_guarded(node, node.args) is not None for node in nodes)
+    return any(_guarded(node, node.args) is not None for node in topological(*nodes_of(region)))
 
 
 def _guarded(node: Node, args: tuple[Node, ...]) -> Node | None:
-    """What stands under an overflow guard, `min(max(x, -LIMIT), LIMIT)` or `where(|x| <= LIMIT, ...)`, if it is one."""
+    """The value x or y of an overflow guard, `min(max(x, -LIMIT), LIMIT)` or `where(|x| <= LIMIT, y, ...)`, or None."""
     if node.op == "minimum" and args[1].is_const and args[1].attr == LIMIT and args[0].op == "maximum":
         inner, low = args[0].args
         return inner if low.is_const and low.attr == -LIMIT else None
@@ -282,13 +272,13 @@ def _is_guard(condition: Node) -> bool:
     return all(part.op == "le" and any(a.is_const and abs(a.attr) == LIMIT for a in part.args) for part in parts)
 
 
-def _parts(node: Node, op: str) -> list[Node]:
-    """The operands of `op(op(a, b), c)`, however it is nested."""
+def _parts(node: Node, op: str, whole: Container[Node] = ()) -> list[Node]:
+    """The operands of `op(op(a, b), c)`, however it is nested; nodes in `whole` are not taken apart."""
     parts: list[Node] = []
     pending = [node]
     while pending:
         node = pending.pop()
-        if node.op == op:
+        if node.op == op and node not in whole:
             pending.extend(reversed(node.args))
         else:
             parts.append(node)

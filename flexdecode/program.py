@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
-from .analyze import analyze
+from .analyze import analyze_graph
 from .bounds import Bounds, find_bounds
 from .graph import Graph
 from .proofs import Checks
@@ -61,7 +61,7 @@ class Program:
         """Whether the score_mod reads captured tensors for every key."""
         if self.score is None:
             return False
-        facts = analyze([self.score.output], self.q_idx_given)
+        facts = analyze_graph(self.score, self.q_idx_given)
         return any(node.op == "load" for node in facts.on_kv - facts.on_score)
 
     @cached_property

@@ -1,26 +1,23 @@
 """Which captured indices are in range, from what the host knows when a call is prepared.
 
-Sizes of the call and of the captured tensors, and captured numbers below an index, are values like any other here; they
-belong to what identifies a prepared call. A kernel depends only on the outcome: which index it checks.
+Known are the sizes of the call and of the captured tensors, and the captured numbers from which an index is computed.
+They are part of what identifies a prepared call. A kernel depends only on the result: which indices it checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
-from .analyze import MAX_KV_LEN, Facts, analyze
+from .analyze import MAX_KV_LEN, Facts, analyze, analyze_graph, find_ranges
 from .build import make, remake
 from .cache import Bounded
 from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
-from .intervals import solve_mask
-from .ops import INT_LIMITS, OPS
+from .intervals import at_most, find_extent
+from .ops import INT_LIMITS
 from .ranges import Interval
-
-_DEEPEST = 12  # nested min and max of a bound that a proof looks through
 
 
 class IndexCheck(NamedTuple):
@@ -55,7 +52,7 @@ class CallSizes(NamedTuple):
 
 
 def witnesses(graph: Graph) -> tuple[Source, ...]:
-    """What proofs about a graph look at: the sizes of its tensors, and the captured numbers below their indices."""
+    """What the proofs of a graph use: sizes of its tensors, and captured numbers from which indices are computed."""
     found: dict[Source, None] = {}
     for node in graph.nodes():
         if node.op == "load" and node.args:
@@ -92,279 +89,153 @@ def find_checks(
         q_idx_given: whether q_idx may be any int64.
         mask: for a score_mod, the graph and the captures of the mask.
     """
-    indices = _indices_of(graph)
-    if not any(load.indices for load in indices.loads):
-        return tuple(LoadCheck(()) for _ in indices.loads)
-    reached = _reached(indices, graph, leaves, sizes, q_idx_given)
+    loads = _loads_of(graph)
+    known = _index_ranges(loads.below, sizes, q_idx_given)
+    known |= {node: (value, value) for node, value in _numbers(loads.below, graph, leaves).items()}
+    ranges = find_ranges(loads.below, known)
     checks = []
-    for load in indices.loads:
-        leaf = graph.tensors[load.node.attr]
+    for load in loads.all:
+        leaf = graph.tensors[load.attr]
         shape = (leaves[leaf] if leaf >= 0 else graph.frozen[-1 - leaf]).shape
-        found = LoadCheck(tuple([_check(reached[i], size) for i, size in zip(load.indices, shape, strict=True)]))
-        if (
-            mask is not None
-            and load.in_loop
-            and any(index.outside for index in found.indices)
-            and _is_attending_inside(load.node, shape, found, (graph, leaves), mask, sizes, q_idx_given)
-        ):
-            # Where the mask is true an index that was unproven is neither negative nor too large.
-            found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
+        found = LoadCheck(tuple([_check(ranges[i], size) for i, size in zip(load.args, shape, strict=True)]))
+        if mask is not None and load in loads.in_loop:
+            outside = tuple((i, n) for i, n, c in zip(load.args, shape, found.indices, strict=True) if c.outside)
+            if outside and _attend_inside(outside, (graph, leaves), mask, sizes, q_idx_given):
+                # Where the mask is true an index that was unproven is neither negative nor too large.
+                found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
         checks.append(found)
     return tuple(checks)
 
 
-class _Load(NamedTuple):
-    """A load of a graph: the steps that give its indices, and whether its value changes with kv_idx alone."""
-
-    node: Node
-    indices: tuple[int, ...]
-    in_loop: bool
+def _check(index: Interval, size: int) -> IndexCheck:
+    low, high = index
+    return IndexCheck(low < 0, not (-size <= low and high < size))
 
 
-class _Indices(NamedTuple):
-    """How to find the ranges of all indices of a graph, prepared for many calls.
+class _Loads(NamedTuple):
+    """The loads of a graph.
 
     Attributes:
-        loads: in the order of `Graph.nodes()`.
-        steps: of each value below an index, operands first: what gives its range, which steps are its operands, and
-            the limits of its type. A range, the name of an index, the slot of a number, or a rule for operands.
+        all: in the order of `Graph.nodes()`.
+        in_loop: those that change with kv_idx alone.
+        below: the nodes from which their indices are computed, operands first.
     """
 
-    loads: tuple[_Load, ...]
-    steps: tuple[tuple[Interval | str | int | Callable[..., Interval], tuple[int, ...], Interval], ...]
+    all: tuple[Node, ...]
+    in_loop: frozenset[Node]
+    below: tuple[Node, ...]
 
 
 def depends_on_length(graph: Graph) -> bool:
     """Whether the checks of a graph may change with the longest sequence alone."""
-    return any(rule in ("kv_idx", "q_idx") for rule, _, _ in _indices_of(graph).steps)
+    return any(node.op == "index" and node.attr in ("kv_idx", "q_idx") for node in _loads_of(graph).below)
 
 
-_known_indices = Bounded.memo(limit=1024)  # text of a graph -> its `_Indices`
+_known_loads = Bounded.memo(limit=1024)  # text of a graph -> its `_Loads`
 
 
-def _indices_of(graph: Graph) -> _Indices:
-    found = _known_indices.get(graph.text)
+def _loads_of(graph: Graph) -> _Loads:
+    found = _known_loads.get(graph.text)
     if found is None:
-        found = _prepare_indices(graph)
-        _known_indices.add(graph.text, found)
+        facts = analyze_graph(graph, q_idx_given=True)
+        loops = loops_around(facts.nodes)
+        loads = tuple(node for node in facts.nodes if node.op == "load")
+        in_loop = frozenset(load for load in loads if load in facts.on_kv - facts.on_score and not loops[load])
+        found = _Loads(loads, in_loop, tuple(topological(*(index for load in loads for index in load.args))))
+        _known_loads.add(graph.text, found)
     return found
 
 
-def _prepare_indices(graph: Graph) -> _Indices:
-    loads = [node for node in graph.nodes() if node.op == "load"]
-    nodes = topological(*[index for load in loads for index in load.args])
-    places = {node: place for place, node in enumerate(nodes)}
-    facts = analyze([graph.output], q_idx_given=True)
-    loops = loops_around(graph.nodes())
-    in_loop = {load for load in loads if load in facts.on_kv - facts.on_score and not loops[load]}
-    steps = []
-    for node in nodes:
-        limits = INT_LIMITS.get(node.dtype, (0, 0))  # of a floating value nothing is asked
-        rule: Interval | str | int | Callable[..., Interval] = limits
-        args = tuple(places[arg] for arg in node.args)
-        if node.op == "index" or _is_integer(node):
-            rule = node.attr
-        elif node.op == "step":
-            rule = 0, node.attr[1] - 1
-        elif node.dtype in INT_LIMITS and node.is_const:
-            rule = int(node.attr), int(node.attr)
-        elif node.dtype in INT_LIMITS and all(arg.dtype in INT_LIMITS for arg in node.args):
-            if node.op == "cast":
-                rule = _same
-            elif node.op == "fold" and node.attr[2] != "mul":
-                rule = partial(_times, node.attr[1] if node.attr[2] == "add" else 1)
-            elif node.op in OPS and OPS[node.op].interval is not None:
-                rule = OPS[node.op].interval  # type: ignore[assignment]
-        steps.append((rule, args, limits))
-    found = [_Load(load, tuple(places[index] for index in load.args), load in in_loop) for load in loads]
-    return _Indices(tuple(found), tuple(steps))
-
-
-def _same(reached: Interval) -> Interval:
-    return reached
-
-
-def _times(factor: int, reached: Interval) -> Interval:
-    return factor * reached[0], factor * reached[1]
-
-
-def _reached(indices: _Indices, graph: Graph, leaves: list, sizes: CallSizes, q_idx_given: bool) -> list[Interval]:
-    """The range of each step in a call, as `analyze` finds it."""
-    of_index = _index_ranges(sizes, q_idx_given)
-    reached: list[Interval] = []
-    for rule, args, limits in indices.steps:
-        if rule.__class__ is tuple:
-            reached.append(rule)  # type: ignore[arg-type]
-            continue
-        if rule.__class__ is str:
-            reached.append(of_index[rule])  # type: ignore[index]
-            continue
-        if rule.__class__ is int:
-            value = _read(graph.numbers[rule], leaves)  # type: ignore[index]
-            reached.append(limits if value is None else (value, value))
-            continue
-        low, high = rule(*[reached[arg] for arg in args])  # type: ignore[operator]
-        # Outside its type a value wraps around, so that nothing is known.
-        reached.append((low, high) if limits[0] <= low and high <= limits[1] else limits)
-    return reached
-
-
-def _index_ranges(sizes: CallSizes, q_idx_given: bool) -> dict[str, Interval]:
-    batch, num_q_heads, num_queries, max_kv_len = sizes
-    last = max(0, max_kv_len - 1)  # an empty range is no range
-    return {
-        "b": (0, max(0, batch - 1)), "h": (0, max(0, num_q_heads - 1)), "kv_idx": (0, last),
-        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, num_queries), last),
+def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) -> dict[Node, Interval]:
+    """The ranges that the indices among `nodes` have in a call."""
+    last = max(0, sizes.max_kv_len - 1)  # an empty range is no range
+    ranges = {
+        "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (0, last),
+        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, sizes.num_queries), last),
     }  # fmt: skip
+    return {node: ranges[node.attr] for node in nodes if node.op == "index"}
 
 
-_CHECKS = tuple(tuple(IndexCheck(below, outside) for outside in (False, True)) for below in (False, True))
+def _numbers(nodes: Iterable[Node], graph: Graph, leaves: list) -> dict[Node, int]:
+    """The values of the captured integers among some nodes of a graph."""
+    values = {node: known_value(graph.numbers[node.attr], leaves) for node in nodes if _is_integer(node)}
+    return {node: int(value) for node, value in values.items() if value is not None}
 
 
-def _check(reached: Interval, size: int) -> IndexCheck:
-    low, high = reached
-    return _CHECKS[low < 0][not (-size <= low and high < size)]
+def known_value(source: Source, leaves: list) -> int | float | None:
+    """The value of a captured number; None on the meta device."""
+    return None if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False) else source.read(leaves)
 
 
-def _numbers(graph: Graph, leaves: list) -> dict[Node, Node]:
-    """The captured integers of a graph as constants."""
-    found = {}
-    for node in graph.nodes():
-        value = _read(graph.numbers[node.attr], leaves) if _is_integer(node) else None
-        if value is not None:
-            found[node] = Node("const", (), node.dtype, value, node.weak)
-    return found
+# The results of proofs by a mask: up to which length of the longest sequence there is a proof, and from which one on
+# there is none. The key is all else that a proof depends on.
+_reaches = Bounded.memo(limit=1024)
+_UNTRIED = -1, MAX_KV_LEN + 1
 
 
-def _read(source: Source, leaves: list) -> int | None:
-    """A captured integer; None on the meta device."""
-    if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False):
-        return None
-    return int(source.read(leaves))
+_Indices = tuple[tuple[Node, int], ...]  # indices, each with the size of its dimension
 
 
-class _Reach(NamedTuple):
-    """What is known of one proof by a mask, by the longest sequence: proven up to one, not proven from another on."""
-
-    proven: int
-    unproven: int
-
-
-_reaches = Bounded.memo(limit=1024)  # all that such a proof rests on but the longest sequence -> `_Reach`
-
-
-def _is_attending_inside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    score: tuple[Graph, list],
-    mask: tuple[Graph, list],
-    sizes: CallSizes,
-    q_idx_given: bool,
+def _attend_inside(
+    indices: _Indices, score: tuple[Graph, list], mask: tuple[Graph, list], sizes: CallSizes, q_idx_given: bool
 ) -> bool:
-    """As `_attends_inside`, from memory where another length has shown it: a proof holds for shorter sequences, too."""
-    numbers, of_mask = _numbers(*score), _numbers(*mask)
-    present = [tuple([(node.attr, value.attr) for node, value in known.items()]) for known in (numbers, of_mask)]
-    key = score[0].text, load, shape, found, mask[0].text, *present, *sizes[:3], q_idx_given
+    """Whether some indices of a score_mod are in range and not negative wherever the mask is true.
+
+    A proof holds for shorter sequences, too, so what another length has shown is remembered.
+    """
+    numbers = [_numbers(graph.nodes(), graph, leaves) for graph, leaves in (score, mask)]
+    values = [tuple([(node.attr, value) for node, value in known.items()]) for known in numbers]
+    key = score[0].text, indices, mask[0].text, *values, *sizes[:3], q_idx_given
 
     def proves(max_kv_len: int) -> bool:
-        longest = sizes._replace(max_kv_len=max_kv_len)
-        return _attends_inside(load, shape, found, numbers, (mask[0], of_mask), longest, q_idx_given)
+        try:
+            bad_pairs = _attending_outside(indices, mask[0].output, *numbers)
+        except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
+            return False
+        return _is_never(bad_pairs, sizes._replace(max_kv_len=max_kv_len), q_idx_given)
 
-    reach, length = _reaches.get(key), sizes.max_kv_len
-    if reach is not None and not reach.proven < length < reach.unproven:
-        return length <= reach.proven
-    proven, unproven = reach or (-1, MAX_KV_LEN + 1)
+    length = sizes.max_kv_len
+    proven, unproven = reach = _reaches.get(key, _UNTRIED)
+    if not proven < length < unproven:
+        return length <= proven
     further = 1 << max(length - 1, 0).bit_length()
-    if reach is not None and further < unproven and proves(further):  # the second length: there will be more
+    if reach != _UNTRIED and further < unproven and proves(further):  # the second length: there will be more
         proven = further
     elif proves(length):
         proven = length
     else:
         unproven = length
-    _reaches.add(key, _Reach(proven, unproven))
+    _reaches.add(key, (proven, unproven))
     return length <= proven
 
 
-def _attends_inside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    numbers: Mapping[Node, Node],
-    mask: tuple[Graph, Mapping[Node, Node]],
-    sizes: CallSizes,
-    q_idx_given: bool,
-) -> bool:
-    """Whether no pair attends where an unproven index of a load is outside its tensor or negative."""
-    try:
-        both = _attending_outside(load, shape, found, numbers, mask)
-    except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
-        return False
-    of_index = _index_ranges(sizes, q_idx_given)
-    ranges = {node: of_index[node.attr] for node in topological(both) if node.op == "index"}
-    live = solve_mask(both, analyze([both], q_idx_given, ranges)).live
-    return all(lo is not None and hi is not None and _at_least(lo, hi) for lo, hi in live)
+def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
+    """Whether a mask is false for every pair of a call, as far as its live intervals show it."""
+    known = _index_ranges(topological(mask), sizes, q_idx_given)
+    live = find_extent(mask, analyze([mask], q_idx_given, known)).live
+    return all(lo is not None and hi is not None and at_most(hi, lo) for lo, hi in live)
 
 
 def _attending_outside(
-    load: Node,
-    shape: torch.Size,
-    found: LoadCheck,
-    numbers: Mapping[Node, Node],
-    mask: tuple[Graph, Mapping[Node, Node]],
+    indices: _Indices, attends: Node, score_numbers: Mapping[Node, int], mask_numbers: Mapping[Node, int]
 ) -> Node:
-    """A mask of the pairs that attend although an unproven index of a load is outside its tensor or negative."""
-    graph, of_mask = mask
+    """A mask of the pairs that attend although one of the indices is out of range or negative."""
     outside = const(False, torch.bool)
-    for index, size, check in zip(load.args, shape, found.indices, strict=True):
-        if check.outside:
-            index = _with_constants(index, numbers, "score")
-            beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
-            outside = make("logical_or", outside, beyond)
-    return make("logical_and", _with_constants(graph.output, of_mask, "mask"), outside)
+    for index, size in indices:
+        index = _with_constants(index, score_numbers, "score")
+        beyond = make("logical_or", make("lt", index, const(0)), make("le", const(size), index))
+        outside = make("logical_or", outside, beyond)
+    return make("logical_and", _with_constants(attends, mask_numbers, "mask"), outside)
 
 
-def _with_constants(output: Node, numbers: Mapping[Node, Node], kind: str) -> Node:
-    """A value with its captured integers filled in; what else it captures is told apart from that of another mod."""
+def _with_constants(output: Node, numbers: Mapping[Node, int], kind: str) -> Node:
+    """A value with its captured integers filled in. Its other captures are marked by `kind`: mods differ in them."""
 
     def visit(node: Node, args: tuple[Node, ...]) -> Node:
         if node in numbers:
-            return numbers[node]
+            return Node("const", (), node.dtype, numbers[node], node.weak)
         if node.op in ("load", "number"):
             return Node(node.op, args, node.dtype, (kind, node.attr), node.weak)
         return remake(node, args)
 
     return rewrite(output, visit)
-
-
-def _at_least(a: Node, b: Node, depth: int = 0) -> bool:
-    """Whether a >= b wherever they are evaluated, as far as a few steps show it."""
-    if depth > _DEEPEST:
-        return False
-    depth += 1
-    if a.op == "minimum":
-        return all(_at_least(part, b, depth) for part in a.args)
-    if b.op == "maximum":
-        return all(_at_least(a, part, depth) for part in b.args)
-    if a.op == "maximum" and any(_at_least(part, b, depth) for part in a.args):
-        return True
-    if b.op == "minimum" and any(_at_least(a, part, depth) for part in b.args):
-        return True
-    return _at_most_zero(make("sub", b, a))
-
-
-def _at_most_zero(node: Node) -> bool:
-    """Whether the terms of a sum cancel and leave a constant of at most 0."""
-    terms: dict[Node, int] = {}
-    constant, pending = 0, [(node, 1)]
-    while pending:
-        node, factor = pending.pop()
-        if node.is_const:
-            constant += factor * int(node.attr)
-        elif node.op in ("add", "sub") and node.dtype == torch.int64:  # narrower sums may wrap around
-            pending += [(node.args[0], factor), (node.args[1], factor if node.op == "add" else -factor)]
-        elif node.op == "neg" and node.dtype == torch.int64:
-            pending.append((node.args[0], -factor))
-        else:
-            terms[node] = terms.get(node, 0) + factor
-    return constant <= 0 and not any(terms.values())

@@ -17,7 +17,7 @@ from flexdecode import eager, mods
 from flexdecode.analyze import analyze
 from flexdecode.bounds import find_bounds, nodes_of
 from flexdecode.graph import topological
-from flexdecode.intervals import ALWAYS, EVERYWHERE, MAX_INTERVALS, NEVER, NOWHERE, UNKNOWN, solve_mask, solve_score
+from flexdecode.intervals import ALWAYS, EVERYWHERE, MAX_INTERVALS, NEVER, NOWHERE, UNKNOWN, find_extent
 from flexdecode.ops import OPS
 
 EXAMPLES = int(os.environ.get("FLEXDECODE_EXAMPLES", "2500"))
@@ -77,7 +77,7 @@ def check_ranges(example, values, outputs):
 def check_mask_example(example):
     output = example.graph.output
     facts = analyze([output], example.q_idx_given)
-    extent = solve_mask(output, facts)
+    extent = find_extent(output, facts)
     bounds = [*nodes_of(extent.live), *nodes_of(extent.full)]
     values = example.evaluate(output, *bounds)
     shape = mask_graphs.NUM_ROWS, mask_graphs.KEYS.numel()
@@ -111,7 +111,7 @@ def test_no_live_key_is_dropped_and_no_dead_one_is_full():
 
 def check_score_example(example):
     output = example.graph.output
-    region = solve_score(output, analyze([output], example.q_idx_given))
+    region = find_extent(output, analyze([output], example.q_idx_given)).live
     values = example.evaluate(output, *nodes_of(region))
     live = in_region(region, values, mask_graphs.KEYS)
     dropped = (values[output] != -torch.inf) & ~live
@@ -155,7 +155,7 @@ GRID = {
 
 def solve(mask_mod, q_idx_given=False):
     graph, leaves = trace_mod(mask_mod, "mask_mod")
-    return graph, leaves, solve_mask(graph.output, analyze([graph.output], q_idx_given))
+    return graph, leaves, find_extent(graph.output, analyze([graph.output], q_idx_given))
 
 
 def brute_force(mask_mod, grid=GRID, q_idx_given=False):
@@ -482,7 +482,7 @@ def test_shared_parts_are_solved_once(step):
     """Each step uses the last one twice: 2**30 ways through the graph."""
     graph = trace_mod(_repeated(step, 30, lambda x, q: x < q), "mask_mod")[0]
     start = time.perf_counter()
-    solve_mask(graph.output, analyze([graph.output], False))
+    find_extent(graph.output, analyze([graph.output], False))
     assert time.perf_counter() - start < 2
 
 

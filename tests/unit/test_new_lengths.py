@@ -55,7 +55,7 @@ class Host:
         monkeypatch.setattr(prepare, "find_kernel", self.find_kernel)
         monkeypatch.setattr(launch.TritonLauncher, "__call__", lambda launcher, *_: self.launched.append(launcher))
         monkeypatch.setattr(bounds, "_solve", self.counted(bounds._solve, "solved"))
-        monkeypatch.setattr(proofs, "_attends_inside", self.counted(proofs._attends_inside, "proven"))
+        monkeypatch.setattr(proofs, "_is_never", self.counted(proofs._is_never, "proven"))
         clear_cache()
 
     def find_kernel(self, spec, facts, program):
