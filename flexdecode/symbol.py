@@ -172,6 +172,18 @@ def _check_dtype(dtype: torch.dtype, kind: str) -> None:
         )
 
 
+def checked_shape(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of PyTorch that makes a shape.
+
+    Raises:
+        TraceError: PyTorch refuses these sizes.
+    """
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+
+
 class Symbol:
     """A lazy tensor inside a traced mod; behaves like the `torch.Tensor` that the mod would get without tracing.
 
@@ -216,6 +228,10 @@ class Symbol:
     def rank(self) -> int:
         """Number of dimensions."""
         return len(self.sizes)
+
+    def extents(self) -> list[int]:
+        """The sizes as Python numbers; one that is not constant yet becomes so, in the next run."""
+        return [self.context.python_int(n) for n in self.sizes]
 
     @property
     def node(self) -> Node:
