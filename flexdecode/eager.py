@@ -5,7 +5,9 @@ It gives the results and the errors of the generated kernel on any device, with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -109,12 +111,8 @@ def _read(
     check_pages: bool,
 ) -> torch.Tensor:
     """Keys or values at positions `kv` [n], float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
-    per_token = scale if isinstance(scale, torch.Tensor) and scale.dim() == 3 else None
-    if page_table is None:
-        rows = cache[:, :, kv[0] : kv[-1] + 1].float() if len(kv) else cache[:, :, :0].float()
-        if per_token is not None:
-            rows = rows * per_token[:, :, kv, None].float()
-    else:
+    pages = None
+    if page_table is not None:
         pages = torch.where(read.any(1), page_table[:, kv // cache.shape[2]], 0).long()
         wrong = (pages < 0) | (pages >= len(cache))
         if (check_pages or pages.device.type == "cpu") and wrong.any():
@@ -122,12 +120,16 @@ def _read(
                 f"`page_table` names page {int(pages[wrong][0])} within a sequence, but `key` has {len(cache)} pages"
             )
         pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise
-        rows = cache[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
-        if per_token is not None:
-            rows = rows * per_token[pages, :, kv % cache.shape[2]].float().transpose(1, 2)[..., None]
-    if isinstance(scale, torch.Tensor) and per_token is None:
-        rows = rows * scale.float()[..., None, None]
-    elif isinstance(scale, (int, float)):
+
+    def chosen(stored: torch.Tensor) -> torch.Tensor:
+        if pages is None:
+            return stored[:, :, kv[0] : kv[-1] + 1].float()
+        return stored[pages, :, kv % cache.shape[2]].float().transpose(1, 2)
+
+    rows = chosen(cache)
+    if isinstance(scale, torch.Tensor):
+        rows = rows * (chosen(scale)[..., None] if scale.dim() == 3 else scale.float()[..., None, None])
+    elif scale is not None:
         rows = rows * scale
     if read.device.type == "cpu" and bool(read.all()):
         return rows
@@ -142,37 +144,32 @@ def evaluate(
     return _Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
 
 
+@dataclass
 class _Evaluation:
     """One run of a graph over broadcast tensors [B, Hq, Q, n]."""
 
-    def __init__(
-        self,
-        mod: tuple[Graph | None, list],
-        indices: dict[str, torch.Tensor],
-        score: torch.Tensor | None,
-        live: torch.Tensor,
-        check_indices: bool,
-    ) -> None:
-        graph, self.leaves = mod
+    mod: tuple[Graph | None, list]
+    indices: dict[str, torch.Tensor]
+    score: torch.Tensor | None
+    live: torch.Tensor
+    check_indices: bool
+
+    def __post_init__(self) -> None:
+        graph, self.leaves = self.mod
         assert graph is not None
         self.graph = graph
-        self.indices = indices
-        self.score = score
-        self.live = live
+        self.device = self.live.device
         # With `check_indices`: where each load is out of range, and where a value depends on such a load.
-        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] | None = {} if check_indices else None
+        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
-        self.device = live.device
 
     def result(self) -> torch.Tensor:
         output = self.graph.output
-        found = self.values([output])[0]
-        if self.wrong:
-            bad = self.live & self.unknown[output]
-            for load, (index, wrong) in self.wrong.items():
-                if bool((bad & wrong).any()):
-                    shape = self._tensor(load).shape
-                    raise IndexRangeError(self.graph, load, self._where(index, bad & wrong, shape))
+        (found,) = self.values([output])
+        for load, (index, wrong) in self.wrong.items():
+            bad = self.live & self.unknown[output] & wrong
+            if bad.any():
+                raise IndexRangeError(self.graph, load, self._where(index, bad, self._tensor(load).shape))
         return found
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
@@ -191,12 +188,11 @@ class _Evaluation:
                 values[node] = self._fold(values, node, inside)
             else:
                 values[node] = self._value(node, [values[a] for a in node.args])
-                if self.wrong is not None:
+                if self.check_indices:
                     self._follow(node, values)
 
     def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
         """Notes where a value depends on a read out of range; what an operand alone decides depends on that alone."""
-        assert self.wrong is not None
         none = torch.zeros((), dtype=torch.bool, device=self.device)
         unknown = [self.unknown.get(a, none) for a in node.args]
         if node.op in ("logical_and", "logical_or"):
@@ -205,25 +201,23 @@ class _Evaluation:
         elif node.op == "where":
             found = unknown[0] | torch.where(values[node.args[0]], unknown[1], unknown[2])
         else:
-            found = none
-            for part in (*unknown, *(self.wrong[node][1:] if node in self.wrong else ())):
-                found = found | part
+            found = functools.reduce(torch.logical_or, (*unknown, *self.wrong.get(node, ())[1:]), none)
         self.unknown[node] = found
 
     def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
         loop, count, name = node.attr
         (body,) = node.args
         again = changing(node, self.loops)
-        result: torch.Tensor | None = None
-        for step in range(count):
-            local = dict(values)
-            local |= {n: torch.tensor(step, device=self.device) for n in again if n.op == "step" and n.attr[0] == loop}
+        steps = [n for n in again if n.op == "step" and n.attr[0] == loop]
+
+        def value(step: int) -> torch.Tensor:
+            local = values | dict.fromkeys(steps, torch.tensor(step, device=self.device))
             self._fill(local, again, inside | {loop})
-            result = local[body] if result is None else OPS[name].torch(result, local[body])
             if body in self.unknown:
                 self.unknown[node] = self.unknown[body] | self.unknown.get(node, self.unknown[body])
-        assert result is not None
-        return result
+            return local[body]
+
+        return functools.reduce(OPS[name].torch, map(value, range(count)))
 
     def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         if node.op == "score":
@@ -236,7 +230,7 @@ class _Evaluation:
         if node.op == "const":
             return torch.tensor(node.attr, dtype=dtype, device=self.device)
         if node.op == "number":
-            return torch.as_tensor(self._number(node), dtype=dtype, device=self.device)
+            return torch.as_tensor(self.graph.numbers[node.attr].read(self.leaves), dtype=dtype, device=self.device)
         if node.op == "load":
             return self._load(node, args)
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
@@ -251,11 +245,6 @@ class _Evaluation:
         pair = ", ".join(f"{name} = {value}" for (name, _), value in zip(named, values, strict=False))
         return f"at {pair}, which attends, the index is {values[len(named) :]} in a tensor of shape {list(shape)}"
 
-    def _number(self, node: Node) -> int | float | torch.Tensor:
-        source = self.graph.numbers[node.attr]
-        leaf = self.leaves[source.leaf]
-        return leaf if source.dim < 0 and isinstance(leaf, torch.Tensor) else source.read(self.leaves)
-
     def _tensor(self, load: Node) -> torch.Tensor:
         leaf = self.graph.tensors[load.attr]
         return self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
@@ -269,9 +258,9 @@ class _Evaluation:
             place = torch.where(index < 0, index + size, index)
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
-        if self.wrong is not None and bool((self.live & ~inside).any()):
-            before = self.wrong.get(node)  # of another step of a loop
-            self.wrong[node] = (args, ~inside) if before is None else (before[0], before[1] | ~inside)
+        if self.check_indices and (self.live & ~inside).any():
+            first, wrong = self.wrong.get(node, (args, ~inside))  # there already: of another step of a loop
+            self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
         if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere

@@ -71,14 +71,6 @@ class TraceContext:
         """A symbol of rank 0."""
         return Symbol(self, (), lambda _: node, node.dtype)
 
-    def score(self) -> Symbol:
-        """The scaled logit."""
-        return self.scalar(Node("score", (), torch.float32))
-
-    def index(self, name: str) -> Symbol:
-        """One of b, h, q_idx, kv_idx."""
-        return self.scalar(Node("index", (), torch.int64, name))
-
     def number(self, source: Source) -> Symbol:
         """A captured Python number as a run-time argument."""
         value = self.leaves[source.leaf]
@@ -257,39 +249,37 @@ class Symbol:
 
     def python_value(self, problem: str, remedy: str) -> NoReturn:
         """Refuses to become a Python value; a captured number becomes a constant instead."""
-        if self.rank == 0:
-            node = self.node
-            found = sources(node)
-            if node.weak and found:
-                raise Consumed(found)
-        raise at_user_line(TraceError, problem, remedy)
+        if self.rank == 0 and self.node.weak and (found := sources(self.node)):
+            raise Consumed(found)
+        raise at_user_line(TraceError, f"{problem} in a {self.context.kind}", remedy)
 
     def __bool__(self) -> bool:
-        self.python_value(f"the truth of a traced value was asked for in a {self.context.kind}", _NO_BRANCH)
+        self.python_value("the truth of a traced value was asked for", _NO_BRANCH)
 
     def __index__(self) -> int:
-        self.python_value(f"a traced value was used as a Python integer in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python integer", _NO_NUMBER)
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        self.python_value(f"a traced value was used as a Python float in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python float", _NO_NUMBER)
 
     def __complex__(self) -> complex:
-        self.python_value(f"a traced value was used as a Python number in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python number", _NO_NUMBER)
 
     def __hash__(self) -> int:
-        self.python_value(f"a traced value was used as a dict key or set member in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a dict key or set member", _NO_NUMBER)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        self.python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value met numpy", _NO_NUMBER)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Numpy's scalars on the left of an operator end here, as do its functions, which are refused."""
-        name = _UFUNCS.get(ufunc.__name__)
-        if name is None or method != "__call__" or options:
+        name = _NUMPY_TWINS.get(ufunc.__name__, ufunc.__name__)
+        row = self.context.functions.ROWS.get(name)
+        if row not in (*OPERATORS.values(), *_COMPARISONS) or method != "__call__" or options:
             self._refuse_numpy(ufunc.__name__)
-        return self.context.do("elementwise", name, *inputs)
+        return self.context.do("elementwise", row, *inputs)
 
     def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: dict) -> NoReturn:
         """Refuses the functions of numpy."""
@@ -305,16 +295,16 @@ class Symbol:
 
     def __len__(self) -> int:
         if not self.sizes:
-            self.python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
+            self.python_value("len() of a traced number", _NO_NUMBER)
         return self.context.python_int(self.sizes[0])
 
     def __iter__(self) -> Iterator[Symbol]:
         if not self.sizes:
-            self.python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
+            self.python_value("a traced value was iterated over", _NO_NUMBER)
         return self.context.do("call", "__iter__", self)
 
     def __contains__(self, _: Any) -> NoReturn:
-        self.python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
+        self.python_value("`in` was applied to a traced value", _NO_BRANCH)
 
     def __setitem__(self, *_: Any) -> None:
         self.context.do("refuse_in_place", "__setitem__")
@@ -372,20 +362,17 @@ def _operator(name: str, reflected: bool) -> Callable:
     return apply
 
 
-for _name, _op in {
+# Python's names of operators with two operands, and the rows of the op table.
+OPERATORS = {
     "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
     "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "bitwise_left_shift",
     "rshift": "bitwise_right_shift",
-}.items():  # fmt: skip
+}  # fmt: skip
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+for _name, _op in OPERATORS.items():
     setattr(Symbol, f"__{_name}__", _operator(_op, reflected=False))
     setattr(Symbol, f"__r{_name}__", _operator(_op, reflected=True))
-_UFUNCS = {
-    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div",
-    "floor_divide": "floor_divide", "remainder": "remainder", "power": "pow", "bitwise_and": "bitwise_and",
-    "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "left_shift": "bitwise_left_shift",
-    "right_shift": "bitwise_right_shift", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge",
-    "equal": "eq", "not_equal": "ne",
-}  # fmt: skip
+# Functions of numpy that PyTorch has under another name.
 _NUMPY_TWINS = {
     "power": "pow",
     "fabs": "abs",
@@ -394,8 +381,11 @@ _NUMPY_TWINS = {
     "invert": "bitwise_not",
     "degrees": "rad2deg",
     "radians": "deg2rad",
+    "equal": "eq",
+    "left_shift": "bitwise_left_shift",
+    "right_shift": "bitwise_right_shift",
 }
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+for _name in _COMPARISONS:
     setattr(Symbol, f"__{_name}__", _operator(_name, reflected=False))
 for _name, _op in {"neg": "neg", "abs": "abs", "invert": "bitwise_not"}.items():
     setattr(Symbol, f"__{_name}__", lambda self, _op=_op: self.context.do("elementwise", _op, self))

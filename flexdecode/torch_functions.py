@@ -16,14 +16,9 @@ from . import activations  # noqa: F401 its functions register themselves
 from .elementwise import as_dtype, elementwise
 from .errors import TraceError, at_user_line
 from .handlers import HANDLERS, ROWS, handlers_of, handles, nearest, of_symbol, refuse, refuse_in_place
-from .symbol import Symbol, TraceContext
+from .symbol import OPERATORS, Symbol, TraceContext
 
-_REFLECTED = {
-    "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div", "__rfloordiv__": "floor_divide",
-    "__rmod__": "remainder", "__rpow__": "pow", "__radd__": "add", "__rmul__": "mul", "__rand__": "bitwise_and",
-    "__ror__": "bitwise_or", "__rxor__": "bitwise_xor", "__rlshift__": "bitwise_left_shift",
-    "__rrshift__": "bitwise_right_shift",
-}  # fmt: skip
+_REFLECTED = {"__rdiv__": "div", **{f"__r{name}__": row for name, row in OPERATORS.items()}}
 PROPERTIES: dict[str, Callable[[Symbol], Any]] = {}  # attributes of tensors that are no methods
 
 
