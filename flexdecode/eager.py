@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IndexRangeError
-from .graph import INDEX_NAMES, Graph, Node, changing, loops_around, topological
+from .graph import Graph, Node, changing, loops_around, topological
 from .inputs import Inputs
 from .ops import FLOAT8, HALF, OPS
 
@@ -180,7 +180,7 @@ class _Evaluation:
         return [values[output] for output in outputs]
 
     def _fill(self, values: dict[Node, torch.Tensor], nodes: Sequence[Node], inside: frozenset[int]) -> None:
-        """Computes the nodes that change in no other loops than those `inside` which they are computed."""
+        """Computes the nodes whose loops are all among `inside`, the loops around this place."""
         for node in nodes:
             if node in values or not self.loops[node] <= inside:
                 continue
@@ -192,7 +192,7 @@ class _Evaluation:
                     self._follow(node, values)
 
     def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
-        """Notes where a value depends on a read out of range; what an operand alone decides depends on that alone."""
+        """Notes where a value depends on a read out of range. Where one operand decides, the others do not count."""
         none = torch.zeros((), dtype=torch.bool, device=self.device)
         unknown = [self.unknown.get(a, none) for a in node.args]
         if node.op in ("logical_and", "logical_or"):
@@ -238,12 +238,12 @@ class _Evaluation:
 
     def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
         """The first pair at which an index is wrong, in words."""
-        named = [(name, self.indices[name]) for name in INDEX_NAMES if name in self.indices]
-        *spread, wrong = torch.broadcast_tensors(*[x for _, x in named], *index, wrong)
+        *spread, wrong = torch.broadcast_tensors(*self.indices.values(), *index, wrong)
         first = int(wrong.flatten().to(torch.uint8).argmax())
         values = [int(x.flatten()[first]) for x in spread]
-        pair = ", ".join(f"{name} = {value}" for (name, _), value in zip(named, values, strict=False))
-        return f"at {pair}, which attends, the index is {values[len(named) :]} in a tensor of shape {list(shape)}"
+        pair = ", ".join(f"{name} = {value}" for name, value in zip(self.indices, values, strict=False))
+        place = values[len(self.indices) :]
+        return f"at {pair}, which attends, the index is {place} in a tensor of shape {list(shape)}"
 
     def _tensor(self, load: Node) -> torch.Tensor:
         leaf = self.graph.tensors[load.attr]
@@ -259,7 +259,7 @@ class _Evaluation:
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
         if self.check_indices and (self.live & ~inside).any():
-            first, wrong = self.wrong.get(node, (args, ~inside))  # there already: of another step of a loop
+            first, wrong = self.wrong.get(node, (args, ~inside))  # another step of a loop may have made an entry
             self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)

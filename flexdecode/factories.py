@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .build import cast, strong
 from .elementwise import as_dtype
 from .handlers import HANDLERS, handles
 from .symbol import Symbol, TraceContext
@@ -14,12 +13,9 @@ from .symbol import Symbol, TraceContext
 
 @handles("tensor", "as_tensor", "asarray", "scalar_tensor")
 def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Symbol:
-    if isinstance(data, (Symbol, torch.Tensor)):
+    if isinstance(data, (Symbol, torch.Tensor, bool, int, float)):
         x = context.symbol(data)
         return as_dtype(context, x, dtype or x.dtype)
-    if isinstance(data, (bool, int, float)):
-        x = context.symbol(data)
-        return context.scalar(strong(x.node if dtype is None else cast(x.node, dtype)))
     _check_data(data)
     return context.freeze(_literal(torch.tensor, data, dtype=dtype))
 
@@ -48,7 +44,7 @@ def _check_data(data: Any) -> None:
 def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     sizes = tuple(context.symbol(n).node for n in shape)
     x = context.symbol(value)
-    node = strong(x.node if dtype is None else cast(x.node, dtype))
+    node = as_dtype(context, x, dtype or x.dtype).node
     return Symbol(context, sizes, lambda _: node, node.dtype)
 
 
@@ -74,8 +70,7 @@ HANDLERS |= {
 
 def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     x = context.symbol(x)
-    node = cast(context.symbol(value).node, dtype or x.dtype)
-    return Symbol(context, x.sizes, lambda _: strong(node), node.dtype)
+    return _filled(context, map(context.size_value, x.sizes), value, dtype or x.dtype)
 
 
 @handles("arange")

@@ -95,7 +95,7 @@ def const(value: bool | int | float, dtype: torch.dtype | None = None) -> Node:
 def topological(*outputs: Node, within: Callable[[Node], bool] = lambda _: True) -> list[Node]:
     """Lists every node below `outputs` once, operands first, in a deterministic order.
 
-    What is not `within` is left out, with what only it needs.
+    A node that is not `within` is left out, and so is what only such nodes need.
     """
     order: list[Node] = []
     seen: set[Node] = set()
@@ -120,7 +120,7 @@ def rewrite(output: Node, visit: Any) -> Node:
 
 
 def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
-    """The loops in which a value changes, for nodes of which operands come first."""
+    """Finds the loops in which each value changes; among `nodes`, operands come before what uses them."""
     found: dict[Node, frozenset[int]] = {}
     for node in nodes:
         loops: frozenset[int] = frozenset().union(*(found[a] for a in node.args))
@@ -131,7 +131,7 @@ def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
 
 
 def changing(fold: Node, loops: dict[Node, frozenset[int]]) -> list[Node]:
-    """What is computed anew in each step of a loop, operands first; `loops` is of `loops_around`."""
+    """Lists what each step of a loop computes again, operands first; `loops` comes from `loops_around`."""
     return topological(fold.args[0], within=lambda node: fold.attr[0] in loops[node])
 
 
@@ -173,7 +173,7 @@ class Graph:
                 attr = tensors.setdefault(attr, len(tensors))
             return Node(node.op, args, node.dtype, attr, node.weak)
 
-        # A size names its tensor by leaf, which says nothing: the slot order makes equal mods equal.
+        # Leaves differ between equal mods. Slots do not: they follow the order of first use.
         renumbered = rewrite(output, visit)
         types = tuple(tensor_types[leaf] for leaf in tensors)
         return Graph(renumbered, tuple(numbers), tuple(tensors), types, tuple(frozen))
@@ -198,11 +198,6 @@ class Graph:
             kind = str(node.dtype).removeprefix("torch.") + ("?" if node.weak else "")
             lines.append(f"{names[node]} = {node.op}({', '.join(operands)}): {kind}")
         return "\n".join([*lines, f"return {names[self.output]}"])
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal hash of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self.text == other.text

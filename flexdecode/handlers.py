@@ -1,4 +1,4 @@
-"""What PyTorch functions, methods and attributes mean on symbols, by name: where the meanings are registered."""
+"""The table of what PyTorch's functions, methods and attributes do with symbols, by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def of_symbol(*names: str) -> Callable[[Handler], Handler]:
-    """Registers a function whose first operand is a `Symbol`, which knows the context: it takes no context."""
+    """Registers a function whose first operand is a `Symbol`. It takes no context: the symbol has it."""
 
     def register(function: Handler) -> Handler:
         @functools.wraps(function)

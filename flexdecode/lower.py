@@ -155,12 +155,12 @@ class _Writer:
         self.indent = ""
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
-        self.loaded: dict[Node, str] = {}  # loads by the name of what was in memory
+        self.loaded: dict[Node, str] = {}  # names of loads before they are widened
         self.fetches: frozenset[Node] = frozenset()  # loads in score_fetch
 
     def hoisted(self) -> list[Node]:
         """The computed values that do not depend on kv_idx but are needed next to it."""
-        # For each pair: what depends on kv_idx, and loops that do, with all their parts.
+        # What is computed for each pair: it depends on kv_idx, or is a part of a loop that does.
         beside = set(topological(self.graph.output, within=lambda n: n in self.facts.on_kv or bool(self.loops[n])))
         operands = [a for node in self.graph.nodes() if node in beside for a in node.args] or [self.graph.output]
         return list(dict.fromkeys(a for a in operands if a not in beside and (a.args or a.op == "load")))
@@ -178,7 +178,7 @@ class _Writer:
         return self.lines
 
     def _write(self, nodes: list[Node], inside: frozenset[int]) -> None:
-        """Writes the nodes that change in no other loops than those `inside` which they are written."""
+        """Writes the nodes whose loops are all among `inside`, the loops around this place."""
         for node in nodes:
             if node in self.names or not self.loops[node] <= inside:
                 continue
@@ -198,7 +198,7 @@ class _Writer:
         return name
 
     def _fold(self, node: Node, inside: frozenset[int]) -> str:
-        """A loop. Its first step stands before it, which gives the result its type and shape."""
+        """Writes a loop. Its first step stands before it: that gives the result its type and shape."""
         loop, count, name = node.attr
         again = changing(node, self.loops)
         outer = dict(self.names)
@@ -284,8 +284,6 @@ class _Writer:
             text = self._as(source, "tl.float32")
             return text if node.weak else f"{text}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
-        if node.dtype == torch.int64 and source.dtype.is_floating_point:
-            return f"{name}.to(tl.int64)"
         if source.dtype.is_floating_point and node.dtype in (torch.uint8, torch.int8, torch.int16):
             # By way of int32: what does not fit wraps around, while a compiler may assume that it fits a narrow type.
             return f"{name}.to(tl.int32).to({dtype})"

@@ -129,17 +129,14 @@ def _reduced(
     return Symbol(context, tuple(sizes), at, result) if sizes else context.scalar(at(()))
 
 
-def _reduction(name: str, empty: Any = None, unrolled: bool = False) -> Callable[[Combine], Handler]:
-    """Registers what joins elements as the function `name` of PyTorch; the arguments are those of `_reduced`."""
+def _reduction(name: str, combine: Combine, empty: Any = None, unrolled: bool = False) -> Handler:
+    """Registers and gives the function `name` of PyTorch; the arguments are those of `_reduced`."""
 
-    def register(combine: Combine) -> Handler:
-        @of_symbol(name)
-        def reduce(x: Symbol, *args: Any, **options: Any) -> Symbol:
-            return _reduced(x, name, combine, *args, empty=empty, unrolled=unrolled, **options)
+    @of_symbol(name)
+    def reduce(x: Symbol, *args: Any, **options: Any) -> Symbol:
+        return _reduced(x, name, combine, *args, empty=empty, unrolled=unrolled, **options)
 
-        return reduce
-
-    return register
+    return reduce
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -158,11 +155,8 @@ def _joined(row: str) -> Combine:
 
 
 _SUM = _joined("add")
-_reduction("sum", empty=0)(_SUM)
-_reduction("prod", empty=1)(_joined("mul"))
 
 
-@_reduction("mean")
 def _mean(elements: _Elements, dtype: torch.dtype | None) -> Node:
     result = dtype or elements.dtype
     if not result.is_floating_point:
@@ -178,8 +172,11 @@ def _truth(row: str) -> Combine:
     return combine
 
 
-_any = _reduction("any", empty=False)(_truth("logical_or"))
-_reduction("all", empty=True)(_truth("logical_and"))
+_reduction("sum", _SUM, empty=0)
+_reduction("prod", _joined("mul"), empty=1)
+_reduction("mean", _mean)
+_any = _reduction("any", _truth("logical_or"), empty=False)
+_reduction("all", _truth("logical_and"), empty=True)
 
 
 @of_symbol("count_nonzero")
@@ -216,16 +213,17 @@ class ValuesAndIndices(NamedTuple):
 def _extreme(name: str, row: str) -> None:
     """Registers `amax`, `argmax` and `max`, or `amin`, `argmin` and `min`."""
     of_two = HANDLERS[name]
-    values_of = _reduction(f"a{name}")(lambda elements, _: elements.join(row))
-    indices_of = _reduction(f"arg{name}", unrolled=True)(_first(largest=name == "max"))
+    values_of = _reduction(f"a{name}", lambda elements, _: elements.join(row))
+    indices_of = _reduction(f"arg{name}", _first(largest=name == "max"), unrolled=True)
 
     @handles(name)
-    def reduce(context: TraceContext, x: Any, dim: Any = None, *args: Any, **named: Any) -> Any:
-        if "other" in named or isinstance(dim, (Symbol, torch.Tensor)):
-            return of_two(context, x, named.get("other", dim))
-        symbol, dim = context.symbol(x), named.pop("axis", dim)
-        values = values_of(symbol, dim, *args, **named)
-        return values if dim is None else ValuesAndIndices(values, indices_of(symbol, dim, *args, **named))
+    def reduce(context: TraceContext, x: Any, *args: Any, **named: Any) -> Any:
+        if "other" in named or (args and isinstance(args[0], (Symbol, torch.Tensor))):
+            return of_two(context, x, *args, **named)
+        symbol = context.symbol(x)
+        values = values_of(symbol, *args, **named)
+        dim = args[0] if args else named.get("dim", named.get("axis"))
+        return values if dim is None else ValuesAndIndices(values, indices_of(symbol, *args, **named))
 
 
 _extreme("max", "maximum")

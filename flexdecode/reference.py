@@ -89,7 +89,7 @@ def reference_decode(
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
     for batch in range(B):
-        # What lies past the lengths is cut off here: nothing below can see it.
+        # Nothing below can see what lies past these lengths.
         n, m = int(lens[batch]), int(tokens[batch])
         grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
         live = torch.ones(Hq, Q, n, dtype=torch.bool)

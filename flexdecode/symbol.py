@@ -30,7 +30,7 @@ _NO_NUMBER = (
 )
 
 
-_MAX_WAITING = 40  # symbols whose elements wait for their index, each for those that it is made of
+_MAX_WAITING = 40  # shaped symbols that compute an element only when it is asked for; later ones use `_settled`
 
 
 class Consumed(BaseException):  # not an Exception: the user's own `except Exception` must not swallow it
@@ -52,7 +52,7 @@ class TraceContext:
     reads: Reads  # notes what the mod reads that the walk does not follow
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
-    own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
+    own_code: bool = False  # whether PyTorch calls come from the tracer, not from the mod
     num_shaped: int = 0  # symbols made with dimensions
     made: list[weakref.ref[Symbol]] = field(default_factory=list)  # all symbols
 
@@ -114,14 +114,13 @@ class TraceContext:
                 "Changes of it would go unseen: give it a name outside the mod, `table = ...`, and use that.",
             )
         if value.ndim == 0 and value.device.type == "cpu":
-            _check_dtype(value.dtype, self.kind)
-            return self.scalar(Node("number", (), widened(value.dtype), Source(leaf)))
+            return self.scalar(Node("number", (), self._widened(value.dtype), Source(leaf)))
         return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
 
     def freeze(self, value: torch.Tensor) -> Symbol:
         """A tensor on the CPU that the mod makes of numbers."""
         if value.ndim == 0:
-            return self.scalar(const(value.item(), widened(value.dtype)))
+            return self.scalar(const(value.item(), self._widened(value.dtype)))
         alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]
         if not alike:
             alike = [len(self.frozen)]
@@ -129,10 +128,19 @@ class TraceContext:
         return self._loads(-1 - alike[0], value, tuple(const(n) for n in value.shape))
 
     def _loads(self, leaf: int, value: torch.Tensor, shape: tuple[Node, ...]) -> Symbol:
-        _check_dtype(value.dtype, self.kind)
+        dtype = self._widened(value.dtype)
         self.tensor_types[leaf] = (value.dtype, value.ndim)
-        dtype = widened(value.dtype)
         return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
+
+    def _widened(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
+        if dtype not in (*DTYPES, *FLOAT8):
+            raise at_user_line(
+                UnsupportedOpError,
+                f"a captured tensor of {dtype} cannot be read in a {self.kind}",
+                "Convert it outside the mod, e.g. with .float() or .long().",
+            )
+        return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def _size(self, source: Source, size: int) -> Node:
         if source in self.constants:
@@ -148,20 +156,6 @@ class TraceContext:
     def size_value(self, node: Node) -> int | Symbol:
         """A size as the mod sees it: a number, or a symbol for the size of a captured tensor."""
         return node.attr if node.is_const else self.scalar(node)
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
-
-
-def _check_dtype(dtype: torch.dtype, kind: str) -> None:
-    if dtype not in (*DTYPES, *FLOAT8):
-        raise at_user_line(
-            UnsupportedOpError,
-            f"a captured tensor of {dtype} cannot be read in a {kind}",
-            "Convert it outside the mod, e.g. with .float() or .long().",
-        )
 
 
 def checked_shape(function: Callable[..., Any], *args: Any) -> Any:
@@ -183,7 +177,7 @@ class Symbol:
         context: the run that it belongs to.
         sizes: one `Node` per dimension.
         dtype: PyTorch's type of the elements.
-        guarded: per dimension, whether an element with an index outside is 0 without further ado.
+        guarded: per dimension, whether an index outside of it reads 0 without another check.
     """
 
     __slots__ = ("__weakref__", "_element", "_known", "context", "dtype", "guarded", "sizes")
@@ -245,7 +239,7 @@ class Symbol:
         return f"<traced {self.dtype} of rank {self.rank} in a {self.context.kind}>"
 
     def __getitem__(self, index: Any) -> Symbol:
-        return self.context.do("call", "getitem", self, index)
+        return self.context.do("dispatch", torch.Tensor.__getitem__, (self, index), {})
 
     def python_value(self, problem: str, remedy: str) -> NoReturn:
         """Refuses to become a Python value; a captured number becomes a constant instead."""
@@ -301,7 +295,7 @@ class Symbol:
     def __iter__(self) -> Iterator[Symbol]:
         if not self.sizes:
             self.python_value("a traced value was iterated over", _NO_NUMBER)
-        return self.context.do("call", "__iter__", self)
+        return self.context.do("dispatch", torch.Tensor.__iter__, (self,), {})
 
     def __contains__(self, _: Any) -> NoReturn:
         self.python_value("`in` was applied to a traced value", _NO_BRANCH)
@@ -313,10 +307,10 @@ class Symbol:
         return self.context.do("dispatch", torch.round, (self,), {} if digits is None else {"decimals": digits})
 
     def __matmul__(self, other: Any) -> Symbol:
-        return self.context.do("call", "matmul", self, other)
+        return self.context.do("dispatch", torch.matmul, (self, other), {})
 
     def __rmatmul__(self, other: Any) -> Symbol:
-        return self.context.do("call", "matmul", other, self)
+        return self.context.do("dispatch", torch.matmul, (other, self), {})
 
     def __divmod__(self, other: Any) -> tuple[Symbol, Symbol]:
         return self // other, self % other
@@ -332,7 +326,7 @@ def innermost(index: Iterable[Node]) -> int:
 
 
 def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable[[tuple[Node, ...]], Node]:
-    """Computes an element once, for indices that are filled in later, so that no recursion is as deep as a mod."""
+    """Computes an element once, with placeholders for its index; without it, recursion is as deep as a mod is long."""
     axes = tuple(Node("axis", (), torch.int64, dim) for dim in range(rank))
     body = element(axes)
 

@@ -69,11 +69,6 @@ def _name_of(func: Any) -> str:
     return name.removeprefix("special_")
 
 
-def call(context: TraceContext, name: str, *args: Any) -> Any:
-    """Calls the function of PyTorch that is registered as `name`."""
-    return HANDLERS[name](context, *args)
-
-
 def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
     """A method or attribute of `torch.Tensor` on a symbol."""
     if name in PROPERTIES:

@@ -71,7 +71,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: R
     tracer = _Tracer(mod, kind, leaves, device, Reads(kind) if reads is None else reads)
     real = tracer.run(frozenset(), ())
     check_leaks(real.context, lambda: tracer.run(frozenset(), ()).context)
-    return tracer.plant(real)
+    return tracer.run_on_symbols(real)
 
 
 class _Run(NamedTuple):
@@ -90,11 +90,11 @@ class _Tracer(NamedTuple):
     device: torch.device
     reads: Reads
 
-    def run(self, constants: frozenset[Source], planted: Iterable[int]) -> _Run:
+    def run(self, constants: frozenset[Source], symbolic: Iterable[int]) -> _Run:
         """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
         while True:
             context = TraceContext(self.kind, [*self.leaves], self.device, constants, tf, self.reads)
-            numbers = {i: context.number(Source(i)) for i in planted if Source(i) not in constants}
+            numbers = {i: context.number(Source(i)) for i in symbolic if Source(i) not in constants}
             try:
                 output = _call(copy_for_trace(self.mod, numbers, self.reads), context)
                 frozen = [tensor.to(self.device) for tensor in context.frozen]
@@ -102,13 +102,13 @@ class _Tracer(NamedTuple):
             except Consumed as consumed:
                 constants |= consumed.sources
 
-    def plant(self, real: _Run) -> Traced:
-        """Traces with numbers as symbols; those that decide which way the mod takes are constants.
+    def run_on_symbols(self, real: _Run) -> Traced:
+        """Runs the mod on symbols for numbers; those that decide which way the mod takes are constants.
 
         All are tried at once. Where the mod then takes another way than with their values, each half is tried.
 
         Args:
-            real: the run with their values. What it asked for, such as sizes, are constants of the others too.
+            real: the run on their values. The sizes that it asked for are constants here too.
         """
         numbers = [i for i, leaf in enumerate(self.leaves) if not isinstance(leaf, torch.Tensor)]
         kept: list[int] = []
@@ -152,7 +152,7 @@ def _call(mod: Callable, context: TraceContext) -> Node:
 
 
 def _as_it_was_written() -> AbstractContextManager:
-    """Lets functions that `torch.compile` made run as Python, if there can be any."""
+    """Makes functions that `torch.compile` made run as Python, if `torch.compile` was ever used."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -194,8 +194,8 @@ def _check_assignments(mod: Callable, kind: str) -> None:
             )
 
 
-def _same(planted: _Run, real: _Run, leaves: list) -> bool:
-    """Whether the planted graph, with the numbers' values in it, is the graph of the real values."""
+def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
+    """Whether the graph of symbols, with the numbers' values in it, is the graph of the real values."""
 
     def substitute(node: Node, args: tuple[Node, ...]) -> Node:
         if node.op == "number" and node.attr.dim < 0 and not isinstance(leaves[node.attr.leaf], torch.Tensor):
@@ -203,7 +203,7 @@ def _same(planted: _Run, real: _Run, leaves: list) -> bool:
         return remake(node, args)
 
     try:
-        return rewrite(planted.output, substitute) == rewrite(real.output, remake)
+        return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
     except (ArithmeticError, ValueError, TypeError):  # Python's arithmetic refuses what PyTorch's does not: 1 / 0
         return False
 

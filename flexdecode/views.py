@@ -1,4 +1,4 @@
-"""Views of captured tensors inside a mod: index arithmetic, of which nothing is read while tracing."""
+"""Views of captured tensors inside a mod. They become index arithmetic; no value is read while tracing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _select(symbol: Symbol, dim: int, index: Symbol) -> Symbol:
     return Symbol(symbol.context, sizes, at, symbol.dtype, guarded)
 
 
+@of_symbol("unsqueeze")
 def _unsqueeze(symbol: Symbol, dim: int) -> Symbol:
+    dim = _dim(symbol, dim, 1)
+
     def at(index: tuple[Node, ...]) -> Node:
         return symbol.at(_replaced(index, dim))
 
@@ -166,11 +169,6 @@ def _narrow(symbol: Symbol, dim: int, start: int, length: int) -> Symbol:
     dim = _dim(symbol, dim)
     first = start if start >= 0 else start + symbol.context.python_int(symbol.sizes[dim])
     return _slice(symbol, dim, slice(first, first + length))
-
-
-@of_symbol("unsqueeze")
-def _unsqueeze_method(symbol: Symbol, dim: int) -> Symbol:
-    return _unsqueeze(symbol, _dim(symbol, dim, 1))
 
 
 @of_symbol("squeeze")
