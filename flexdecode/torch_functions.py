@@ -119,10 +119,10 @@ def _to(x: Symbol, *args: Any, dtype: Any = None, **_: Any) -> Symbol:
     return x if dtype is None else as_dtype(x.context, x, dtype)
 
 
-@of_symbol("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive", "pos", "real")
-@of_symbol("conj", "conj_physical", "resolve_conj", "resolve_neg")
-def _same(x: Symbol, *_: Any, **__: Any) -> Symbol:
-    return x
+@handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive", "pos", "real")
+@handles("conj", "conj_physical", "resolve_conj", "resolve_neg")
+def _same(context: TraceContext, x: Any, *_: Any, **__: Any) -> Symbol:
+    return context.symbol(x)
 
 
 @of_symbol("is_floating_point")
