@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .build import cast, strong
 from .elementwise import as_dtype
 from .handlers import HANDLERS, handles
 from .symbol import Symbol, TraceContext
@@ -13,7 +14,9 @@ from .symbol import Symbol, TraceContext
 
 @handles("tensor", "as_tensor", "asarray", "scalar_tensor")
 def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Symbol:
-    if isinstance(data, (Symbol, torch.Tensor, bool, int, float)):
+    if isinstance(data, (bool, int, float)):
+        return _filled(context, (), data, dtype)
+    if isinstance(data, (Symbol, torch.Tensor)):
         x = context.symbol(data)
         return as_dtype(context, x, dtype or x.dtype)
     _check_data(data)
@@ -44,7 +47,7 @@ def _check_data(data: Any) -> None:
 def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     sizes = tuple(context.symbol(n).node for n in shape)
     x = context.symbol(value)
-    node = as_dtype(context, x, dtype or x.dtype).node
+    node = strong(x.node if dtype is None else cast(x.node, dtype))
     return Symbol(context, sizes, lambda _: node, node.dtype)
 
 

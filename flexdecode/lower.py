@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -242,7 +243,9 @@ class _Writer:
             # The template hands q_idx over as int64 when the caller chose it, all else as int32.
             return node.attr
         if node.op == "const":
-            return f"tl.full((), {_literal(node)}, {self._dtype(node)})"
+            value = float(node.attr) if node.dtype.is_floating_point else int(node.attr)
+            text = repr(value) if math.isfinite(value) else f'float("{value}")'
+            return f"tl.full((), {text}, {self._dtype(node)})"
         write = {"number": self._number, "load": self._load, "cast": self._cast}.get(node.op, self._operation)
         return write(node)
 
@@ -336,10 +339,3 @@ def _scalar_condition(text: str) -> str:
     `True &` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
     """
     return f"tl.full((), True, tl.int1) & ({text})"
-
-
-def _literal(node: Node) -> str:
-    value = node.attr
-    if node.dtype.is_floating_point:
-        return repr(float(value)) if value - value == 0 else f'float("{value}")'
-    return repr(int(value))
