@@ -28,7 +28,7 @@ def _relu6(context: TraceContext, x: Any) -> Symbol:
 @_handles("hardtanh")
 def _hardtanh(context: TraceContext, x: Any, min_val: Any = -1, max_val: Any = 1) -> Symbol:
     limits = [min_val, max_val]
-    if not context.symbol(x).dtype.is_floating_point:  # PyTorch cuts the fractions off: integers stay integers
+    if not context.symbol(x).dtype.is_floating_point:  # PyTorch drops the fractions: integers stay integers
         limits = [int(limit) if context.symbol(limit).dtype.is_floating_point else limit for limit in limits]
     return clamp(context, x, *limits)
 

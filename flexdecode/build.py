@@ -59,8 +59,7 @@ def make(name: str, *nodes: Node) -> Node:
         return const(value.item(), dtype)
     if op.commutative:
         args = tuple(sorted(args, key=lambda n: (n.is_const, n.digest)))
-    shorter = _simplify(name, args)
-    return shorter if shorter is not None else Node(name, args, dtype, weak=weak)
+    return _simplify(name, args) or Node(name, args, dtype, weak=weak)
 
 
 def _in_python(op: Op, nodes: tuple[Node, ...]) -> Node:

@@ -5,13 +5,15 @@ It gives the results and the errors of the generated kernel on any device, with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .errors import IndexRangeError
 from .formats import Gather
-from .graph import INDEX_NAMES, Graph, Node, changing, loops_around, topological
+from .graph import Graph, Node, changing, loops_around, topological
 from .inputs import Inputs
 from .ops import FLOAT8, HALF, OPS
 
@@ -123,37 +125,32 @@ def evaluate(
     return _Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
 
 
+@dataclass
 class _Evaluation:
     """One run of a graph over broadcast tensors [B, Hq, Q, n]."""
 
-    def __init__(
-        self,
-        mod: tuple[Graph | None, list],
-        indices: dict[str, torch.Tensor],
-        score: torch.Tensor | None,
-        live: torch.Tensor,
-        check_indices: bool,
-    ) -> None:
-        graph, self.leaves = mod
+    mod: tuple[Graph | None, list]
+    indices: dict[str, torch.Tensor]
+    score: torch.Tensor | None
+    live: torch.Tensor
+    check_indices: bool
+
+    def __post_init__(self) -> None:
+        graph, self.leaves = self.mod
         assert graph is not None
         self.graph = graph
-        self.indices = indices
-        self.score = score
-        self.live = live
+        self.device = self.live.device
         # With `check_indices`: where each load is out of range, and where a value depends on such a load.
-        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] | None = {} if check_indices else None
+        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
-        self.device = live.device
 
     def result(self) -> torch.Tensor:
         output = self.graph.output
-        found = self.values([output])[0]
-        if self.wrong:
-            bad = self.live & self.unknown[output]
-            for load, (index, wrong) in self.wrong.items():
-                if bool((bad & wrong).any()):
-                    shape = self._tensor(load).shape
-                    raise IndexRangeError(self.graph, load, self._where(index, bad & wrong, shape))
+        (found,) = self.values([output])
+        for load, (index, wrong) in self.wrong.items():
+            bad = self.live & self.unknown[output] & wrong
+            if bad.any():
+                raise IndexRangeError(self.graph, load, self._where(index, bad, self._tensor(load).shape))
         return found
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
@@ -164,7 +161,7 @@ class _Evaluation:
         return [values[output] for output in outputs]
 
     def _fill(self, values: dict[Node, torch.Tensor], nodes: Sequence[Node], inside: frozenset[int]) -> None:
-        """Computes the nodes that change in no other loops than those `inside` which they are computed."""
+        """Computes the nodes whose loops are all among `inside`, the loops around this place."""
         for node in nodes:
             if node in values or not self.loops[node] <= inside:
                 continue
@@ -172,12 +169,11 @@ class _Evaluation:
                 values[node] = self._fold(values, node, inside)
             else:
                 values[node] = self._value(node, [values[a] for a in node.args])
-                if self.wrong is not None:
+                if self.check_indices:
                     self._follow(node, values)
 
     def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
-        """Notes where a value depends on a read out of range; what an operand alone decides depends on that alone."""
-        assert self.wrong is not None
+        """Notes where a value depends on a read out of range. Where one operand decides, the others do not count."""
         none = torch.zeros((), dtype=torch.bool, device=self.device)
         unknown = [self.unknown.get(a, none) for a in node.args]
         if node.op in ("logical_and", "logical_or"):
@@ -186,25 +182,23 @@ class _Evaluation:
         elif node.op == "where":
             found = unknown[0] | torch.where(values[node.args[0]], unknown[1], unknown[2])
         else:
-            found = none
-            for part in (*unknown, *(self.wrong[node][1:] if node in self.wrong else ())):
-                found = found | part
+            found = functools.reduce(torch.logical_or, (*unknown, *self.wrong.get(node, ())[1:]), none)
         self.unknown[node] = found
 
     def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
         loop, count, name = node.attr
         (body,) = node.args
         again = changing(node, self.loops)
-        result: torch.Tensor | None = None
-        for step in range(count):
-            local = dict(values)
-            local |= {n: torch.tensor(step, device=self.device) for n in again if n.op == "step" and n.attr[0] == loop}
+        steps = [n for n in again if n.op == "step" and n.attr[0] == loop]
+
+        def value(step: int) -> torch.Tensor:
+            local = values | dict.fromkeys(steps, torch.tensor(step, device=self.device))
             self._fill(local, again, inside | {loop})
-            result = local[body] if result is None else OPS[name].torch(result, local[body])
             if body in self.unknown:
                 self.unknown[node] = self.unknown[body] | self.unknown.get(node, self.unknown[body])
-        assert result is not None
-        return result
+            return local[body]
+
+        return functools.reduce(OPS[name].torch, map(value, range(count)))
 
     def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
         if node.op == "score":
@@ -217,7 +211,7 @@ class _Evaluation:
         if node.op == "const":
             return torch.tensor(node.attr, dtype=dtype, device=self.device)
         if node.op == "number":
-            return torch.as_tensor(self._number(node), dtype=dtype, device=self.device)
+            return torch.as_tensor(self.graph.numbers[node.attr].read(self.leaves), dtype=dtype, device=self.device)
         if node.op == "load":
             return self._load(node, args)
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
@@ -225,17 +219,12 @@ class _Evaluation:
 
     def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
         """The first pair at which an index is wrong, in words."""
-        named = [(name, self.indices[name]) for name in INDEX_NAMES if name in self.indices]
-        *spread, wrong = torch.broadcast_tensors(*[x for _, x in named], *index, wrong)
+        *spread, wrong = torch.broadcast_tensors(*self.indices.values(), *index, wrong)
         first = int(wrong.flatten().to(torch.uint8).argmax())
         values = [int(x.flatten()[first]) for x in spread]
-        pair = ", ".join(f"{name} = {value}" for (name, _), value in zip(named, values, strict=False))
-        return f"at {pair}, which attends, the index is {values[len(named) :]} in a tensor of shape {list(shape)}"
-
-    def _number(self, node: Node) -> int | float | torch.Tensor:
-        source = self.graph.numbers[node.attr]
-        leaf = self.leaves[source.leaf]
-        return leaf if source.dim < 0 and isinstance(leaf, torch.Tensor) else source.read(self.leaves)
+        pair = ", ".join(f"{name} = {value}" for name, value in zip(self.indices, values, strict=False))
+        place = values[len(self.indices) :]
+        return f"at {pair}, which attends, the index is {place} in a tensor of shape {list(shape)}"
 
     def _tensor(self, load: Node) -> torch.Tensor:
         leaf = self.graph.tensors[load.attr]
@@ -250,9 +239,9 @@ class _Evaluation:
             place = torch.where(index < 0, index + size, index)
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
-        if self.wrong is not None and bool((self.live & ~inside).any()):
-            before = self.wrong.get(node)  # of another step of a loop
-            self.wrong[node] = (args, ~inside) if before is None else (before[0], before[1] | ~inside)
+        if self.check_indices and (self.live & ~inside).any():
+            first, wrong = self.wrong.get(node, (args, ~inside))  # another step of a loop may have made an entry
+            self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
         if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere

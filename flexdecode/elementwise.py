@@ -14,7 +14,7 @@ from .errors import TraceError, at_user_line, raised
 from .graph import Node, Source, const
 from .handlers import Handler, handlers_of, refuse
 from .ops import CONSTANT_SECOND, DTYPES, HALF, OPS, STEPS
-from .symbol import Consumed, Symbol, TraceContext
+from .symbol import Consumed, Symbol, TraceContext, checked_shape
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
@@ -62,11 +62,7 @@ def broadcast(context: TraceContext, function: Callable[..., Node], *symbols: Sy
         sizes = shaped[0].sizes
         views = list(symbols)
     else:
-        shapes = [[context.python_int(n) for n in s.sizes] for s in shaped]
-        try:
-            sizes = tuple(const(n) for n in torch.broadcast_shapes(*shapes))
-        except RuntimeError as error:
-            raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+        sizes = tuple(const(n) for n in checked_shape(torch.broadcast_shapes, *(s.extents() for s in shaped)))
         views = [expanded(s, sizes) if s.rank else s for s in symbols]
     dtype = function(*(Node("axis", (), s.dtype) if s.rank else s.node for s in views)).dtype
     guarded = shaped[0].guarded if len(shaped) == 1 and _keeps_zero(function, symbols) else None

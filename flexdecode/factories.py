@@ -7,20 +7,18 @@ from typing import Any
 import torch
 
 from .build import cast, strong
-from .elementwise import as_dtype as _as_dtype
-from .handlers import HANDLERS as _HANDLERS
-from .handlers import handles as _handles
+from .elementwise import as_dtype
+from .handlers import HANDLERS, handles
 from .symbol import Symbol, TraceContext
 
 
-@_handles("tensor", "as_tensor", "asarray", "scalar_tensor")
+@handles("tensor", "as_tensor", "asarray", "scalar_tensor")
 def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Symbol:
+    if isinstance(data, (bool, int, float)):
+        return _filled(context, (), data, dtype)
     if isinstance(data, (Symbol, torch.Tensor)):
         x = context.symbol(data)
-        return _as_dtype(context, x, dtype or x.dtype)
-    if isinstance(data, (bool, int, float)):
-        x = context.symbol(data)
-        return context.scalar(strong(x.node if dtype is None else cast(x.node, dtype)))
+        return as_dtype(context, x, dtype or x.dtype)
     _check_data(data)
     return context.freeze(_literal(torch.tensor, data, dtype=dtype))
 
@@ -33,7 +31,7 @@ def _literal(make: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: 
     return made
 
 
-@_handles("new_tensor")
+@handles("new_tensor")
 def _new_tensor(context: TraceContext, x: Any, data: Any, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
     return _tensor(context, data, dtype or x.dtype)
 
@@ -53,19 +51,19 @@ def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | 
     return Symbol(context, sizes, lambda _: node, node.dtype)
 
 
-def _unpacked(args: tuple, given: Any = None) -> Any:
+def unpacked(args: tuple, given: Any = None) -> Any:
     """Sizes or dimensions, passed one by one, as one sequence, or by keyword."""
     args = args if given is None else (given,)
     return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 
-_HANDLERS |= {
+HANDLERS |= {
     "full": lambda c, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype),
-    "zeros": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0.0, dtype),
-    "ones": lambda c, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1.0, dtype),
+    "zeros": lambda c, *n, size=None, dtype=None, **_: _filled(c, unpacked(n, size), 0.0, dtype),
+    "ones": lambda c, *n, size=None, dtype=None, **_: _filled(c, unpacked(n, size), 1.0, dtype),
     "new_full": lambda c, x, size, fill_value, dtype=None, **_: _filled(c, size, fill_value, dtype or x.dtype),
-    "new_zeros": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 0, dtype or x.dtype),
-    "new_ones": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, _unpacked(n, size), 1, dtype or x.dtype),
+    "new_zeros": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, unpacked(n, size), 0, dtype or x.dtype),
+    "new_ones": lambda c, x, *n, size=None, dtype=None, **_: _filled(c, unpacked(n, size), 1, dtype or x.dtype),
     "full_like": lambda c, x, fill_value, dtype=None, **_: _like(c, x, fill_value, dtype),
     "fill": lambda c, x, value: _like(c, x, value, None),
     "zeros_like": lambda c, x, dtype=None, **_: _like(c, x, 0, dtype),
@@ -75,10 +73,9 @@ _HANDLERS |= {
 
 def _like(context: TraceContext, x: Any, value: Any, dtype: torch.dtype | None) -> Symbol:
     x = context.symbol(x)
-    node = cast(context.symbol(value).node, dtype or x.dtype)
-    return Symbol(context, x.sizes, lambda _: strong(node), node.dtype)
+    return _filled(context, map(context.size_value, x.sizes), value, dtype or x.dtype)
 
 
-@_handles("arange")
+@handles("arange")
 def _arange(context: TraceContext, *args: Any, device: Any = None, **kwargs: Any) -> Symbol:
     return context.freeze(_literal(torch.arange, *args, **kwargs))

@@ -6,8 +6,9 @@ node with the captures that it reads, numbered in order of first use; its text i
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Source(NamedTuple):
     dim: int = -1
 
     def read(self, leaves: list) -> int | float:
-        """The present value, from the captures of a mod.
+        """The value as it is now, from the captures of a mod.
 
         Raises:
             TraceError: it is an integer that no 64-bit type holds.
@@ -85,24 +86,17 @@ class Node:
 def const(value: bool | int | float, dtype: torch.dtype | None = None) -> Node:
     """Makes a constant: of type `dtype`, or a weak Python number when `dtype` is None."""
     if dtype is None:
-        return Node("const", (), _python_dtype(value), value, weak=True)
-    if dtype == torch.bool:
-        value = bool(value)
-    elif dtype.is_floating_point:
-        value = float(value)
-    else:
-        value = int(value)
-    return Node("const", (), dtype, value)
+        kind = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float32
+        return Node("const", (), kind, value, weak=True)
+    convert = bool if dtype == torch.bool else float if dtype.is_floating_point else int
+    return Node("const", (), dtype, convert(value))
 
 
-def _python_dtype(value: bool | int | float) -> torch.dtype:
-    if isinstance(value, bool):
-        return torch.bool
-    return torch.int64 if isinstance(value, int) else torch.float32
+def topological(*outputs: Node, within: Callable[[Node], bool] = lambda _: True) -> list[Node]:
+    """Lists every node below `outputs` once, operands first, in a deterministic order.
 
-
-def topological(*outputs: Node) -> list[Node]:
-    """Lists every node below `outputs` once, operands first, in a deterministic order."""
+    A node that is not `within` is left out, and so is what only such nodes need.
+    """
     order: list[Node] = []
     seen: set[Node] = set()
     stack = [(node, False) for node in reversed(outputs)]
@@ -110,7 +104,7 @@ def topological(*outputs: Node) -> list[Node]:
         node, ready = stack.pop()
         if ready:
             order.append(node)
-        elif node not in seen:
+        elif node not in seen and within(node):
             seen.add(node)
             stack.append((node, True))
             stack.extend((arg, False) for arg in reversed(node.args))
@@ -126,7 +120,7 @@ def rewrite(output: Node, visit: Any) -> Node:
 
 
 def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
-    """The loops in which a value changes, for nodes of which operands come first."""
+    """Finds the loops in which each value changes; among `nodes`, operands come before what uses them."""
     found: dict[Node, frozenset[int]] = {}
     for node in nodes:
         loops: frozenset[int] = frozenset().union(*(found[a] for a in node.args))
@@ -137,19 +131,8 @@ def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
 
 
 def changing(fold: Node, loops: dict[Node, frozenset[int]]) -> list[Node]:
-    """What is computed anew in each step of a loop, operands first; `loops` is of `loops_around`."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack = [(fold.args[0], False)]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-        elif node not in seen and fold.attr[0] in loops[node]:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args))
-    return order
+    """Lists what each step of a loop computes again, operands first; `loops` comes from `loops_around`."""
+    return topological(fold.args[0], within=lambda node: fold.attr[0] in loops[node])
 
 
 @dataclass(frozen=True)
@@ -162,7 +145,6 @@ class Graph:
         tensors: the leaf of each tensor slot; a negative leaf `-1 - k` means `frozen[k]`.
         tensor_types: `(dtype, rank)` of each tensor slot.
         frozen: tensors that cannot be reached through the mod's captures, kept as they were at trace time.
-        text: canonical text; equal text means the same function of the slots.
     """
 
     output: Node
@@ -170,11 +152,10 @@ class Graph:
     tensors: tuple[int, ...]
     tensor_types: tuple[tuple[torch.dtype, int], ...]
     frozen: tuple[torch.Tensor, ...] = ()
-    text: str = ""
 
     @staticmethod
     def build(output: Node, tensor_types: dict[int, tuple[torch.dtype, int]], frozen: list[torch.Tensor]) -> Graph:
-        """Numbers the captures of `output` in order of first use and writes the canonical text.
+        """Numbers the captures of `output` in order of first use.
 
         Args:
             output: a node whose `number` and `load` attributes name leaves.
@@ -192,23 +173,18 @@ class Graph:
                 attr = tensors.setdefault(attr, len(tensors))
             return Node(node.op, args, node.dtype, attr, node.weak)
 
-        # A size names its tensor by leaf, which says nothing: the slot order makes equal mods equal.
+        # Leaves differ between equal mods. Slots do not: they follow the order of first use.
         renumbered = rewrite(output, visit)
-        graph = Graph(
-            renumbered,
-            tuple(numbers),
-            tuple(tensors),
-            tuple(tensor_types[leaf] for leaf in tensors),
-            tuple(frozen),
-        )
-        object.__setattr__(graph, "text", graph._canonical_text())
-        return graph
+        types = tuple(tensor_types[leaf] for leaf in tensors)
+        return Graph(renumbered, tuple(numbers), tuple(tensors), types, tuple(frozen))
 
     def nodes(self) -> list[Node]:
         """Every node, operands first."""
         return topological(self.output)
 
-    def _canonical_text(self) -> str:
+    @functools.cached_property
+    def text(self) -> str:
+        """Canonical text: graphs of equal text are the same function of their slots."""
         lines = [
             f"tensor {slot}: {str(dtype).removeprefix('torch.')} rank {rank}"
             for slot, (dtype, rank) in enumerate(self.tensor_types)
@@ -222,11 +198,6 @@ class Graph:
             kind = str(node.dtype).removeprefix("torch.") + ("?" if node.weak else "")
             lines.append(f"{names[node]} = {node.op}({', '.join(operands)}): {kind}")
         return "\n".join([*lines, f"return {names[self.output]}"])
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal hash of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self.text == other.text

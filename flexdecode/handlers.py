@@ -1,8 +1,9 @@
-"""What PyTorch functions, methods and attributes mean on symbols, by name: where the meanings are registered."""
+"""The table of what PyTorch's functions, methods and attributes do with symbols, by name."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -39,6 +40,20 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
         return handler
+
+    return register
+
+
+def of_symbol(*names: str) -> Callable[[Handler], Handler]:
+    """Registers a function whose first operand is a `Symbol`. It takes no context: the symbol has it."""
+
+    def register(function: Handler) -> Handler:
+        @functools.wraps(function)
+        def handler(context: TraceContext, x: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(context.symbol(x), *args, **kwargs)
+
+        handles(*names)(handler)
+        return function
 
     return register
 

@@ -14,8 +14,8 @@ from .errors import TraceError, UnsupportedOpError, at_user_line
 from .graph import Node, const
 from .handlers import handles as _handles
 from .ops import common_dtype
-from .symbol import Symbol, TraceContext
-from .views import _dim, _index_symbol, _reshape, _select, _slice, _unsqueeze, _where_in, _zero_outside
+from .symbol import Symbol, TraceContext, checked_shape
+from .views import _dim, _element, _index_symbol, _reshape, _select, _slice, _unsqueeze
 
 MAX_PARTS = 256  # of one tensor inside a mod: each is text of the kernel
 
@@ -94,7 +94,7 @@ def _unbind(context: TraceContext, x: Any, dim: int = 0) -> tuple[Symbol, ...]:
     symbol = context.symbol(x)
     dim = _dim(symbol, dim)
     count = checked_count(context, "unbind", context.python_int(symbol.sizes[dim]))
-    return tuple(_select(context, symbol, dim, context.scalar(const(k))) for k in range(count))
+    return tuple(_select(symbol, dim, context.scalar(const(k))) for k in range(count))
 
 
 @_handles("__iter__")
@@ -116,7 +116,7 @@ def _split(context: TraceContext, x: Any, split_size: Any = None, dim: int = 0, 
         raise at_user_line(TraceError, text, "The parts have to make the whole.") from None
     checked_count(context, "split", len(lengths))
     ends = accumulate(lengths)
-    return tuple(_slice(context, symbol, dim, slice(b - n, b)) for b, n in zip(ends, lengths, strict=True))
+    return tuple(_slice(symbol, dim, slice(b - n, b)) for b, n in zip(ends, lengths, strict=True))
 
 
 @_handles("chunk")
@@ -135,13 +135,13 @@ def _index_select(context: TraceContext, x: Any, dim: int, index: Any) -> Symbol
     if chosen.rank > 1:
         raise at_user_line(TraceError, f"index_select with an index of rank {chosen.rank}", "Index with a vector.")
     if chosen.rank == 0:
-        chosen = _unsqueeze(context, chosen, 0)
-    return _select(context, symbol, _dim(symbol, dim), chosen)
+        chosen = _unsqueeze(chosen, 0)
+    return _select(symbol, _dim(symbol, dim), chosen)
 
 
 @_handles("take")
 def _take(context: TraceContext, x: Any, index: Any) -> Symbol:
-    return _select(context, _reshape(context, x, (-1,)), 0, _index_symbol(context, index))
+    return _select(_reshape(context.symbol(x), (-1,)), 0, _index_symbol(context, index))
 
 
 @_handles("gather")
@@ -162,26 +162,17 @@ def _gather(context: TraceContext, x: Any, dim: int, index: Any, sparse_grad: bo
 def _take_along_dim(context: TraceContext, x: Any, indices: Any, dim: int | None = None) -> Symbol:
     symbol, chosen = context.symbol(x), _index_symbol(context, indices)
     if dim is None:
-        return _select(context, _reshape(context, symbol, (-1,)), 0, _reshape(context, chosen, (-1,)))
+        return _select(_reshape(symbol, (-1,)), 0, _reshape(chosen, (-1,)))
     at_dim = _dim(symbol, dim)
     shapes = [[context.python_int(n) for n in s.sizes] for s in (symbol, chosen)]
     ones = [[1 if d == at_dim else n for d, n in enumerate(shape)] for shape in shapes]
-    try:
-        common = torch.broadcast_shapes(*ones)
-    except RuntimeError as error:
-        raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
+    common = checked_shape(torch.broadcast_shapes, *ones)
     wide = [tuple(const(s[at_dim] if d == at_dim else n) for d, n in enumerate(common)) for s in shapes]
     return _gathered(context, _expanded(symbol, wide[0]), at_dim, _expanded(chosen, wide[1]))
 
 
 def _gathered(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> Symbol:
-    size = symbol.sizes[dim]
-
     def at(place: tuple[Node, ...]) -> Node:
-        chosen = index.at(place)
-        if symbol.guarded[dim]:
-            return symbol.at((*place[:dim], chosen, *place[dim + 1 :]))
-        chosen = _where_in(chosen, size)
-        return _zero_outside(chosen, size, symbol.at((*place[:dim], chosen, *place[dim + 1 :])))
+        return _element(symbol, (*place[:dim], index.at(place), *place[dim + 1 :]), dim)
 
     return Symbol(context, index.sizes, at, symbol.dtype)

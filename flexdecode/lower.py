@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from .analyze import Facts, analyze, analyze_graph
 from .bounds import nodes_of
 from .graph import Graph, Node, changing, loops_around, topological
 from .intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
-from .ops import FLOAT8, FLOATS, HALF, OPS
+from .ops import FLOAT8, HALF, OPS
 from .program import Program
 from .proofs import Checks, LoadCheck, unproven
 
@@ -155,56 +156,30 @@ class _Writer:
         self.indent = ""
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
-        self.loaded: dict[Node, str] = {}  # loads by the name of what was in memory
+        self.loaded: dict[Node, str] = {}  # names of loads before they are widened
         self.fetches: frozenset[Node] = frozenset()  # loads in score_fetch
 
     def hoisted(self) -> list[Node]:
         """The computed values that do not depend on kv_idx but are needed next to it."""
-        wanted: dict[Node, None] = {}
-        beside = self._beside_kv()
-        for node in self.graph.nodes():
-            for operand in node.args if node in beside else [node] if node is self.graph.output else []:
-                if operand not in beside and (operand.args or operand.op == "load"):
-                    wanted[operand] = None
-        return list(wanted)
-
-    def _beside_kv(self) -> set[Node]:
-        """What is computed for each pair: it depends on kv_idx, or is a part of a loop that does."""
-        found: set[Node] = set()
-        pending = [self.graph.output]
-        while pending:
-            node = pending.pop()
-            if node not in found and (node in self.facts.on_kv or self.loops[node]):
-                found.add(node)
-                pending.extend(node.args)
-        return found
+        # What is computed for each pair: it depends on kv_idx, or is a part of a loop that does.
+        beside = set(topological(self.graph.output, within=lambda n: n in self.facts.on_kv or bool(self.loops[n])))
+        operands = [a for node in self.graph.nodes() if node in beside for a in node.args] or [self.graph.output]
+        return list(dict.fromkeys(a for a in operands if a not in beside and (a.args or a.op == "load")))
 
     def fetched(self) -> list[Node]:
         """The loads that depend on kv_idx but not on the score, so that they need not wait for it."""
-        inside_loop = self.facts.on_kv - self.facts.on_score
-        loads = [node for node in self.graph.nodes() if node.op == "load" and node in inside_loop]
-        return [node for node in loads if not self.loops[node]]
+        per_key = self.facts.on_kv - self.facts.on_score
+        return [n for n in self.graph.nodes() if n.op == "load" and n in per_key and not self.loops[n]]
 
     def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
         """Statements that compute `outputs` from the arguments and the already `known` names."""
         self.names = dict(known)
         self.lines: list[str] = []
-        needed: list[Node] = []
-        stack = [(n, False) for n in reversed(outputs)]
-        seen = set(known)
-        while stack:
-            node, ready = stack.pop()
-            if ready:
-                needed.append(node)
-            elif node not in seen:
-                seen.add(node)
-                stack.append((node, True))
-                stack.extend((a, False) for a in reversed(node.args))
-        self._write(needed, frozenset())
+        self._write(topological(*outputs, within=lambda node: node not in known), frozenset())
         return self.lines
 
     def _write(self, nodes: list[Node], inside: frozenset[int]) -> None:
-        """Writes the nodes that change in no other loops than those `inside` which they are written."""
+        """Writes the nodes whose loops are all among `inside`, the loops around this place."""
         for node in nodes:
             if node in self.names or not self.loops[node] <= inside:
                 continue
@@ -224,7 +199,7 @@ class _Writer:
         return name
 
     def _fold(self, node: Node, inside: frozenset[int]) -> str:
-        """A loop. Its first step stands before it, which gives the result its type and shape."""
+        """Writes a loop. Its first step stands before it: that gives the result its type and shape."""
         loop, count, name = node.attr
         again = changing(node, self.loops)
         outer = dict(self.names)
@@ -262,21 +237,17 @@ class _Writer:
         return name if self._dtype(node) == dtype else f"{name}.to({dtype})"
 
     def _text(self, node: Node) -> str:
-        dtype = self._dtype(node)
         if node.op == "score":
             return "score"
         if node.op == "index":
             # The template hands q_idx over as int64 when the caller chose it, all else as int32.
             return node.attr
         if node.op == "const":
-            return f"tl.full((), {_literal(node)}, {dtype})"
-        if node.op == "number":
-            return self._number(node)
-        if node.op == "load":
-            return self._load(node)
-        if node.op == "cast":
-            return self._cast(node)
-        return self._rounded(node, self._operation(node, dtype))
+            value = float(node.attr) if node.dtype.is_floating_point else int(node.attr)
+            text = repr(value) if math.isfinite(value) else f'float("{value}")'
+            return f"tl.full((), {text}, {self._dtype(node)})"
+        write = {"number": self._number, "load": self._load, "cast": self._cast}.get(node.op, self._operation)
+        return write(node)
 
     def _number(self, node: Node) -> str:
         text = f"{self.captures}[{node.attr}]"
@@ -286,38 +257,27 @@ class _Writer:
             return f"tl.full((), {text}, {self._dtype(node)})"
         return text if node.dtype == self.number_dtypes[node.attr] else f"{text}.to({self._dtype(node)})"
 
-    def _operation(self, node: Node, dtype: str) -> str:
-        op = OPS[node.op]
-        operands = node.args
+    def _operation(self, node: Node) -> str:
+        op, dtype, operands = OPS[node.op], self._dtype(node), node.args
+        given = {self._dtype(a) for a in operands}
         if op.rule == "where":
-            condition, a, b = operands
-            names = [self._as(condition, "tl.int1"), self._as(a, dtype), self._as(b, dtype)]
+            types = ["tl.int1", dtype, dtype]
+        elif op.rule in ("compare", "predicate", "logical") or op.name == "sign":
+            types = [*given] * op.arity if len(given) == 1 else ["tl.int64"] * op.arity
         else:
-            common = dtype
-            if op.rule in ("compare", "predicate", "logical") or op.name == "sign":
-                common = self._common(operands)
-            elif node.dtype == torch.int64 and any(self._dtype(a) == "tl.int64" for a in operands):
-                common = "tl.int64"
-            names = [self._as(a, common) for a in operands]
+            types = ["tl.int64" if node.dtype == torch.int64 and "tl.int64" in given else dtype] * op.arity
         integer = not operands[-1].dtype.is_floating_point
         template = op.triton_int if integer and op.triton_int is not None else op.triton
         for position, value, shorter in op.shortcuts:
             if not integer and operands[position].is_const and operands[position].attr == value:
                 template = shorter
-        text = template.format(*names)
+        text = template.format(*map(self._as, operands, types))
         self.functions.update(_called(text))
-        if integer and dtype == "tl.int32" and "tl.int64" in {self._dtype(a) for a in operands}:
+        if integer and dtype == "tl.int32" and "tl.int64" in given:
             return f"({text}).to(tl.int32)"
         if op.rule in ("compare", "predicate") and node in self.scalars and not integer:
             return _scalar_condition(text)
-        return text
-
-    def _common(self, operands: tuple[Node, ...]) -> str:
-        dtypes = {self._dtype(a) for a in operands}
-        return dtypes.pop() if len(dtypes) == 1 else "tl.int64"
-
-    def _rounded(self, node: Node, text: str) -> str:
-        """An operation on half types rounds its result, as in PyTorch."""
+        # An operation on half types rounds its result, as in PyTorch.
         return f"({text}).to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)" if node.dtype in HALF else text
 
     def _cast(self, node: Node) -> str:
@@ -327,8 +287,6 @@ class _Writer:
             text = self._as(source, "tl.float32")
             return text if node.weak else f"{text}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
-        if node.dtype == torch.int64 and source.dtype.is_floating_point:
-            return f"{name}.to(tl.int64)"
         if source.dtype.is_floating_point and node.dtype in (torch.uint8, torch.int8, torch.int16):
             # By way of int32: what does not fit wraps around, while a compiler may assume that it fits a narrow type.
             return f"{name}.to(tl.int32).to({dtype})"
@@ -367,9 +325,7 @@ class _Writer:
             function = str(dtype).removeprefix("torch.")
             self.functions.add(function)
             return f"{function}({text})"
-        if dtype in FLOATS:
-            return text if dtype in (torch.float32, torch.float64) else f"{text}.to(tl.float32)"
-        return text
+        return f"{text}.to(tl.float32)" if dtype in HALF else text
 
 
 def _called(text: str) -> list[str]:
@@ -383,10 +339,3 @@ def _scalar_condition(text: str) -> str:
     `True &` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
     """
     return f"tl.full((), True, tl.int1) & ({text})"
-
-
-def _literal(node: Node) -> str:
-    value = node.attr
-    if node.dtype.is_floating_point:
-        return repr(float(value)) if value - value == 0 else f'float("{value}")'
-    return repr(int(value))

@@ -7,6 +7,7 @@ code with the tracer or the backends, so a result that agrees with it is right f
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,7 +89,7 @@ def reference_decode(
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
     for batch in range(B):
-        # What lies past the lengths is cut off here: nothing below can see it.
+        # Nothing below can see what lies past these lengths.
         n, m = int(lens[batch]), int(tokens[batch])
         grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
         live = torch.ones(Hq, Q, n, dtype=torch.bool)
@@ -149,8 +150,7 @@ def dequantized_rows(
     Raises:
         IndexError: a page that is to be read does not exist.
     """
-    if read is None:
-        read = torch.ones(cache.shape[1], length, dtype=torch.bool)
+    read = torch.ones(cache.shape[1], length, dtype=torch.bool) if read is None else read
     used = read.any(0)
     rows = _sequence(cache, batch, used, page_table).to(dtype)
     if scale is not None:
@@ -172,13 +172,12 @@ def _sequence(cache: torch.Tensor, batch: int, used: torch.Tensor, page_table: t
         return cache[0 if len(cache) == 1 else batch, :, :length].cpu()
     page_size = cache.shape[2]
     pages = page_table[batch, : -(-length // page_size)].tolist()
-    needed = [bool(used[i * page_size : (i + 1) * page_size].any()) for i in range(len(pages))]
-    if not all(0 <= page < len(cache) for page, wanted in zip(pages, needed, strict=True) if wanted):
+    followed = [page if used[i * page_size :][:page_size].any() else None for i, page in enumerate(pages)]
+    if not all(page is None or 0 <= page < len(cache) for page in followed):
         raise IndexError(f"sequence {batch} has pages {pages}, but there are {len(cache)}")
-    if not any(needed):
-        return cache.new_zeros(cache.shape[1], length, *cache.shape[3:]).cpu()
-    followed = [page if wanted else 0 for page, wanted in zip(pages, needed, strict=True)]
-    return cache[followed].cpu().transpose(0, 1).flatten(1, 2)[:, :length]
+    unread = cache.new_zeros(cache.shape[1:])
+    rows = [unread if page is None else cache[page] for page in followed]
+    return torch.cat([unread[:, :0], *rows], dim=1)[:, :length].cpu()
 
 
 def evaluate_mod(
@@ -238,8 +237,9 @@ class _InMod(TorchFunctionMode):
         if name == "__get__":  # An attribute: shape, dtype, device, T.
             return func(*args)
         # `x.to(other)` takes its type from `other` as it is.
-        args = (self._widen(args[0]), *args[1:]) if name in ("to", "type_as") else self._widen(args)
-        result = _read(*args) if name == "__getitem__" else self._call(func, name, args, self._widen(kwargs or {}))
+        args = (self._widen(args[0]), *args[1:]) if name in ("to", "type_as") else _mapped(self._widen, args)
+        kwargs = _mapped(self._widen, kwargs or {})
+        result = _read(*args) if name == "__getitem__" else self._call(func, name, args, kwargs)
         if isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16):
             self.rounded.append(result)  # Only an explicit cast gives these: PyTorch's type rules hold from here on.
         return result
@@ -247,47 +247,41 @@ class _InMod(TorchFunctionMode):
     def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Calls a function; where the default dtype decided the type of its result, again so that `dtype` does."""
         result = func(*args, **kwargs)
-        if (
-            not (isinstance(result, torch.Tensor) and result.is_floating_point() and result.dtype != self.dtype)
-            or name in _CONVERSIONS
-            or any(isinstance(x, torch.dtype) or (isinstance(x, torch.Tensor) and x.is_floating_point())
-                   for x in _leaves((args, kwargs)))
-        ):  # fmt: skip
+        leaves: list[Any] = []
+        _mapped(leaves.append, (args, kwargs))
+        typed = any(isinstance(x, torch.dtype) or (torch.is_tensor(x) and x.is_floating_point()) for x in leaves)
+        by_default = isinstance(result, torch.Tensor) and result.is_floating_point() and result.dtype != self.dtype
+        if typed or not by_default or name in _CONVERSIONS:
             return result
         with contextlib.suppress(TypeError, RuntimeError):  # what has no such argument
             made = func(*args, **kwargs, dtype=self.dtype)
             if isinstance(made, torch.Tensor):  # of Python numbers
                 return made
-        args, kwargs = self._as_floats((args, kwargs), torch.Tensor)
-        result = func(*args, **kwargs)
-        if result.dtype != self.dtype:  # of Python numbers alone: torch.where(condition, 0.1, 0.2)
-            args, kwargs = self._as_floats((args, kwargs), float)
+        for kind in (torch.Tensor, float):  # the latter for Python numbers alone: torch.where(condition, 0.1, 0.2)
+            args, kwargs = _mapped(functools.partial(self._as_floats, kind), (args, kwargs))
             result = func(*args, **kwargs)
+            if result.dtype == self.dtype:
+                break
         return result
 
-    def _as_floats(self, x: Any, kind: type) -> Any:
+    def _as_floats(self, kind: type, x: Any) -> Any:
         """Integer tensors or Python floats as tensors of type `dtype`."""
-        if isinstance(x, dict):
-            return {name: self._as_floats(item, kind) for name, item in x.items()}
-        if type(x) in (tuple, list):
-            return type(x)(self._as_floats(item, kind) for item in x)
         if not isinstance(x, kind) or (isinstance(x, torch.Tensor) and x.dtype == torch.bool):
             return x
         return torch.as_tensor(x, dtype=self.dtype)
 
     def _widen(self, x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            wide = x.is_floating_point() and not any(x is r for r in self.rounded)
-            return x.to("cpu", x.dtype if x.dtype == torch.float64 else self.dtype) if wide else x.to("cpu")
-        if isinstance(x, dict):
-            return {name: self._widen(item) for name, item in x.items()}
-        return type(x)(self._widen(item) for item in x) if type(x) in (tuple, list) else x
+        if not isinstance(x, torch.Tensor):
+            return x
+        wide = x.is_floating_point() and x.dtype != torch.float64 and not any(x is r for r in self.rounded)
+        return x.to("cpu", self.dtype if wide else x.dtype)
 
 
-def _leaves(x: Any) -> list[Any]:
-    """What lies in nested tuples, lists and dictionaries."""
-    items = x.values() if isinstance(x, dict) else x if type(x) in (tuple, list) else None
-    return [x] if items is None else [leaf for item in items for leaf in _leaves(item)]
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """Applies a function to what lies in nested tuples, lists and dictionaries."""
+    if isinstance(x, dict):
+        return {name: _mapped(function, item) for name, item in x.items()}
+    return type(x)(_mapped(function, item) for item in x) if type(x) in (tuple, list) else function(x)
 
 
 def _read(tensor: torch.Tensor, index: Any) -> torch.Tensor:

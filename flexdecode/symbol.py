@@ -30,7 +30,7 @@ _NO_NUMBER = (
 )
 
 
-_MAX_WAITING = 40  # symbols whose elements wait for their index, each for those that it is made of
+_MAX_WAITING = 40  # shaped symbols that compute an element only when it is asked for; later ones use `_settled`
 
 
 class Consumed(BaseException):  # not an Exception: the user's own `except Exception` must not swallow it
@@ -52,7 +52,7 @@ class TraceContext:
     reads: Reads  # notes what the mod reads that the walk does not follow
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
-    own_code: bool = False  # PyTorch calls of the tracer itself are not the mod's
+    own_code: bool = False  # whether PyTorch calls come from the tracer, not from the mod
     num_shaped: int = 0  # symbols made with dimensions
     made: list[weakref.ref[Symbol]] = field(default_factory=list)  # all symbols
 
@@ -70,14 +70,6 @@ class TraceContext:
     def scalar(self, node: Node) -> Symbol:
         """A symbol of rank 0."""
         return Symbol(self, (), lambda _: node, node.dtype)
-
-    def score(self) -> Symbol:
-        """The scaled logit."""
-        return self.scalar(Node("score", (), torch.float32))
-
-    def index(self, name: str) -> Symbol:
-        """One of b, h, q_idx, kv_idx."""
-        return self.scalar(Node("index", (), torch.int64, name))
 
     def number(self, source: Source) -> Symbol:
         """A captured Python number as a run-time argument."""
@@ -122,14 +114,13 @@ class TraceContext:
                 "Changes of it would go unseen: give it a name outside the mod, `table = ...`, and use that.",
             )
         if value.ndim == 0 and value.device.type == "cpu":
-            _check_dtype(value.dtype, self.kind)
-            return self.scalar(Node("number", (), widened(value.dtype), Source(leaf)))
+            return self.scalar(Node("number", (), self._widened(value.dtype), Source(leaf)))
         return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
 
     def freeze(self, value: torch.Tensor) -> Symbol:
         """A tensor on the CPU that the mod makes of numbers."""
         if value.ndim == 0:
-            return self.scalar(const(value.item(), widened(value.dtype)))
+            return self.scalar(const(value.item(), self._widened(value.dtype)))
         alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]
         if not alike:
             alike = [len(self.frozen)]
@@ -137,10 +128,19 @@ class TraceContext:
         return self._loads(-1 - alike[0], value, tuple(const(n) for n in value.shape))
 
     def _loads(self, leaf: int, value: torch.Tensor, shape: tuple[Node, ...]) -> Symbol:
-        _check_dtype(value.dtype, self.kind)
+        dtype = self._widened(value.dtype)
         self.tensor_types[leaf] = (value.dtype, value.ndim)
-        dtype = widened(value.dtype)
         return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
+
+    def _widened(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
+        if dtype not in (*DTYPES, *FLOAT8):
+            raise at_user_line(
+                UnsupportedOpError,
+                f"a captured tensor of {dtype} cannot be read in a {self.kind}",
+                "Convert it outside the mod, e.g. with .float() or .long().",
+            )
+        return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def _size(self, source: Source, size: int) -> Node:
         if source in self.constants:
@@ -158,18 +158,16 @@ class TraceContext:
         return node.attr if node.is_const else self.scalar(node)
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+def checked_shape(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of PyTorch that makes a shape.
 
-
-def _check_dtype(dtype: torch.dtype, kind: str) -> None:
-    if dtype not in (*DTYPES, *FLOAT8):
-        raise at_user_line(
-            UnsupportedOpError,
-            f"a captured tensor of {dtype} cannot be read in a {kind}",
-            "Convert it outside the mod, e.g. with .float() or .long().",
-        )
+    Raises:
+        TraceError: PyTorch refuses these sizes.
+    """
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        raise at_user_line(TraceError, f"{error}", "Check the shapes of the captured tensors.") from None
 
 
 class Symbol:
@@ -179,7 +177,7 @@ class Symbol:
         context: the run that it belongs to.
         sizes: one `Node` per dimension.
         dtype: PyTorch's type of the elements.
-        guarded: per dimension, whether an element with an index outside is 0 without further ado.
+        guarded: per dimension, whether an index outside of it reads 0 without another check.
     """
 
     __slots__ = ("__weakref__", "_element", "_known", "context", "dtype", "guarded", "sizes")
@@ -217,6 +215,10 @@ class Symbol:
         """Number of dimensions."""
         return len(self.sizes)
 
+    def extents(self) -> list[int]:
+        """The sizes as Python numbers; one that is not constant yet becomes so, in the next run."""
+        return [self.context.python_int(n) for n in self.sizes]
+
     @property
     def node(self) -> Node:
         """The value of a symbol of rank 0."""
@@ -237,43 +239,41 @@ class Symbol:
         return f"<traced {self.dtype} of rank {self.rank} in a {self.context.kind}>"
 
     def __getitem__(self, index: Any) -> Symbol:
-        return self.context.do("call", "getitem", self, index)
+        return self.context.do("dispatch", torch.Tensor.__getitem__, (self, index), {})
 
     def python_value(self, problem: str, remedy: str) -> NoReturn:
         """Refuses to become a Python value; a captured number becomes a constant instead."""
-        if self.rank == 0:
-            node = self.node
-            found = sources(node)
-            if node.weak and found:
-                raise Consumed(found)
-        raise at_user_line(TraceError, problem, remedy)
+        if self.rank == 0 and self.node.weak and (found := sources(self.node)):
+            raise Consumed(found)
+        raise at_user_line(TraceError, f"{problem} in a {self.context.kind}", remedy)
 
     def __bool__(self) -> bool:
-        self.python_value(f"the truth of a traced value was asked for in a {self.context.kind}", _NO_BRANCH)
+        self.python_value("the truth of a traced value was asked for", _NO_BRANCH)
 
     def __index__(self) -> int:
-        self.python_value(f"a traced value was used as a Python integer in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python integer", _NO_NUMBER)
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        self.python_value(f"a traced value was used as a Python float in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python float", _NO_NUMBER)
 
     def __complex__(self) -> complex:
-        self.python_value(f"a traced value was used as a Python number in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a Python number", _NO_NUMBER)
 
     def __hash__(self) -> int:
-        self.python_value(f"a traced value was used as a dict key or set member in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value was used as a dict key or set member", _NO_NUMBER)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        self.python_value(f"a traced value met numpy in a {self.context.kind}", _NO_NUMBER)
+        self.python_value("a traced value met numpy", _NO_NUMBER)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Numpy's scalars on the left of an operator end here, as do its functions, which are refused."""
-        name = _UFUNCS.get(ufunc.__name__)
-        if name is None or method != "__call__" or options:
+        name = _NUMPY_TWINS.get(ufunc.__name__, ufunc.__name__)
+        row = self.context.functions.ROWS.get(name)
+        if row not in (*OPERATORS.values(), *_COMPARISONS) or method != "__call__" or options:
             self._refuse_numpy(ufunc.__name__)
-        return self.context.do("elementwise", name, *inputs)
+        return self.context.do("elementwise", row, *inputs)
 
     def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: dict) -> NoReturn:
         """Refuses the functions of numpy."""
@@ -289,16 +289,16 @@ class Symbol:
 
     def __len__(self) -> int:
         if not self.sizes:
-            self.python_value(f"len() of a traced number in a {self.context.kind}", _NO_NUMBER)
+            self.python_value("len() of a traced number", _NO_NUMBER)
         return self.context.python_int(self.sizes[0])
 
     def __iter__(self) -> Iterator[Symbol]:
         if not self.sizes:
-            self.python_value(f"a traced value was iterated over in a {self.context.kind}", _NO_NUMBER)
-        return self.context.do("call", "__iter__", self)
+            self.python_value("a traced value was iterated over", _NO_NUMBER)
+        return self.context.do("dispatch", torch.Tensor.__iter__, (self,), {})
 
     def __contains__(self, _: Any) -> NoReturn:
-        self.python_value(f"`in` was applied to a traced value in a {self.context.kind}", _NO_BRANCH)
+        self.python_value("`in` was applied to a traced value", _NO_BRANCH)
 
     def __setitem__(self, *_: Any) -> None:
         self.context.do("refuse_in_place", "__setitem__")
@@ -307,10 +307,10 @@ class Symbol:
         return self.context.do("dispatch", torch.round, (self,), {} if digits is None else {"decimals": digits})
 
     def __matmul__(self, other: Any) -> Symbol:
-        return self.context.do("call", "matmul", self, other)
+        return self.context.do("dispatch", torch.matmul, (self, other), {})
 
     def __rmatmul__(self, other: Any) -> Symbol:
-        return self.context.do("call", "matmul", other, self)
+        return self.context.do("dispatch", torch.matmul, (other, self), {})
 
     def __divmod__(self, other: Any) -> tuple[Symbol, Symbol]:
         return self // other, self % other
@@ -326,7 +326,7 @@ def innermost(index: Iterable[Node]) -> int:
 
 
 def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable[[tuple[Node, ...]], Node]:
-    """Computes an element once, for indices that are filled in later, so that no recursion is as deep as a mod."""
+    """Computes an element once, with placeholders for its index; without it, recursion is as deep as a mod is long."""
     axes = tuple(Node("axis", (), torch.int64, dim) for dim in range(rank))
     body = element(axes)
 
@@ -356,20 +356,17 @@ def _operator(name: str, reflected: bool) -> Callable:
     return apply
 
 
-for _name, _op in {
+# Python's names of operators with two operands, and the rows of the op table.
+OPERATORS = {
     "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
     "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "bitwise_left_shift",
     "rshift": "bitwise_right_shift",
-}.items():  # fmt: skip
+}  # fmt: skip
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+for _name, _op in OPERATORS.items():
     setattr(Symbol, f"__{_name}__", _operator(_op, reflected=False))
     setattr(Symbol, f"__r{_name}__", _operator(_op, reflected=True))
-_UFUNCS = {
-    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div",
-    "floor_divide": "floor_divide", "remainder": "remainder", "power": "pow", "bitwise_and": "bitwise_and",
-    "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "left_shift": "bitwise_left_shift",
-    "right_shift": "bitwise_right_shift", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge",
-    "equal": "eq", "not_equal": "ne",
-}  # fmt: skip
+# Functions of numpy that PyTorch has under another name.
 _NUMPY_TWINS = {
     "power": "pow",
     "fabs": "abs",
@@ -378,8 +375,11 @@ _NUMPY_TWINS = {
     "invert": "bitwise_not",
     "degrees": "rad2deg",
     "radians": "deg2rad",
+    "equal": "eq",
+    "left_shift": "bitwise_left_shift",
+    "right_shift": "bitwise_right_shift",
 }
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+for _name in _COMPARISONS:
     setattr(Symbol, f"__{_name}__", _operator(_name, reflected=False))
 for _name, _op in {"neg": "neg", "abs": "abs", "invert": "bitwise_not"}.items():
     setattr(Symbol, f"__{_name}__", lambda self, _op=_op: self.context.do("elementwise", _op, self))

@@ -13,23 +13,13 @@ from typing import Any, NoReturn
 import torch
 
 from . import activations  # noqa: F401 its functions register themselves
-from .elementwise import as_dtype as _as_dtype
-from .elementwise import elementwise
+from .elementwise import as_dtype, elementwise
 from .errors import TraceError, at_user_line
-from .handlers import HANDLERS as _HANDLERS
-from .handlers import ROWS as _ELEMENTWISE
-from .handlers import handlers_of, nearest, refuse_in_place
-from .handlers import handles as _handles
-from .handlers import refuse as _refuse
-from .symbol import Symbol, TraceContext
+from .handlers import HANDLERS, ROWS, handlers_of, handles, nearest, of_symbol, refuse, refuse_in_place
+from .symbol import OPERATORS, Symbol, TraceContext
 
-_REFLECTED = {
-    "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div", "__rfloordiv__": "floor_divide",
-    "__rmod__": "remainder", "__rpow__": "pow", "__radd__": "add", "__rmul__": "mul", "__rand__": "bitwise_and",
-    "__ror__": "bitwise_or", "__rxor__": "bitwise_xor", "__rlshift__": "bitwise_left_shift",
-    "__rrshift__": "bitwise_right_shift",
-}  # fmt: skip
-_PROPERTIES: dict[str, Callable[[Symbol], Any]] = {}  # attributes of tensors that are no methods
+_REFLECTED = {"__rdiv__": "div", **{f"__r{name}__": row for name, row in OPERATORS.items()}}
+PROPERTIES: dict[str, Callable[[Symbol], Any]] = {}  # attributes of tensors that are no methods
 
 
 def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -41,20 +31,20 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
             refuse_in_place(context, f"{name}(..., {option}=)")
     if name != "where":
         args = tuple(kwargs.pop(k) for k in ("input", "self") if k in kwargs) + args
-    if name in _HANDLERS:
-        return _HANDLERS[name](context, *args, **kwargs)
-    if name in _ELEMENTWISE:
+    if name in HANDLERS:
+        return HANDLERS[name](context, *args, **kwargs)
+    if name in ROWS:
         args += tuple(kwargs.pop(k) for k in ("other", "exponent") if k in kwargs)
         if kwargs:
-            _refuse(context, f"{name}({', '.join(kwargs)}=)")
-        return elementwise(context, _ELEMENTWISE[name], *args)
+            refuse(context, f"{name}({', '.join(kwargs)}=)")
+        return elementwise(context, ROWS[name], *args)
     if name in _REFLECTED:
         return elementwise(context, _REFLECTED[name], args[1], args[0])
     if name.endswith("_") or name.startswith("__i") or name == "setitem":
         refuse_in_place(context, name)
     if name == "_set_grad_enabled" or (type(func).__name__ == "method-wrapper" and name in _METADATA):
         return func(*args, **kwargs)
-    _refuse(context, name, unknown=True)
+    refuse(context, name, unknown=True)
 
 
 _METADATA = {
@@ -74,27 +64,22 @@ def _name_of(func: Any) -> str:
     if name in ("__get__", "__set__"):
         return func.__self__.__name__ if name == "__get__" else "setattr_"
     if name.startswith("__") and name.endswith("__"):
-        kept = name in _HANDLERS or name in _REFLECTED or (name.startswith("__i") and name != "__invert__")
+        kept = name in HANDLERS or name in _REFLECTED or (name.startswith("__i") and name != "__invert__")
         return name if kept else name[2:-2]
     return name.removeprefix("special_")
 
 
-def call(context: TraceContext, name: str, *args: Any) -> Any:
-    """Calls the function of PyTorch that is registered as `name`."""
-    return _HANDLERS[name](context, *args)
-
-
 def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
     """A method or attribute of `torch.Tensor` on a symbol."""
-    if name in _PROPERTIES:
-        return _PROPERTIES[name](symbol)
-    if name not in _HANDLERS and name not in _ELEMENTWISE and not hasattr(torch.Tensor, name):
+    if name in PROPERTIES:
+        return PROPERTIES[name](symbol)
+    if name not in HANDLERS and name not in ROWS and not hasattr(torch.Tensor, name):
         close = nearest(name)
         hint = f", the nearest supported name is `{close}`" if close else ""
         raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}")
     method = getattr(torch.Tensor, name)
     if not callable(method):
-        _refuse(context, f"Tensor.{name}", unknown=True)
+        refuse(context, f"Tensor.{name}", unknown=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return context.do("dispatch", method, (symbol, *args), kwargs)
@@ -105,46 +90,47 @@ def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
 # --- Types ------------------------------------------------------------------------------------------------------------
 
 
+def _conversion(dtype: torch.dtype) -> Callable[..., Symbol]:
+    return lambda context, x, memory_format=None: as_dtype(context, context.symbol(x), dtype)
+
+
 for _name, _dtype in {
     "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16,
     "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8, "byte": torch.uint8,
     "bool": torch.bool,
 }.items():  # fmt: skip
-    _HANDLERS[_name] = lambda context, x, memory_format=None, _dtype=_dtype: _as_dtype(
-        context, context.symbol(x), _dtype
-    )
+    HANDLERS[_name] = _conversion(_dtype)
 
 
-@_handles("type")
-def _type(context: TraceContext, x: Any, dtype: Any = None, **_: Any) -> Symbol:
+@of_symbol("type")
+def _type(x: Symbol, dtype: Any = None, **_: Any) -> Symbol:
     if not isinstance(dtype, torch.dtype):  # names and classes of tensor types
-        _refuse(context, f"Tensor.type({'' if dtype is None else repr(dtype)})")
-    return _as_dtype(context, context.symbol(x), dtype)
+        refuse(x.context, f"Tensor.type({'' if dtype is None else repr(dtype)})")
+    return as_dtype(x.context, x, dtype)
 
 
-@_handles("to", "type_as", "_to_copy")
-def _to(context: TraceContext, x: Any, *args: Any, dtype: Any = None, **_: Any) -> Symbol:
-    x = context.symbol(x)
+@of_symbol("to", "type_as", "_to_copy")
+def _to(x: Symbol, *args: Any, dtype: Any = None, **_: Any) -> Symbol:
     for arg in args:
         if isinstance(arg, torch.dtype):
             dtype = arg
         elif isinstance(arg, (Symbol, torch.Tensor)):
             dtype = arg.dtype
-    return x if dtype is None else _as_dtype(context, x, dtype)
+    return x if dtype is None else as_dtype(x.context, x, dtype)
 
 
-@_handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive", "pos", "real")
-@_handles("conj", "conj_physical", "resolve_conj", "resolve_neg")
+@handles("detach", "contiguous", "clone", "cpu", "cuda", "data", "alias", "positive", "pos", "real")
+@handles("conj", "conj_physical", "resolve_conj", "resolve_neg")
 def _same(context: TraceContext, x: Any, *_: Any, **__: Any) -> Symbol:
     return context.symbol(x)
 
 
-@_handles("is_floating_point")
-def _is_floating_point(context: TraceContext, x: Any) -> bool:
-    return context.symbol(x).dtype.is_floating_point
+@of_symbol("is_floating_point")
+def _is_floating_point(x: Symbol) -> bool:
+    return x.dtype.is_floating_point
 
 
-@_handles("result_type")
+@handles("result_type")
 def _result_type(context: TraceContext, a: Any, b: Any) -> torch.dtype:
     return elementwise(context, "add", a, b).dtype
 
@@ -162,6 +148,6 @@ def _item(context: TraceContext, x: Any, *_: Any, **__: Any) -> NoReturn:
     )
 
 
-@_handles("len")
-def _len(context: TraceContext, x: Any) -> int:
-    return len(context.symbol(x))
+@of_symbol("len")
+def _len(x: Symbol) -> int:
+    return len(x)

@@ -11,8 +11,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,7 +34,7 @@ class Traced:
     """What `trace` found: the graph, and the run-time numbers whose value it depends on."""
 
     graph: Graph
-    constants: frozenset[Source] = field(default_factory=frozenset)
+    constants: frozenset[Source]
 
 
 class _TraceMode(TorchFunctionMode):
@@ -68,51 +68,76 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: R
     """
     _check_parameters(mod, kind)
     _check_assignments(mod, kind)
-    reads = Reads(kind) if reads is None else reads
-    real = _run(mod, kind, leaves, device, frozenset(), (), reads)
-    check_leaks(real.context, lambda: _run(mod, kind, leaves, device, frozenset(), (), reads).context)
-    numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
-    planted, constants = _plant(mod, kind, leaves, device, real, numbers, reads)
-    # What the unplanted run consumed (sizes) is among the constants of the planted one: same control flow.
-    return Traced(planted.graph, constants)
+    tracer = _Tracer(mod, kind, leaves, device, Reads(kind) if reads is None else reads)
+    real = tracer.run(frozenset(), ())
+    check_leaks(real.context, lambda: tracer.run(frozenset(), ()).context)
+    return tracer.run_on_symbols(real)
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     graph: Graph
     output: Node
     constants: frozenset[Source]
     context: TraceContext
 
 
-def _run(
-    mod: Callable,
-    kind: str,
-    leaves: list,
-    device: torch.device,
-    constants: frozenset[Source],
-    planted: Iterable[int],
-    reads: Reads,
-) -> _Run:
-    """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
-    while True:
-        context = TraceContext(kind, [*leaves], device, constants, tf, reads)
-        numbers = {i: context.number(Source(i)) for i in planted if Source(i) not in constants}
-        try:
-            output = _call(copy_for_trace(mod, numbers, reads), context)
-            frozen = [tensor.to(device) for tensor in context.frozen]
-            return _Run(Graph.build(output, context.tensor_types, frozen), output, constants, context)
-        except Consumed as consumed:
-            constants |= consumed.sources
+class _Tracer(NamedTuple):
+    """The arguments of `trace`."""
+
+    mod: Callable
+    kind: str
+    leaves: list
+    device: torch.device
+    reads: Reads
+
+    def run(self, constants: frozenset[Source], symbolic: Iterable[int]) -> _Run:
+        """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
+        while True:
+            context = TraceContext(self.kind, [*self.leaves], self.device, constants, tf, self.reads)
+            numbers = {i: context.number(Source(i)) for i in symbolic if Source(i) not in constants}
+            try:
+                output = _call(copy_for_trace(self.mod, numbers, self.reads), context)
+                frozen = [tensor.to(self.device) for tensor in context.frozen]
+                return _Run(Graph.build(output, context.tensor_types, frozen), output, constants, context)
+            except Consumed as consumed:
+                constants |= consumed.sources
+
+    def run_on_symbols(self, real: _Run) -> Traced:
+        """Runs the mod on symbols for numbers; those that decide which way the mod takes are constants.
+
+        All are tried at once. Where the mod then takes another way than with their values, each half is tried.
+
+        Args:
+            real: the run on their values. The sizes that it asked for are constants here too.
+        """
+        numbers = [i for i, leaf in enumerate(self.leaves) if not isinstance(leaf, torch.Tensor)]
+        kept: list[int] = []
+        run = real
+        parts = [numbers]
+        while parts:
+            part = parts.pop()
+            try:
+                attempt = self.run(run.constants, [*kept, *part])
+                taken = _same(attempt, real, self.leaves)
+            except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
+                taken = False
+            if taken:
+                kept += part
+                run = attempt
+            elif len(part) > 1:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+        return Traced(run.graph, run.constants | {Source(n) for n in numbers if n not in kept})
 
 
 def _call(mod: Callable, context: TraceContext) -> Node:
-    arguments = [context.score()] if context.kind == "score_mod" else []
-    arguments += [context.index(name) for name in INDEX_NAMES]
+    arguments = [Node("index", (), torch.int64, name) for name in INDEX_NAMES]
+    if context.kind == "score_mod":
+        arguments.insert(0, Node("score", (), torch.float32))
     raised.error = None
     try:
         with _as_it_was_written(), _TraceMode(context):
-            result = mod(*arguments)
+            result = mod(*map(context.scalar, arguments))
         if raised.error is not None:  # the mod has an `except` that swallowed it
             raise raised.error
     except (FlexDecodeError, Consumed):
@@ -127,39 +152,32 @@ def _call(mod: Callable, context: TraceContext) -> Node:
 
 
 def _as_it_was_written() -> AbstractContextManager:
-    """Lets functions that `torch.compile` made run as Python, if there can be any."""
+    """Makes functions that `torch.compile` made run as Python, if `torch.compile` was ever used."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
     """Converts what a mod returned into a float32 score or a bool mask."""
-    kind = context.kind
-    name = getattr(mod, "__name__", type(mod).__name__)
-    if result is None:
-        raise TraceError(f"{kind} {name!r} returned None; it must return {_result_word(kind)} (forgot `return`?)")
+    is_mask = context.kind == "mask_mod"
+    who = f"{context.kind} {getattr(mod, '__name__', type(mod).__name__)!r} returned"
+    wanted = "it must return a bool" if is_mask else "it must return a score"
     if type(result).__module__ == "numpy" and getattr(result, "ndim", 1) == 0:
         result = result.item()
     if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
-        raise TraceError(f"{kind} {name!r} returned a {type(result).__name__}; it must return {_result_word(kind)}")
+        got = "None" if result is None else f"a {type(result).__name__}"
+        hint = " (forgot `return`?)" if result is None else ""
+        raise TraceError(f"{who} {got}; {wanted}{'' if is_mask else ' (a float)'}{hint}")
     symbol = context.symbol(result)
     if symbol.rank:
         raise TraceError(
-            f"{kind} {name!r} returned a tensor with {symbol.rank} dimension(s); it must return one value for one "
-            "(query, key) pair: index the captured tensor with b, h, q_idx or kv_idx"
+            f"{who} a tensor with {symbol.rank} dimension(s); it must return one value for one (query, key) pair: "
+            "index the captured tensor with b, h, q_idx or kv_idx"
         )
-    is_bool = symbol.dtype == torch.bool
-    if kind == "mask_mod" and not is_bool:
-        raise TraceError(f"mask_mod {name!r} returned {symbol.dtype}; it must return a bool: compare it, e.g. `x != 0`")
-    if kind == "score_mod" and is_bool:
-        raise TraceError(
-            f"score_mod {name!r} returned a bool; it must return a score: use torch.where(condition, score, -inf)"
-        )
-    node = symbol.node
-    return cast(node, torch.bool if kind == "mask_mod" else torch.float32)
-
-
-def _result_word(kind: str) -> str:
-    return "a score (a float)" if kind == "score_mod" else "a bool"
+    if is_mask and symbol.dtype != torch.bool:
+        raise TraceError(f"{who} {symbol.dtype}; {wanted}: compare it, e.g. `x != 0`")
+    if not is_mask and symbol.dtype == torch.bool:
+        raise TraceError(f"{who} a bool; {wanted}: use torch.where(condition, score, -inf)")
+    return cast(symbol.node, torch.bool if is_mask else torch.float32)
 
 
 def _check_assignments(mod: Callable, kind: str) -> None:
@@ -176,34 +194,8 @@ def _check_assignments(mod: Callable, kind: str) -> None:
             )
 
 
-def _plant(
-    mod: Callable, kind: str, leaves: list, device: torch.device, real: _Run, numbers: list[int], reads: Reads
-) -> tuple[_Run, frozenset[Source]]:
-    """Traces with numbers as symbols; those that decide which way the mod takes are constants.
-
-    All are tried at once. Where the mod then takes another way than with their values, each half is tried.
-    """
-    kept: list[int] = []
-    run = real
-    parts = [numbers]
-    while parts:
-        part = parts.pop()
-        try:
-            attempt = _run(mod, kind, leaves, device, run.constants, [*kept, *part], reads)
-            taken = _same(attempt, real, leaves)
-        except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
-            taken = False
-        if taken:
-            kept += part
-            run = attempt
-        elif len(part) > 1:
-            middle = len(part) // 2
-            parts += [part[middle:], part[:middle]]
-    return run, run.constants | {Source(n) for n in numbers if n not in kept}
-
-
-def _same(planted: _Run, real: _Run, leaves: list) -> bool:
-    """Whether the planted graph, with the numbers' values in it, is the graph of the real values."""
+def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
+    """Whether the graph of symbols, with the numbers' values in it, is the graph of the real values."""
 
     def substitute(node: Node, args: tuple[Node, ...]) -> Node:
         if node.op == "number" and node.attr.dim < 0 and not isinstance(leaves[node.attr.leaf], torch.Tensor):
@@ -211,7 +203,7 @@ def _same(planted: _Run, real: _Run, leaves: list) -> bool:
         return remake(node, args)
 
     try:
-        return rewrite(planted.output, substitute) == rewrite(real.output, remake)
+        return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
     except (ArithmeticError, ValueError, TypeError):  # Python's arithmetic refuses what PyTorch's does not: 1 / 0
         return False
 

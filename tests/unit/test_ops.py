@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from support import POINTS, assert_same_as_pytorch, trace_mod
 
 from flexdecode import TraceError
+from flexdecode.handlers import ROWS
 from flexdecode.ops import CONSTANT_SECOND, DTYPES, FLOATS, INT_LIMITS, OPS
-from flexdecode.torch_functions import _ELEMENTWISE, _REFLECTED
+from flexdecode.torch_functions import _REFLECTED
 
 INT8 = torch.tensor([-128, -7, -1, 0, 1, 3, 100, 127], dtype=torch.int8)
 UINT8 = torch.tensor([0, 1, 2, 7, 100, 128, 200, 255], dtype=torch.uint8)
@@ -37,7 +38,7 @@ INTEGERS = ("index", "int8", "uint8", "int16", "int32", "int64", "bool")
 HALVES = {"half": lambda s, h, q, k: s.half(), "bfloat16": lambda s, h, q, k: (s * 1.7).bfloat16()}
 
 EXCHANGED = ("gt", "ge", "greater", "greater_equal")  # lt and le with their operands exchanged
-ARITIES = {name: 2 if name in EXCHANGED else OPS[row].arity for name, row in _ELEMENTWISE.items()}
+ARITIES = {name: 2 if name in EXCHANGED else OPS[row].arity for name, row in ROWS.items()}
 UNARY = sorted(name for name, arity in ARITIES.items() if arity == 1)
 BINARY = sorted(name for name, arity in ARITIES.items() if arity == 2)
 
@@ -99,9 +100,9 @@ def test_constant_divisors_are_rows():
 
 def test_every_name_is_called_here():
     """A name that neither torch nor Tensor has is the inside of an operator, `__and__` or `__rsub__`."""
-    spelled = {name for name in _ELEMENTWISE if not forms(name)}
+    spelled = {name for name in ROWS if not forms(name)}
     assert {f"__{name}__" for name in spelled} <= set(dir(torch.Tensor)) | {"__mod__", "__invert__"}
-    assert set(UNARY) | set(BINARY) | {"where"} == set(_ELEMENTWISE)
+    assert set(UNARY) | set(BINARY) | {"where"} == set(ROWS)
     assert set(_REFLECTED) <= set(dir(torch.Tensor))
 
 
@@ -123,7 +124,7 @@ def test_binary(name):
     for function in forms(name):
         for first, second in itertools.product(kinds, kinds):
             pair = OPERANDS[first], OPERANDS[second]
-            if second in INTEGERS and _ELEMENTWISE[name] in CONSTANT_SECOND - {"pow"}:
+            if second in INTEGERS and ROWS[name] in CONSTANT_SECOND - {"pow"}:
                 pair = pair[0], nonzero(pair[1])
             if allows(function, *pair):
                 assert_same_as_pytorch(mod_of(function, *pair), POINTS[::3])
