@@ -32,7 +32,6 @@ from decode import (
     LOG2E,
     Block,
     Outputs,
-    Tile,
     Visit,
     block_runs,
     find_pages,
@@ -42,16 +41,14 @@ from decode import (
     in_spans,
     inside_a_span,
     kv_start,
+    make_tile,
     mask_mod,
-    mask_row,
     partial_block,
-    positions,
     query_rows,
     rectangle,
     row_start,
     score_fetch,
     score_mod,
-    score_row,
     share_of,
     store_run,
 )
@@ -93,9 +90,9 @@ Layouts = namedtuple("Layouts", "SCORES OUTPUT ROWS")
 @gluon.jit
 def _find_block(visit, i, C: gl.constexpr):
     """The block with the number `i` of an item: first its full ones, then its partial ones."""
-    block = partial_block(visit.runs, i - visit.runs.num_full, visit.block_lists)
+    block = partial_block(visit.runs, i - visit.runs.num_full)
     if C.NUM_FULL > 0:
-        block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i, visit.block_lists), block)
+        block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i), block)
     return block
 
 
@@ -284,11 +281,16 @@ def _barriers(NUM: gl.constexpr):
 
 
 @gluon.jit
-def _end_barriers(barriers):
-    """Leaves their memory to others."""
-    NUM: gl.constexpr = barriers.shape[0]
-    for i in gl.static_range(NUM):
-        mbarrier.invalidate(barriers.index(i))
+def _end_barriers(memory):
+    """Leaves the memory of all barriers to others."""
+    for part in gl.static_range(3):
+        for i in gl.static_range(2):
+            mbarrier.invalidate(memory.full[part].index(i))
+        for i in gl.static_range(2):
+            mbarrier.invalidate(memory.empty[part].index(i))
+    mbarrier.invalidate(memory.scaled)
+    mbarrier.invalidate(memory.ready)
+    mbarrier.invalidate(memory.taken)
 
 
 @gluon.jit
@@ -305,6 +307,27 @@ def _sums_before(weights):
 
 
 @gluon.jit
+def _share_memory(queries, C: gl.constexpr, LATENTS: gl.constexpr):
+    """Memory and barriers that the groups of warps share, from the three parts of the query."""
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = queries[0].dtype
+    latents = (
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_R], LATENTS),
+    )
+    weights = gl.allocate_shared_memory(dtype, [C.BLOCK_M, C.BLOCK_N], LATENTS)
+    factors = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
+    sums = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
+    full = _barriers(2), _barriers(2), _barriers(2)
+    empty = _barriers(2), _barriers(2), _barriers(2)
+    handed = _barriers(3)
+    return Memory(
+        queries, latents, weights, factors, sums, full, empty, handed.index(0), handed.index(1), handed.index(2)
+    )  # fmt: skip
+
+
+@gluon.jit
 def attend_run(
     item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: gl.constexpr
 ):
@@ -315,7 +338,6 @@ def attend_run(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     L: gl.constexpr = Layouts(SCORES, OUTPUT, ROWS)
     if C.PDL and not C.BALANCED:
         gdc_wait()
@@ -323,42 +345,22 @@ def attend_run(
 
     b, kv_head = item.b, item.kv_head
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), kv_head, C)
-    kv_len, num_tokens, q_idx = positions(b, rows.token, lengths, C.NUM_QUERIES)
-    h = rows.head[:, None]
-    score_rows = score_row(b, h, q_idx, captures.score)
-    mask_rows = mask_row(b, h, q_idx, captures.mask)
-    tile = Tile(b, kv_head, h, q_idx, kv_len, score_rows, mask_rows)
-    runs, spans = block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C)
+    tile, num_tokens = make_tile(item, rows, lengths, captures, C)
+    runs, spans = block_runs(tile, block_lists, captures, C)
     first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, block_lists, page_table)
+    visit = Visit(runs, spans, page_table)
 
     q_left = _load_query(queries, item, scale, 0, HALF, C, ROWS, LATENTS)
     q_right = _load_query(queries, item, scale, HALF, HALF, C, ROWS, LATENTS)
     q_rest = _load_query(queries, item, scale, 2 * HALF, C.BLOCK_R, C, NARROW, LATENTS)
     scale = gl.abs(scale)
-    dtype: gl.constexpr = queries.start.dtype.element_ty
-    latents = (
-        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
-        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
-        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_R], LATENTS),
-    )
-    weights = gl.allocate_shared_memory(dtype, [C.BLOCK_M, C.BLOCK_N], LATENTS)
-    factors = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
-    sums = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
-    full = _barriers(2), _barriers(2), _barriers(2)
-    empty = _barriers(2), _barriers(2), _barriers(2)
-    handed = _barriers(3)
-    memory = Memory(
-        (q_left, q_right, q_rest), latents, weights, factors, sums, full, empty,
-        handed.index(0), handed.index(1), handed.index(2),
-    )  # fmt: skip
+    memory = _share_memory((q_left, q_right, q_rest), C, LATENTS)
     fence_async_shared()
 
     start = kv_start(keys.start, b, kv_head, keys.steps)
     without_lse = Outputs(
         outputs.out, None, outputs.partial_out, outputs.partial_max, outputs.partial_sum, outputs.sinks,
         outputs.stride_b, outputs.stride_h, outputs.stride_m, outputs.stride_d, outputs.num_kv_heads,
-        outputs.num_splits,
     )  # fmt: skip
     acc, m_i, l_i = gl.warp_specialize(
         [
@@ -372,8 +374,5 @@ def attend_run(
         [4, 1],
         [216, 40],
     )  # fmt: skip
-    for part in gl.static_range(3):
-        _end_barriers(full[part])
-        _end_barriers(empty[part])
-    _end_barriers(handed)
+    _end_barriers(memory)
     _store_half(acc, m_i, l_i, 0, item, num_tokens, lengths.q_lens, outputs, C, OUTPUT)
