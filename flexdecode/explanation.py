@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .block_mask import read_block_mask
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path, template_files
-from .device import find_target, without_autocast
+from .device import Target, find_target, without_autocast
 from .identity import Mod, graph_of, identify
 from .inputs import (
     DEFAULT_OPTIONS,
@@ -97,20 +97,28 @@ class Explanation:
     def _schedule(self) -> str:
         if self.schedule is None:
             return f"schedule\n  device    {self.device}"
-        cut, tiles, signature = self.schedule, self.schedule.tiles, self.signature
+        schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
         heads, tokens = signature.group_size, signature.num_queries
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
-        used = f"{heads} query head{'s' * (heads > 1)} x {tokens} token{'s' * (tokens > 1)}"
-        programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_programs}"
+        programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
         if tiles.balanced:
-            programs = f"{cut.num_programs} workers share {cut.num_items} ({item}) in equal runs of blocks"
+            programs = f"{schedule.num_programs} workers share {schedule.num_items} ({item}) in equal runs of blocks"
+        if self.step is not None:
+            work = self.step.work_of_programs
+            busy = int((work > 0).sum())
+            programs += "" if busy == len(work) else f"; {busy} have work"
+            programs += f", at most {count(int(work.max()), 'block')} each"
+        loads = "by tensor descriptors" if tiles.descriptors else "by pointers"
+        loads += f", from pages of {signature.page_size}" if signature.page_size else ""
+        loads += f", {_name(signature.kv_dtype)}" if signature.kv_dtype != signature.dtype else ""
+        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
             ("device", self.device),
             ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
             ("", "9 warps in three groups, for latents" if tiles.latent else warps),
-            ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}{_cache_kind(signature)}"),
-            ("programs", programs + (_shares(self.step) if self.step is not None else "")),
+            ("KV loads", loads),
+            ("programs", programs),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
         ]
         return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
@@ -203,36 +211,7 @@ def explain(
         page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale,
     )  # fmt: skip
     call = _check(inputs, mods, lists, options, device)
-    target = find_target(query.device, call.signature.backend, device)
-    cut, source = None, None
-    if target.facts is not None and 0 not in inputs.out_shape:
-        cut, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, template_files(call.program, call.signature, cut.tiles))
-    step = _step(call, cut)
-    batch, num_kv_heads, _ = call.sizes
-    used, read = None, None
-    if call.kv_lens is not None:
-        longest, total = (int(x) * num_kv_heads for x in (call.kv_lens.amax() if batch else 0, call.kv_lens.sum()))
-        used = _bytes(inputs, lambda shared: longest if shared else total)
-    if isinstance(step, Step):
-        read = _bytes(inputs, step.keys_read)
-    elif cut is None:
-        read = 0 if 0 in inputs.out_shape else used
-    return Explanation(
-        shapes=_shapes(query, key, value),
-        score_mod=report_mod("score_mod", call.program, call.mods[0]),
-        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
-        device=target.name,
-        signature=call.signature,
-        schedule=cut,
-        step=None if isinstance(step, str) else step,
-        unknown=step if isinstance(step, str) else "",
-        cache_bytes=_bytes(inputs, lambda shared: math.prod(key.shape[:3])),
-        used_bytes=used,
-        read_bytes=read,
-        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
-        source=source,
-    )
+    return _report(inputs, call, find_target(query.device, call.signature.backend, device))
 
 
 class _Call(NamedTuple):
@@ -242,7 +221,6 @@ class _Call(NamedTuple):
         mods: the score_mod and the mask_mod.
         program: what is known of both.
         signature, sizes, options: of the call.
-        place: where captured values are read.
         kv_lens: keys in use, int64 [B]; None where they are not known.
         first_token: position of the first query token, int64 [B]; None where it is not known.
         num_tokens: query tokens, int64 [B]; None where they are not known.
@@ -253,7 +231,6 @@ class _Call(NamedTuple):
     signature: Signature
     sizes: Sizes
     options: DecodeOptions
-    place: torch.device
     kv_lens: torch.Tensor | None
     first_token: torch.Tensor | None
     num_tokens: torch.Tensor | None
@@ -272,98 +249,113 @@ def _check(
     meta = getattr(query, "is_meta", False)
     shapes = inputs
     if meta:
-        # Key and value stay as they are, because they may share memory.
-        names = ("kv_lens", "q_lens", "q_offset", "page_table", "k_scale", "v_scale", "sinks")
-        given = {name: getattr(inputs, name) for name in names}
-        moved: dict[str, Any] = {n: x.to("meta") for n, x in given.items() if isinstance(x, torch.Tensor)}
-        shapes = inputs._replace(**moved)
+        # Query, key and value stay as they are, because key and value may share memory.
+        shapes = Inputs._make([*inputs[:3], *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs[3:])])
     sizes = check_inputs(shapes, options)
     if options.backend is None and (device is not None or meta):
         options = replace(options, backend="triton")
     place = torch.device("cpu") if meta else query.device
-    lens, tokens = (
-        _known(given, place) if isinstance(given, torch.Tensor) else torch.full((sizes.batch,), most, device=place)
-        for given, most in ((inputs.kv_lens, sizes.max_kv_len), (inputs.q_lens, query.shape[2]))
-    )
-    known = inputs._replace(kv_lens=lens, q_lens=tokens)
-    check_all_lens(known, replace(options, debug=True))
-    graphs, traced = [], []
-    for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
-        graph, mod = graph_of(kind, mod, place)
-        check_captures(kind, graph, mod, None if meta else place)
-        graphs.append(graph)
-        traced.append(mod)
-    mods = traced[0], traced[1]
-    lens, tokens = (None if x is None else x.to(place, torch.int64) for x in (lens, tokens))
+    lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
+    tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)
     first = None if lens is None or tokens is None else lens - tokens
-    if isinstance(inputs.q_offset, int):
-        first = torch.full((sizes.batch,), inputs.q_offset, device=place)
-    elif inputs.q_offset is not None:
-        first = _known(inputs.q_offset, place)
-        first = None if first is None else first.to(torch.int64).expand(sizes.batch)
+    if inputs.q_offset is not None:
+        first = _known(inputs.q_offset, sizes.batch, place)
+    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
+    score_graph, score = graph_of("score_mod", mods[0], place)
+    mask_graph, mask = graph_of("mask_mod", mods[1], place)
+    check_captures("score_mod", score_graph, score, None if meta else place)
+    check_captures("mask_mod", mask_graph, mask, None if meta else place)
     signature = describe(shapes, query.new_empty(inputs.out_shape), False, options)
     check_backend(signature, options)
-    program, _ = make_program((graphs[0], graphs[1]), mods, signature, sizes, *lists)
-    return _Call(mods, program, signature, sizes, options, place, lens, first, tokens)
+    program, _ = make_program((score_graph, mask_graph), (score, mask), signature, sizes, *lists)
+    return _Call((score, mask), program, signature, sizes, options, lens, first, tokens)
 
 
-def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
-    """The tensor where values are read; None if it has no values."""
-    return None if tensor.is_meta else tensor.to(place)
+def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
+    """Lengths or positions of sequences where values are read, int64 [B]; None if they have no values."""
+    if isinstance(given, int):
+        return torch.full((batch,), given, device=place)
+    return None if given.is_meta else given.to(place, torch.int64).expand(batch)
 
 
-def _step(call: _Call, cut: Schedule | None) -> Step | str:
+def _report(inputs: Inputs, call: _Call, target: Target) -> Explanation:
+    """What is known of a checked call on a device."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    is_empty = 0 in inputs.out_shape
+    schedule, source = None, None
+    if target.facts is not None and not is_empty:
+        schedule, _ = cut_call(call.signature, call.sizes, inputs, call.program, target.facts, call.options)
+        source = module_path(call.program, template_files(call.program, call.signature, schedule.tiles))
+    found = _find_step(call, schedule)
+    step, unknown = (None, found) if isinstance(found, str) else (found, "")
+    used, read = None, None
+    if call.kv_lens is not None:
+        keys = call.kv_lens * call.sizes.num_kv_heads
+        longest, total = int(keys.amax()) if len(keys) else 0, int(keys.sum())
+        used = _bytes(inputs, lambda shared: longest if shared else total)
+    if step is not None:
+        read = _bytes(inputs, step.keys_read)
+    elif schedule is None:
+        read = 0 if is_empty else used
+    names = ("query", query), ("key", key), ("value", value)
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in names)
+    return Explanation(
+        shapes=f"flex_decode: {shapes}, {_name(query.dtype)}",
+        score_mod=report_mod("score_mod", call.program, call.mods[0]),
+        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
+        device=target.name,
+        signature=call.signature,
+        schedule=schedule,
+        step=step,
+        unknown=unknown,
+        cache_bytes=_bytes(inputs, lambda _: math.prod(key.shape[:3])),
+        used_bytes=used,
+        read_bytes=read,
+        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
+        source=source,
+    )
+
+
+def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
     """The blocks that a step reads, or why they are not known."""
-    if cut is None and call.signature.backend == "torch":
-        return 'the torch backend reads every key; `device="H200"` explains for a GPU'
-    if cut is None:
+    if schedule is None:
+        if call.signature.backend == "torch":
+            return 'the torch backend reads every key; `device="H200"` explains for a GPU'
         return "there is no query, so nothing is launched"
     if call.program.block_lists:
         return "the lists of `block_mask` say which blocks are read"
-    for name, known in (("kv_lens", call.kv_lens), ("q_lens", call.num_tokens), ("q_offset", call.first_token)):
-        if known is None:
-            return f"`{name}` is on the meta device"
-    assert call.kv_lens is not None and call.num_tokens is not None and call.first_token is not None
+    lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
+    if lens is None or tokens is None or first is None:
+        name = "kv_lens" if lens is None else "q_lens" if tokens is None else "q_offset"
+        return f"`{name}` is on the meta device"
     # A sequence without a query token reads nothing.
-    lens = call.kv_lens.where(call.num_tokens > 0, 0)
-    at = lens, call.first_token, call.num_tokens
-    step = find_step(call.program, call.mods, *at, call.signature, call.sizes, cut)
+    lens = lens.where(tokens > 0, 0)
+    step = find_step(call.program, call.mods, lens, first, tokens, call.signature, call.sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 
-def _shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
-    names = ("query", query), ("key", key), ("value", value)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in names)
-    return f"flex_decode: {shapes}, {str(query.dtype).removeprefix('torch.')}"
-
-
-def _bytes(inputs: Inputs, count: Callable[[bool], int]) -> int:
-    """Bytes of keys, values and their scales, by how many keys there are; `count(True)` where sequences share them."""
-    key, value, batch = inputs.key, inputs.value, inputs.query.shape[0]
+def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
+    """Bytes of keys, values and their scales; `count_keys(True)` is the number where sequences share one cache."""
     total = 0
-    values_extra = not shares_storage(key, value)
-    for cache, scale, own in ((key, inputs.k_scale, True), (value, inputs.v_scale, values_extra)):
-        shared = inputs.page_table is None and cache.shape[0] != batch
-        per_key = cache.shape[3] * cache.element_size() if own else 0
+    for cache, scale, is_own in (
+        (inputs.key, inputs.k_scale, True),
+        (inputs.value, inputs.v_scale, not shares_storage(inputs.key, inputs.value)),
+    ):
+        shared = inputs.page_table is None and len(cache) != len(inputs.query)
+        per_key = cache.shape[3] * cache.element_size() if is_own else 0
         if isinstance(scale, torch.Tensor) and scale.dim() == 3:
             per_key += scale.element_size()
-        total += count(shared) * per_key
+        total += count_keys(shared) * per_key
     return total
 
 
-def _cache_kind(signature: Signature) -> str:
-    """What is special about a cache."""
-    pages = f", from pages of {signature.page_size}" if signature.page_size else ""
-    dtype = str(signature.kv_dtype).removeprefix("torch.")
-    return pages + (f", {dtype}" if signature.kv_dtype != signature.dtype else "")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _shares(step: Step) -> str:
-    """How the work is spread over the programs."""
-    per_program = step.work_of_programs
-    most, busy = int(per_program.max()), int((per_program > 0).sum())
-    idle = "" if busy == len(per_program) else f"; {busy} have work"
-    return f"{idle}, at most {most} block{'' if most == 1 else 's'} each"
+def count(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(number: int) -> str:

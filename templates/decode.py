@@ -323,9 +323,8 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
 
     The ranges are disjoint and ascending, each a run of partial blocks, one of full and one of partial ones.
     """
-    kv_len = tile.kv_len
     live, full = kv_bounds(tile.b, tile.h, tile.q_idx, captures.score, captures.mask)
-    spans = live_spans(live, kv_len, C.NUM_LIVE)
+    spans = live_spans(live, tile.kv_len, C.NUM_LIVE)
     r0 = span_blocks(spans[0], C.BLOCK_N)
     if C.NUM_LIVE > 1:
         r1 = span_blocks(spans[1], C.BLOCK_N)
@@ -344,7 +343,7 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
         found = (r0,)
     ranges = ()
     for i in tl.static_range(len(found)):
-        ranges = ranges + (full_part(found[i], full, kv_len, C.BLOCK_N, C.NUM_FULL),)  # noqa: RUF005
+        ranges = ranges + (full_part(found[i], full, tile.kv_len, C.BLOCK_N, C.NUM_FULL),)  # noqa: RUF005
     num_full = 0
     num_partial = 0
     for i in tl.static_range(len(ranges)):
@@ -639,8 +638,8 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 
 
 @triton.jit
-def store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C: tl.constexpr):
-    """Writes columns `offs_dv` of the output of a whole item, else of its partial result."""
+def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, q_lens, outputs, C: tl.constexpr):
+    """Writes columns `offs_dv` of the output of a whole item, and its `lse` if not None, else of its partial result."""
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
     if C.SPLIT:
@@ -652,21 +651,20 @@ def store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
-    if C.BALANCED or not C.SPLIT:
-        if item.whole:
-            result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
-            out_row = row_start(outputs.out, outputs, item.b, rows.head, rows.token)
-            pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
-            tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
-            if outputs.lse is not None:
-                tl.store(outputs.lse + flat_row, row_lse, mask=rows.valid)
+    if item.whole:
+        result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
+        out_row = row_start(outputs.out, outputs, item.b, rows)
+        pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
+        tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
+        if lse is not None:
+            tl.store(lse + flat_row, row_lse, mask=rows.valid)
 
 
 @triton.jit
-def row_start(base, strides, b, head, token):
-    """The address of the row of a query token, of the query or of the output."""
-    row = base + b.to(tl.int64) * strides.stride_b + head.to(tl.int64) * strides.stride_h
-    return row + token.to(tl.int64) * strides.stride_m
+def row_start(base, strides, b, rows):
+    """The addresses of rows, of the query or of the output."""
+    row = base + b.to(tl.int64) * strides.stride_b + rows.head.to(tl.int64) * strides.stride_h
+    return row + rows.token.to(tl.int64) * strides.stride_m
 
 
 @triton.jit
@@ -703,18 +701,17 @@ def attend_run(
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
-    b, kv_head = item.b, item.kv_head
-    row = row_start(queries.start, queries, b, rows.head, rows.token)
-    start = kv_start(keys.start, b, kv_head, keys.steps)
+    row = row_start(queries.start, queries, item.b, rows)
+    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
-    start = kv_start(values.start, b, kv_head, values.steps)
+    start = kv_start(values.start, item.b, item.kv_head, values.steps)
     values = Cache(start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
     if C.PDL and not C.BALANCED:
         gdc_wait()
         gdc_launch_dependents()
 
     tile, num_tokens = make_tile(item, rows, lengths, captures, C)
-    scale = scale * item_scale(keys.scales, b, kv_head)
+    scale = scale * item_scale(keys.scales, item.b, item.kv_head)
     q, q_rest, unit = load_query(row, queries, C)
     scale = scale * unit
     runs, spans = block_runs(tile, block_lists, captures, C)
@@ -746,9 +743,9 @@ def attend_run(
     if len(values.scales) == 4:
         acc = acc * state.v_unit[:, None]
     else:
-        acc = acc * item_scale(values.scales, b, kv_head)
+        acc = acc * item_scale(values.scales, item.b, item.kv_head)
     offs_dv = tl.arange(0, C.BLOCK_DV)
-    store_run(acc, state.m_i, state.l_i, rows, offs_dv, item, num_tokens, lengths.q_lens, outputs, C)
+    store_run(acc, state.m_i, state.l_i, rows, offs_dv, outputs.lse, item, num_tokens, lengths.q_lens, outputs, C)
 
 
 @triton.jit

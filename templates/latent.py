@@ -31,7 +31,6 @@ from decode import (
     HAS_SCORE_MOD,
     LOG2E,
     Block,
-    Outputs,
     Visit,
     block_runs,
     find_pages,
@@ -254,7 +253,8 @@ def _store_half(
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
-    store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C)
+    lse = outputs.lse if COLUMN == 0 else None
+    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, q_lens, outputs, C)
 
 
 @gluon.jit
@@ -265,7 +265,7 @@ def _load_query(
     """Columns from `COLUMN` on of the query rows of a tile, in shared memory, with the sign of the scale."""
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
     offs_d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-    row = row_start(queries.start, queries, item.b, rows.head, rows.token)
+    row = row_start(queries.start, queries, item.b, rows)
     q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
     q = gl.where(scale < 0, -q, q)
     return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, COLUMNS], LATENTS, q)
@@ -343,8 +343,7 @@ def attend_run(
         gdc_wait()
         gdc_launch_dependents()
 
-    b, kv_head = item.b, item.kv_head
-    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), kv_head, C)
+    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), item.kv_head, C)
     tile, num_tokens = make_tile(item, rows, lengths, captures, C)
     runs, spans = block_runs(tile, block_lists, captures, C)
     first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
@@ -357,18 +356,14 @@ def attend_run(
     memory = _share_memory((q_left, q_right, q_rest), C, LATENTS)
     fence_async_shared()
 
-    start = kv_start(keys.start, b, kv_head, keys.steps)
-    without_lse = Outputs(
-        outputs.out, None, outputs.partial_out, outputs.partial_max, outputs.partial_sum, outputs.sinks,
-        outputs.stride_b, outputs.stride_h, outputs.stride_m, outputs.stride_d, outputs.num_kv_heads,
-    )  # fmt: skip
+    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     acc, m_i, l_i = gl.warp_specialize(
         [
             (_attend_left, (memory, visit, first, last, scale, tile, captures, C, L)),
-            (_attend_right, (memory, visit, first, last, item, num_tokens, lengths.q_lens, without_lse, C, L)),
+            (_attend_right, (memory, visit, first, last, item, num_tokens, lengths.q_lens, outputs, C, L)),
             (
                 _copy_blocks,
-                (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, first, last, b, C),
+                (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, first, last, item.b, C),
             ),
         ],
         [4, 1],
