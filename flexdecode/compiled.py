@@ -14,7 +14,7 @@ from .program import Program
 from .schedule import DeviceFacts, Tiles
 from .signature import Signature
 from .template import generate, sources_digest, standalone
-from .triton_api import Launch, forget_standalone, load_module
+from .triton_api import Launch, load_module, standalone_kernel
 
 
 class Kernel:
@@ -52,13 +52,10 @@ _kernels: dict[tuple, Kernel] = {}
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
     """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
     key = (spec, facts, program.text)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        with cache.lock:
-            kernel = _kernels.get(key)
-            if kernel is None:
-                kernel = _build(spec, facts, program)
-                _kernels[key] = kernel
+    with cache.lock:
+        kernel = _kernels.get(key)
+        if kernel is None:
+            kernel = _kernels[key] = _build(spec, facts, program)
     return kernel
 
 
@@ -106,4 +103,4 @@ def generate_module(program: Program, files: tuple[str, ...] = ()) -> str:
 def forget_kernels() -> None:
     """Drops every kernel in memory, those that append and merge too."""
     _kernels.clear()
-    forget_standalone()
+    standalone_kernel.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,8 +11,6 @@ from typing import NamedTuple
 import torch
 
 from .schedule import BYTES_PER_US, DeviceFacts
-
-_facts: dict[torch.device, DeviceFacts] = {}
 
 
 def interpreting() -> bool:
@@ -29,15 +28,13 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of a device, asked for once."""
-    facts = _facts.get(device)
-    if facts is None:
-        facts = _facts[device] = _ask_device(device)
-    return facts
+    """Facts of a device, asked for once.
 
-
-def _ask_device(device: torch.device) -> DeviceFacts:
+    Raises:
+        ValueError: it is no GPU, and Triton does not interpret.
+    """
     if device.type != "cuda":
         if not interpreting():
             raise ValueError(

@@ -29,6 +29,7 @@ from .inputs import (
 )
 from .kv_cache import KVCache, PagedKVCache, read_cache
 from .mod_report import ModReport, report_mod
+from .picture import count, draw
 from .plan import check_backend, check_captures, cut_call, make_program
 from .program import Program
 from .schedule import BYTES_PER_US, DeviceFacts, Schedule
@@ -109,8 +110,10 @@ class Explanation:
             programs += "" if busy == len(work) else f"; {busy} have work"
             programs += f", at most {count(int(work.max()), 'block')} each"
         loads = "by tensor descriptors" if tiles.descriptors else "by pointers"
-        loads += f", from pages of {signature.page_size}" if signature.page_size else ""
-        loads += f", {_name(signature.kv_dtype)}" if signature.kv_dtype != signature.dtype else ""
+        if signature.page_size:
+            loads += f", from pages of {signature.page_size}"
+        if signature.kv_dtype != signature.dtype:
+            loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
         used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
@@ -137,8 +140,6 @@ class Explanation:
             raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
         if self.step is None:
             raise ValueError(f"there are no blocks to draw: {self.unknown}")
-        from .picture import draw
-
         names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
         draw(self.step, " and ".join(names) or "plain attention", Path(path))
 
@@ -280,7 +281,6 @@ def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.
 
 def _report(inputs: Inputs, call: _Call, target: Target) -> Explanation:
     """What is known of a checked call on a device."""
-    query, key, value = inputs.query, inputs.key, inputs.value
     is_empty = 0 in inputs.out_shape
     schedule, source = None, None
     if target.facts is not None and not is_empty:
@@ -297,10 +297,9 @@ def _report(inputs: Inputs, call: _Call, target: Target) -> Explanation:
         read = _bytes(inputs, step.keys_read)
     elif schedule is None:
         read = 0 if is_empty else used
-    names = ("query", query), ("key", key), ("value", value)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in names)
+    shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
     return Explanation(
-        shapes=f"flex_decode: {shapes}, {_name(query.dtype)}",
+        shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
         score_mod=report_mod("score_mod", call.program, call.mods[0]),
         mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
         device=target.name,
@@ -308,7 +307,7 @@ def _report(inputs: Inputs, call: _Call, target: Target) -> Explanation:
         schedule=schedule,
         step=step,
         unknown=unknown,
-        cache_bytes=_bytes(inputs, lambda _: math.prod(key.shape[:3])),
+        cache_bytes=_bytes(inputs, lambda _: math.prod(inputs.key.shape[:3])),
         used_bytes=used,
         read_bytes=read,
         floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
@@ -347,15 +346,6 @@ def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
             per_key += scale.element_size()
         total += count_keys(shared) * per_key
     return total
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(number: int) -> str:
