@@ -64,8 +64,8 @@ Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row")
 Range = namedtuple("Range", "start end full_start full_end")
 # The blocks that a tile visits: how many full and partial ones there are, and the ranges in which they lie.
 Runs = namedtuple("Runs", "num_full num_partial ranges")
-# Which keys a tile reads, and the table that leads to them.
-Visit = namedtuple("Visit", "runs spans page_table")
+# Which keys an item reads: the blocks of its tile, those of them in its share by number, the spans, and the page table.
+Visit = namedtuple("Visit", "runs spans page_table first last")
 # A block of keys: the first one, and the pages on which they lie.
 Block = namedtuple("Block", "start_n pages")
 # The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
@@ -716,7 +716,7 @@ def attend_run(
     scale = scale * unit
     runs, spans = block_runs(tile, block_lists, captures, C)
     first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, page_table)
+    visit = Visit(runs, spans, page_table, first, last)
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([C.BLOCK_M], tl.float32)

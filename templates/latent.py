@@ -96,11 +96,12 @@ def _find_block(visit, i, C: gl.constexpr):
 
 
 @gluon.jit
-def _copy_blocks(wide, narrow, start, steps, memory, visit, first, last, b, C: gl.constexpr):
+def _copy_blocks(wide, narrow, start, steps, memory, visit, b, C: gl.constexpr):
     """Keeps all places filled."""
     latents, full, empty = memory.latents, memory.full, memory.empty
     HALF: gl.constexpr = latents[0].shape[2]
-    for i in range(first, last):
+    first = visit.first
+    for i in range(first, visit.last):
         place = (i - first) % 2
         start_n = _find_block(visit, i, C) * C.BLOCK_N
         pages = find_pages(visit.page_table, b, start_n, visit.spans, C)
@@ -132,15 +133,15 @@ def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    acc, m_i, l_i, i, step, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr,
-    L: gl.constexpr,
-):  # fmt: skip
+    acc, m_i, l_i, i, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr, L: gl.constexpr
+):
     """One step of the online softmax, and the left half of its result.
 
     No product stays under way at its end: beside the loads of some mods, ptxas then serialises all products.
     """
-    queries, full = memory.queries, memory.full
+    queries, latents, full = memory.queries, memory.latents, memory.full
     b, h, q_idx = tile.b, tile.h, tile.q_idx
+    step = i - visit.first
     place = step % 2
     start_n = _find_block(visit, i, C) * C.BLOCK_N
     kv_idx = start_n + gl.arange(0, C.BLOCK_N, gl.SliceLayout(0, L.SCORES))[None, :]
@@ -150,9 +151,7 @@ def _attend_block(
         kv_idx = gl.minimum(kv_idx, tile.kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
-    left, right, rest = (
-        memory.latents[0].index(place), memory.latents[1].index(place), memory.latents[2].index(place)
-    )  # fmt: skip
+    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
     phase = step // 2 % 2
     score = gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES)
     mbarrier.wait(full[2].index(place), phase)
@@ -192,25 +191,21 @@ def _attend_block(
 
 
 @gluon.jit
-def _attend_left(
-    memory, visit, first, last, scale, tile, captures, C: gl.constexpr, L: gl.constexpr
-):  # fmt: skip
+def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.constexpr):
     """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
     m_i = gl.full([C.BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, L.SCORES))
     l_i = gl.full([C.BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, L.SCORES))
     acc = gl.full([C.BLOCK_M, memory.latents[0].shape[2]], 0.0, gl.float32, L.OUTPUT)
-    last_full = first
+    first_partial = visit.first
     if C.NUM_FULL > 0:
-        last_full = gl.maximum(gl.minimum(last, visit.runs.num_full), first)
-        for i in range(first, last_full):
-            acc, m_i, l_i = _attend_block(
-                acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, False, C, L
-            )
-    for i in range(last_full, last):
-        acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, True, C, L)
+        first_partial = gl.maximum(gl.minimum(visit.last, visit.runs.num_full), visit.first)
+        for i in range(visit.first, first_partial):
+            acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, False, C, L)
+    for i in range(first_partial, visit.last):
+        acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, True, C, L)
     if not HAS_SCORE_MOD:
         m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
-    mbarrier.wait(memory.taken, (last - first + 1) % 2)
+    mbarrier.wait(memory.taken, (visit.last - visit.first + 1) % 2)
     memory.factors.store(m_i)  # in place of factors, for which there is no further use
     memory.sums.store(l_i)
     mbarrier.arrive(memory.ready, count=1)
@@ -218,16 +213,13 @@ def _attend_left(
 
 
 @gluon.jit
-def _attend_right(
-    memory, visit, first, last, item, num_tokens, q_lens, outputs, C: gl.constexpr, L: gl.constexpr
-):  # fmt: skip
+def _attend_right(memory, visit, item, num_tokens, q_lens, outputs, C: gl.constexpr, L: gl.constexpr):
     """The right half of the result of a run; also writes it."""
     latents, factors = memory.latents[1], memory.factors
     COLUMNS: gl.constexpr = latents.shape[2]
     acc = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, L.OUTPUT)
-    for i in range(first, last):
-        step = i - first
-        spot = step % 2
+    for i in range(visit.first, visit.last):
+        spot = (i - visit.first) % 2
         mbarrier.wait(memory.scaled, spot)
         mbarrier.arrive(memory.empty[2].index(spot), count=1)  # the scores are there
         acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
@@ -239,7 +231,7 @@ def _attend_right(
         acc = warpgroup_mma(memory.weights, values, acc)
         mbarrier.arrive(memory.empty[1].index(spot), count=1)
         mbarrier.arrive(memory.taken, count=1)
-    mbarrier.wait(memory.ready, (last - first) % 2)
+    mbarrier.wait(memory.ready, (visit.last - visit.first) % 2)
     m_i = factors.load(gl.SliceLayout(1, L.OUTPUT))
     l_i = memory.sums.load(gl.SliceLayout(1, L.OUTPUT))
     _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, q_lens, outputs, C, L.OUTPUT)
@@ -347,7 +339,7 @@ def attend_run(
     tile, num_tokens = make_tile(item, rows, lengths, captures, C)
     runs, spans = block_runs(tile, block_lists, captures, C)
     first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, page_table)
+    visit = Visit(runs, spans, page_table, first, last)
 
     q_left = _load_query(queries, item, scale, 0, HALF, C, ROWS, LATENTS)
     q_right = _load_query(queries, item, scale, HALF, HALF, C, ROWS, LATENTS)
@@ -359,12 +351,9 @@ def attend_run(
     start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     acc, m_i, l_i = gl.warp_specialize(
         [
-            (_attend_left, (memory, visit, first, last, scale, tile, captures, C, L)),
-            (_attend_right, (memory, visit, first, last, item, num_tokens, lengths.q_lens, outputs, C, L)),
-            (
-                _copy_blocks,
-                (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, first, last, item.b, C),
-            ),
+            (_attend_left, (memory, visit, scale, tile, captures, C, L)),
+            (_attend_right, (memory, visit, item, num_tokens, lengths.q_lens, outputs, C, L)),
+            (_copy_blocks, (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, item.b, C)),
         ],
         [4, 1],
         [216, 40],
