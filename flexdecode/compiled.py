@@ -53,21 +53,15 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
     """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
     key = (spec, facts, program.text)
     with cache.lock:
-        kernel = _kernels.get(key)
-        if kernel is None:
-            kernel = _kernels[key] = _build(spec, facts, program)
-    return kernel
-
-
-def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
-    path = module_path(program, template_files(program, spec.signature, spec.tiles))
-    try:
-        module = load_module(path)
-    except ImportError as error:  # Gluon's names change
-        raise CompileError(f"{error}\n  source: {path}") from error
-    kernel = Kernel(module, path, spec, facts)
-    cache.counters.compilations += 1
-    return kernel
+        if key not in _kernels:
+            path = module_path(program, template_files(program, spec.signature, spec.tiles))
+            try:
+                module = load_module(path)
+            except ImportError as error:  # Gluon's names change
+                raise CompileError(f"{error}\n  source: {path}") from error
+            _kernels[key] = Kernel(module, path, spec, facts)
+            cache.counters.compilations += 1
+        return _kernels[key]
 
 
 def template_files(program: Program, signature: Signature, tiles: Tiles) -> tuple[str, ...]:

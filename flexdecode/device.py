@@ -89,13 +89,12 @@ def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | 
         return Target(f"{device}, by PyTorch operations", None, None)
     if chosen is None and device.type == "meta":
         raise ValueError('`query` is on the meta device: say for which GPU, e.g. `device="H200"`')
-    name = "Triton's interpreter"
     if isinstance(chosen, str):
         name, facts = chosen, KNOWN_DEVICES[chosen][0]
     elif chosen is not None:
         name, facts = "given by its facts", chosen
     else:
         facts = device_facts(device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     bandwidth = next((speed for known, (_, speed) in KNOWN_DEVICES.items() if known in name), None)
     return Target(f"{name}: {facts.backend} {facts.arch}, {facts.num_sms} multiprocessors", facts, bandwidth)

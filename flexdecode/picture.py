@@ -125,10 +125,8 @@ def _draw_work(axes: Axes, step: Step) -> None:
     item = int(step.work.argmax())
     states, splits = step.blocks(item)
     order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
-    codes = 2 * states[order] + splits[order] % 2
-    _show(
-        axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]], device="cpu"), (0, max(len(order), 1), 1, 0)
-    )
+    codes = 2 * states[order] + splits[order] % 2 if len(order) else torch.tensor([2 * UNUSED], device="cpu")
+    _show(axes, codes[None], (0, len(codes), 1, 0))
     starts = [i for i in range(len(order)) if i == 0 or splits[order[i]] != splits[order[i - 1]]]
     for start, end in pairwise([*starts, len(order)] if len(starts) <= MAX_SHARES else []):
         split = int(splits[order[start]])

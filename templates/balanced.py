@@ -60,10 +60,8 @@ def _find_slot(slot, sequences, starts, weights):
 @triton.jit
 def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexpr):
     """As _find_slot, among all sequences; also how many slots there are in all."""
-    found = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int32)
-    weight = tl.zeros((), tl.int32)
-    total = tl.zeros((), tl.int32)
+    zero = tl.zeros((), tl.int32)
+    found, first, weight, total = zero, zero, zero, zero
     for chunk in tl.range(0, schedule.batch, C.BLOCK_B):
         sequences = chunk + _numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
@@ -77,23 +75,21 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
 
 
 @triton.jit
-def attend_items(
-    queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, schedule, C: tl.constexpr
-):
+def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """What one worker does: its run of slots, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_kv_heads = outputs.num_kv_heads
+    num_kv_heads = call.outputs.num_kv_heads
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)
     tile = tl.program_id(1)
     if C.MANY:
-        _, _, _, total = _find_in_chunks(-1, lengths, captures, last_head, schedule, C)
+        _, _, _, total = _find_in_chunks(-1, call.lengths, call.captures, last_head, schedule, C)
     else:
         sequences = _numbers(C.BLOCK_B)
-        weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
+        weights = _sequence_weights(sequences, call.lengths, call.captures, last_head, schedule, C)
         starts = _sums_before(weights)
         total = tl.sum(weights, 0)
     # Runs of `share` slots; the first `extra` workers have one more.
@@ -110,7 +106,7 @@ def attend_items(
         if slot == past:
             if C.MANY:
                 sequence = slot // num_kv_heads
-                b, first, weight, _ = _find_in_chunks(sequence, lengths, captures, last_head, schedule, C)
+                b, first, weight, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
             else:
                 b, first, weight = _find_slot(slot // num_kv_heads, sequences, starts, weights)
             first *= num_kv_heads
@@ -128,5 +124,5 @@ def attend_items(
             tl.store(shared_out + 1, final - worker + 1)
         place = 2 * worker + tl.where(start == 0, 1, 0)
         item = Item(b, kv_head, tile, start, end, weight, place, (start == 0) & (end == weight))
-        attend_run(item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C)
+        attend_run(item, keys, values, call, C)
         slot += end - start

@@ -53,6 +53,8 @@ Lengths = namedtuple("Lengths", "kv_lens q_lens q_offset max_kv_len")
 Schedule = namedtuple("Schedule", "batch num_splits item_parts max_weight")
 # What the mods capture.
 Captures = namedtuple("Captures", "score mask")
+# What items are computed from besides keys and values, and where their results go.
+Call = namedtuple("Call", "queries outputs lengths captures page_table block_lists scale")
 # A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. The result of a `whole`
 # item is the output, that of another one a partial result at `place`.
 Item = namedtuple("Item", "b kv_head tile start end parts place whole")
@@ -638,8 +640,9 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 
 
 @triton.jit
-def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, q_lens, outputs, C: tl.constexpr):
+def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.constexpr):
     """Writes columns `offs_dv` of the output of a whole item, and its `lse` if not None, else of its partial result."""
+    outputs = call.outputs
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
     if C.SPLIT:
@@ -652,7 +655,9 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, q_lens, outpu
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
     if item.whole:
-        result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
+        result, row_lse = finish_rows(
+            acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, call.lengths.q_lens
+        )
         out_row = row_start(outputs.out, outputs, item.b, rows)
         pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
         tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
@@ -695,13 +700,11 @@ def load_query(row, queries, C: tl.constexpr):
 
 
 @triton.jit
-def attend_run(
-    item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: tl.constexpr
-):
+def attend_run(item, keys, values, call, C: tl.constexpr):
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
-    row = row_start(queries.start, queries, item.b, rows)
+    row = row_start(call.queries.start, call.queries, item.b, rows)
     start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
     start = kv_start(values.start, item.b, item.kv_head, values.steps)
@@ -710,13 +713,13 @@ def attend_run(
         gdc_wait()
         gdc_launch_dependents()
 
-    tile, num_tokens = make_tile(item, rows, lengths, captures, C)
-    scale = scale * item_scale(keys.scales, item.b, item.kv_head)
-    q, q_rest, unit = load_query(row, queries, C)
+    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    scale = call.scale * item_scale(keys.scales, item.b, item.kv_head)
+    q, q_rest, unit = load_query(row, call.queries, C)
     scale = scale * unit
-    runs, spans = block_runs(tile, block_lists, captures, C)
-    first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, page_table, first, last)
+    runs, spans = block_runs(tile, call.block_lists, call.captures, C)
+    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    visit = Visit(runs, spans, call.page_table, first, last)
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([C.BLOCK_M], tl.float32)
@@ -730,11 +733,11 @@ def attend_run(
     state = State(m_i, l_i, v_unit, acc)
     if C.NUM_FULL > 0:
         end = tl.minimum(last, runs.num_full)
-        state = attend_blocks(state, q, q_rest, keys, values, scale, first, end, visit, tile, captures, False, C)
+        state = attend_blocks(state, q, q_rest, keys, values, scale, first, end, visit, tile, call.captures, False, C)
     first = tl.maximum(first - runs.num_full, 0)
     last = tl.maximum(last - runs.num_full, 0)
     if first < last:
-        state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, captures, True, C)
+        state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, call.captures, True, C)
 
     if C.PACKED is not None:
         acc = tl.reshape(tl.join(state.acc[0], state.acc[1]), [C.BLOCK_M, C.BLOCK_DV])
@@ -744,23 +747,21 @@ def attend_run(
         acc = acc * state.v_unit[:, None]
     else:
         acc = acc * item_scale(values.scales, item.b, item.kv_head)
-    offs_dv = tl.arange(0, C.BLOCK_DV)
-    store_run(acc, state.m_i, state.l_i, rows, offs_dv, outputs.lse, item, num_tokens, lengths.q_lens, outputs, C)
+    store_run(acc, state.m_i, state.l_i, rows, tl.arange(0, C.BLOCK_DV), call.outputs.lse, item, num_tokens, call, C)
 
 
 @triton.jit
-def attend_items(
-    queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, schedule, C: tl.constexpr
-):
+def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """What one program does: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
     NUM_TILES: tl.constexpr = (C.GROUP_SIZE * C.NUM_QUERIES + C.BLOCK_M - 1) // C.BLOCK_M
     head = tl.program_id(0) // NUM_TILES
+    num_kv_heads = call.outputs.num_kv_heads
     item = Item(
-        head // outputs.num_kv_heads, head % outputs.num_kv_heads, tl.program_id(0) % NUM_TILES, tl.program_id(1),
+        head // num_kv_heads, head % num_kv_heads, tl.program_id(0) % NUM_TILES, tl.program_id(1),
         tl.program_id(1) + 1, schedule.num_splits, tl.program_id(1), not C.SPLIT,
     )  # fmt: skip
-    attend_run(item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C)
+    attend_run(item, keys, values, call, C)
 
 
 @triton.jit
@@ -796,10 +797,10 @@ def decode_split(
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
     values = Cache(value, value_descriptor, value_steps, stride_vn, stride_vd, value_scales)
     outputs = Outputs(
-        out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od,
-        num_kv_heads,
-    )  # fmt: skip
+        out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
+    )
     lengths = Lengths(kv_lens, q_lens, q_offset, max_kv_len)
     captures = Captures(score_captures, mask_captures)
     schedule = Schedule(batch, num_splits, item_parts, max_weight)
-    attend_items(queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, schedule, C)
+    call = Call(queries, outputs, lengths, captures, page_table, block_lists, scale)
+    attend_items(keys, values, call, schedule, C)

@@ -79,11 +79,16 @@ def _gluon_language():
 
 tl = _gluon_language()
 
+# How the rows of wide parts, those of the narrow part, parts in shared memory, and numbers there are laid out.
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
+NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+LATENTS = gl.constexpr(gl.NVMMASharedLayout(128, 16))
+NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # The shared memory and the barriers of a program. `queries` [BLOCK_M, columns] and `latents` [2, BLOCK_N, columns] are
 # tuples of parts, `weights` is [BLOCK_M, BLOCK_N], `factors` and `sums` are float32 [BLOCK_M].
 Memory = namedtuple("Memory", "queries latents weights factors sums full empty scaled ready taken")
-# How scores, halves of the result and rows of a tile are spread over four warps.
-Layouts = namedtuple("Layouts", "SCORES OUTPUT ROWS")
+# How scores and halves of the result are spread over four warps.
+Layouts = namedtuple("Layouts", "SCORES OUTPUT")
 
 
 @gluon.jit
@@ -122,10 +127,10 @@ def _copy(descriptor, row, column, tile, full, empty, phase):
 
 
 @gluon.jit
-def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
+def _clear_rows(tile, start_n, spans):
     """Zeros in the rows of a tile whose keys lie outside of the spans, which may be NaN."""
-    rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
-    loaded = tile.load(LAYOUT)
+    rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, ROWS))
+    loaded = tile.load(ROWS)
     tile.store(gl.where(in_spans(rows, spans)[:, None], loaded, gl.zeros_like(loaded)))
     fence_async_shared()
     tl.debug_barrier()
@@ -183,7 +188,7 @@ def _attend_block(
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
     if CHECKED:
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
-            _clear_rows(left, start_n, visit.spans, L.ROWS)
+            _clear_rows(left, start_n, visit.spans)
     acc = warpgroup_mma(memory.weights, left, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(memory.empty[0].index(place), count=1)
@@ -213,7 +218,7 @@ def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.co
 
 
 @gluon.jit
-def _attend_right(memory, visit, item, num_tokens, q_lens, outputs, C: gl.constexpr, L: gl.constexpr):
+def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.constexpr):
     """The right half of the result of a run; also writes it."""
     latents, factors = memory.latents[1], memory.factors
     COLUMNS: gl.constexpr = latents.shape[2]
@@ -226,7 +231,7 @@ def _attend_right(memory, visit, item, num_tokens, q_lens, outputs, C: gl.conste
         values = latents.index(spot)
         start_n = _find_block(visit, i, C) * C.BLOCK_N
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
-            _clear_rows(values, start_n, visit.spans, L.ROWS)
+            _clear_rows(values, start_n, visit.spans)
         mbarrier.wait(memory.ready, spot)
         acc = warpgroup_mma(memory.weights, values, acc)
         mbarrier.arrive(memory.empty[1].index(spot), count=1)
@@ -234,33 +239,29 @@ def _attend_right(memory, visit, item, num_tokens, q_lens, outputs, C: gl.conste
     mbarrier.wait(memory.ready, (visit.last - visit.first) % 2)
     m_i = factors.load(gl.SliceLayout(1, L.OUTPUT))
     l_i = memory.sums.load(gl.SliceLayout(1, L.OUTPUT))
-    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, q_lens, outputs, C, L.OUTPUT)
+    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, call, C)
 
 
 @gluon.jit
-def _store_half(
-    acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, q_lens, outputs, C: gl.constexpr, OUTPUT: gl.constexpr
-):
+def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, call, C: gl.constexpr):
     """Writes the columns of a result from `COLUMN` on; the left half writes the log-sum-exp."""
+    OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
-    lse = outputs.lse if COLUMN == 0 else None
-    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, q_lens, outputs, C)
+    lse = call.outputs.lse if COLUMN == 0 else None
+    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C)
 
 
 @gluon.jit
-def _load_query(
-    queries, item, scale, COLUMN: gl.constexpr, COLUMNS: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr,
-    LATENTS: gl.constexpr,
-):  # fmt: skip
-    """Columns from `COLUMN` on of the query rows of a tile, in shared memory, with the sign of the scale."""
+def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """WIDTH columns from COLUMN on of the query rows of a tile, in shared memory, with the sign of the scale."""
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
-    offs_d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+    offs_d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     row = row_start(queries.start, queries, item.b, rows)
     q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
     q = gl.where(scale < 0, -q, q)
-    return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, COLUMNS], LATENTS, q)
+    return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, WIDTH], LATENTS, q)
 
 
 @gluon.jit
@@ -299,9 +300,8 @@ def _sums_before(weights):
 
 
 @gluon.jit
-def _share_memory(queries, C: gl.constexpr, LATENTS: gl.constexpr):
+def _share_memory(queries, C: gl.constexpr):
     """Memory and barriers that the groups of warps share, from the three parts of the query."""
-    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = queries[0].dtype
     latents = (
         gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
@@ -320,43 +320,38 @@ def _share_memory(queries, C: gl.constexpr, LATENTS: gl.constexpr):
 
 
 @gluon.jit
-def attend_run(
-    item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: gl.constexpr
-):
+def attend_run(item, keys, values, call, C: gl.constexpr):
     """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
     HALF: gl.constexpr = C.BLOCK_DV // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    L: gl.constexpr = Layouts(SCORES, OUTPUT, ROWS)
+    L: gl.constexpr = Layouts(SCORES, OUTPUT)
     if C.PDL and not C.BALANCED:
         gdc_wait()
         gdc_launch_dependents()
 
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), item.kv_head, C)
-    tile, num_tokens = make_tile(item, rows, lengths, captures, C)
-    runs, spans = block_runs(tile, block_lists, captures, C)
-    first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, page_table, first, last)
+    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    runs, spans = block_runs(tile, call.block_lists, call.captures, C)
+    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    visit = Visit(runs, spans, call.page_table, first, last)
 
-    q_left = _load_query(queries, item, scale, 0, HALF, C, ROWS, LATENTS)
-    q_right = _load_query(queries, item, scale, HALF, HALF, C, ROWS, LATENTS)
-    q_rest = _load_query(queries, item, scale, 2 * HALF, C.BLOCK_R, C, NARROW, LATENTS)
-    scale = gl.abs(scale)
-    memory = _share_memory((q_left, q_right, q_rest), C, LATENTS)
+    q_left = _load_query(call.queries, item, call.scale, 0, HALF, C, ROWS)
+    q_right = _load_query(call.queries, item, call.scale, HALF, HALF, C, ROWS)
+    q_rest = _load_query(call.queries, item, call.scale, 2 * HALF, C.BLOCK_R, C, NARROW)
+    scale = gl.abs(call.scale)
+    memory = _share_memory((q_left, q_right, q_rest), C)
     fence_async_shared()
 
     start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     acc, m_i, l_i = gl.warp_specialize(
         [
-            (_attend_left, (memory, visit, scale, tile, captures, C, L)),
-            (_attend_right, (memory, visit, item, num_tokens, lengths.q_lens, outputs, C, L)),
+            (_attend_left, (memory, visit, scale, tile, call.captures, C, L)),
+            (_attend_right, (memory, visit, item, num_tokens, call, C, L)),
             (_copy_blocks, (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, item.b, C)),
         ],
         [4, 1],
         [216, 40],
     )  # fmt: skip
     _end_barriers(memory)
-    _store_half(acc, m_i, l_i, 0, item, num_tokens, lengths.q_lens, outputs, C, OUTPUT)
+    _store_half(acc, m_i, l_i, 0, item, num_tokens, call, C)
