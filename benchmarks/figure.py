@@ -1,6 +1,7 @@
 """The picture of a run: each row's time over the practical floor, flexdecode against its peers."""
 
 import pathlib
+from statistics import geometric_mean
 
 import matplotlib
 
@@ -9,8 +10,7 @@ from matplotlib import pyplot, ticker  # after the choice of a backend that need
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from benchmarks.report import OURS, geometric_mean
-from benchmarks.table import groups, median
+from benchmarks.table import OURS, groups, median
 
 __all__ = ["draw", "draw_all"]
 

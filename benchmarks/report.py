@@ -6,12 +6,13 @@ python -m benchmarks.report matrix.json --markdown performance.md --png performa
 import argparse
 import itertools
 import json
-import math
 import os
 import pathlib
 import sys
+from statistics import geometric_mean
 
 from benchmarks.table import (
+    OURS,
     SEED_COLUMNS,
     SEED_NOTE,
     bandwidth_tbps,
@@ -25,7 +26,6 @@ from benchmarks.table import (
 
 __all__ = ["flat_records", "markdown", "summary", "summary_text"]
 
-OURS = "flexdecode"
 FAR_FROM_FLOOR = 1.25
 
 
@@ -52,11 +52,6 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def geometric_mean(values: list[float]) -> float | None:
-    """Geometric mean of positive numbers, None of none."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
 def summary(document: dict) -> list[dict]:
     """Geometric means for each mod, kind of input and dtype, in order of appearance.
 
@@ -75,7 +70,7 @@ def summary(document: dict) -> list[dict]:
             gains = [gain for r in results if (gain := _gain(r, column))]
             if gains:
                 peers[column] = (geometric_mean(gains), sum(gain > 1 for gain in gains), len(gains))
-        over_floor = geometric_mean(ratios)
+        over_floor = geometric_mean(ratios) if ratios else None
         records.append(
             {
                 "mod": mod,

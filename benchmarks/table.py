@@ -5,6 +5,7 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 __all__ = ["empty_cells_text", "group_empty_cells", "render_tables"]
 
+OURS = "flexdecode"  # the column that is compared with the others
 SEED_COLUMNS = {"pytorch_us": "seed pytorch*", "optimized_us": "seed optimized*"}
 SEED_NOTE = (
     "* as reported with the seed table: other hardware, another way of timing (none reported for float32 optimized)."

@@ -7,18 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
+from .cache import Bounded
 from .inputs import Inputs
 from .program import Listed
 
 DEAD, PARTIAL, FULL = 0, 1, 2
 BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
-_MAX_VERSIONS = 8
 
 _LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
-# What was made of each BlockMask lives as long as that does, because a CUDA graph may hold addresses of it.
-_known: weakref.WeakKeyDictionary[Any, dict[tuple, BlockLists]] = weakref.WeakKeyDictionary()
+# What was made of the last versions of each BlockMask. It lives as long as the BlockMask, because a CUDA graph may hold
+# addresses of it.
+_known: weakref.WeakKeyDictionary[Any, Bounded] = weakref.WeakKeyDictionary()
 
 
 class BlockLists:
@@ -93,13 +95,12 @@ class BlockLists:
         tokens = num_queries if inputs.q_lens is None else inputs.q_lens
         start = (max_kv_len if kv_lens is None else kv_lens) - tokens if q_offset is None else q_offset
         ends = start + tokens
-        known = [x for x in (start, ends) if not isinstance(x, torch.Tensor) or (x.device.type == "cpu" and x.numel())]
-        if len(known) < 2:
+        if any(isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel()) for x in (start, ends)):
             return
         start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
         first, last = int(start.min()), int(ends.max()) - 1
-        short = q_offset is None and first < 0  # the first tokens of a sequence shorter than the query attend nowhere
-        if num_queries and (last >= self.num_q or (first < 0 and not short)):
+        # Without `q_offset`, the first tokens of a sequence that is shorter than the query attend nowhere.
+        if num_queries and (last >= self.num_q or (first < 0 and q_offset is not None)):
             raise ValueError(
                 f"`block_mask` covers query positions 0 to {self.num_q - 1}, but the call has {first} to {last}: make "
                 "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
@@ -113,24 +114,22 @@ class BlockLists:
             block_n: keys per block of the kernel.
             listed: whether another mask holds as well.
         """
-        key = num_kv_heads, block_n, listed
-        if key not in self._tables:
-            self._tables[key] = self._make_tables(*key)
-        return self._tables[key]
-
-    def _make_tables(self, num_kv_heads: int, block_n: int, listed: Listed) -> torch.Tensor:
+        key = (num_kv_heads, block_n, listed)
+        if key in self._tables:
+            return self._tables[key]
         batch, heads, rows, columns = self.own.shape
         grouped = self.own.view(batch, 1 if heads == 1 else num_kv_heads, -1, rows, columns)
         live, full = (grouped > DEAD).any(2), (grouped == FULL).all(2)
         start = torch.arange(self.num_blocks(block_n), device=self.own.device) * block_n
         first, last = start // self.kv_block, (start + block_n - 1) // self.kv_block
-        covered = torch.nn.functional.pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
-        found = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
-        full = (found[1] == last - first + 1) & (listed is Listed.ALONE)
-        partial = (found[0] > 0) & ~full
-        before = [torch.nn.functional.pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
+        covered = pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
+        num_live, num_full = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
+        full = (num_full == last - first + 1) & (listed is Listed.ALONE)
+        partial = (num_live > 0) & ~full
+        before = [pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
         orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
-        return torch.cat([*before, *orders], -1).to(torch.int32)
+        self._tables[key] = torch.cat([*before, *orders], -1).to(torch.int32)
+        return self._tables[key]
 
     def num_blocks(self, block_n: int) -> int:
         """Blocks of the kernel that the mask covers."""
@@ -139,9 +138,9 @@ class BlockLists:
     def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool) -> tuple:
         """The `block_lists` argument of a kernel; the tables stay alive with this object."""
         tables = self.tables(num_kv_heads, block_n, listed)
-        steps = [stride if size > 1 else 0 for stride, size in zip(tables.stride()[:2], tables.shape[:2], strict=True)]
-        place = tables.data_ptr() if pointers else tables
-        return (place, *steps, self.num_q, self.q_block, self.num_blocks(block_n))
+        stride_b, stride_h = (tables.stride(i) if tables.shape[i] > 1 else 0 for i in (0, 1))
+        address = tables.data_ptr() if pointers else tables
+        return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n)
 
 
 def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
@@ -166,17 +165,16 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
         )
     versions = [_version(getattr(block_mask, name)) for name in _LISTS]
     key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, query.shape[:2], query.device)
-    made = _known.setdefault(block_mask, {})
+    made = _known.get(block_mask) or _known.setdefault(block_mask, Bounded(limit=8))
     found = made.get(key)
     if found is None:
-        while len(made) >= _MAX_VERSIONS:
-            del made[next(iter(made))]
-        found = made[key] = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
+        found = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
+        made.add(key, found)
     return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
 
 
 def _version(tensor: torch.Tensor | None) -> tuple | None:
-    """What changes with each write to a list that PyTorch counts, and with each other tensor in its place."""
+    """A key of a list: another tensor has another key, and so has a tensor after a write that PyTorch counts."""
     if tensor is None:
         return None
     return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version

@@ -1,9 +1,9 @@
-"""Kernels by signature, in memory and on disk, with counters.
+"""The store of generated modules on disk, bounded dicts in memory, and counters.
 
-On disk lie the generated modules, named by the hash of their text, and an index from what a kernel is generated from
-(graphs, spec, library version) to a module, so that a known signature needs no analysis and no generation.
-The module of the second pass, which no mod changes, lies beside them. Machine code is left to Triton's own cache. Files
-are published by `os.replace`; a damaged one is written again.
+A file on disk is named by the hash of its text. An index leads from what a module is generated from (graphs, templates,
+library version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies
+beside them. No mod changes it. Triton keeps the machine code in a store of its own. Files are published by
+`os.replace`, and a damaged one is written again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .version import __version__
@@ -48,13 +48,12 @@ lock = threading.RLock()
 
 def snapshot() -> CacheInfo:
     """A copy of the counters."""
-    return CacheInfo(**{f.name: getattr(counters, f.name) for f in fields(counters)})
+    return replace(counters)
 
 
 def reset() -> None:
     """Sets every counter to zero."""
-    for f in fields(counters):
-        setattr(counters, f.name, 0)
+    vars(counters).update(vars(CacheInfo()))
 
 
 def cache_folder() -> Path:
@@ -76,13 +75,13 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
         PermissionError: others could put code into the folder, from where it is imported.
     """
     entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
-    folder = cache_folder()
-    _check_folder(folder)
+    folder = _checked_folder()
     index = folder / "index" / entry
-    found = _indexed_module(folder, index)
-    if found is not None:
-        counters.disk_hits += 1
-        return found
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = _find_module(folder, index.read_text())
+        if found is not None:
+            counters.disk_hits += 1
+            return found
     path = _publish_module(folder, generate())
     counters.generations += 1
     if path.parent == folder / "modules":
@@ -97,29 +96,35 @@ def fixed_module(text: str) -> Path:
     Raises:
         PermissionError: as of `stored_module`.
     """
-    folder = cache_folder()
-    _check_folder(folder)
-    path = folder / "modules" / f"{_name_of(text)}.py"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text() == text:
-            return path
-    return _publish_module(folder, text)
+    folder = _checked_folder()
+    return _find_module(folder, _name_of(text.encode())) or _publish_module(folder, text)
 
 
-def _name_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _name_of(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def _find_module(folder: Path, name: str) -> Path | None:
+    """The module of this name, if its text is what the name says."""
+    path = folder / "modules" / f"{name}.py"
+    try:
+        return path if _name_of(path.read_bytes()) == name else None
+    except (OSError, ValueError):  # a damaged index may hold a name that no file can have
+        return None
 
 
 def _publish_module(folder: Path, text: str) -> Path:
+    name = f"{_name_of(text.encode())}.py"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _publish(folder / "modules" / f"{_name_of(text)}.py", text)
+        return _publish(folder / "modules" / name, text)
     except OSError:  # a read-only home: the module lives as long as the machine's temporary files
-        return _publish(_temporary_folder() / f"{_name_of(text)}.py", text)
+        return _publish(_temporary_folder() / name, text)
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder into which everybody can write, at any of its levels: what lies there is imported."""
+def _checked_folder() -> Path:
+    """The folder of the store, which flexdecode imports code from: refused if everybody can write into any part."""
+    folder = cache_folder()
     for place in (folder, folder / "index", folder / "modules"):
         try:
             mode = place.stat().st_mode
@@ -130,6 +135,7 @@ def _check_folder(folder: Path) -> None:
                 f"everybody can write into the cache folder {place}, and flexdecode imports code from there: "
                 "`chmod o-w` it, or choose another one by FLEXDECODE_CACHE_DIR"
             )
+    return folder
 
 
 def _temporary_folder() -> Path:
@@ -143,29 +149,18 @@ def _temporary_folder() -> Path:
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
-    if (
-        stat.S_ISDIR(found.st_mode)
-        and found.st_uid == os.getuid()
-        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
-        return folder
-    reason = "is open to others" if found.st_uid == os.getuid() else "belongs to another user"
     if not stat.S_ISDIR(found.st_mode):
         reason = "is no folder"
+    elif found.st_uid != os.getuid():
+        reason = "belongs to another user"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = "is open to others"
+    else:
+        return folder
     raise PermissionError(
         f"{folder} {reason}, and flexdecode imports code from there: remove it, or choose a folder of your own by "
         "FLEXDECODE_CACHE_DIR"
     )
-
-
-def _indexed_module(folder: Path, index: Path) -> Path | None:
-    """The module that the index names, if its text is what its name says."""
-    try:
-        name = index.read_text()
-        path = folder / "modules" / f"{name}.py"
-        return path if hashlib.sha256(path.read_bytes()).hexdigest()[:32] == name else None
-    except (OSError, UnicodeDecodeError, ValueError):
-        return None
 
 
 def _publish(path: Path, text: str) -> Path:

@@ -16,7 +16,7 @@ from .program import Program
 from .schedule import DeviceFacts, Tiles
 from .signature import Signature
 from .template import generate, sources_digest, standalone
-from .triton_api import Launch, forget_standalone, load_module
+from .triton_api import Launch, load_module, standalone_kernel
 
 
 class Kernel:
@@ -57,25 +57,16 @@ _kernels: dict[tuple, Kernel] = {}
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
     """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
     key = (spec, facts, program.text)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        with cache.lock:
-            kernel = _kernels.get(key)
-            if kernel is None:
-                kernel = _build(spec, facts, program)
-                _kernels[key] = kernel
-    return kernel
-
-
-def _build(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
-    path = module_path(program, template_files(program, spec.signature, spec.tiles))
-    try:
-        module = load_module(path)
-    except ImportError as error:  # Gluon's names change
-        raise CompileError(f"{error}\n  source: {path}") from error
-    kernel = Kernel(module, path, spec, facts)
-    cache.counters.compilations += 1
-    return kernel
+    with cache.lock:
+        if key not in _kernels:
+            path = module_path(program, template_files(program, spec.signature, spec.tiles))
+            try:
+                module = load_module(path)
+            except ImportError as error:  # Gluon's names change
+                raise CompileError(f"{error}\n  source: {path}") from error
+            _kernels[key] = Kernel(module, path, spec, facts)
+            cache.counters.compilations += 1
+        return _kernels[key]
 
 
 def template_files(program: Program, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
@@ -110,4 +101,4 @@ def generate_module(program: Program, files: tuple[str, ...] = ()) -> str:
 def forget_kernels() -> None:
     """Drops every kernel in memory, those that append and merge too."""
     _kernels.clear()
-    forget_standalone()
+    standalone_kernel.cache_clear()

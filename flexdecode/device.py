@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,8 +11,6 @@ from typing import NamedTuple
 import torch
 
 from .schedule import BYTES_PER_US, DeviceFacts
-
-_facts: dict[torch.device, DeviceFacts] = {}
 
 
 def interpreting() -> bool:
@@ -29,15 +28,13 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of a device, asked for once."""
-    facts = _facts.get(device)
-    if facts is None:
-        facts = _facts[device] = _ask_device(device)
-    return facts
+    """Facts of a device, asked for once.
 
-
-def _ask_device(device: torch.device) -> DeviceFacts:
+    Raises:
+        ValueError: it is no GPU, and Triton does not interpret.
+    """
     if device.type != "cuda":
         if not interpreting():
             raise ValueError(
@@ -92,13 +89,12 @@ def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | 
         return Target(f"{device}, by PyTorch operations", None, None)
     if chosen is None and device.type == "meta":
         raise ValueError('`query` is on the meta device: say for which GPU, e.g. `device="H200"`')
-    name = "Triton's interpreter"
     if isinstance(chosen, str):
         name, facts = chosen, KNOWN_DEVICES[chosen][0]
     elif chosen is not None:
         name, facts = "given by its facts", chosen
     else:
         facts = device_facts(device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     bandwidth = next((speed for known, (_, speed) in KNOWN_DEVICES.items() if known in name), None)
     return Target(f"{name}: {facts.backend} {facts.arch}, {facts.num_sms} multiprocessors", facts, bandwidth)

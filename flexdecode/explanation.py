@@ -7,16 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .compiled import module_path, template_files
-from .device import find_target, without_autocast
+from .device import Target, find_target, without_autocast
 from .identity import Mod
 from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
 from .mod_report import ModReport, report_mod
+from .picture import count, draw
 from .prepare import choose_schedule, trace_call
 from .program import Program
 from .request import Request
@@ -83,20 +84,30 @@ class Explanation:
     def _schedule(self) -> str:
         if self.schedule is None:
             return f"schedule\n  device    {self.device}"
-        cut, tiles, signature = self.schedule, self.schedule.tiles, self.signature
+        schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
         heads, tokens = signature.group_size, signature.num_queries
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
-        used = f"{heads} query head{'s' * (heads > 1)} x {tokens} token{'s' * (tokens > 1)}"
-        programs = f"{cut.num_items} ({item}) x {cut.num_splits} splits = {cut.num_programs}"
+        programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
         if tiles.balanced:
-            programs = f"{cut.num_programs} workers share {cut.num_items} ({item}) in equal runs of blocks"
+            programs = f"{schedule.num_programs} workers share {schedule.num_items} ({item}) in equal runs of blocks"
+        if self.step is not None:
+            work = self.step.work_of_programs
+            busy = int((work > 0).sum())
+            programs += "" if busy == len(work) else f"; {busy} have work"
+            programs += f", at most {count(int(work.max()), 'block')} each"
+        loads = "by tensor descriptors" if tiles.descriptors else "by pointers"
+        if signature.page_size:
+            loads += f", from pages of {signature.page_size}"
+        if signature.kv_dtype != signature.dtype:
+            loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
+        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
             ("device", self.device),
             ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
             ("", "9 warps in three groups, for latents" if tiles.latent else warps),
-            ("KV loads", f"by {'tensor descriptors' if tiles.descriptors else 'pointers'}{_cache_kind(signature)}"),
-            ("programs", programs + (_shares(self.step) if self.step is not None else "")),
+            ("KV loads", loads),
+            ("programs", programs),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
         ]
         return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
@@ -115,8 +126,6 @@ class Explanation:
             raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
         if self.step is None:
             raise ValueError(f"there are no blocks to draw: {self.unknown}")
-        from .picture import draw
-
         names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
         draw(self.step, " and ".join(names) or "plain attention", Path(path))
 
@@ -125,37 +134,7 @@ class Explanation:
 def explain_request(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> Explanation:
     """As `flexdecode.explain`, of arguments that are read already."""
     call = _check(request, options, device)
-    inputs = call.inputs
-    target = find_target(inputs.query.device, call.signature.backend, device)
-    chosen, source = None, None
-    if target.facts is not None and 0 not in inputs.out_shape:
-        chosen, _ = choose_schedule(call.signature, inputs.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, template_files(call.program, call.signature, chosen.tiles))
-    step = _step(call, chosen)
-    batch, num_kv_heads, _ = inputs.sizes
-    used, read = None, None
-    if call.kv_lens is not None:
-        longest, total = (int(x) * num_kv_heads for x in (call.kv_lens.amax() if batch else 0, call.kv_lens.sum()))
-        used = _bytes(inputs, lambda shared: longest if shared else total)
-    if isinstance(step, Step):
-        read = _bytes(inputs, step.keys_read)
-    elif chosen is None:
-        read = 0 if 0 in inputs.out_shape else used
-    return Explanation(
-        shapes=_shapes(*inputs[:3]),
-        score_mod=report_mod("score_mod", call.program, call.mods[0]),
-        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
-        device=target.name,
-        signature=call.signature,
-        schedule=chosen,
-        step=None if isinstance(step, str) else step,
-        unknown=step if isinstance(step, str) else "",
-        cache_bytes=_bytes(inputs, lambda shared: math.prod(inputs.key.shape[:3])),
-        used_bytes=used,
-        read_bytes=read,
-        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
-        source=source,
-    )
+    return _report(call, find_target(call.inputs.query.device, call.signature.backend, device))
 
 
 class _Call(NamedTuple):
@@ -188,90 +167,98 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
     meta = getattr(query, "is_meta", False)
     if getattr(options, "backend", "") is None and (device is not None or meta):
         options = replace(options, backend="triton")
-    # Query, key, value and out stay as they are: key and value may share memory.
-    kept = ("query", "key", "value", "out")
-    moved: dict[str, Any] = {
-        name: x.to("meta")
-        for name, x in inputs._asdict().items()
-        if meta and isinstance(x, torch.Tensor) and name not in kept
-    }
-    place = torch.device("cpu") if meta else None
-    mods = request.score, request.mask
-    traced, mods = trace_call(inputs._replace(**moved), mods, False, options, request.listed, place)
-    place, sizes = place or query.device, inputs.sizes
-    lens, tokens = (
-        _known(given, place) if isinstance(given, torch.Tensor) else torch.full((sizes.batch,), most, device=place)
-        for given, most in ((inputs.kv_lens, sizes.max_kv_len), (inputs.q_lens, query.shape[2]))
-    )
-    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
-    lens, tokens = (None if x is None else x.to(torch.int64) for x in (lens, tokens))
+    shapes = inputs
+    if meta:
+        # Query, key and value stay as they are, because key and value may share memory.
+        shapes = Inputs._make([*inputs[:3], *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs[3:])])
+    captured = torch.device("cpu") if meta else None
+    traced, mods = trace_call(shapes, (request.score, request.mask), False, options, request.listed, captured)
+    place, sizes = captured or query.device, inputs.sizes
+    lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
+    tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)
     first = None if lens is None or tokens is None else lens - tokens
-    if isinstance(inputs.q_offset, int):
-        first = torch.full((sizes.batch,), inputs.q_offset, device=place)
-    elif inputs.q_offset is not None:
-        first = _known(inputs.q_offset, place)
-        first = None if first is None else first.to(torch.int64).expand(sizes.batch)
+    if inputs.q_offset is not None:
+        first = _known(inputs.q_offset, sizes.batch, place)
+    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
     program, _ = traced.program(mods, sizes)
     return _Call(inputs, mods, program, traced.signature, options, lens, first, tokens)
 
 
-def _known(tensor: torch.Tensor, place: torch.device) -> torch.Tensor | None:
-    """The tensor where values are read; None if it has no values."""
-    return None if tensor.is_meta else tensor.to(place)
+def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
+    """Lengths or positions of sequences where values are read, int64 [B]; None if they have no values."""
+    if isinstance(given, int):
+        return torch.full((batch,), given, device=place)
+    return None if given.is_meta else given.to(place, torch.int64).expand(batch)
 
 
-def _step(call: _Call, chosen: Schedule | None) -> Step | str:
+def _report(call: _Call, target: Target) -> Explanation:
+    """What is known of a checked call on a device."""
+    inputs, signature = call.inputs, call.signature
+    is_empty = 0 in inputs.out_shape
+    schedule, source = None, None
+    if target.facts is not None and not is_empty:
+        schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.program, target.facts, call.options)
+        source = module_path(call.program, template_files(call.program, signature, schedule.tiles))
+    found = _find_step(call, schedule)
+    step, unknown = (None, found) if isinstance(found, str) else (found, "")
+    used, read = None, None
+    if call.kv_lens is not None:
+        keys = call.kv_lens * inputs.key.shape[1]
+        longest, total = int(keys.amax()) if len(keys) else 0, int(keys.sum())
+        used = _bytes(inputs, lambda shared: longest if shared else total)
+    if step is not None:
+        read = _bytes(inputs, step.keys_read)
+    elif schedule is None:
+        read = 0 if is_empty else used
+    shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
+    return Explanation(
+        shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
+        score_mod=report_mod("score_mod", call.program, call.mods[0]),
+        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
+        device=target.name,
+        signature=call.signature,
+        schedule=schedule,
+        step=step,
+        unknown=unknown,
+        cache_bytes=_bytes(inputs, lambda _: math.prod(inputs.key.shape[:3])),
+        used_bytes=used,
+        read_bytes=read,
+        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
+        source=source,
+    )
+
+
+def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
     """The blocks that a step reads, or why they are not known."""
-    if chosen is None and call.signature.backend == "torch":
-        return 'the torch backend reads every key; `device="H200"` explains for a GPU'
-    if chosen is None:
+    if schedule is None:
+        if call.signature.backend == "torch":
+            return 'the torch backend reads every key; `device="H200"` explains for a GPU'
         return "there is no query, so nothing is launched"
     if call.program.block_lists:
         return "the lists of `block_mask` say which blocks are read"
-    for name, known in (("kv_lens", call.kv_lens), ("q_lens", call.num_tokens), ("q_offset", call.first_token)):
-        if known is None:
-            return f"`{name}` is on the meta device"
-    assert call.kv_lens is not None and call.num_tokens is not None and call.first_token is not None
+    lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
+    if lens is None or tokens is None or first is None:
+        name = "kv_lens" if lens is None else "q_lens" if tokens is None else "q_offset"
+        return f"`{name}` is on the meta device"
     # A sequence without a query token reads nothing.
-    lens = call.kv_lens.where(call.num_tokens > 0, 0)
-    at = lens, call.first_token, call.num_tokens
-    step = find_step(call.program, call.mods, *at, call.signature, call.inputs.sizes, chosen)
+    lens = lens.where(tokens > 0, 0)
+    step = find_step(call.program, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 
-def _shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
-    names = ("query", query), ("key", key), ("value", value)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in names)
-    return f"flex_decode: {shapes}, {str(query.dtype).removeprefix('torch.')}"
-
-
-def _bytes(inputs: Inputs, count: Callable[[bool], int]) -> int:
-    """Bytes of keys, values and their scales, by how many keys there are; `count(True)` where sequences share them."""
-    key, value, batch = inputs.key, inputs.value, inputs.query.shape[0]
+def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
+    """Bytes of keys, values and their scales; `count_keys(True)` is the number where sequences share one cache."""
     total = 0
-    values_extra = not shares_storage(key, value)
-    for cache, scale, own in ((key, inputs.k_scale, True), (value, inputs.v_scale, values_extra)):
-        shared = inputs.page_table is None and cache.shape[0] != batch
-        per_key = cache.shape[3] * cache.element_size() if own else 0
+    for cache, scale, is_own in (
+        (inputs.key, inputs.k_scale, True),
+        (inputs.value, inputs.v_scale, not shares_storage(inputs.key, inputs.value)),
+    ):
+        shared = inputs.page_table is None and len(cache) != len(inputs.query)
+        per_key = cache.shape[3] * cache.element_size() if is_own else 0
         if isinstance(scale, torch.Tensor) and scale.dim() == 3:
             per_key += scale.element_size()
-        total += count(shared) * per_key
+        total += count_keys(shared) * per_key
     return total
-
-
-def _cache_kind(signature: Signature) -> str:
-    """What is special about a cache."""
-    pages = f", from pages of {signature.page_size}" if signature.page_size else ""
-    dtype = str(signature.kv_dtype).removeprefix("torch.")
-    return pages + (f", {dtype}" if signature.kv_dtype != signature.dtype else "")
-
-
-def _shares(step: Step) -> str:
-    """How the work is spread over the programs."""
-    per_program = step.work_of_programs
-    most, busy = int(per_program.max()), int((per_program > 0).sum())
-    idle = "" if busy == len(per_program) else f"; {busy} have work"
-    return f"{idle}, at most {most} block{'' if most == 1 else 's'} each"
 
 
 def _size(number: int) -> str:

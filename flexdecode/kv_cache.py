@@ -4,11 +4,11 @@
 >>> cache.append(k, v)
 >>> out = flex_decode(query, cache=cache)
 
-A cache has a half on the device (keys, values, scales, lengths, page table) and one on the host (the same lengths, and
-who owns which page). The host's half decides and refuses, and never waits for the device.
+The device holds keys, values, scales, lengths and the page table. The host holds the same lengths, and which sequences
+own which page. The host checks each change and never waits for the device.
 
-**CUDA graphs.** What the host decides cannot be part of a graph. So a captured `append` is its kernel alone, and before
-each replay `reserve` does the host's half:
+**CUDA graphs.** A graph cannot record what the host does. So a captured `append` is only its kernel, and before each
+replay `reserve` does the work of the host:
 
 >>> cache.append(k, v)  # the prompt; this also compiles the kernel
 >>> with torch.cuda.graph(graph):
@@ -25,10 +25,8 @@ graph reads and writes the tensors of the cache: keep the cache as long as the g
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 
@@ -46,7 +44,7 @@ class OutOfPagesError(FlexDecodeError):
     """A `PagedKVCache` has too few free pages for what shall be appended; nothing was changed."""
 
 
-class _Cache(ABC):
+class _Cache:
     """What both caches share: the tensors, and how tokens are written into them.
 
     Attributes:
@@ -55,11 +53,13 @@ class _Cache(ABC):
     """
 
     page_table: torch.Tensor | None = None
+    _length_argument = "max_kv_len"  # the argument that bounds the length of a sequence
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         batch: int,
+        max_kv_len: int,
         head_dim: int,
         v_head_dim: int | None,
         dtype: torch.dtype,
@@ -67,6 +67,8 @@ class _Cache(ABC):
         k_scale: float | torch.Tensor | None,
         v_scale: float | torch.Tensor | None,
     ) -> None:
+        if max_kv_len >= MAX_KV_LEN:
+            raise ValueError(f"a sequence must have fewer than {MAX_KV_LEN} tokens, got room for {max_kv_len}")
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         for name, size, most in (("head_dim", head_dim, MAX_HEAD_DIM), ("v_head_dim", v_head_dim, MAX_V_HEAD_DIM)):
             if type(size) is not int or not MIN_HEAD_DIM <= size <= most:
@@ -78,7 +80,7 @@ class _Cache(ABC):
         self.value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
         self.k_scale = self._make_scale("k_scale", k_scale)
         self.v_scale = self._make_scale("v_scale", v_scale)
-        self._lengths = [0] * batch
+        self._lengths, self._max_kv_len = [0] * batch, max_kv_len
         self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
@@ -86,24 +88,25 @@ class _Cache(ABC):
 
     def _make_scale(self, name: str, given: float | torch.Tensor | None) -> torch.Tensor | None:
         """None without quantisation, one scale per token and head, or the given ones as float32 `[Hkv]`."""
-        _, heads, _, _ = self.key.shape
+        heads, device = self.key.shape[1], self.key.device
         if self.key.dtype not in QUANTISED:
             if given is not None:
                 raise ValueError(f"`{name}` is for caches in float8 or int8, but `dtype` is {self.key.dtype}")
             return None
         if given is None:
-            return torch.ones(self.key.shape[:3], dtype=torch.float32, device=self.key.device)
-        if isinstance(given, torch.Tensor) and not given.dim():
-            given = given.item()
-        if isinstance(given, torch.Tensor) and (given.dtype != torch.float32 or given.shape != (heads,)):
-            expected = f"a number or a float32 tensor [Hkv] = [{heads}]"
-            raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
-        numbers = given.tolist() if isinstance(given, torch.Tensor) else [given] * heads
-        real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
-        scales = torch.tensor([float(x) for x in numbers] if real else [0.0], dtype=torch.float32, device="cpu")
+            return torch.ones(self.key.shape[:3], dtype=torch.float32, device=device)
+        if isinstance(given, torch.Tensor) and given.dim():
+            if given.dtype != torch.float32 or given.shape != (heads,):
+                expected = f"a number or a float32 tensor [Hkv] = [{heads}]"
+                raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
+            scales = given.detach().to(device, copy=True)
+        else:
+            given = given.item() if isinstance(given, torch.Tensor) else given
+            is_number = isinstance(given, Real) and not isinstance(given, bool)
+            scales = torch.full((heads,), float(given) if is_number else 0.0, dtype=torch.float32, device=device)
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
-        return scales.to(self.key.device)
+        return scales
 
     @property
     def lengths(self) -> list[int]:
@@ -153,10 +156,10 @@ class _Cache(ABC):
             self._write(k, v, counts)
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
-        """Does the host's half of an append, for one replay of a CUDA graph in which an append was captured.
+        """Does the work of the host for one replay of a CUDA graph in which an append was captured.
 
-        It checks that there is room, takes the pages and lengthens `lengths`. The replay after it, on the same stream,
-        brings in the tokens. An append outside of a graph does this by itself.
+        It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
+        writes the tokens. An append outside of a graph does this by itself.
 
         Args:
             num_tokens: how many tokens the replay shall append to each sequence: one number, or one for each.
@@ -199,23 +202,25 @@ class _Cache(ABC):
         for lengths in (self.kv_lens, self._limits):
             lengths.zero_()
 
-    # --- The host's half ----------------------------------------------------------------------------------------------
+    # --- On the host --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def _grow(self, counts: list[int]) -> None:
-        """Takes the room for new tokens, or raises and changes nothing."""
+        """Makes room for new tokens, or raises and changes nothing."""
+        for sequence, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
+            if length + count > self._max_kv_len:
+                raise ValueError(
+                    f"sequence {sequence} has {length} tokens, and {count} more do not fit: the cache holds "
+                    f"{self._max_kv_len} tokens per sequence; truncate() or free() it, or make the cache with a larger "
+                    f"`{self._length_argument}`"
+                )
+        self._take_pages(counts)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+
+    def _take_pages(self, counts: list[int]) -> None:
+        """Takes the pages for new tokens, or raises and changes nothing; a contiguous cache has none."""
 
     def _shrink(self, sequence: int, length: int) -> None:
         self._lengths[sequence] = length
-
-    def _check_lengths(self, counts: list[int], max_kv_len: int, remedy: str) -> None:
-        for sequence, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
-            if length + count > max_kv_len:
-                raise ValueError(
-                    f"sequence {sequence} has {length} tokens, and {count} more do not fit: the cache holds "
-                    f"{max_kv_len} tokens per sequence; truncate() or free() it, or make the cache with a larger "
-                    f"`{remedy}`"
-                )
 
     def _counts(self, num_tokens: int | Sequence[int]) -> list[int]:
         """Checked numbers of new tokens, one for each sequence."""
@@ -259,7 +264,7 @@ class _Cache(ABC):
         if self._capturing():
             raise RuntimeError(f"{name}() works on the host: call it before the replay, not while a graph is captured")
 
-    # --- The device's half --------------------------------------------------------------------------------------------
+    # --- On the device ------------------------------------------------------------------------------------------------
 
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Numbers as a tensor on the device, without waiting for it."""
@@ -277,8 +282,9 @@ class _Cache(ABC):
         block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
         block_r = max(1, _TILE // max(block_d, block_dv))
         grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
+        kernel = standalone_kernel(template_folder() / "append.py", "append")
         with torch.cuda.device_of(self.key):
-            _append_kernel()[(grid,)](
+            kernel[(grid,)](
                 k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
                 self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
                 1 if self.page_table is None else self.page_table.shape[1], int(bounded),
@@ -356,13 +362,8 @@ class KVCache(_Cache):
         v_scale: float | torch.Tensor | None = None,
     ) -> None:
         _check_sizes(batch=batch, num_kv_heads=num_kv_heads, max_kv_len=max_kv_len)
-        _check_max_kv_len(max_kv_len)
         shape = (batch, num_kv_heads, max_kv_len)
-        super().__init__(shape, batch, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
-
-    def _grow(self, counts: list[int]) -> None:
-        self._check_lengths(counts, self.key.shape[2], "max_kv_len")
-        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        super().__init__(shape, batch, max_kv_len, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
 
 
 class PagedKVCache(_Cache):
@@ -400,6 +401,7 @@ class PagedKVCache(_Cache):
     """
 
     page_table: torch.Tensor
+    _length_argument = "max_pages"
 
     def __init__(
         self,
@@ -419,9 +421,8 @@ class PagedKVCache(_Cache):
         max_pages = num_pages if max_pages is None else max_pages
         sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
         _check_sizes(**sizes, max_pages=max_pages)
-        _check_max_kv_len(max_pages * page_size)
         shape = (num_pages, num_kv_heads, page_size)
-        super().__init__(shape, batch, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
+        super().__init__(shape, batch, max_pages * page_size, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
         self.page_table = self._zeros(batch, max_pages)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
         self._owners = [0] * num_pages
@@ -460,11 +461,10 @@ class PagedKVCache(_Cache):
         self.page_table[target].copy_(self.page_table[source])
         self.kv_lens[target].fill_(self._lengths[target])
 
-    def _grow(self, counts: list[int]) -> None:
-        self._check_lengths(counts, self.page_table.shape[1] * self.page_size, "max_pages")
+    def _take_pages(self, counts: list[int]) -> None:
         copies = self._sequences_that_copy(counts)
-        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        missing = [-(-n // self.page_size) - len(pages) for n, pages in zip(lengths, self._pages, strict=True)]
+        new = zip(self._lengths, counts, self._pages, strict=True)
+        missing = [-(-(length + count) // self.page_size) - len(pages) for length, count, pages in new]
         needed = len(copies) + sum(missing)
         if needed > len(self._free):
             raise OutOfPagesError(
@@ -472,14 +472,17 @@ class PagedKVCache(_Cache):
                 f"{len(self._owners)} are free, and nothing was changed; free() or truncate() a sequence, or make the "
                 "cache with a larger `num_pages`"
             )
-        self._lengths = lengths
         changes: dict[int, int] = {}  # entries of the flat page table
         for sequence in copies:
-            self._copy_last_page(sequence, changes)
+            shared = self._pages[sequence].pop()
+            self._owners[shared] -= 1
+            page = self._add_page(sequence, changes)
+            for tensor in (self.key, self.value, self.k_scale, self.v_scale):
+                if tensor is not None and tensor.dim() > 1:
+                    tensor[page].copy_(tensor[shared])
         for sequence, number in enumerate(missing):
             for _ in range(number):
-                self._pages[sequence].append(self._take_page())
-                self._note_last_page(sequence, changes)
+                self._add_page(sequence, changes)
         if changes:
             entries = self._send(list(changes), torch.int64)
             self.page_table.view(-1).index_copy_(0, entries, self._send(list(changes.values()), torch.int32))
@@ -491,28 +494,17 @@ class PagedKVCache(_Cache):
         for sequence, count in enumerate(counts):
             if count and self._lengths[sequence] % self.page_size:
                 page = self._pages[sequence][-1]
-                remaining = owners.get(page, self._owners[page])
-                if remaining > 1:
+                if owners.setdefault(page, self._owners[page]) > 1:
                     found.append(sequence)
-                    owners[page] = remaining - 1
+                    owners[page] -= 1
         return found
 
-    def _copy_last_page(self, sequence: int, changes: dict[int, int]) -> None:
-        shared, page = self._pages[sequence][-1], self._take_page()
-        self._owners[shared] -= 1
-        self._pages[sequence][-1] = page
-        self._note_last_page(sequence, changes)
-        for tensor in (self.key, self.value, self.k_scale, self.v_scale):
-            if tensor is not None and tensor.dim() > 1:
-                tensor[page].copy_(tensor[shared])
-
-    def _note_last_page(self, sequence: int, changes: dict[int, int]) -> None:
-        pages = self._pages[sequence]
-        changes[sequence * self.page_table.shape[1] + len(pages) - 1] = pages[-1]
-
-    def _take_page(self) -> int:
+    def _add_page(self, sequence: int, changes: dict[int, int]) -> int:
+        """Gives a sequence a free page as its last one, and notes the entry of the page table."""
         page = self._free.pop()
         self._owners[page] = 1
+        changes[sequence * self.page_table.shape[1] + len(self._pages[sequence])] = page
+        self._pages[sequence].append(page)
         return page
 
     def _shrink(self, sequence: int, length: int) -> None:
@@ -531,11 +523,6 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}")
 
 
-def _check_max_kv_len(max_kv_len: int) -> None:
-    if max_kv_len >= MAX_KV_LEN:
-        raise ValueError(f"a sequence must have fewer than {MAX_KV_LEN} tokens, got room for {max_kv_len}")
-
-
 def _strides(new: torch.Tensor) -> list[int]:
     """Strides in elements; 0 where there is one place, so that the number of tokens decides no divisibility."""
     *outer, last = new.stride()
@@ -550,10 +537,6 @@ def _is_dynamic(scale: torch.Tensor | None) -> bool:
 def _largest(dtype: torch.dtype) -> float:
     """The largest number of a quantised type; int8 is symmetric."""
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-
-
-def _append_kernel() -> Any:
-    return standalone_kernel(template_folder() / "append.py", "append")
 
 
 def read_cache(cache: object, query: object, given: tuple) -> tuple:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from .device import interpreting, without_autocast
+from .inputs import DTYPES
 from .template import template_folder
 from .triton_api import standalone_kernel
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PARTS = 8  # parts that one launch merges
 BLOCK_M = 4  # rows of one program, a warp each
 MAX_BLOCK_DV = 256  # output columns of one program
@@ -69,6 +70,9 @@ def _parts(name: str, parts: object, form: str) -> Parts:
         return parts.unbind(0)
     if not isinstance(parts, (list, tuple)):
         raise TypeError(f"`{name}` must be a list of tensors or one tensor {form}, got {type(parts).__name__}")
+    for i, part in enumerate(parts):
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(f"`{name}[{i}]` must be a torch.Tensor, got {type(part).__name__}")
     return tuple(parts)
 
 
@@ -78,12 +82,7 @@ def _check(outs: Parts, lses: Parts) -> None:
         raise ValueError(f"`outs` and `lses` must have as many parts, got {len(outs)} and {len(lses)}")
     if not outs:
         raise ValueError("`outs` must have at least one part, got none")
-    for name, parts in (("outs", outs), ("lses", lses)):
-        for i, part in enumerate(parts):
-            if not isinstance(part, torch.Tensor):
-                raise TypeError(f"`{name}[{i}]` must be a torch.Tensor, got {type(part).__name__}")
-    first = outs[0]
-    shape, dtype, device = first.shape, first.dtype, first.device
+    shape, dtype, device = outs[0].shape, outs[0].dtype, outs[0].device
     if len(shape) != 4:
         raise ValueError(f"`outs[0]` must have shape [B, Hq, Q, Dv], got {list(shape)}")
     if dtype not in DTYPES:
@@ -168,7 +167,5 @@ def _same_strides(parts: Parts, rows: bool) -> tuple[Parts, tuple[int, ...]]:
     if (strides[-1] == 1 or not rows) and all(part.stride() == strides for part in parts):
         return parts, strides
     # Not the strides of the copies: those of a dimension of size 1 may still be any.
-    contiguous = [1]
-    for size in parts[0].shape[:0:-1]:
-        contiguous.insert(0, contiguous[0] * size)
-    return tuple(part.contiguous() for part in parts), tuple(contiguous)
+    contiguous = tuple(math.prod(parts[0].shape[i + 1 :]) for i in range(len(strides)))
+    return tuple(part.contiguous() for part in parts), contiguous

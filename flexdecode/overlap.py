@@ -19,7 +19,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     reached = 0  # the last place that dimensions of smaller strides reach
     for stride, size in sorted(dims):
         if stride <= reached:
-            places = _places([(size, stride) for stride, size in dims])
+            places = _places(dims)
             return len(places.unique()) < len(places)
         reached += (size - 1) * stride
     return False
@@ -51,14 +51,14 @@ def _runs(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
         if stride == length and not rest:
             length *= size
         else:
-            rest.append((size, stride))
+            rest.append((stride, size))
     return length, _places(rest)
 
 
 def _places(dims: list[tuple[int, int]]) -> torch.Tensor:
-    """Offsets of all elements, from sizes and strides."""
+    """Offsets of all elements, from strides and sizes."""
     places = torch.zeros(1, dtype=torch.int64, device="cpu")
-    for size, stride in dims:
+    for stride, size in dims:
         steps = torch.arange(size, dtype=torch.int64, device="cpu") * stride
         places = (places[:, None] + steps).flatten()
     return places

@@ -27,6 +27,11 @@ COLOURS = {
 _INK, _FAINT = "#22262a", "#9aa1a8"
 
 
+def count(number: int, noun: str) -> str:
+    """How many things there are, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def draw(step: Step, title: str, path: Path) -> None:
     """Draws a step in the format that the suffix of the path names.
 
@@ -100,7 +105,7 @@ def _draw_map(axes: Axes, step: Step) -> None:
         axes.axhline(sequence * per_sequence, color=_FAINT, lw=0.6)
     labels = range(0, batch, -(-batch // 16))
     axes.set_yticks([(s + 0.5) * per_sequence for s in labels], [str(s) for s in labels])
-    heads = _count(step.num_kv_heads, "KV head") + (f" x {step.num_tiles} row tiles" if step.num_tiles > 1 else "")
+    heads = count(step.num_kv_heads, "KV head") + (f" x {step.num_tiles} row tiles" if step.num_tiles > 1 else "")
     axes.set_ylabel(f"sequence\n({heads}{f'; a row is {items} items' if items > 1 else ''})")
     column = f"{blocks} blocks" if blocks > 1 else "a block"
     axes.set_xlabel(f"position in the sequence (tokens); a column is {column} of {step.block_n} keys")
@@ -108,9 +113,9 @@ def _draw_map(axes: Axes, step: Step) -> None:
     axes.tick_params(length=0)
     counts = step.counts
     used, read = sum(counts.values()), counts[FULL] + counts[PARTIAL]
-    programs = f"{_count(step.num_items, 'item')} x {_count(step.num_splits, 'split')}"
+    programs = f"{count(step.num_items, 'item')} x {count(step.num_splits, 'split')}"
     if step.balanced:
-        programs = f"{_count(step.num_items, 'item')} shared by {_count(step.num_splits * step.num_tiles, 'worker')}"
+        programs = f"{count(step.num_items, 'item')} shared by {count(step.num_splits * step.num_tiles, 'worker')}"
     title = f"{read:,} of {used:,} blocks in use are read ({100 * read / max(used, 1):.1f}%), by {programs}"
     axes.set_title(title, loc="left", fontsize=10)
 
@@ -120,27 +125,21 @@ def _draw_work(axes: Axes, step: Step) -> None:
     item = int(step.work.argmax())
     states, splits = step.blocks(item)
     order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])
-    codes = 2 * states[order] + splits[order] % 2
-    _show(
-        axes, codes[None] if len(order) else torch.tensor([[2 * UNUSED]], device="cpu"), (0, max(len(order), 1), 1, 0)
-    )
+    codes = 2 * states[order] + splits[order] % 2 if len(order) else torch.tensor([2 * UNUSED], device="cpu")
+    _show(axes, codes[None], (0, len(codes), 1, 0))
     starts = [i for i in range(len(order)) if i == 0 or splits[order[i]] != splits[order[i - 1]]]
     for start, end in pairwise([*starts, len(order)] if len(starts) <= MAX_SHARES else []):
         split = int(splits[order[start]])
         axes.axvline(start, color="white", lw=1.5)
         axes.text((start + end) / 2, 0.5, str(split), color=_INK if split % 2 else "white", ha="center", va="center")
-    kinds = [_count(int((states == s).sum()), f"{name} block") for s, name in ((FULL, "full"), (PARTIAL, "partial"))]
+    kinds = [count(int((states == s).sum()), f"{name} block") for s, name in ((FULL, "full"), (PARTIAL, "partial"))]
     head = item // step.num_tiles % step.num_kv_heads
     title = f"Work of sequence {step.sequence(item)}, KV head {head}: {', then '.join(kinds)}"
-    axes.set_title(f"{title}, shared by {_count(len(starts), 'split')}", loc="left", fontsize=10)
+    axes.set_title(f"{title}, shared by {count(len(starts), 'split')}", loc="left", fontsize=10)
     axes.set_yticks([])
     axes.locator_params(axis="x", integer=True)
     numbers = "; the number is that of the split" if len(starts) <= MAX_SHARES else ""
     axes.set_xlabel(f"blocks in the order in which they are read{numbers}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _show(axes: Axes, codes: torch.Tensor, extent: tuple[float, float, float, float]) -> None:

@@ -82,11 +82,6 @@ def standalone_kernel(path: Path, name: str) -> Any:
     return getattr(load_module(path), name)
 
 
-def forget_standalone() -> None:
-    """Drops the kernels of `standalone_kernel`, and with them what Triton compiled for them."""
-    standalone_kernel.cache_clear()
-
-
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 

@@ -26,12 +26,12 @@ def _sums_before(weights):
 
 
 @triton.jit
-def _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C: tl.constexpr):
+def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.constexpr):
     """How many blocks an item of each sequence is about to visit, int32; 0 where there is none, which is exact.
 
     An estimate, from the newest token and the outer heads: it decides who does the work, never which work is done.
     """
-    b = tl.minimum(sequences, batch - 1)
+    b = tl.minimum(sequences, schedule.batch - 1)
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
     q_len = read_length(lengths.q_lens, b, C.NUM_QUERIES)
     num_tokens = tl.maximum(q_len, 1)
@@ -45,8 +45,8 @@ def _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight
         lo = tl.minimum(tl.maximum(lo, 0), 1 << 30).to(tl.int32)
         hi = tl.maximum(tl.minimum(hi, end), 0).to(tl.int32)
         weight += tl.where(lo < hi, (hi + C.BLOCK_N - 1) // C.BLOCK_N - lo // C.BLOCK_N, 0)
-    busy = (sequences < batch) & (kv_len > 0) & (q_len > 0)
-    return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), max_weight), 0)
+    busy = (sequences < schedule.batch) & (kv_len > 0) & (q_len > 0)
+    return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), schedule.max_weight), 0)
 
 
 @triton.jit
@@ -58,15 +58,13 @@ def _find_slot(slot, sequences, starts, weights):
 
 
 @triton.jit
-def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, C: tl.constexpr):
+def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexpr):
     """As _find_slot, among all sequences; also how many slots there are in all."""
-    found = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int32)
-    weight = tl.zeros((), tl.int32)
-    total = tl.zeros((), tl.int32)
-    for chunk in tl.range(0, batch, C.BLOCK_B):
+    zero = tl.zeros((), tl.int32)
+    found, first, weight, total = zero, zero, zero, zero
+    for chunk in tl.range(0, schedule.batch, C.BLOCK_B):
         sequences = chunk + _numbers(C.BLOCK_B)
-        weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
+        weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
         starts = total + _sums_before(weights)
         found_here, first_here, weight_here = _find_slot(slot, sequences, starts, weights)
         found += found_here
@@ -77,24 +75,21 @@ def _find_in_chunks(slot, batch, lengths, captures, last_head, max_weight, C: tl
 
 
 @triton.jit
-def attend_items(
-    queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts, max_weight,
-    C: tl.constexpr,
-):  # fmt: skip
+def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """What one worker does: its run of slots, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_kv_heads = outputs.num_kv_heads
+    num_kv_heads = call.outputs.num_kv_heads
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)
     tile = tl.program_id(1)
     if C.MANY:
-        _, _, _, total = _find_in_chunks(-1, batch, lengths, captures, last_head, max_weight, C)
+        _, _, _, total = _find_in_chunks(-1, call.lengths, call.captures, last_head, schedule, C)
     else:
         sequences = _numbers(C.BLOCK_B)
-        weights = _sequence_weights(sequences, batch, lengths, captures, last_head, max_weight, C)
+        weights = _sequence_weights(sequences, call.lengths, call.captures, last_head, schedule, C)
         starts = _sums_before(weights)
         total = tl.sum(weights, 0)
     # Runs of `share` slots; the first `extra` workers have one more.
@@ -111,7 +106,7 @@ def attend_items(
         if slot == past:
             if C.MANY:
                 sequence = slot // num_kv_heads
-                b, first, weight, _ = _find_in_chunks(sequence, batch, lengths, captures, last_head, max_weight, C)
+                b, first, weight, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
             else:
                 b, first, weight = _find_slot(slot // num_kv_heads, sequences, starts, weights)
             first *= num_kv_heads
@@ -120,7 +115,7 @@ def attend_items(
         start = slot - first - kv_head * weight
         end = tl.minimum(weight, start + stop - slot)
         if start == 0:
-            shared_out = item_parts + 2 * (b.to(tl.int64) * num_kv_heads + kv_head)
+            shared_out = schedule.item_parts + 2 * (b.to(tl.int64) * num_kv_heads + kv_head)
             last_slot = slot + weight - 1
             final = last_slot // (share + 1)
             if final >= extra:
@@ -129,5 +124,5 @@ def attend_items(
             tl.store(shared_out + 1, final - worker + 1)
         place = 2 * worker + tl.where(start == 0, 1, 0)
         item = Item(b, kv_head, tile, start, end, weight, place, (start == 0) & (end == weight))
-        attend_run(item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C)
+        attend_run(item, keys, values, call, C)
         slot += end - start

@@ -13,31 +13,35 @@ from decode import kv_bounds, live_spans, span_blocks
 
 # The lists of all rows of a mask, as above.
 BlockLists = namedtuple("BlockLists", "tables stride_b stride_h num_q q_block num_blocks")
-# The blocks that a tile visits, in place of `Runs`. `whole_row`: its tokens lie in one row of the mask, so that its
-# lists hold, which start at `lists`. `end_block` is the block that the sequence ends in. It comes first of the partial
-# ones if it is listed as full, which `num_end` counts. `start` is the first block within the bounds.
-Listed = namedtuple("Listed", "num_full num_partial whole_row lists first_full first_partial num_end end_block start")
+# The blocks that a tile visits, in place of `Runs`. `whole_row`: its tokens lie in one row of the mask, so its lists
+# hold. They start at `lists`, among `num_blocks` blocks. `first_full` and `first_partial` count the blocks before the
+# first one within the bounds, which is `start`. `end_block` is the block that the sequence ends in. It comes first of
+# the partial blocks if it is listed as full, which `num_end` counts.
+Listed = namedtuple(
+    "Listed", "num_full num_partial whole_row lists num_blocks first_full first_partial num_end end_block start"
+)
 
 
 @triton.jit
-def block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C: tl.constexpr):
+def block_runs(tile, block_lists, captures, C: tl.constexpr):
     """The blocks that a tile visits, and its spans.
 
     A tile whose tokens lie in different rows of the mask visits all blocks within its bounds as partial ones.
     """
-    q_low = q_idx
-    q_high = q_idx
-    if len(q_idx.shape) > 0:
-        q_low = tl.min(q_idx)
-        q_high = tl.max(q_idx)
+    q_low = tile.q_idx
+    q_high = tile.q_idx
+    if len(q_low.shape) > 0:
+        q_low = tl.min(tile.q_idx)
+        q_high = tl.max(tile.q_idx)
     table = BlockLists(*block_lists)
     num_q, num_blocks = table.num_q, table.num_blocks
     row = tl.minimum(tl.maximum(q_low, 0), num_q - 1) // table.q_block
     whole_row = (q_low >= 0) & (q_high < num_q) & (q_high // table.q_block == row)
-    lists = b.to(tl.int64) * table.stride_b + kv_head.to(tl.int64) * table.stride_h + row * (4 * num_blocks + 2)
+    lists = tile.b.to(tl.int64) * table.stride_b + tile.kv_head.to(tl.int64) * table.stride_h
+    lists += row * (4 * num_blocks + 2)
 
-    live, _ = kv_bounds(b, h, q_idx, captures.score, captures.mask)
-    spans = live_spans(live, kv_len, C.NUM_LIVE)
+    live, _ = kv_bounds(tile.b, tile.h, tile.q_idx, captures.score, captures.mask)
+    spans = live_spans(live, tile.kv_len, C.NUM_LIVE)
     start, end = span_blocks(spans[0], C.BLOCK_N)
     for i in tl.static_range(1, len(spans)):
         lo, hi = span_blocks(spans[i], C.BLOCK_N)
@@ -46,7 +50,7 @@ def block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C: tl.conste
     end = tl.where((q_high >= 0) & (q_low < num_q), tl.minimum(end, num_blocks.to(tl.int32)), 0)
     start = tl.minimum(start, end)
     # The block that the sequence ends in is not full, whatever the lists say.
-    end_block = tl.maximum(tl.minimum(kv_len // C.BLOCK_N, end), start)
+    end_block = tl.maximum(tl.minimum(tile.kv_len // C.BLOCK_N, end), start)
 
     full_before = table.tables + lists
     partial_before = full_before + num_blocks + 1
@@ -57,22 +61,22 @@ def block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C: tl.conste
     num_partial = tl.load(partial_before + end) - first_partial + num_end
     num_full = tl.where(whole_row, num_full, 0)
     num_partial = tl.where(whole_row, num_partial, end - start)
-    return Listed(num_full, num_partial, whole_row, lists, first_full, first_partial, num_end, end_block, start), spans
+    return Listed(
+        num_full, num_partial, whole_row, full_before, num_blocks, first_full, first_partial, num_end, end_block, start
+    ), spans  # fmt: skip
 
 
 @triton.jit
-def full_block(runs, place, block_lists):
-    """The full block with the number `place`, asked for a step ahead, so `place` may be past the last one."""
-    table = BlockLists(*block_lists)
-    order = table.tables + runs.lists + 2 * (table.num_blocks + 1) + runs.first_full
-    return tl.load(order + place, mask=place < runs.num_full, other=0)
+def full_block(runs, number):
+    """The full block with this number, asked for a step ahead, so `number` may be past the last one."""
+    order = runs.lists + 2 * (runs.num_blocks + 1) + runs.first_full
+    return tl.load(order + number, mask=number < runs.num_full, other=0)
 
 
 @triton.jit
-def partial_block(runs, place, block_lists):
-    """The partial block with the number `place`: the one that the sequence ends in comes first."""
-    table = BlockLists(*block_lists)
-    in_list = runs.whole_row & (place >= runs.num_end) & (place < runs.num_partial)
-    order = table.tables + runs.lists + 3 * table.num_blocks + 2
-    block = tl.load(order + tl.where(in_list, runs.first_partial + place - runs.num_end, 0))
-    return tl.where(in_list, block, tl.where(runs.whole_row, runs.end_block, runs.start + place))
+def partial_block(runs, number):
+    """The partial block with this number: the one that the sequence ends in comes first."""
+    in_list = runs.whole_row & (number >= runs.num_end) & (number < runs.num_partial)
+    order = runs.lists + 3 * runs.num_blocks + 2
+    block = tl.load(order + tl.where(in_list, runs.first_partial + number - runs.num_end, 0))
+    return tl.where(in_list, block, tl.where(runs.whole_row, runs.end_block, runs.start + number))

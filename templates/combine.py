@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from decode import LOG2E, add_sink, gdc_launch_dependents, gdc_wait, log_sum_exp, read_length
+from decode import LOG2E, finish_rows, gdc_launch_dependents, gdc_wait, read_length
 
 
 @triton.jit
@@ -64,14 +64,7 @@ def decode_combine(
             acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
             m_i = m_new
 
-        if sinks is not None:
-            alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(sinks + head).to(tl.float32))
-            acc = acc * alpha
-        merged = acc / tl.where(l_i == 0.0, 1.0, l_i)
-        row_lse = log_sum_exp(m_i, l_i)
-        if q_lens is not None:
-            merged = tl.where(token < num_tokens, merged, 0.0)
-            row_lse = tl.where(token < num_tokens, row_lse, float("-inf"))
+        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, head, token, num_tokens, q_lens)
         tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
         if lse is not None:
             if tl.program_id(1) == 0:

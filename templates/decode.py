@@ -45,12 +45,16 @@ Cache = namedtuple("Cache", "start descriptor steps stride_n stride_d scales")
 # Where results go: the output and log-sum-exp of whole items, which may have sinks, and partial results.
 Outputs = namedtuple(
     "Outputs",
-    "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads num_splits",
+    "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
 # Of all sequences: lengths, numbers of query tokens, positions of the first ones; and the greatest length.
 Lengths = namedtuple("Lengths", "kv_lens q_lens q_offset max_kv_len")
+# What items are made of: sequences, splits of an item, and for balanced.py, which describes them, two things more.
+Schedule = namedtuple("Schedule", "batch num_splits item_parts max_weight")
 # What the mods capture.
 Captures = namedtuple("Captures", "score mask")
+# What items are computed from besides keys and values, and where their results go.
+Call = namedtuple("Call", "queries outputs lengths captures page_table block_lists scale")
 # A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. The result of a `whole`
 # item is the output, that of another one a partial result at `place`.
 Item = namedtuple("Item", "b kv_head tile start end parts place whole")
@@ -62,8 +66,8 @@ Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row")
 Range = namedtuple("Range", "start end full_start full_end")
 # The blocks that a tile visits: how many full and partial ones there are, and the ranges in which they lie.
 Runs = namedtuple("Runs", "num_full num_partial ranges")
-# Which keys a tile reads, and the tables that lead to them.
-Visit = namedtuple("Visit", "runs spans block_lists page_table")
+# Which keys an item reads: the blocks of its tile, those of them in its share by number, the spans, and the page table.
+Visit = namedtuple("Visit", "runs spans page_table first last")
 # A block of keys: the first one, and the pages on which they lie.
 Block = namedtuple("Block", "start_n pages")
 # The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
@@ -279,18 +283,24 @@ def full_blocks(interval, kv_len, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def order(a_start, a_end, b_start, b_end):
-    """Two ranges, the one that starts first in front."""
-    swap = b_start < a_start
-    return (
-        tl.where(swap, b_start, a_start), tl.where(swap, b_end, a_end),
-        tl.where(swap, a_start, b_start), tl.where(swap, a_end, b_end),
-    )  # fmt: skip
+def order(a, b):
+    """Two ranges (start, end), the one that starts first in front."""
+    swap = b[0] < a[0]
+    first = tl.where(swap, b[0], a[0]), tl.where(swap, b[1], a[1])
+    return first, (tl.where(swap, a[0], b[0]), tl.where(swap, a[1], b[1]))
 
 
 @triton.jit
-def full_part(start, end, full, kv_len, BLOCK_N: tl.constexpr, NUM_FULL: tl.constexpr):
-    """[start, end) with the longest piece that one of the full intervals has in it; at `start` if there is none."""
+def after(a, b):
+    """What range `b` has after the end of range `a`, which starts first."""
+    start = tl.maximum(b[0], a[1])
+    return start, tl.maximum(start, b[1])
+
+
+@triton.jit
+def full_part(span, full, kv_len, BLOCK_N: tl.constexpr, NUM_FULL: tl.constexpr):
+    """A range with the longest piece that one of the full intervals has in it; at its start if there is none."""
+    start, end = span
     best_start = start
     best_end = start
     for i in tl.static_range(4 if NUM_FULL > 2 else NUM_FULL):
@@ -310,40 +320,32 @@ def next_run(block, end, start):
 
 
 @triton.jit
-def block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C: tl.constexpr):
+def block_runs(tile, block_lists, captures, C: tl.constexpr):
     """The blocks that a tile visits, and its spans.
 
     The ranges are disjoint and ascending, each a run of partial blocks, one of full and one of partial ones.
     """
-    live, full = kv_bounds(b, h, q_idx, captures.score, captures.mask)
-    spans = live_spans(live, kv_len, C.NUM_LIVE)
-    s0, e0 = span_blocks(spans[0], C.BLOCK_N)
+    live, full = kv_bounds(tile.b, tile.h, tile.q_idx, captures.score, captures.mask)
+    spans = live_spans(live, tile.kv_len, C.NUM_LIVE)
+    r0 = span_blocks(spans[0], C.BLOCK_N)
     if C.NUM_LIVE > 1:
-        s1, e1 = span_blocks(spans[1], C.BLOCK_N)
-        s2, e2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        s3, e3 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        s0, e0, s1, e1 = order(s0, e0, s1, e1)
+        r1 = span_blocks(spans[1], C.BLOCK_N)
+        r2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        r3 = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        r0, r1 = order(r0, r1)
         if C.NUM_LIVE > 2:
-            s2, e2 = span_blocks(spans[2], C.BLOCK_N)
-            s3, e3 = span_blocks(spans[3], C.BLOCK_N)
-            s2, e2, s3, e3 = order(s2, e2, s3, e3)
-            s0, e0, s2, e2 = order(s0, e0, s2, e2)
-            s1, e1, s3, e3 = order(s1, e1, s3, e3)
-            s1, e1, s2, e2 = order(s1, e1, s2, e2)
-        s1 = tl.maximum(s1, e0)
-        e1 = tl.maximum(s1, e1)
-        s2 = tl.maximum(s2, e1)
-        e2 = tl.maximum(s2, e2)
-        s3 = tl.maximum(s3, e2)
-        e3 = tl.maximum(s3, e3)
-        ranges = (
-            full_part(s0, e0, full, kv_len, C.BLOCK_N, C.NUM_FULL),
-            full_part(s1, e1, full, kv_len, C.BLOCK_N, C.NUM_FULL),
-            full_part(s2, e2, full, kv_len, C.BLOCK_N, C.NUM_FULL),
-            full_part(s3, e3, full, kv_len, C.BLOCK_N, C.NUM_FULL),
-        )
+            r2, r3 = order(span_blocks(spans[2], C.BLOCK_N), span_blocks(spans[3], C.BLOCK_N))
+            r0, r2 = order(r0, r2)
+            r1, r3 = order(r1, r3)
+            r1, r2 = order(r1, r2)
+        r1 = after(r0, r1)
+        r2 = after(r1, r2)
+        found = (r0, r1, r2, after(r2, r3))
     else:
-        ranges = (full_part(s0, e0, full, kv_len, C.BLOCK_N, C.NUM_FULL),)
+        found = (r0,)
+    ranges = ()
+    for i in tl.static_range(len(found)):
+        ranges = ranges + (full_part(found[i], full, tile.kv_len, C.BLOCK_N, C.NUM_FULL),)  # noqa: RUF005
     num_full = 0
     num_partial = 0
     for i in tl.static_range(len(ranges)):
@@ -353,20 +355,20 @@ def block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C: tl.conste
 
 
 @triton.jit
-def full_block(runs, place, block_lists):
-    """The full block with the number `place`."""
+def full_block(runs, number):
+    """The full block with this number."""
     ranges = runs.ranges
-    block = ranges[0].full_start + place
+    block = ranges[0].full_start + number
     for i in tl.static_range(1, len(ranges)):
         block = next_run(block, ranges[i - 1].full_end, ranges[i].full_start)
     return block
 
 
 @triton.jit
-def partial_block(runs, place, block_lists):
-    """The partial block with the number `place`."""
+def partial_block(runs, number):
+    """The partial block with this number."""
     ranges = runs.ranges
-    block = next_run(ranges[0].start + place, ranges[0].full_start, ranges[0].full_end)
+    block = next_run(ranges[0].start + number, ranges[0].full_start, ranges[0].full_end)
     for i in tl.static_range(1, len(ranges)):
         block = next_run(block, ranges[i - 1].end, ranges[i].start)
         block = next_run(block, ranges[i].full_start, ranges[i].full_end)
@@ -403,8 +405,7 @@ def unpack(pairs, KIND: tl.constexpr):
     A tensor core takes pairs of rows of V. Words of two columns can be transposed on their way to it, bytes cannot.
     """
     if KIND == "fp8e4nv":
-        return tl.inline_asm_elementwise(
-            """{
+        ASM: tl.constexpr = """{
             .reg .b16 lo, hi;
             .reg .b32 a, b;
             mov.b32 {lo, hi}, $2;
@@ -412,22 +413,16 @@ def unpack(pairs, KIND: tl.constexpr):
             cvt.rn.f16x2.e4m3x2 b, hi;
             prmt.b32 $0, a, b, 0x5410;
             prmt.b32 $1, a, b, 0x7632;
-            }""",
-            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+            }"""
     elif KIND == "fp8e5":  # the upper half of a float16
-        return tl.inline_asm_elementwise(
-            """{
+        ASM: tl.constexpr = """{
             .reg .b32 zero;
             mov.b32 zero, 0;
             prmt.b32 $0, $2, zero, 0x2404;
             and.b32 $1, $2, 0xFF00FF00;
-            }""",
-            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+            }"""
     else:  # int8: as the last bits of 1024 + 128 + x
-        return tl.inline_asm_elementwise(
-            """{
+        ASM: tl.constexpr = """{
             .reg .b32 bytes, high, less, a, b;
             mov.b32 high, 0x64646464;
             mov.b32 less, 0x64806480;
@@ -436,9 +431,8 @@ def unpack(pairs, KIND: tl.constexpr):
             prmt.b32 b, bytes, high, 0x4341;
             sub.rn.f16x2 $0, a, less;
             sub.rn.f16x2 $1, b, less;
-            }""",
-            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+            }"""
+    return tl.inline_asm_elementwise(ASM, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
 
 
 @triton.jit
@@ -525,12 +519,12 @@ def attend_block(
 
 
 @triton.jit
-def numbered_block(visit, place, CHECKED: tl.constexpr):
-    """The full block with the number `place`, or, CHECKED, the partial one."""
+def numbered_block(runs, number, CHECKED: tl.constexpr):
+    """The full block with this number, or, CHECKED, the partial one."""
     if CHECKED:
-        return partial_block(visit.runs, place, visit.block_lists)
+        return partial_block(runs, number)
     else:
-        return full_block(visit.runs, place, visit.block_lists)
+        return full_block(runs, number)
 
 
 @triton.jit
@@ -538,12 +532,12 @@ def attend_blocks(
     state, q, q_rest, keys, values, scale, first, last, visit, tile, captures, CHECKED: tl.constexpr, C: tl.constexpr
 ):
     """The full blocks with the numbers `first .. last`, or, CHECKED, the partial ones."""
-    number = numbered_block(visit, first, CHECKED)
-    pages = find_pages(visit.page_table, tile.b, number * C.BLOCK_N, visit.spans, C)
+    place = numbered_block(visit.runs, first, CHECKED)
+    pages = find_pages(visit.page_table, tile.b, place * C.BLOCK_N, visit.spans, C)
     for i in tl.range(first if CHECKED else tl.minimum(first, visit.runs.num_full), last):
-        block = Block(number * C.BLOCK_N, pages)
-        number = numbered_block(visit, i + 1, CHECKED)
-        pages = find_pages(visit.page_table, tile.b, number * C.BLOCK_N, visit.spans, C)
+        block = Block(place * C.BLOCK_N, pages)
+        place = numbered_block(visit.runs, i + 1, CHECKED)
+        pages = find_pages(visit.page_table, tile.b, place * C.BLOCK_N, visit.spans, C)
         state = attend_block(state, q, q_rest, keys, values, scale, block, visit.spans, tile, captures, CHECKED, C)
     return state
 
@@ -561,18 +555,35 @@ def item_scale(scales, b, kv_head):
 
 
 @triton.jit
-def add_sink(m_i, l_i, sink):
-    """Lets a logit `sink` join a softmax without a value: the factor for what is accumulated, m_i and l_i."""
-    m_new = tl.maximum(m_i, sink)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2((m_i - m_safe) * LOG2E)
-    return alpha, m_new, l_i * alpha + tl.exp2((sink - m_safe) * LOG2E)
+def across(x):
+    """Numbers of rows [BLOCK_M] as a column; the number of one row as it is."""
+    if len(x.shape) > 0:
+        return x[:, None]
+    else:
+        return x
 
 
 @triton.jit
-def log_sum_exp(m_i, l_i):
-    """The log-sum-exp from the largest score and the sum of weights; +inf where a score is, whose weight is NaN."""
-    return tl.where(m_i == float("inf"), m_i, m_i + tl.log2(l_i) * LN2)
+def finish_rows(acc, m_i, l_i, sinks, head, token, num_tokens, q_lens):
+    """The output and the log-sum-exp of rows, from all keys that they attend to.
+
+    A sink joins the softmax without a value. A row without a live key has l_i = 0: its output is 0 and its log-sum-exp
+    -inf, like those of rows past `num_tokens`. A score of +inf makes the log-sum-exp +inf; its weight is NaN.
+    """
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32)
+        m_new = tl.maximum(m_i, sink)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m_i - m_safe) * LOG2E)
+        l_i = l_i * alpha + tl.exp2((sink - m_safe) * LOG2E)
+        m_i = m_new
+        acc = acc * across(alpha)
+    result = acc / across(tl.where(l_i == 0.0, 1.0, l_i))
+    lse = tl.where(m_i == float("inf"), m_i, m_i + tl.log2(l_i) * LN2)
+    if q_lens is not None:
+        result = tl.where(across(token < num_tokens), result, 0.0)
+        lse = tl.where(token < num_tokens, lse, float("-inf"))
+    return result, lse
 
 
 @triton.jit
@@ -587,19 +598,22 @@ def query_rows(start, lanes, kv_head, C: tl.constexpr):
 
 
 @triton.jit
-def positions(b, token, lengths, NUM_QUERIES: tl.constexpr):
-    """Length of a sequence, how many query tokens it has, and their positions: a scalar if there is at most one."""
+def make_tile(item, rows, lengths, captures, C: tl.constexpr):
+    """What mods see of a tile, and how many query tokens its sequence has."""
+    b, h = item.b, rows.head[:, None]
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
     # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
-    offset = token[:, None] if NUM_QUERIES > 1 else 0
-    num_tokens = NUM_QUERIES
+    offset = rows.token[:, None] if C.NUM_QUERIES > 1 else 0
+    num_tokens = C.NUM_QUERIES
     if lengths.q_lens is not None:
-        num_tokens = read_length(lengths.q_lens, b, NUM_QUERIES)
+        num_tokens = read_length(lengths.q_lens, b, C.NUM_QUERIES)
         offset = tl.minimum(offset, tl.maximum(num_tokens, 1) - 1)
         q_idx = first_position(lengths.q_offset, b, kv_len, tl.maximum(num_tokens, 1)) + offset
     else:
-        q_idx = first_position(lengths.q_offset, b, kv_len, NUM_QUERIES) + offset
-    return kv_len, num_tokens, q_idx
+        q_idx = first_position(lengths.q_offset, b, kv_len, C.NUM_QUERIES) + offset
+    score_values = score_row(b, h, q_idx, captures.score)
+    mask_values = mask_row(b, h, q_idx, captures.mask)
+    return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values), num_tokens
 
 
 @triton.jit
@@ -626,42 +640,36 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 
 
 @triton.jit
-def store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C: tl.constexpr):
-    """Writes columns `offs_dv` of the output of a whole item, else of its partial result."""
-    # No live key: l_i is 0, the output is 0 and the log-sum-exp is -inf.
+def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.constexpr):
+    """Writes columns `offs_dv` of the output of a whole item, and its `lse` if not None, else of its partial result."""
+    outputs = call.outputs
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
     if C.SPLIT:
         if C.BALANCED:
             partial_row = (item.place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * C.BLOCK_M + rows.lanes
         else:
-            partial_row = flat_row * outputs.num_splits + item.place
+            partial_row = flat_row * item.parts + item.place
         if not item.whole:
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
-    if C.BALANCED or not C.SPLIT:
-        if item.whole:
-            if outputs.sinks is not None:
-                alpha, m_i, l_i = add_sink(m_i, l_i, tl.load(outputs.sinks + rows.head).to(tl.float32))
-                acc = acc * alpha[:, None]
-            result = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-            row_lse = log_sum_exp(m_i, l_i)
-            if q_lens is not None:
-                result = tl.where((rows.token < num_tokens)[:, None], result, 0.0)
-                row_lse = tl.where(rows.token < num_tokens, row_lse, float("-inf"))
-            out_row = row_start(outputs.out, outputs, item.b, rows.head, rows.token)
-            pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
-            tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
-            if outputs.lse is not None:
-                tl.store(outputs.lse + flat_row, row_lse, mask=rows.valid)
+    if item.whole:
+        result, row_lse = finish_rows(
+            acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, call.lengths.q_lens
+        )
+        out_row = row_start(outputs.out, outputs, item.b, rows)
+        pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
+        tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
+        if lse is not None:
+            tl.store(lse + flat_row, row_lse, mask=rows.valid)
 
 
 @triton.jit
-def row_start(base, strides, b, head, token):
-    """The address of the row of a query token, of the query or of the output."""
-    row = base + b.to(tl.int64) * strides.stride_b + head.to(tl.int64) * strides.stride_h
-    return row + token.to(tl.int64) * strides.stride_m
+def row_start(base, strides, b, rows):
+    """The addresses of rows, of the query or of the output."""
+    row = base + b.to(tl.int64) * strides.stride_b + rows.head.to(tl.int64) * strides.stride_h
+    return row + rows.token.to(tl.int64) * strides.stride_m
 
 
 @triton.jit
@@ -692,33 +700,26 @@ def load_query(row, queries, C: tl.constexpr):
 
 
 @triton.jit
-def attend_run(
-    item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: tl.constexpr
-):
+def attend_run(item, keys, values, call, C: tl.constexpr):
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
-    b, kv_head = item.b, item.kv_head
-    row = row_start(queries.start, queries, b, rows.head, rows.token)
-    start = kv_start(keys.start, b, kv_head, keys.steps)
+    row = row_start(call.queries.start, call.queries, item.b, rows)
+    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
-    start = kv_start(values.start, b, kv_head, values.steps)
+    start = kv_start(values.start, item.b, item.kv_head, values.steps)
     values = Cache(start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
     if C.PDL and not C.BALANCED:
         gdc_wait()
         gdc_launch_dependents()
 
-    h = rows.head[:, None]
-    kv_len, num_tokens, q_idx = positions(b, rows.token, lengths, C.NUM_QUERIES)
-    score_rows = score_row(b, h, q_idx, captures.score)
-    mask_rows = mask_row(b, h, q_idx, captures.mask)
-    tile = Tile(b, kv_head, h, q_idx, kv_len, score_rows, mask_rows)
-    scale = scale * item_scale(keys.scales, b, kv_head)
-    q, q_rest, unit = load_query(row, queries, C)
+    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    scale = call.scale * item_scale(keys.scales, item.b, item.kv_head)
+    q, q_rest, unit = load_query(row, call.queries, C)
     scale = scale * unit
-    runs, spans = block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C)
-    first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, block_lists, page_table)
+    runs, spans = block_runs(tile, call.block_lists, call.captures, C)
+    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    visit = Visit(runs, spans, call.page_table, first, last)
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([C.BLOCK_M], tl.float32)
@@ -732,11 +733,11 @@ def attend_run(
     state = State(m_i, l_i, v_unit, acc)
     if C.NUM_FULL > 0:
         end = tl.minimum(last, runs.num_full)
-        state = attend_blocks(state, q, q_rest, keys, values, scale, first, end, visit, tile, captures, False, C)
+        state = attend_blocks(state, q, q_rest, keys, values, scale, first, end, visit, tile, call.captures, False, C)
     first = tl.maximum(first - runs.num_full, 0)
     last = tl.maximum(last - runs.num_full, 0)
     if first < last:
-        state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, captures, True, C)
+        state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, call.captures, True, C)
 
     if C.PACKED is not None:
         acc = tl.reshape(tl.join(state.acc[0], state.acc[1]), [C.BLOCK_M, C.BLOCK_DV])
@@ -745,25 +746,22 @@ def attend_run(
     if len(values.scales) == 4:
         acc = acc * state.v_unit[:, None]
     else:
-        acc = acc * item_scale(values.scales, b, kv_head)
-    offs_dv = tl.arange(0, C.BLOCK_DV)
-    store_run(acc, state.m_i, state.l_i, rows, offs_dv, item, num_tokens, lengths.q_lens, outputs, C)
+        acc = acc * item_scale(values.scales, item.b, item.kv_head)
+    store_run(acc, state.m_i, state.l_i, rows, tl.arange(0, C.BLOCK_DV), call.outputs.lse, item, num_tokens, call, C)
 
 
 @triton.jit
-def attend_items(
-    queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts, max_weight,
-    C: tl.constexpr,
-):  # fmt: skip
+def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """What one program does: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
     NUM_TILES: tl.constexpr = (C.GROUP_SIZE * C.NUM_QUERIES + C.BLOCK_M - 1) // C.BLOCK_M
     head = tl.program_id(0) // NUM_TILES
+    num_kv_heads = call.outputs.num_kv_heads
     item = Item(
-        head // outputs.num_kv_heads, head % outputs.num_kv_heads, tl.program_id(0) % NUM_TILES, tl.program_id(1),
-        tl.program_id(1) + 1, outputs.num_splits, tl.program_id(1), not C.SPLIT,
+        head // num_kv_heads, head % num_kv_heads, tl.program_id(0) % NUM_TILES, tl.program_id(1),
+        tl.program_id(1) + 1, schedule.num_splits, tl.program_id(1), not C.SPLIT,
     )  # fmt: skip
-    attend_run(item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C)
+    attend_run(item, keys, values, call, C)
 
 
 @triton.jit
@@ -799,12 +797,10 @@ def decode_split(
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
     values = Cache(value, value_descriptor, value_steps, stride_vn, stride_vd, value_scales)
     outputs = Outputs(
-        out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od,
-        num_kv_heads, num_splits,
-    )  # fmt: skip
+        out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
+    )
     lengths = Lengths(kv_lens, q_lens, q_offset, max_kv_len)
     captures = Captures(score_captures, mask_captures)
-    attend_items(
-        queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, batch, item_parts,
-        max_weight, C,
-    )  # fmt: skip
+    schedule = Schedule(batch, num_splits, item_parts, max_weight)
+    call = Call(queries, outputs, lengths, captures, page_table, block_lists, scale)
+    attend_items(keys, values, call, schedule, C)

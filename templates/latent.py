@@ -31,8 +31,6 @@ from decode import (
     HAS_SCORE_MOD,
     LOG2E,
     Block,
-    Outputs,
-    Tile,
     Visit,
     block_runs,
     find_pages,
@@ -42,16 +40,14 @@ from decode import (
     in_spans,
     inside_a_span,
     kv_start,
+    make_tile,
     mask_mod,
-    mask_row,
     partial_block,
-    positions,
     query_rows,
     rectangle,
     row_start,
     score_fetch,
     score_mod,
-    score_row,
     share_of,
     store_run,
 )
@@ -83,28 +79,34 @@ def _gluon_language():
 
 tl = _gluon_language()
 
+# How the rows of wide parts, those of the narrow part, parts in shared memory, and numbers there are laid out.
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
+NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+LATENTS = gl.constexpr(gl.NVMMASharedLayout(128, 16))
+NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # The shared memory and the barriers of a program. `queries` [BLOCK_M, columns] and `latents` [2, BLOCK_N, columns] are
 # tuples of parts, `weights` is [BLOCK_M, BLOCK_N], `factors` and `sums` are float32 [BLOCK_M].
 Memory = namedtuple("Memory", "queries latents weights factors sums full empty scaled ready taken")
-# How scores, halves of the result and rows of a tile are spread over four warps.
-Layouts = namedtuple("Layouts", "SCORES OUTPUT ROWS")
+# How scores and halves of the result are spread over four warps.
+Layouts = namedtuple("Layouts", "SCORES OUTPUT")
 
 
 @gluon.jit
 def _find_block(visit, i, C: gl.constexpr):
     """The block with the number `i` of an item: first its full ones, then its partial ones."""
-    block = partial_block(visit.runs, i - visit.runs.num_full, visit.block_lists)
+    block = partial_block(visit.runs, i - visit.runs.num_full)
     if C.NUM_FULL > 0:
-        block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i, visit.block_lists), block)
+        block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i), block)
     return block
 
 
 @gluon.jit
-def _copy_blocks(wide, narrow, start, steps, memory, visit, first, last, b, C: gl.constexpr):
+def _copy_blocks(wide, narrow, start, steps, memory, visit, b, C: gl.constexpr):
     """Keeps all places filled."""
     latents, full, empty = memory.latents, memory.full, memory.empty
     HALF: gl.constexpr = latents[0].shape[2]
-    for i in range(first, last):
+    first = visit.first
+    for i in range(first, visit.last):
         place = (i - first) % 2
         start_n = _find_block(visit, i, C) * C.BLOCK_N
         pages = find_pages(visit.page_table, b, start_n, visit.spans, C)
@@ -125,10 +127,10 @@ def _copy(descriptor, row, column, tile, full, empty, phase):
 
 
 @gluon.jit
-def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
+def _clear_rows(tile, start_n, spans):
     """Zeros in the rows of a tile whose keys lie outside of the spans, which may be NaN."""
-    rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
-    loaded = tile.load(LAYOUT)
+    rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, ROWS))
+    loaded = tile.load(ROWS)
     tile.store(gl.where(in_spans(rows, spans)[:, None], loaded, gl.zeros_like(loaded)))
     fence_async_shared()
     tl.debug_barrier()
@@ -136,15 +138,15 @@ def _clear_rows(tile, start_n, spans, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    acc, m_i, l_i, i, step, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr,
-    L: gl.constexpr,
-):  # fmt: skip
+    acc, m_i, l_i, i, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr, L: gl.constexpr
+):
     """One step of the online softmax, and the left half of its result.
 
     No product stays under way at its end: beside the loads of some mods, ptxas then serialises all products.
     """
-    queries, full = memory.queries, memory.full
+    queries, latents, full = memory.queries, memory.latents, memory.full
     b, h, q_idx = tile.b, tile.h, tile.q_idx
+    step = i - visit.first
     place = step % 2
     start_n = _find_block(visit, i, C) * C.BLOCK_N
     kv_idx = start_n + gl.arange(0, C.BLOCK_N, gl.SliceLayout(0, L.SCORES))[None, :]
@@ -154,9 +156,7 @@ def _attend_block(
         kv_idx = gl.minimum(kv_idx, tile.kv_len - 1)
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
-    left, right, rest = (
-        memory.latents[0].index(place), memory.latents[1].index(place), memory.latents[2].index(place)
-    )  # fmt: skip
+    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
     phase = step // 2 % 2
     score = gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES)
     mbarrier.wait(full[2].index(place), phase)
@@ -188,7 +188,7 @@ def _attend_block(
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
     if CHECKED:
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
-            _clear_rows(left, start_n, visit.spans, L.ROWS)
+            _clear_rows(left, start_n, visit.spans)
     acc = warpgroup_mma(memory.weights, left, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(memory.empty[0].index(place), count=1)
@@ -196,25 +196,21 @@ def _attend_block(
 
 
 @gluon.jit
-def _attend_left(
-    memory, visit, first, last, scale, tile, captures, C: gl.constexpr, L: gl.constexpr
-):  # fmt: skip
+def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.constexpr):
     """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
     m_i = gl.full([C.BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, L.SCORES))
     l_i = gl.full([C.BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, L.SCORES))
     acc = gl.full([C.BLOCK_M, memory.latents[0].shape[2]], 0.0, gl.float32, L.OUTPUT)
-    last_full = first
+    first_partial = visit.first
     if C.NUM_FULL > 0:
-        last_full = gl.maximum(gl.minimum(last, visit.runs.num_full), first)
-        for i in range(first, last_full):
-            acc, m_i, l_i = _attend_block(
-                acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, False, C, L
-            )
-    for i in range(last_full, last):
-        acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, i - first, memory, visit, scale, tile, captures, True, C, L)
+        first_partial = gl.maximum(gl.minimum(visit.last, visit.runs.num_full), visit.first)
+        for i in range(visit.first, first_partial):
+            acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, False, C, L)
+    for i in range(first_partial, visit.last):
+        acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, True, C, L)
     if not HAS_SCORE_MOD:
         m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
-    mbarrier.wait(memory.taken, (last - first + 1) % 2)
+    mbarrier.wait(memory.taken, (visit.last - visit.first + 1) % 2)
     memory.factors.store(m_i)  # in place of factors, for which there is no further use
     memory.sums.store(l_i)
     mbarrier.arrive(memory.ready, count=1)
@@ -222,56 +218,50 @@ def _attend_left(
 
 
 @gluon.jit
-def _attend_right(
-    memory, visit, first, last, item, num_tokens, q_lens, outputs, C: gl.constexpr, L: gl.constexpr
-):  # fmt: skip
+def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.constexpr):
     """The right half of the result of a run; also writes it."""
     latents, factors = memory.latents[1], memory.factors
     COLUMNS: gl.constexpr = latents.shape[2]
     acc = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, L.OUTPUT)
-    for i in range(first, last):
-        step = i - first
-        spot = step % 2
+    for i in range(visit.first, visit.last):
+        spot = (i - visit.first) % 2
         mbarrier.wait(memory.scaled, spot)
         mbarrier.arrive(memory.empty[2].index(spot), count=1)  # the scores are there
         acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
         values = latents.index(spot)
         start_n = _find_block(visit, i, C) * C.BLOCK_N
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
-            _clear_rows(values, start_n, visit.spans, L.ROWS)
+            _clear_rows(values, start_n, visit.spans)
         mbarrier.wait(memory.ready, spot)
         acc = warpgroup_mma(memory.weights, values, acc)
         mbarrier.arrive(memory.empty[1].index(spot), count=1)
         mbarrier.arrive(memory.taken, count=1)
-    mbarrier.wait(memory.ready, (last - first) % 2)
+    mbarrier.wait(memory.ready, (visit.last - visit.first) % 2)
     m_i = factors.load(gl.SliceLayout(1, L.OUTPUT))
     l_i = memory.sums.load(gl.SliceLayout(1, L.OUTPUT))
-    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, q_lens, outputs, C, L.OUTPUT)
+    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, call, C)
 
 
 @gluon.jit
-def _store_half(
-    acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, q_lens, outputs, C: gl.constexpr, OUTPUT: gl.constexpr
-):
+def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, call, C: gl.constexpr):
     """Writes the columns of a result from `COLUMN` on; the left half writes the log-sum-exp."""
+    OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
-    store_run(acc, m_i, l_i, rows, offs_dv, item, num_tokens, q_lens, outputs, C)
+    lse = call.outputs.lse if COLUMN == 0 else None
+    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C)
 
 
 @gluon.jit
-def _load_query(
-    queries, item, scale, COLUMN: gl.constexpr, COLUMNS: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr,
-    LATENTS: gl.constexpr,
-):  # fmt: skip
-    """Columns from `COLUMN` on of the query rows of a tile, in shared memory, with the sign of the scale."""
+def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """WIDTH columns from COLUMN on of the query rows of a tile, in shared memory, with the sign of the scale."""
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
-    offs_d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-    row = row_start(queries.start, queries, item.b, rows.head, rows.token)
+    offs_d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    row = row_start(queries.start, queries, item.b, rows)
     q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
     q = gl.where(scale < 0, -q, q)
-    return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, COLUMNS], LATENTS, q)
+    return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, WIDTH], LATENTS, q)
 
 
 @gluon.jit
@@ -284,11 +274,16 @@ def _barriers(NUM: gl.constexpr):
 
 
 @gluon.jit
-def _end_barriers(barriers):
-    """Leaves their memory to others."""
-    NUM: gl.constexpr = barriers.shape[0]
-    for i in gl.static_range(NUM):
-        mbarrier.invalidate(barriers.index(i))
+def _end_barriers(memory):
+    """Leaves the memory of all barriers to others."""
+    for part in gl.static_range(3):
+        for i in gl.static_range(2):
+            mbarrier.invalidate(memory.full[part].index(i))
+        for i in gl.static_range(2):
+            mbarrier.invalidate(memory.empty[part].index(i))
+    mbarrier.invalidate(memory.scaled)
+    mbarrier.invalidate(memory.ready)
+    mbarrier.invalidate(memory.taken)
 
 
 @gluon.jit
@@ -305,41 +300,12 @@ def _sums_before(weights):
 
 
 @gluon.jit
-def attend_run(
-    item, queries, keys, values, outputs, lengths, captures, page_table, block_lists, scale, C: gl.constexpr
-):
-    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
-    HALF: gl.constexpr = C.BLOCK_DV // 2
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    LATENTS: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    L: gl.constexpr = Layouts(SCORES, OUTPUT, ROWS)
-    if C.PDL and not C.BALANCED:
-        gdc_wait()
-        gdc_launch_dependents()
-
-    b, kv_head = item.b, item.kv_head
-    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), kv_head, C)
-    kv_len, num_tokens, q_idx = positions(b, rows.token, lengths, C.NUM_QUERIES)
-    h = rows.head[:, None]
-    score_rows = score_row(b, h, q_idx, captures.score)
-    mask_rows = mask_row(b, h, q_idx, captures.mask)
-    tile = Tile(b, kv_head, h, q_idx, kv_len, score_rows, mask_rows)
-    runs, spans = block_runs(b, h, q_idx, kv_head, kv_len, block_lists, captures, C)
-    first, last = share_of(item, runs, num_tokens, lengths.q_lens, C)
-    visit = Visit(runs, spans, block_lists, page_table)
-
-    q_left = _load_query(queries, item, scale, 0, HALF, C, ROWS, LATENTS)
-    q_right = _load_query(queries, item, scale, HALF, HALF, C, ROWS, LATENTS)
-    q_rest = _load_query(queries, item, scale, 2 * HALF, C.BLOCK_R, C, NARROW, LATENTS)
-    scale = gl.abs(scale)
-    dtype: gl.constexpr = queries.start.dtype.element_ty
+def _share_memory(queries, C: gl.constexpr):
+    """Memory and barriers that the groups of warps share, from the three parts of the query."""
+    dtype: gl.constexpr = queries[0].dtype
     latents = (
-        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
-        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, HALF], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
+        gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
         gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_R], LATENTS),
     )
     weights = gl.allocate_shared_memory(dtype, [C.BLOCK_M, C.BLOCK_N], LATENTS)
@@ -348,32 +314,44 @@ def attend_run(
     full = _barriers(2), _barriers(2), _barriers(2)
     empty = _barriers(2), _barriers(2), _barriers(2)
     handed = _barriers(3)
-    memory = Memory(
-        (q_left, q_right, q_rest), latents, weights, factors, sums, full, empty,
-        handed.index(0), handed.index(1), handed.index(2),
+    return Memory(
+        queries, latents, weights, factors, sums, full, empty, handed.index(0), handed.index(1), handed.index(2)
     )  # fmt: skip
+
+
+@gluon.jit
+def attend_run(item, keys, values, call, C: gl.constexpr):
+    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
+    HALF: gl.constexpr = C.BLOCK_DV // 2
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    L: gl.constexpr = Layouts(SCORES, OUTPUT)
+    if C.PDL and not C.BALANCED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), item.kv_head, C)
+    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    runs, spans = block_runs(tile, call.block_lists, call.captures, C)
+    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    visit = Visit(runs, spans, call.page_table, first, last)
+
+    q_left = _load_query(call.queries, item, call.scale, 0, HALF, C, ROWS)
+    q_right = _load_query(call.queries, item, call.scale, HALF, HALF, C, ROWS)
+    q_rest = _load_query(call.queries, item, call.scale, 2 * HALF, C.BLOCK_R, C, NARROW)
+    scale = gl.abs(call.scale)
+    memory = _share_memory((q_left, q_right, q_rest), C)
     fence_async_shared()
 
-    start = kv_start(keys.start, b, kv_head, keys.steps)
-    without_lse = Outputs(
-        outputs.out, None, outputs.partial_out, outputs.partial_max, outputs.partial_sum, outputs.sinks,
-        outputs.stride_b, outputs.stride_h, outputs.stride_m, outputs.stride_d, outputs.num_kv_heads,
-        outputs.num_splits,
-    )  # fmt: skip
+    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     acc, m_i, l_i = gl.warp_specialize(
         [
-            (_attend_left, (memory, visit, first, last, scale, tile, captures, C, L)),
-            (_attend_right, (memory, visit, first, last, item, num_tokens, lengths.q_lens, without_lse, C, L)),
-            (
-                _copy_blocks,
-                (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, first, last, b, C),
-            ),
+            (_attend_left, (memory, visit, scale, tile, call.captures, C, L)),
+            (_attend_right, (memory, visit, item, num_tokens, call, C, L)),
+            (_copy_blocks, (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, item.b, C)),
         ],
         [4, 1],
         [216, 40],
     )  # fmt: skip
-    for part in gl.static_range(3):
-        _end_barriers(full[part])
-        _end_barriers(empty[part])
-    _end_barriers(handed)
-    _store_half(acc, m_i, l_i, 0, item, num_tokens, lengths.q_lens, outputs, C, OUTPUT)
+    _end_barriers(memory)
+    _store_half(acc, m_i, l_i, 0, item, num_tokens, call, C)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from unit.test_kv_cache import Model, assert_same, new_tokens
 
-from flexdecode import kv_cache
 from flexdecode.kv_cache import KVCache, OutOfPagesError, PagedKVCache
+from flexdecode.template import template_folder
+from flexdecode.triton_api import standalone_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -177,7 +178,9 @@ def test_no_length_makes_another_kernel(width):
             cache.append(k, v, num_tokens=[min(1, num_tokens)] * batch)
 
     appends(1, 1, 100)
-    compiled = kv_cache._append_kernel().device_caches[torch.cuda.current_device()][0]
+    compiled = standalone_kernel(template_folder() / "append.py", "append").device_caches[torch.cuda.current_device()][
+        0
+    ]
     before = len(compiled)
     assert before
     appends(3, 16, 20)
