@@ -11,39 +11,28 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import Call
 from .errors import IndexRangeError
 from .formats import Gather
 from .graph import Graph, Node, changing, loops_around, topological
-from .inputs import Inputs
 from .ops import FLOAT8, HALF, OPS
 
 CHUNK_ELEMENTS = 1 << 21  # scores held at a time
 
 
-def decode(
-    inputs: Inputs,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    score: tuple[Graph | None, list],
-    mask: tuple[Graph | None, list],
-    scale: float,
-    check_indices: bool = False,
-) -> None:
+def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
     """Computes attention by an online softmax over chunks, in float32.
 
     Args:
-        inputs: of the call, checked.
-        out: [B, Hq, Q, Dv], written.
-        lse: float32 [B, Hq, Q], written, or None.
-        score: graph of the score_mod with the leaves of its captures.
-        mask: the same of the mask_mod.
-        scale: factor of the dot product.
+        call: checked; its `out` and `lse` are written.
+        graphs: of the score_mod and the mask_mod.
         check_indices: raise where the result of an attending pair depends on a read out of range of a captured tensor,
             and where an entry of the page table names no page; on a CPU the latter always raises.
 
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
     """
+    inputs, lse, score, mask = call.inputs, call.lse, (graphs[0], call.score_leaves), (graphs[1], call.mask_leaves)
     query, max_kv_len = inputs.query, inputs.max_kv_len
     batch, num_q_heads, num_queries, head_dim = query.shape
     device = query.device
@@ -54,12 +43,10 @@ def decode(
         first = torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
     # Tokens past q_lens stand where the last one stands, so that mods see positions of the sequence.
     token = torch.arange(num_queries, device=device).minimum(tokens.clamp(min=1)[:, None] - 1)
-    indices = {
-        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
-        "h": torch.arange(num_q_heads, device=device).view(1, -1, 1, 1),
-        "q_idx": (first[:, None] + token).view(batch, 1, -1, 1),
-    }
-    grouped = (query.float() * scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
+    b, h = (torch.arange(size, device=device) for size in (batch, num_q_heads))
+    q_idx = (first[:, None] + token).view(batch, 1, -1, 1)
+    indices = {"b": b.view(-1, 1, 1, 1), "h": h.view(1, -1, 1, 1), "q_idx": q_idx}
+    grouped = (query.float() * call.scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
     rows = (batch, num_q_heads, num_queries)
     row_live = (torch.arange(num_queries, device=device) < tokens[:, None]).view(batch, 1, -1).expand(rows)
     m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
@@ -93,7 +80,7 @@ def decode(
         acc = acc * alpha[..., None] + partial
         m_i = m_new
     result = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-    out.copy_(torch.where(row_live[..., None], result, 0.0))  # a weight of 0 does not hide NaN
+    call.out.copy_(torch.where(row_live[..., None], result, 0.0))  # a weight of 0 does not hide NaN
     if lse is not None:
         lse.copy_(torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i)))
 

@@ -83,10 +83,9 @@ class EagerLauncher:
 
     def __call__(self, call: Call) -> None:
         """Computes the call; the mask says all that lists say."""
-        score, mask = (self.graphs[0], call.score_leaves), (self.graphs[1], call.mask_leaves)
         try:
             with without_autocast():
-                eager.decode(call.inputs, call.out, call.lse, score, mask, call.scale, self.names is not None)
+                eager.decode(call, self.graphs, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None
 
