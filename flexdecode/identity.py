@@ -1,4 +1,4 @@
-"""Which graph a mod stands for: traced once, then recognised by what its callable consists of."""
+"""Which graph a mod stands for. A mod is traced once. Later it is recognised by what its callable consists of."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Mod(NamedTuple):
         function: the callable.
         identity: what identifies its graph.
         leaves: what it captures.
-        present: sizes and numbers on which proofs about its indices rest; another prepared call if they change.
-        place: under which it is known which captured numbers are constants.
-        followed: what else of large containers and by computed names is among the leaves.
+        present: values of sizes and numbers on which proofs about its indices depend. A change of them makes another
+            prepared call.
+        place: the part of the identity that does not depend on the values of captured numbers.
+        followed: what it reads of large containers and by computed names; the leaves have it, too.
     """
 
     function: Callable | None
@@ -46,11 +47,11 @@ class _Sources(NamedTuple):
 
     Attributes:
         constants: captured numbers whose value is part of the identity.
-        witnesses: of its proofs.
+        checked: sizes and numbers on which its proofs depend.
     """
 
     constants: tuple[Source, ...]
-    witnesses: tuple[Source, ...]
+    checked: tuple[Source, ...]
 
 
 _NO_SOURCES = _Sources((), ())
@@ -68,33 +69,19 @@ def identify(kind: str, mod: Callable | None) -> Mod:
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
     place, leaves, hides = read(mod)
-    key = place
-    known = _known.get((kind, key))
-    if known is None and not hides:
-        return Mod(mod, key, leaves, (), place)
-    constants, witnesses = known or _NO_SOURCES
-    if constants:
-        key = (key, *[source.read(leaves) for source in constants])
-    if hides:
-        found = _follow(kind, mod, key)
-        if found is not None:
-            return found
-    return Mod(mod, key, leaves, tuple([source.read(leaves) for source in witnesses]), place)
+    found = _with_values(kind, mod, place, leaves, NOTHING)
+    while hides and (more := _followed.get((kind, found.identity))) is not None:
+        followed, _ = more  # earlier traces found that it reads this of large containers and by computed names
+        place, leaves, _ = read(mod, followed)
+        found = _with_values(kind, mod, (found.identity, place), leaves, followed)
+    return found
 
 
-def _follow(kind: str, function: Callable, key: tuple) -> Mod | None:
-    """Reads as well what earlier traces found to be read of large containers and by computed names."""
-    mod = None
-    while (more := _followed.get((kind, key))) is not None:
-        followed, _ = more
-        found, leaves, _ = read(function, followed)
-        place = key = (key, found)
-        constants, witnesses = _known.get((kind, key)) or _NO_SOURCES
-        if constants:
-            key = (key, *[source.read(leaves) for source in constants])
-        present = tuple([source.read(leaves) for source in witnesses])
-        mod = Mod(function, key, leaves, present, place, followed)
-    return mod
+def _with_values(kind: str, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
+    """A mod with the values of the leaves that are constants, and of those on which proofs depend."""
+    constants, checked = _known.get((kind, place)) or _NO_SOURCES
+    identity = (place, *[source.read(leaves) for source in constants]) if constants else place
+    return Mod(function, identity, leaves, tuple([source.read(leaves) for source in checked]), place, followed)
 
 
 def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
@@ -107,12 +94,12 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
         return None, mod
     found = _graphs.get((kind, device, mod.identity))
     if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
-        return found[0], _watch(kind, mod, (), witnesses(found[0]))
+        return found[0], watch(kind, mod, witnesses(found[0]))
     with cache.lock:
         function = mod.function
         graph, mod = _trace(kind, function, mod, device)
         kept = pins(function, mod.followed)
-        mod = _watch(kind, mod, (), witnesses(graph))
+        mod = watch(kind, mod, witnesses(graph))
         _graphs.add((kind, device, mod.identity), (graph, kept))
     return graph, mod
 
@@ -128,7 +115,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
         except FlexDecodeError:
             if not reads.pending:
                 raise
-        now = _watch(kind, mod, () if traced is None else traced.constants, ())
+        now = watch(kind, mod, (), traced.constants if traced is not None else ())
         if now.place != mod.place:  # the mod itself changed something, or imported a module
             changes += 1
             if changes == _MAX_CHANGES:
@@ -159,15 +146,19 @@ def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
     return None if found is None else found[0]
 
 
-def watch(kind: str, mod: Mod, sources: Iterable[Source]) -> Mod:
-    """Lets proofs rest on more numbers of a traced mod; gives it with their present values."""
-    return mod if mod.function is None else _watch(kind, mod, (), sources)
+def watch(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: Iterable[Source] = ()) -> Mod:
+    """Adds captured sizes and numbers to those that are read at each call, and reads the mod again.
 
-
-def _watch(kind: str, mod: Mod, constants: Iterable[Source], witnesses: Iterable[Source]) -> Mod:
-    known = _known.get((kind, mod.place)) or _NO_SOURCES
-    merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, witnesses), strict=True))
-    _known.add((kind, mod.place), _Sources(*merged))
+    Args:
+        kind: `score_mod` or `mask_mod`.
+        mod: a mod that was traced, or none.
+        sources: what proofs about its indices depend on.
+        constants: what its graph depends on.
+    """
+    if mod.function is not None:
+        known = _known.get((kind, mod.place)) or _NO_SOURCES
+        merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, sources), strict=True))
+        _known.add((kind, mod.place), _Sources(*merged))
     return identify(kind, mod.function)
 
 

@@ -45,7 +45,7 @@ def check_leaks(context: TraceContext, run_again: Callable[[], TraceContext]) ->
 
 
 def _alive(context: TraceContext) -> list[Symbol]:
-    return [symbol for symbol in (made() for made in context.made) if symbol is not None]
+    return [symbol for made in context.made if (symbol := made()) is not None]
 
 
 def _holds(found: Any, alive: list[Symbol]) -> bool:
@@ -81,12 +81,10 @@ def _line_that_stores(holder: Any, run_again: Callable[[], TraceContext]) -> str
 
 
 def _take_out(holder: Any) -> None:
-    if isinstance(holder, deque):
+    if isinstance(holder, (list, deque)):
         kept = [item for item in holder if not isinstance(item, Symbol)]
         holder.clear()
         holder.extend(kept)
-    elif isinstance(holder, list):
-        holder[:] = [item for item in holder if not isinstance(item, Symbol)]
     elif isinstance(holder, dict):
         for name in [name for name, item in holder.items() if isinstance(item, Symbol)]:
             del holder[name]

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
-from .facts import (
-    _ABSENT,
-    _DICTS,
-    _TABLES,
-    _At,
-    _Type,
-    uncompiled,
-)
-from .holders import _array_of, _holder, _is_numpy_array
-from .reads import Reads
-from .scan import (
-    _code,
-    _read_slot,
-    _Scan,
-    _type,
-)
+from .classes import TABLES, class_of, read_slot, state_of
+from .code import ABSENT, At, Edge, code_of, uncompiled
+from .holders import VIEWS, filled, holder_of, is_numpy_array, objects_of
+from .reads import Reads, recording_type
+from .scan import NOTHING, Followed, Scan, run
+
+_VARIABLES = {"cell", "global", "default", "kwdefault", "argument", "keyword", "import"}
+_UNSPOKEN = {"call", "proxy", "func"}  # what runs when the owner is used
+_SUFFIXES = {"get()": ".get()", "index": "[{!r}]", "item": "[{!r}]", "factory": "", "key": ""}
+_ON_CLASS = {"class", "descriptor"}
+_FIXED = {
+    "import": "it is read from a module that is imported inside a function",
+    "key": "it is in the key of a dict",
+    "super": "it is reached through `super()`",
+}
 
 
 class CannotRebuild(Exception):
@@ -46,83 +44,98 @@ class _Node:
 
     Attributes:
         owner: what was visited.
-        children: what it holds.
-        where: how these are reached.
-        refs: for each child that is a leaf its place among them, for one that was visited its node.
         path: how the owner is reached, for people.
-        special: what a copy for tracing puts in its place.
+        special: what a copy for tracing puts in its place, see `Scan.special`.
+        edges: its children; after each, for a leaf its place among the leaves, for what was visited its node.
     """
 
     owner: Any
-    children: list
-    where: list[_At]
-    refs: list[int | _Node | None]
     path: tuple[str, str]
-    special: str
+    special: int | str | None
+    edges: list[tuple[At, Any, int | _Node | None]]
 
 
-class _Recorder(_Scan):
+_Change = tuple[str, Any, Any, "int | _Node | None", int]  # see `_Rebuilder.changes`
+
+
+class _Recorder(Scan):
     """The same traversal, which also keeps what it visited."""
-
-    path = ("", "")
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__(names)
         self.nodes: list[_Node] = []
         self.leaf_names: list[str] = []
 
-    def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> None:
-        node = _Node(owner, [], [], [], self.path, self.special.get(len(self.nodes), ""))
-        self.nodes.append(node)
-        self.fill(node, children, where)
-
-    def extend(self, number: int, at: _At) -> None:
-        container, position = self.long[number]
-        self.fill(self.nodes[position], *self.read(container, at))
-
-    def fill(self, node: _Node, children: Sequence, where: Sequence[_At]) -> None:
-        """Visits children and notes them in the node of their owner."""
-        for child, at in zip(children, where, strict=False):
-            self.path = _spell(node.path, node.owner, at)
+    def each(self, owner: Any, edges: Iterable[Edge], position: int) -> None:
+        if position == len(self.nodes):
+            self.nodes.append(_Node(owner, self.path, self.special.get(position), []))
+        node = self.nodes[position]
+        for at, child in edges:
+            self.path = _spell(node.path, owner, at)
             leaf = len(self.leaves)
-            position = super().each(node.owner, (child,), (at,))
-            node.children.append(child)
-            node.where.append(at)
-            if position is not None:
-                node.refs.append(self.nodes[position])
-            elif len(self.leaves) == leaf:
-                node.refs.append(None)
-            else:
-                node.refs.append(leaf)
+            visited = super().each(owner, ((at, child),), position)
+            ref: int | _Node | None = None
+            if visited is not None:
+                ref = self.nodes[visited]
+            elif len(self.leaves) > leaf:
+                ref = leaf
                 base, inside = self.path
                 self.leaf_names.append(f"{base} (in {inside})" if inside else base)
+            node.edges.append((at, child, ref))
         self.path = node.path
 
 
-def _spell(path: tuple[str, str], owner: Any, at: _At) -> tuple[str, str]:
+def _spell(path: tuple[str, str], owner: Any, at: At) -> tuple[str, str]:
     """Extends an access path, a pair of `cfg.window` and the functions in which that stands."""
     how, name = at
     base, inside = path
-    if how == "default":
-        code = owner.__code__
-        name = code.co_varnames[code.co_argcount - len(owner.__defaults__) + name]
-    elif how in ("argument", "keyword"):
-        name = f"partial {how} {name!r}"
-    if how in ("cell", "global", "default", "kwdefault", "argument", "keyword"):
+    if how in _VARIABLES:
+        if how == "default":
+            name = owner.__code__.co_varnames[owner.__code__.co_argcount - len(owner.__defaults__) + name]
+        elif how in ("argument", "keyword"):
+            name = f"partial {how} {name!r}"
         return name, ", in ".join(filter(None, path))
-    if how in ("mapping", "proxy", "call"):
-        return path
-    if how in ("get()", "factory", "key", "member"):
-        return f"{base or 'self'}{'.get()' if how == 'get()' else ''}", inside
-    if how == "import":
-        return name, ", in ".join(filter(None, path))
-    if how in ("index", "item"):
-        return f"{base or 'self'}[{name!r}]", inside
+    if how in _SUFFIXES:
+        return (base or "self") + _SUFFIXES[how].format(name), inside
     if how == "self":
         return f"{base}.__self__" if base else "self", inside
-    if how == "func" or name == "forward" or (name.startswith("__") and name.endswith("__")):
-        return path  # what runs when the owner is called or used with an operator
+    if how in _UNSPOKEN or name == "forward" or (name.startswith("__") and name.endswith("__")):
+        return path
     return f"{base or (owner.__name__ if how == 'fattr' else 'self')}.{name}", inside
+
+
+def leaf_names(fn: Callable, followed: Followed = NOTHING) -> list[str]:
+    """Returns how each leaf is reached, for people: `W`, `self.slope`, `partial argument 0`, `W (in mask_mods[0])`."""
+    return run(fn, _Recorder, followed).leaf_names
+
+
+def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Reads) -> Callable:
+    """Copies `fn` with some leaves replaced, and with what notes or refuses reads that the walk does not follow.
+
+    `fn` itself stays as it is. Parts in which nothing is replaced are shared.
+
+    Args:
+        fn: the callable.
+        replacements: new objects by position among the leaves of `walk(fn, reads.followed)`.
+        reads: takes the notes.
+
+    Raises:
+        CannotRebuild: a replacement is not possible where that leaf is held.
+    """
+    record = run(fn, _Recorder, reads.followed)
+    reads.too_far = record.too_far
+    reads.known = record.names
+    while True:
+        try:
+            return _Rebuilder(record.nodes, replacements, reads).build(fn, record.nodes[0] if record.nodes else None)
+        except CannotRebuild as error:
+            position = -1 - error.index
+            if position < 0:
+                raise
+            reads.kept.add(position)
+            number = record.nodes[position].special
+            if isinstance(number, int):
+                reads.note(number, ("all", None))
 
 
 class _Rebuilder:
@@ -131,15 +144,13 @@ class _Rebuilder:
     Such things count as leaf -1 - n, where n is the position of their node.
     """
 
-    def __init__(self, nodes: list[_Node], replacements: Mapping[int, object], reads: Reads | None = None) -> None:
+    def __init__(self, nodes: list[_Node], replacements: Mapping[int, object], reads: Reads) -> None:
         self.replacements = replacements
         self.reads = reads
         self.done: dict[int, Any] = {}
-        self.below: dict[int, int] = {}  # by id of a node, a replaced leaf that can be reached from it
-        if reads is not None:
-            kept = reads.kept
-            self.below = {id(n): -1 - i for i, n in enumerate(nodes) if n.special and i not in kept}
-        self.own = dict(self.below)
+        special = [i for i, node in enumerate(nodes) if node.special is not None and i not in reads.kept]
+        self.special = {id(nodes[i]): nodes[i].special for i in special}
+        self.below = {id(nodes[i]): -1 - i for i in special}  # by id of a node, a replaced leaf in it
         size = -1
         while size != len(self.below):  # cycles need more than one round
             size = len(self.below)
@@ -150,172 +161,146 @@ class _Rebuilder:
     def leaf_below(self, ref: int | _Node | None) -> int | None:
         if isinstance(ref, int):
             return ref if ref in self.replacements else None
-        return None if ref is None else self.below.get(id(ref))
+        return self.below.get(id(ref))
 
-    def changes(self, node: _Node) -> list[tuple[str, Any, Any, int | _Node | None, int]]:
+    def changes(self, node: _Node) -> list[_Change]:
         """Lists the children that change: how each is reached (two items), it, its ref, and a replaced leaf in it."""
-        edges = zip(node.where, node.children, node.refs, strict=False)
-        found = [(how, name, child, ref, self.leaf_below(ref)) for (how, name), child, ref in edges]
-        return [(*edge, leaf) for *edge, leaf in found if leaf is not None]
+        found = [(*at, child, ref, self.leaf_below(ref)) for at, child, ref in node.edges]
+        return [(how, name, child, ref, leaf) for how, name, child, ref, leaf in found if leaf is not None]
 
     def build(self, original: Any, ref: int | _Node | None) -> Any:
+        """Returns the copy of a child, or itself if nothing in it changes."""
         leaf = self.leaf_below(ref)
         if leaf is None:
             return original
         if not isinstance(ref, _Node):
             return self.replacements[leaf]
         if id(ref) not in self.done:
-            self.done[id(ref)] = _ABSENT
+            self.done[id(ref)] = ABSENT
             self.done[id(ref)] = self.copy(ref, leaf)
-        elif self.done[id(ref)] is _ABSENT:
+        elif self.done[id(ref)] is ABSENT:
             raise CannotRebuild(leaf, f"a {type(original).__name__} contains itself")
         return self.done[id(ref)]
 
     def copy(self, node: _Node, leaf: int) -> Any:
         owner = node.owner
-        if uncompiled(owner) is not None:
-            return self.build(node.children[0], node.refs[0])
-        special = node.special if id(node) in self.own else ""
-        if special == "refused":
-            assert self.reads is not None
+        if self.special.get(id(node)) == "refused":
             return self.reads.refused(owner, node.path[0])
-        holder = _holder(type(owner))
-        if holder is not None and not special.startswith("long"):
-            return holder.copy(owner, [*map(self.build, node.children, node.refs)][: len(node.children)])
-        if _is_numpy_array(type(owner)):
-            return _array_of(owner, [*map(self.build, node.children, node.refs)])
-        if isinstance(owner, MethodType):
-            return MethodType(*map(self.build, node.children, node.refs))
-        if type(owner) is functools.partial:
-            function, *values = map(self.build, node.children, node.refs)
-            count = len(owner.args)
-            keywords = dict(zip(owner.keywords, values[count:], strict=True))
-            copied = functools.partial(function, *values[:count], **keywords)
-            vars(copied).update(vars(owner))
-            return copied
+        changes = self.changes(node)
+        for how, _, _, _, changed in changes:
+            if how in _FIXED:
+                raise CannotRebuild(changed, _FIXED[how])
+        make = _maker(owner)
+        if make is not None:
+            return make([self.build(child, ref) for _, child, ref in node.edges])
         if isinstance(owner, FunctionType):
-            return self.copy_function(node, owner)
-        if isinstance(owner, ModuleType):
-            if type(owner) is not ModuleType:
-                raise CannotRebuild(leaf, f"module {owner.__name__} has a class of its own")
-            module = self.done[id(node)] = ModuleType(owner.__name__)
-            vars(module).update(vars(owner))
-            vars(module).update({name: self.build(child, ref) for _, name, child, ref, _ in self.changes(node)})
-            return module
+            return self.copy_function(node, owner, changes)
         if isinstance(owner, type):
             kind = self.done[id(node)] = _subclass(owner, leaf)
-            for how, name, child, ref, leaf in self.changes(node):
-                _set_on_class(kind, owner, how, name, self.build(child, ref), leaf)
+            for _, name, child, ref, _ in changes:
+                _set_on_class(kind, name, self.build(child, ref))
             return kind
-        return self.copy_object(node, owner, leaf)
+        return self.copy_object(node, owner, changes, leaf)
 
-    def copy_function(self, node: _Node, fn: FunctionType) -> FunctionType:
-        changes = self.changes(node)
-        changed = {how: {name for other, name, *_ in changes if other == how} for how in ("cell", "global", "import")}
-        old_cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
-        if node.special and id(node) in self.own:
-            assert self.reads is not None
-            changed["global"].add("")
-        for how, _, _, _, leaf in changes:
-            if how == "import":
-                raise CannotRebuild(leaf, "it is read from a module that is imported inside a function")
-        cells = {name: CellType() if name in changed["cell"] else cell for name, cell in old_cells.items()}
-        scope = dict(fn.__globals__) if changed["global"] else fn.__globals__
-        if "" in changed["global"] and self.reads is not None:
-            self.reads.plant_builtins(scope, _code(fn))
+    def copy_function(self, node: _Node, fn: FunctionType, changes: list[_Change]) -> FunctionType:
+        hides = id(node) in self.special
+        changed = {(how, name) for how, name, *_ in changes}
+        old_cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+        cells = {name: CellType() if ("cell", name) in changed else cell for name, cell in old_cells}
+        scope = fn.__globals__
+        if hides or any(how == "global" for how, _ in changed):
+            scope = {**scope}
+        if hides:
+            self.reads.plant_builtins(scope, code_of(fn))
         new = FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells.values()))
         self.done[id(node)] = new  # before its children: it may call itself
         new.__qualname__ = fn.__qualname__
         vars(new).update(vars(fn))
         defaults, keywords = list(fn.__defaults__ or ()), dict(fn.__kwdefaults__ or {})
-        targets = {"global": scope, "default": defaults, "kwdefault": keywords, "fattr": vars(new)}
+        targets: dict[str, Any] = {"global": scope, "default": defaults, "kwdefault": keywords, "fattr": vars(new)}
         for how, name, child, ref, _ in changes:
             value = self.build(child, ref)
             if how == "cell":
                 cells[name].cell_contents = value
             else:
-                targets[how][name] = value  # type: ignore[index]
+                targets[how][name] = value
         new.__defaults__, new.__kwdefaults__ = tuple(defaults) or None, keywords or None
         return new
 
-    def copy_object(self, node: _Node, obj: Any, leaf: int) -> Any:
-        facts, kind, changes = _type(type(obj)), type(obj), self.changes(node)
-        if id(node) in self.own and node.special.startswith("long"):
-            return self.copy_long(node, obj, facts, leaf)
-        if type(obj) is threading.local:
-            changed = {name: self.build(child, ref) for _, name, child, ref, _ in changes}
-            return SimpleNamespace(**{**vars(obj), **changed})
-        if not facts.complete:
+    def copy_object(self, node: _Node, owner: Any, changes: list[_Change], leaf: int) -> Any:
+        """Copies an object, container or module, without code of the user's; a large container notes what is read."""
+        obj, view = owner, type(owner)
+        if view in VIEWS or view is MappingProxyType:
+            obj = {**(owner.mapping if view in VIEWS else owner)}
+        elif view is threading.local:
+            obj = SimpleNamespace(**vars(owner))
+        kind: type = type(obj)
+        known, number = class_of(kind.__mro__), self.special.get(id(node))
+        if isinstance(number, int):
+            kind = recording_type(kind)
+        elif not (known.transparent or kind is ModuleType) or hasattr(kind, "__del__"):  # the copy would run it, too
             raise CannotRebuild(leaf, f"a {kind.__name__} cannot be copied")
-        if any(how in ("class", "descriptor", "super") for how, *_ in changes):
+        if any(how in _ON_CLASS for how, *_ in changes):
             kind = _subclass(kind, leaf)  # operators and properties are looked up on the class
+        items = obj
         if isinstance(obj, tuple):
-            edges = zip(node.where, node.children, node.refs, strict=False)
-            try:
-                new = facts.solid.__new__(
-                    kind, [self.build(child, ref) for (how, _), child, ref in edges if how == "index"]
-                )
-            except TypeError:
-                raise CannotRebuild(leaf, f"a {kind.__name__} holds integers only") from None
-        else:
-            new = facts.solid.__new__(kind)
-        self.done[id(node)] = new
-        state, slots = _copy_state(obj, new, facts)
-        for how, name, child, ref, leaf in changes:
+            items = [*tuple.__iter__(obj)]
+            for how, name, child, ref, _ in changes:
+                if how == "index":
+                    items[name] = self.build(child, ref)
+        try:
+            new = self.done[id(node)] = filled(kind, items)
+        except TypeError:
+            raise CannotRebuild(leaf, f"a {kind.__name__} holds integers only") from None
+        state = state_of(new)
+        state.update(state_of(obj))
+        if known.is_module:
+            state.update({table: dict(state[table]) for table in TABLES})
+        for slot in known.slots.values():
+            value = read_slot(slot, obj)
+            if value is not ABSENT:
+                slot.__set__(new, value)
+        for how, name, child, ref, _ in changes:
             value = self.build(child, ref)
-            if how == "slot":
-                slots[name].__set__(new, value)
-            elif how in ("class", "descriptor", "super"):
-                _set_on_class(kind, type(obj), how, name, value, leaf)
-            elif how in _TABLES:
-                state[how][name] = value
-            elif how == "attr":
+            if how in ("attr", "module"):
                 state[name] = value
+            elif how == "slot":
+                known.slots[name].__set__(new, value)
+            elif how in _ON_CLASS:
+                _set_on_class(kind, name, value)
+            elif how in TABLES:
+                state[how][name] = value
             elif how == "factory":
                 new.default_factory = value
-            elif how == "key":
-                raise CannotRebuild(leaf, "it is in the key of a dict")
             elif not isinstance(new, tuple):
-                facts.solid.__setitem__(new, name, value)
-        return new
-
-    def copy_long(self, node: _Node, obj: Any, facts: _Type, leaf: int) -> Any:
-        assert self.reads is not None
-        changes = self.changes(node)
-        if any(how not in ("index", "item") for how, *_ in changes):
-            raise CannotRebuild(leaf, f"a large {type(obj).__name__} has attributes of its own")
-        changed = {name: self.build(child, ref) for _, name, child, ref, _ in changes}
-        new = self.reads.recording(obj, int(node.special.split()[1]), node.path[0], changed)
-        self.done[id(node)] = new
-        if facts.has_dict:
-            vars(new).update(vars(obj))
-        return new
+                known.solid.__setitem__(new, name, value)
+        if isinstance(number, int):
+            self.reads.record(new, number, node.path[0])
+        if view is MappingProxyType:
+            return MappingProxyType(new)
+        return getattr(new, view.__name__.removeprefix("dict_"))() if view in VIEWS else new
 
 
-def _copy_state(obj: Any, new: Any, facts: _Type) -> tuple[dict[str, Any], dict[str, MemberDescriptorType]]:
-    """Copies `__dict__`, slots and items, without code of the user's; returns the new `__dict__` and the slots."""
-    state: dict[str, Any] = {}
-    if facts.has_dict:
-        state = object.__getattribute__(new, "__dict__")
-        state.update(object.__getattribute__(obj, "__dict__"))
-    if facts.is_module:
-        state.update({table: dict(state[table]) for table in _TABLES})
-    if facts.solid is list:
-        list.extend(new, obj)
-    elif facts.solid is deque:
-        deque.__init__(new, obj, obj.maxlen)
-    elif facts.solid in _DICTS:
-        facts.solid.update(new, obj)
-        if facts.solid is defaultdict:
-            new.default_factory = obj.default_factory
-    slots: dict[str, MemberDescriptorType] = {}
-    for namespace in reversed(facts.dicts):
-        slots.update({name: slot for name, slot in namespace.items() if isinstance(slot, MemberDescriptorType)})
-    for slot in slots.values():
-        value = _read_slot(slot, obj)
-        if value is not _ABSENT:
-            slot.__set__(new, value)
-    return state, slots
+def _maker(owner: Any) -> Callable[[list], Any] | None:
+    """What makes a copy of something from the copies of all its children; None for what may contain itself."""
+    holder = holder_of(type(owner))
+    if uncompiled(owner) is not None:
+        return lambda values: values[0]
+    if holder is not None:
+        return lambda values: holder.copy(owner, *values)
+    if is_numpy_array(type(owner)):
+        return functools.partial(objects_of, owner)
+    if isinstance(owner, MethodType):
+        return lambda values: MethodType(*values)
+    return functools.partial(_partial_of, owner) if type(owner) is functools.partial else None
+
+
+def _partial_of(call: functools.partial, values: list) -> functools.partial:
+    function, *values = values
+    count = len(call.args)
+    copied = functools.partial(function, *values[:count], **dict(zip(call.keywords, values[count:], strict=True)))
+    vars(copied).update(vars(call))
+    return copied
 
 
 def _subclass(kind: type, leaf: int) -> type:
@@ -327,15 +312,11 @@ def _subclass(kind: type, leaf: int) -> type:
     return type(kind)(kind.__name__, (kind,), namespace)
 
 
-def _set_on_class(kind: type, original: type, how: str, name: str, value: Any, leaf: int) -> None:
-    if how == "super":
-        raise CannotRebuild(leaf, f"{original.__name__}.{name} is reached through `super()`")
-    old = next(vars(base)[name] for base in original.__mro__ if name in vars(base))
-    if isinstance(old, property):
-        value = property(value, old.fset, old.fdel)
+def _set_on_class(kind: type, name: str, value: Any) -> None:
+    """Sets a class attribute to something of the kind that it is: a property, a static or class method, or itself."""
+    old = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
+    if isinstance(old, (property, functools.cached_property)):
+        value = property(value)
     elif isinstance(old, (staticmethod, classmethod)):
         value = type(old)(value)
-    elif isinstance(old, functools.cached_property):
-        value = functools.cached_property(value)
-        value.__set_name__(kind, name)
     type.__setattr__(kind, name, value)

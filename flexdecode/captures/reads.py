@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import defaultdict, deque
 from collections.abc import Callable
-from types import MappingProxyType, MethodDescriptorType, ModuleType, WrapperDescriptorType
-from typing import Any
+from types import MethodDescriptorType, ModuleType, WrapperDescriptorType
+from typing import Any, NoReturn
 
 import torch
 
 from ..errors import TraceError, at_user_line
-from .facts import _DICTS, _SEQUENCES, MAX_ITEMS, MAX_WHOLE, _At, _Code, _type_of_layout
-from .scan import NOTHING, Followed, _opaque
+from .classes import DICTS, SEQUENCES
+from .code import MAX_ITEMS, MAX_WHOLE, At, Code, opaque
+from .scan import NOTHING, Followed
 
 _UNSEEN = "in which changes would go unseen"
 _OUTSIDE = "Read it outside the mod and capture what it gives: numbers as they are, arrays as a tensor."
 _MARK = "_flexdecode_reads"
-_SETS = (set, frozenset)
+_ALL: At = ("all", None)
 
 
 class Reads:
@@ -39,8 +39,7 @@ class Reads:
         self.known: frozenset[str] = frozenset()
         self.too_far = ""
         self.names: set[str] = set()
-        self.entries: dict[tuple[int, _At], None] = {}
-        self._followed = set(followed.reads)
+        self.entries: dict[tuple[int, At], None] = {}
 
     @property
     def pending(self) -> bool:
@@ -53,9 +52,9 @@ class Reads:
             return Followed(self.followed.names | self.names)
         return Followed(self.followed.names, (*self.followed.reads, *self.entries))
 
-    def note(self, number: int, at: _At) -> None:
+    def note(self, number: int, at: At) -> None:
         """Notes an entry of a large container."""
-        if (number, at) not in self._followed and (number, ("all", None)) not in self._followed:
+        if (number, at) not in self.followed.reads and (number, _ALL) not in self.followed.reads:
             self.entries[number, at] = None
 
     # --- What stands in a copy for tracing ---------------------------------------------------------------------------
@@ -64,35 +63,11 @@ class Reads:
         """Stands for something that cannot be followed: any use of it in the mod is an error."""
         return _Refused(f"the {self.kind} reads `{name}`, a {type(value).__name__}, {_UNSEEN}")
 
-    def recording(self, container: Any, number: int, name: str, changed: dict[Any, Any]) -> Any:
-        """Copies a large container, with some entries changed, as one that notes what is read of it."""
-        proxy = isinstance(container, MappingProxyType)
-        layout: Any = dict if proxy else type(container)
-        kind = _recording_type(layout)
-        solid: Any = _type_of_layout(kind)
-        if solid in _DICTS:
-            new = solid.__new__(kind)
-            solid.update(new, {**container} if proxy else container)
-            solid.update(new, changed)
-            if solid is defaultdict:
-                new.default_factory = container.default_factory
-        elif solid in _SETS:
-            new = solid.__new__(kind, container)
-            if solid is set:
-                set.update(new, container)
-        else:
-            items = [*solid.__iter__(container)]
-            for index, value in changed.items():
-                items[index] = value
-            new = solid.__new__(kind, items) if issubclass(solid, tuple) else solid.__new__(kind)
-            if solid is deque:
-                deque.__init__(new, items, container.maxlen)
-            elif solid is list:
-                list.extend(new, items)
-        object.__setattr__(new, _MARK, (self, number, name, len(container)))
-        return MappingProxyType(new) if proxy else new
+    def record(self, container: Any, number: int, name: str) -> None:
+        """Lets a container of a `recording_type` note what is read of it from now on."""
+        object.__setattr__(container, _MARK, (self, number, name, len(container)))
 
-    def plant_builtins(self, scope: dict[str, Any], code: _Code) -> None:
+    def plant_builtins(self, scope: dict[str, Any], code: Code) -> None:
         """Replaces builtins that read what their argument says, in the globals of a copied function."""
         planted: dict[str, Any] = {
             "getattr": functools.partial(self._attribute, getattr),
@@ -105,12 +80,12 @@ class Reads:
 
     def _attribute(self, read: Callable, obj: Any, name: Any, *default: Any) -> Any:
         library = isinstance(obj, torch.Tensor) or type(obj).__module__.startswith("flexdecode.")
-        library = library or (isinstance(obj, ModuleType) and _opaque(obj.__name__))
+        library = library or (isinstance(obj, ModuleType) and opaque(obj.__name__))
         if type(name) is str and name not in self.known and not library:
             self.names.add(name)
         return read(obj, name, *default)
 
-    def _hidden(self, name: str, *_: Any) -> Any:
+    def _hidden(self, name: str, *_: Any) -> NoReturn:
         raise at_user_line(
             TraceError,
             f"the {self.kind} calls {name}(), which may read anything",
@@ -125,7 +100,7 @@ class _Scope(dict):
         super().__init__(given)
         self.reads = reads
 
-    def __missing__(self, name: Any) -> Any:
+    def __missing__(self, name: Any) -> NoReturn:
         raise at_user_line(
             TraceError,
             f"the {self.reads.kind} reads globals()[{name!r}] by a computed name, {_UNSEEN}",
@@ -136,20 +111,18 @@ class _Scope(dict):
         return self[name]
 
 
+def _refuse(self: _Refused, *_: Any, **__: Any) -> NoReturn:
+    raise at_user_line(TraceError, object.__getattribute__(self, "problem"), _OUTSIDE)
+
+
 class _Refused:
-    """Something that a mod must not use; its methods are added below."""
+    """Something that a mod must not use; its other methods are added below."""
 
     def __init__(self, problem: str) -> None:
         object.__setattr__(self, "problem", problem)
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "__class__":
-            return _Refused
-        raise at_user_line(TraceError, object.__getattribute__(self, "problem"), _OUTSIDE)
-
-
-def _refuse(self: Any, *_: Any, **__: Any) -> Any:
-    raise at_user_line(TraceError, object.__getattribute__(self, "problem"), _OUTSIDE)
+        return _Refused if name == "__class__" else _refuse(self)
 
 
 for _name in (
@@ -169,64 +142,55 @@ _UNRECORDED = {
 
 
 @functools.lru_cache(maxsize=256)
-def _recording_type(kind: type) -> type:
-    """A subclass of a container class whose methods note what they read."""
-    solid = _type_of_layout(kind)
-    names = {name: method for name, method in vars(solid).items() if callable(method)}
-    for base in reversed(kind.__mro__):  # `__getattr__ = dict.__getitem__`
-        if base is not object:
-            methods = (MethodDescriptorType, WrapperDescriptorType)
-            names.update({name: method for name, method in vars(base).items() if isinstance(method, methods)})
-    namespace = {
-        name: _recorded(name, method, getattr(kind, name) is method)
-        for name, method in names.items()
-        if name not in _UNRECORDED
-    }
-    return type(kind.__name__, (kind,), namespace)
+def recording_type(kind: type) -> type:
+    """A subclass of a container class whose methods note what they read, once `Reads.record` says for whom."""
+    methods: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[:-1]):  # also `__getattr__ = dict.__getitem__`
+        found = [
+            item for item in vars(base).items() if isinstance(item[1], (MethodDescriptorType, WrapperDescriptorType))
+        ]
+        methods.update({name: method for name, method in found if name not in _UNRECORDED})
+    return type(kind.__name__, (kind,), {name: _recorded(getattr(kind, name), m) for name, m in methods.items()})
 
 
-def _recorded(name: str, method: Any, is_own: bool) -> Callable:
-    """A method that notes what it reads: all, if it is the user's."""
+def _recorded(original: Any, method: Any) -> Callable:
+    """A method that notes what it reads: all, if it is the user's and not the builtin `method`."""
 
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
         try:
             reads, number, spoken, length = object.__getattribute__(self, _MARK)
         except AttributeError:  # it is being made
             return method(self, *args, **keywords)
-        for at in _what(method.__name__, self, args) if is_own and not keywords else (("all", None),):
-            if at[0] == "all" and length > MAX_WHOLE:
+        for at in _what(method.__name__, self, args) if original is method and not keywords else [_ALL]:
+            if at == _ALL and length > MAX_WHOLE:
                 raise at_user_line(
                     TraceError,
                     f"the {reads.kind} reads all {length} entries of `{spoken}`, too many to read again at each call",
                     f"Read single entries, `{spoken}[i]`, or compute the result outside the mod and capture it.",
                 )
             reads.note(number, at)
-        return (
-            method(self, *args)
-            if is_own and not keywords
-            else getattr(super(type(self), self), name)(*args, **keywords)
-        )
+        return original(self, *args, **keywords)
 
     return call
 
 
-def _what(name: str, container: Any, args: tuple) -> list[_At]:
+def _what(name: str, container: Any, args: tuple) -> list[At]:
     """What a method of a builtin container reads."""
     if name == "__len__":
         return [("len", None)]
-    if isinstance(container, _SEQUENCES):
+    if isinstance(container, SEQUENCES):
         if name != "__getitem__":
-            return [("all", None)]
+            return [_ALL]
         if not isinstance(args[0], slice):
             return [("index", operator.index(args[0]))]
         found = range(len(container))[args[0]]
-        return [("index", i) for i in found] if len(found) <= MAX_ITEMS else [("all", None)]
+        return [("index", i) for i in found] if len(found) <= MAX_ITEMS else [_ALL]
     try:
         hash(args[0] if args else container)
     except TypeError:  # the method itself will say so
         return []
     if name == "__contains__":
         return [("in", args[0])]
-    if isinstance(container, _DICTS) and name in ("__getitem__", "get"):
+    if isinstance(container, DICTS) and name in ("__getitem__", "get"):
         return [("item", args[0])]
-    return [("all", None)]
+    return [_ALL]

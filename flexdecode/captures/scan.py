@@ -2,84 +2,33 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import numbers
 import operator
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import repeat
-from operator import attrgetter
-from types import (
-    CellType,
-    FunctionType,
-    MappingProxyType,
-    MemberDescriptorType,
-    MethodType,
-    ModuleType,
-    SimpleNamespace,
-    WrapperDescriptorType,
-)
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from .facts import (
-    _ABSENT,
-    _CODES,
-    _CONSTRUCTORS,
-    _CONTAINERS,
-    _DESCRIBE,
-    _DICTS,
-    _HEAP,
-    _HOOKS,
-    _SEQUENCES,
-    _TABLES,
-    _TYPES,
-    MAX_CACHED,
-    MAX_DEPTH,
-    MAX_ITEMS,
-    MAX_OBJECTS,
-    _Absent,
-    _At,
-    _Code,
-    _is_plain,
-    _Parts,
-    _plain,
-    _read_code,
-    _read_type,
-    _remember,
-    _Type,
-    _union,
-    _View,
-    _view,
-    uncompiled,
-)
-from .holders import (
-    _BUILTINS,
-    _FUNC,
-    _MEMO,
-    _VIEWS,
-    _data_of,
-    _holder,
-    _is_bound,
-    _is_data,
-    _is_numpy_array,
-    _names_in,
-    _numbers_of,
-    _spelled,
-)
+from . import classes, code, holders
+from .classes import CONTAINERS, SEQUENCES, TABLES, is_plain, plain
+from .code import ABSENT, CODES, MAX_DEPTH, MAX_ITEMS, MAX_OBJECTS, At, Edge, Parts, code_of, opaque, view
+from .holders import FUNC, INDEX, MEMO, VIEWS
 
 _NO_NAMES: frozenset[str] = frozenset()
-_INDEX: tuple[_At, ...] = tuple(("index", i) for i in range(MAX_ITEMS))
-_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", "import", *_TABLES}
-_CONSTANTS = {bool, str, bytes, type(None), type(...), _Absent, torch.dtype, torch.device, torch.layout}
-_KEY_TYPES = {str, int}
+_NAMED = {"cell", "global", "fattr", "attr", "slot", "class", "super", "module", "import", *TABLES}
+_CONSTANTS = {bool, str, bytes, type(None), type(...), code.Absent, torch.dtype, torch.device, torch.layout}
 _LIBRARY: dict[int, ModuleType] = {}  # modules known to be opaque, kept alive
-_OPAQUE = sys.stdlib_module_names | {"builtins", "torch", "numpy", "triton"}
-_contents = attrgetter("cell_contents")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_contents = operator.attrgetter("cell_contents")
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter  # looked up for each captured value
 
 
@@ -91,52 +40,39 @@ class Followed(NamedTuple):
         reads: what it reads of large containers: the container's place among them, and an entry, its length or all.
     """
 
-    names: frozenset[str] = frozenset()
-    reads: tuple[tuple[int, _At], ...] = ()
+    names: frozenset[str] = _NO_NAMES
+    reads: tuple[tuple[int, At], ...] = ()
 
 
 NOTHING = Followed()
 
 
-@functools.lru_cache(maxsize=MAX_CACHED)
-def _opaque(module: str | None) -> bool:
-    """Whether a module, by its name, is one that users do not change."""
-    return module is not None and module.partition(".")[0] in _OPAQUE
-
-
-def _run(fn: Callable, make: Any, followed: Followed = NOTHING) -> Any:
-    scan, names = None, _NO_NAMES if followed is NOTHING else followed.names
-    while scan is None or scan.stale:  # a helper names attributes of an object that was visited before: look again
-        scan = make(names)
-        parts = _function(scan, fn, _FUNC, True) if type(fn) is FunctionType else None
-        if parts is None:
-            scan.visit(fn, type(fn), _FUNC)
-        else:  # the common case, without what matters only further down
-            header, children, where = parts
-            scan.seen[id(fn)] = 0
-            scan.key += header
-            scan.each(fn, children, where)
-        if followed is not NOTHING:
-            for number, at in followed.reads:
-                scan.extend(number, at)
-        names = scan.names
-    return scan
-
-
-class _Scan:
+class Scan:
     """One traversal.
 
     What is visited appends a marker and then a number of items that the marker determines, so that no two structures
     make the same key. `visit` and `each` return the position of the last visited thing with children (a function,
     container or object) in the order of first visits, None for leaves and constants.
+
+    Attributes:
+        names: the names that the code visited so far tells, see `Code.names`.
+        key: what is not a leaf.
+        leaves: tensors and finite numbers.
+        pins: the objects whose ids are in the key.
+        seen: positions of what was visited, by id.
+        special: by position, what a copy for tracing replaces: the place of a large container in `long`, or a word.
+        long: large containers and their positions.
+        depth: of the traversal.
+        looked: whether attributes were looked up with `names`.
+        stale: whether `names` grew after that: what was visited may have more attributes to visit.
+        too_far: the first thing that was too deep, or one object too many.
+        path: how the thing that is visited is reached, for people; only a `Recorder` keeps it.
     """
 
     depth = 0
-    looked = False  # whether attributes were looked up with the present names
-    stale = False
-    special: dict[int, str] = {}  # noqa: RUF012 (positions of what a copy for tracing replaces, and by what)
-    too_far = ""  # the first thing that was too deep, or one object too many
-    long: list[tuple[Any, int]] = []  # noqa: RUF012 (large containers and their positions)
+    looked = stale = False
+    too_far = ""
+    path = ("", "")
 
     def __init__(self, names: frozenset[str]) -> None:
         self.names = names
@@ -144,11 +80,13 @@ class _Scan:
         self.leaves: list = []
         self.pins: list = []
         self.seen: dict[int, int] = {}
+        self.special: dict[int, int | str] = {}
+        self.long: list[tuple[Any, int]] = []
 
-    def each(self, owner: Any, children: Sequence, where: Sequence[_At]) -> int | None:
-        """Visits the children of `owner`."""
-        key, leaves, position = self.key, self.leaves, None
-        for child, at in zip(children, where):  # noqa: B905 (`strict` costs time for each token)
+    def each(self, owner: Any, edges: Iterable[Edge], position: int) -> int | None:
+        """Visits the children of `owner`, which has this position; a `Recorder` notes them there."""
+        key, leaves, last = self.key, self.leaves, None
+        for at, child in edges:
             kind = type(child)
             if kind is _Tensor or kind is _Parameter:
                 key += (child.dtype, child.ndim, child.device, child.requires_grad, child.layout)
@@ -161,11 +99,12 @@ class _Scan:
             elif kind in _CONSTANTS:
                 key += (kind, child)
             else:
-                position = self.visit(child, kind, at)
-        return position
+                last = self.visit(child, kind, at)
+        return last
 
-    def visit(self, value: Any, kind: type, at: _At) -> int | None:
-        describe = _DESCRIBE.get(kind) or _remember(_DESCRIBE, kind, _choose(kind))
+    def visit(self, value: Any, kind: type, at: At) -> int | None:
+        """Visits a value that may have children."""
+        describe = _choose(kind)
         called = (describe is not _object and describe is not _class) or self.is_called(at)
         # One object is two things: used as a whole, and as a holder of attributes (an odd mark, as ids are even).
         mark = id(value) if called else id(value) + 1
@@ -174,56 +113,31 @@ class _Scan:
             self.key += ("back", position)
             return position
         if self.depth >= MAX_DEPTH or len(self.seen) >= MAX_OBJECTS:
-            describe = _too_far
+            self.too_far = self.too_far or self.path[0] or "it"
+            describe = _identity
         parts = describe(self, value, at, called)
         if parts is None:
             return None
-        header, children, where = parts
+        header, edges = parts
         position = self.seen[mark] = len(self.seen)
         self.key += header
         self.depth += 1
-        self.each(value, children, where)
+        self.each(value, edges, position)
         self.depth -= 1
         return position
 
-    def mark(self, how: str) -> None:
+    def mark(self, how: int | str) -> None:
         """Notes that a copy for tracing puts something else in the place of what is described now."""
-        if not self.special:
-            self.special = {}
         self.special[len(self.seen)] = how
 
-    def extend(self, number: int, at: _At) -> None:
+    def extend(self, number: int, at: At) -> None:
         """Visits what the mod reads of a large container."""
-        container, _ = self.long[number]
-        children, where = self.read(container, at)
-        self.each(container, children, where)
-
-    def read(self, container: Any, at: _At) -> tuple[Sequence, Sequence[_At]]:
-        """An entry of a large container, or all; what are not children goes into the key."""
-        how, name = at
-        if how == "len":
-            self.key.append(len(container))
-        elif how == "in":
-            self.key.append(name in container)
-        elif how == "all":
-            return self.read_all(container)
-        else:
-            return (_entry(container, at),), (at,)
-        return (), ()
-
-    def read_all(self, container: Any) -> tuple[Sequence, Sequence[_At]]:
-        """All entries of a large container."""
-        if isinstance(container, (set, frozenset)):
-            parts = _members_of(self, container)
-        elif isinstance(container, (*_DICTS, MappingProxyType)):
-            parts = _dict_parts(container)
-        else:
-            parts = (len(container),), [*container], [("index", i) for i in range(len(container))]
-        header, children, where = parts
+        container, position = self.long[number]
+        header, edges = holders.part_of(container, at)
         self.key += header
-        return children, where
+        self.each(container, edges, position)
 
-    def is_called(self, at: _At) -> bool:
+    def is_called(self, at: At) -> bool:
         """Whether the code may use more of a thing than attributes that it names: call it, index it, compute with it.
 
         Otherwise `forward` of a whole model would be walked because a mod reads `self.window`.
@@ -234,116 +148,84 @@ class _Scan:
     def learn(self, names: frozenset[str]) -> None:
         """Adds to the attribute names that are looked up on objects."""
         if not names <= self.names:
-            self.names = _union(self.names, names) if self.names else names
+            self.names = code.union(self.names, names) if self.names else names
             self.stale = self.stale or self.looked
 
 
-# Functions that describe a value by its part of the key, its children and how these are reached. For a value without
-# children they write to the scan and return None.
-_Describe = Callable[[_Scan, Any, _At, bool], "_Parts | None"]
+def run(fn: Callable, make: Any, followed: Followed) -> Any:
+    """Traverses `fn` with a scan from `make`, again while its code names attributes of what was visited before."""
+    kind: type = type(fn)
+    describe, scan = _choose(kind), make(followed.names)
+    while True:
+        parts = describe(scan, fn, FUNC, True)
+        if parts is not None:  # as in `visit`, without what matters only further down
+            scan.key += parts[0]
+            scan.seen[id(fn)] = 0
+            scan.each(fn, parts[1], 0)
+        if followed is not NOTHING:
+            for number, at in followed.reads:
+                scan.extend(number, at)
+        if not scan.stale:
+            return scan
+        scan = make(scan.names)
 
 
-def _identity(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+def read(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list, bool]:
+    """Reads what `fn` captures.
+
+    Returns:
+        The key, a hashable tuple, and the leaves: captured tensors and finite numbers in a deterministic order. The key
+        holds ids: whoever stores it also stores `pins(fn)`, so that no id is used again. And whether `fn` may read more
+        than can be told before it runs, see `Followed`.
+    """
+    scan = run(fn, Scan, followed)
+    leaves = scan.leaves
+    if len(set(map(id, leaves))) < len(leaves):
+        # Two names of one tensor are one value to the tracer, and may be two tensors at the next call.
+        # Equal numbers, which may be one object too, stay apart.
+        ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
+        if len(set(ids)) < len(ids):
+            scan.key += ("alias", *map(ids.index, ids))
+    return tuple(scan.key), leaves, bool(scan.special)
+
+
+def pins(fn: Callable, followed: Followed = NOTHING) -> list:
+    """Returns the objects whose ids are in the key of `fn` (code objects, types, objects that count by identity)."""
+    return run(fn, Scan, followed).pins
+
+
+# --- Descriptions ----------------------------------------------------------------------------------------------------
+# Each describes a value by its part of the key and its children. For a value without children it writes to the scan and
+# returns None.
+
+_Describe = Callable[[Scan, Any, At, bool], "Parts | None"]
+
+
+def _identity(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
     scan.key += ("id", id(value))
     scan.pins.append(value)
     return None
 
 
-def _too_far(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
-    scan.too_far = scan.too_far or f"{getattr(scan, 'path', ('', ''))[0] or 'it'}"
-    return _identity(scan, value, at, called)
-
-
-def _refused(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
+def _refused(scan: Scan, value: Any, at: At, called: bool) -> Parts:
     """What changes in ways that cannot be followed: a mod that uses it is refused."""
     scan.mark("refused")
     scan.pins.append(value)
-    return ("refused", id(value)), (), ()
+    return ("refused", id(value)), ()
 
 
-def _held(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
-    kind = type(value)  # a weak proxy has the attributes of what it stands for
-    holder = _holder(kind)
-    assert holder is not None
-    if kind in _BUILTINS and not _is_bound(value):
-        return _identity(scan, value, at, called)
-    if kind is MappingProxyType and len(value) > MAX_ITEMS:
-        return _long(scan, value)
-    if kind in _VIEWS and len(value) > MAX_ITEMS:
-        return _refused(scan, value, at, called)
-    if kind is _MEMO:
-        if at[0] in ("global", "module") and _opaque(value.__module__):
-            return _identity(scan, value, at, called)
-        scan.mark("memo")  # what it remembers may be older than what its function reads
-    header, children, where = holder.read(value)
-    return (kind, header), children, where
-
-
-def _data(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts | None:
-    """Describes arrays, buffers and the numbers of ctypes by their contents."""
-    elements = _numbers_of(value) if _is_numpy_array(type(value)) else None
-    if elements is not None:
-        return (type(value), value.shape, value.dtype), elements, _INDEX
-    contents = _data_of(value)
-    if contents is None:
-        return _refused(scan, value, at, called)
-    scan.key += (type(value), repr(contents) if type(contents) is float else contents)
-    return None
-
-
-def _set(scan: _Scan, items: set | frozenset, at: _At, called: bool) -> _Parts:
-    if len(items) > MAX_ITEMS:
-        return _long(scan, items)
-    header, children, where = _members_of(scan, items)
-    return (type(items), *header), children, where
-
-
-def _members_of(scan: _Scan, items: set | frozenset) -> _Parts:
-    """Numbers and strings in a set are constants; their order is part of the key, as a mod may iterate."""
-    spelled = (*map(_spelled, items),)
-    odd = [item for item, known in zip(items, spelled, strict=True) if known is None] if None in spelled else []
-    return (spelled,), odd, [("member", i) for i in range(len(odd))]
-
-
-def _long(scan: _Scan, container: Any) -> _Parts:
-    """A container of which only those entries are followed that the mod reads, see `Followed`."""
-    if not scan.long:
-        scan.long = []
-    scan.mark(f"long {len(scan.long)}")
-    scan.long.append((container, len(scan.seen)))
-    return ("long", type(container)), [], []
-
-
-def _entry(container: Any, at: _At) -> Any:
-    how, name = at
-    if how == "item":
-        try:
-            return container[name] if isinstance(container, MappingProxyType) else dict.get(container, name, _ABSENT)
-        except KeyError:
-            return _ABSENT
-    try:
-        return next(kind for kind in _SEQUENCES if isinstance(container, kind)).__getitem__(container, name)
-    except IndexError:
-        return _ABSENT
-
-
-def _getter(scan: _Scan, getter: Any, at: _At, called: bool) -> None:
-    scan.learn(_names_in(getter))
-    _identity(scan, getter, at, called)
-
-
-def _representation(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+def _representation(scan: Scan, value: Any, at: At, called: bool) -> None:
     """Writes a value for which `==` is not enough: inf and nan, complex numbers, ranges."""
     scan.key += (type(value), "repr", repr(value))
 
 
-def _tensor(scan: _Scan, value: torch.Tensor, at: _At, called: bool) -> None:
+def _tensor(scan: Scan, value: torch.Tensor, at: At, called: bool) -> None:
     scan.key += ("tensor", id(type(value)), value.dtype, value.ndim, value.device, value.requires_grad, value.layout)
     scan.pins.append(type(value))
     scan.leaves.append(value)
 
 
-def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
+def _numpy_number(scan: Scan, value: Any, at: At, called: bool) -> None:
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
     if number - number != 0:
         _representation(scan, value, at, called)
@@ -352,48 +234,96 @@ def _numpy_number(scan: _Scan, value: Any, at: _At, called: bool) -> None:
         scan.leaves.append(number)
 
 
-def _function(scan: _Scan, fn: FunctionType, at: _At, called: bool) -> _Parts | None:
+def _container(scan: Scan, container: Any, at: At, called: bool) -> Parts:
+    if len(container) > MAX_ITEMS:
+        return _refused(scan, container, at, called) if type(container) in VIEWS else _long(scan, container)
+    if type(container) in SEQUENCES:
+        return (type(container), len(container)), zip(INDEX, container)  # noqa: B905 (as below)
+    header, edges = holders.contents(container)
+    return (type(container), *header), edges
+
+
+def _long(scan: Scan, container: Any) -> Parts:
+    """A container of which only those entries are followed that the mod reads, see `Followed`."""
+    scan.mark(len(scan.long))
+    scan.long.append((container, len(scan.seen)))
+    return ("long", type(container)), ()
+
+
+def _holder(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
+    kind = type(value)  # a weak proxy has the attributes of what it stands for
+    is_builtin = kind in holders.BUILTINS
+    if is_builtin and not holders.is_bound(value):
+        return _identity(scan, value, at, called)
+    if kind is MEMO:
+        if at[0] in ("global", "module") and opaque(value.__module__):
+            return _identity(scan, value, at, called)
+        scan.mark("memo")  # what it remembers may be older than what its function reads
+    holder = holders.holder_of(kind)
+    assert holder is not None
+    return (kind, value.__name__ if is_builtin else None), ((holder.at, holder.read(value)),)
+
+
+def _data(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
+    """Describes arrays, buffers and the numbers of ctypes by their contents."""
+    kind = type(value)
+    if holders.is_numpy_array(kind) and value.size <= MAX_ITEMS and value.dtype.kind in "biuf":
+        return (kind, value.shape, value.dtype), zip(INDEX, value.ravel().tolist(), strict=False)
+    contents = holders.bytes_of(value)
+    if contents is None:
+        return _refused(scan, value, at, called)
+    scan.key += (kind, contents)
+    return None
+
+
+def _getter(scan: Scan, getter: Any, at: At, called: bool) -> None:
+    """An `operator.attrgetter` or `methodcaller` names attributes."""
+    names = {part for name in getter.__reduce__()[1] if isinstance(name, str) for part in name.split(".")}
+    scan.learn(frozenset(names | {f"{name}()" for name in names}))
+    _identity(scan, getter, at, called)
+
+
+def _function(scan: Scan, fn: FunctionType, at: At, called: bool) -> Parts | None:
     if fn.__dict__ and "_torchdynamo_orig_callable" in fn.__dict__:
         return _compiled(scan, fn, at, called)
     if (
-        at is not _FUNC
+        at is not FUNC
         and at[0] in ("global", "module")
-        and _opaque(fn.__module__)
+        and opaque(fn.__module__)
         # What torch's own `and_masks` returns lives in torch and holds the user's mods.
         and not (fn.__closure__ and fn.__module__.startswith("torch.nn.attention"))
     ):
         return _identity(scan, fn, at, called)
-    code, cells = fn.__code__, fn.__closure__
-    facts = _CODES.get(id(code)) or _read_code(code)
-    if facts.names is not scan.names:
-        if scan.seen:
-            scan.learn(facts.names)
-        else:  # the root
-            scan.names = scan.names or facts.names
-    scan.pins.append(code)
+    known = CODES.get(id(fn.__code__)) or code_of(fn)  # saves a call
+    if known.names is not scan.names:
+        scan.learn(known.names)
+    scan.pins.append(known.code)
+    cells = fn.__closure__
     try:
         children = [*map(_contents, cells)] if cells else []
     except ValueError:  # an empty cell
         children = [_read_cell(cell) for cell in cells or ()]
-    children += map(fn.__globals__.get, facts.global_names, repeat(_ABSENT))
-    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__ or facts.is_odd):
-        return ("function", id(code)), children, facts.where
-    if facts.hides:
+    children += map(fn.__globals__.get, known.global_names, repeat(ABSENT))
+    edges = zip(known.where, children)  # noqa: B905 (`strict` costs time for each token)
+    if not (fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__ or known.imports or known.hides):
+        return ("function", id(known.code)), edges
+    if known.hides:
         scan.mark("function")
-    imports = [name for given in facts.imports for name in _import_names(fn, *given)]
-    children += [sys.modules.get(name, _ABSENT) for name in imports]
-    defaults, keywords, attributes = fn.__defaults__ or (), fn.__kwdefaults__ or {}, fn.__dict__
-    named = [name for name in _view(scan.names).attributes if name in attributes]
-    scan.looked = scan.looked or bool(attributes)
-    children += [*defaults, *keywords.values(), *[attributes[name] for name in named]]
-    where = [
-        *facts.where,
-        *[("import", name) for name in imports],
-        *[("default", i) for i in range(len(defaults))],
-        *[("kwdefault", k) for k in keywords],
+    scan.looked = scan.looked or bool(fn.__dict__)
+    more = [
+        *[(("import", n), sys.modules.get(n, ABSENT)) for given in known.imports for n in _import_names(fn, *given)],
+        *[(("default", i), value) for i, value in enumerate(fn.__defaults__ or ())],
+        *[(("kwdefault", name), value) for name, value in (fn.__kwdefaults__ or {}).items()],
+        *[(("fattr", name), fn.__dict__[name]) for name in view(scan.names).attributes if name in fn.__dict__],
     ]
-    where += [("fattr", name) for name in named]
-    return ("function", id(code), (len(defaults), *keywords, None, *named)), children, where
+    return ("function", id(known.code), *[at for at, _ in more], None), [*edges, *more]
+
+
+def _read_cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
 
 
 def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
@@ -404,235 +334,145 @@ def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
     return (name,) if "." not in name else (name, name.partition(".")[0])
 
 
-def _compiled(scan: _Scan, value: Any, at: _At, called: bool) -> _Parts:
+def _compiled(scan: Scan, value: Any, at: At, called: bool) -> Parts:
     """What `torch.compile` gives counts as what it was made of."""
-    return ("compiled",), (uncompiled(value),), (_FUNC,)
+    return ("compiled",), ((FUNC, code.uncompiled(value)),)
 
 
-def _method(scan: _Scan, method: MethodType, at: _At, called: bool) -> _Parts:
+def _method(scan: Scan, method: types.MethodType, at: At, called: bool) -> Parts:
     function = method.__func__
-    bare = not isinstance(function, FunctionType) or _code(function).uses_self
-    return ("method",), (function, method.__self__), (_FUNC, ("self", bare))
+    bare = not isinstance(function, FunctionType) or code_of(function).uses_self
+    return ("method",), ((FUNC, function), (("self", bare), method.__self__))
 
 
-def _partial(scan: _Scan, call: functools.partial, at: _At, called: bool) -> _Parts:
-    where = [_FUNC, *[("argument", i) for i in range(len(call.args))], *[("keyword", k) for k in call.keywords]]
-    children = [call.func, *call.args, *call.keywords.values()]
-    return ("partial", len(call.args), tuple(call.keywords)), children, where
+def _partial(scan: Scan, call: functools.partial, at: At, called: bool) -> Parts:
+    arguments = [(("argument", i), value) for i, value in enumerate(call.args)]
+    keywords = [(("keyword", name), value) for name, value in call.keywords.items()]
+    return ("partial", len(call.args), tuple(call.keywords)), [(FUNC, call.func), *arguments, *keywords]
 
 
-def _sequence(scan: _Scan, items: Sequence, at: _At, called: bool) -> _Parts:
-    if len(items) > MAX_ITEMS:
-        return _long(scan, items)
-    return (type(items), len(items)), items, _INDEX
-
-
-def _dictionary(scan: _Scan, items: Mapping, at: _At, called: bool) -> _Parts:
-    if len(items) > MAX_ITEMS:
-        return _long(scan, items)
-    if _KEY_TYPES.issuperset(map(type, items)) and type(items) is not defaultdict:
-        return (type(items), tuple(items)), [*items.values()], [("item", key) for key in items]
-    header, children, where = _dict_parts(items)
-    return (type(items), *header), children, where
-
-
-def _dict_parts(items: Mapping) -> _Parts:
-    """The entries of a dict with keys of any type: what a key does not spell is visited as well."""
-    spelled = (*map(_spelled, items),)
-    odd = [key for key, known in zip(items, spelled, strict=True) if known is None] if None in spelled else []
-    children = [*dict.values(items)] if isinstance(items, dict) else [*items.values()]
-    where: list[_At] = [("item", key) for key in items]
-    where += [("key", i) for i in range(len(odd))]
-    if isinstance(items, defaultdict):
-        odd.append(items.default_factory)
-        where.append(("factory", None))
-    return (spelled,), [*children, *odd], where
-
-
-def _module(scan: _Scan, module: ModuleType, at: _At, called: bool) -> _Parts | None:
+def _module(scan: Scan, module: ModuleType, at: At, called: bool) -> Parts | None:
     state = vars(module)
-    if _opaque(state.get("__name__")):
+    if opaque(state.get("__name__")):
         _LIBRARY[id(module)] = module
         scan.key += (ModuleType, id(module))
         return None
-    where = [("module", name) for name in _view(scan.names).attributes if name in state]
+    edges = [(("module", name), state[name]) for name in view(scan.names).attributes if name in state]
     scan.looked = True
     scan.pins.append(module)
-    return ("module", id(module), len(where), *where), [state[name] for _, name in where], where
+    return ("module", id(module), len(edges), *[at for at, _ in edges]), edges
 
 
-def _class(scan: _Scan, kind: type, at: _At, called: bool) -> _Parts | None:
+def _class(scan: Scan, kind: type, at: At, called: bool) -> Parts | None:
     # `super()` holds its class in a cell; what it reaches is found on the object.
     is_super = at == ("cell", "__class__") and "super()" in scan.names
-    if is_super or _opaque(kind.__module__) or issubclass(kind, Enum):
+    if is_super or opaque(kind.__module__) or issubclass(kind, Enum):
         return _identity(scan, kind, at, called)
-    facts = _type(kind)
-    return _attributes(scan, kind, kind, facts, {}, _CONSTRUCTORS, called)
+    return _attributes(scan, kind, kind, classes.class_of(kind.__mro__), {}, classes.CONSTRUCTORS, called)
 
 
-def _object(scan: _Scan, obj: Any, at: _At, called: bool) -> _Parts:
-    facts = _type(type(obj))
-    state = object.__getattribute__(obj, "__dict__") if facts.has_dict else {}
-    if isinstance(obj, threading.local):
-        state = obj.__dict__  # of this thread
-    hooks = [name for name in _HOOKS if state.get(name)] if facts.is_module else ()
-    return _attributes(scan, obj, type(obj), facts, state, hooks, called)
+def _object(scan: Scan, obj: Any, at: At, called: bool) -> Parts:
+    known, state = classes.class_of(type(obj).__mro__), classes.state_of(obj)
+    hooks = [name for name in _HOOKS if state.get(name)] if known.is_module else ()
+    return _attributes(scan, obj, type(obj), known, state, hooks, called)
 
 
 def _attributes(
-    scan: _Scan, obj: Any, kind: type, facts: _Type, state: Mapping, extra: Sequence[str], called: bool
-) -> _Parts:
+    scan: Scan, obj: Any, kind: type, known: classes.Class, state: Mapping, extra: Sequence[str], called: bool
+) -> Parts:
     """Describes what the code names of an object or class, with what its methods name in turn."""
     while True:
-        names, operators = scan.names, (*facts.operators, *extra) if called else facts.getters
-        view = _view(names)
-        children, where = _members(obj, facts, state, view, operators)
-        if view.whole and (called or "__dict__" in names) and obj is not kind and not facts.is_module:
-            _add_attributes(obj, facts, state, view, children, where)
-        methods = [(_code(c), how) for c, (how, _) in zip(children, where, strict=True) if type(c) is FunctionType]
-        for code, _ in methods:
-            scan.learn(code.names)
-        if not called and any(code.uses_self and how in ("class", "super") for code, how in methods):
+        names, operators = scan.names, (*known.operators, *extra) if called else known.getters
+        looked_up = view(names)
+        edges = _members(obj, known, state, looked_up, operators)
+        if looked_up.whole and (called or "__dict__" in names) and obj is not kind and not known.is_module:
+            unnamed = [("attr", name) for name in state if name not in known.slots] + [("slot", n) for n in known.slots]
+            for how, name in unnamed:  # the code may read all attributes: `vars(cfg)`
+                if name not in looked_up.attributes:
+                    value = state[name] if how == "attr" else classes.read_slot(known.slots[name], obj)
+                    edges.append(((how, name), value))
+        methods = [(how, code_of(child)) for (how, _), child in edges if type(child) is FunctionType]
+        for _, method in methods:
+            scan.learn(method.names)
+        if not called and any(method.uses_self and how in ("class", "super") for how, method in methods):
             called = True
         elif names is scan.names:
             break
     scan.looked = True
-    by_identity = facts.dynamic or view.reflective
-    if obj is not kind and facts.solid in _CONTAINERS:
-        _add_items(scan, obj, facts.solid, children, where)
+    by_identity = not known.transparent or bool(known.getters) or looked_up.reflective
+    header: Sequence = ()
+    if obj is not kind and known.solid in CONTAINERS:
+        header, items = _long(scan, obj) if known.solid.__len__(obj) > MAX_ITEMS else holders.contents(obj)
+        edges += items
     scan.pins += (obj, kind) if by_identity else (kind,)
-    return ("object", id(kind), obj is kind, id(obj) if by_identity else 0, len(where), *where), children, where
+    where = [at for at, _ in edges]
+    return ("object", id(kind), obj is kind, id(obj) if by_identity else 0, len(where), *where, *header), edges
 
 
 def _members(
-    obj: Any, facts: _Type, state: Mapping, view: _View, operators: tuple[str, ...]
-) -> tuple[list[Any], list[_At]]:
+    obj: Any, known: classes.Class, state: Mapping, looked_up: code.View, operators: tuple[str, ...]
+) -> list[Edge]:
     """Finds attributes as Python would, without running a property or `__getattr__`."""
-    children: list[Any] = []
-    where: list[_At] = []
-    uses_class, hidden = view.uses_class, {}
-    for name in (*operators, *view.attributes):
-        found = [namespace[name] for namespace in facts.dicts if name in namespace]
-        if found and isinstance(found[0], MemberDescriptorType) and not isinstance(obj, type):
-            children.append(_read_slot(found[0], obj))
-            where.append(("slot", name))
-        elif name in state and not (found and hasattr(type(found[0]), "__set__")):  # properties go before the dict
-            children.append(state[name])
-            where.append(("attr", name))
-            if found:
-                hidden[name] = found[0]
+    edges: list[Edge] = []
+    hidden: list[Edge] = []
+    uses_class = looked_up.uses_class
+    for name in (*operators, *looked_up.attributes):
+        found = [namespace[name] for namespace in known.dicts if name in namespace]
+        first = found[0] if found else ABSENT
+        if isinstance(first, types.MemberDescriptorType) and not isinstance(obj, type):
+            edges.append((("slot", name), classes.read_slot(first, obj)))
+        elif name in state and not hasattr(type(first), "__set__"):  # properties go before the dict
+            edges.append((("attr", name), state[name]))
+            hidden += [(("class", name), plain(value)) for value in found[:1]]
         elif found:
-            children.append(_plain(found[0]))
-            where.append(("class" if _is_plain(found[0]) else "descriptor", name))
-            uses_class = uses_class or isinstance(found[0], classmethod)
-        elif facts.is_module and not facts.is_container:
-            for table in _TABLES:
-                if name in state.get(table, ()):
-                    children.append(state[table][name])
-                    where.append((table, name))
-                    break
-        if view.uses_super:
-            children += map(_plain, found[1:])
-            where += [("super", name)] * len(found[1:])
-    if facts.is_container:
-        for table in _TABLES:
-            children += state[table].values()
-            where += [(table, name) for name in state[table]]
-    if uses_class:
-        children += map(_plain, hidden.values())
-        where += [("class", name) for name in hidden]
-    return children, where
+            edges.append((("class" if is_plain(first) else "descriptor", name), plain(first)))
+            uses_class = uses_class or isinstance(first, classmethod)
+        elif known.is_module and not known.is_indexed:
+            edges += [((table, name), state[table][name]) for table in TABLES if name in state.get(table, ())]
+        if looked_up.uses_super:
+            edges += [(("super", name), plain(value)) for value in found[1:]]
+    if known.is_indexed:
+        edges += [((table, name), value) for table in TABLES for name, value in state[table].items()]
+    return edges + hidden if uses_class else edges
 
 
-def _add_attributes(obj: Any, facts: _Type, state: Mapping, view: _View, children: list[Any], where: list[_At]) -> None:
-    """Adds the attributes of an instance that the code does not name, where it may read all (`vars(cfg)`)."""
-    slots = {
-        name: slot
-        for namespace in facts.dicts
-        for name, slot in namespace.items()
-        if isinstance(slot, MemberDescriptorType)
-    }
-    for name in state:
-        if name not in view.attributes and name not in slots:
-            children.append(state[name])
-            where.append(("attr", name))
-    for name, slot in slots.items():
-        if name not in view.attributes:
-            children.append(_read_slot(slot, obj))
-            where.append(("slot", name))
+# --- Which type is described how -------------------------------------------------------------------------------------
 
-
-def _add_items(scan: _Scan, obj: Any, solid: Any, children: list[Any], where: list[_At]) -> None:
-    """Adds the items of an instance of a container class, or those that the mod reads if there are many."""
-    if solid.__len__(obj) > MAX_ITEMS:
-        _long(scan, obj)
-    elif solid in _DICTS:
-        _, values, places = _dict_parts(obj)
-        children += values
-        where += places
-    else:
-        children += solid.__iter__(obj)
-        where += _INDEX[: solid.__len__(obj)]
-
-
-def _code(fn: FunctionType) -> _Code:
-    return _CODES.get(id(fn.__code__)) or _read_code(fn.__code__)
-
-
-def _type(kind: type) -> _Type:
-    facts = _TYPES.get(kind)
-    return facts if facts is not None and facts.lineage is kind.__mro__ else _read_type(kind)
-
-
-def _read_cell(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _ABSENT
-
-
-def _read_slot(slot: MemberDescriptorType, obj: Any) -> Any:
-    try:
-        return slot.__get__(obj)
-    except AttributeError:
-        return _ABSENT
-
-
-_TABLE: dict[type, _Describe] = {
+_EXACT: dict[type, _Describe] = {
     FunctionType: _function,
-    MethodType: _method,
+    types.MethodType: _method,
     functools.partial: _partial,
-    **dict.fromkeys(_SEQUENCES, _sequence),
-    **dict.fromkeys(_DICTS, _dictionary),
+    **dict.fromkeys((*CONTAINERS, types.MappingProxyType, *VIEWS), _container),
     **dict.fromkeys((float, complex, range), _representation),
-    **dict.fromkeys((set, frozenset), _set),
     **dict.fromkeys((operator.attrgetter, operator.methodcaller), _getter),
+    **dict.fromkeys(holders.HOLDERS, _holder),
+}
+_BASES: dict[type, _Describe] = {
+    torch.Tensor: _tensor,
+    ModuleType: _module,
+    type: _class,
+    weakref.ref: _holder,
+    **dict.fromkeys((array.array, bytearray, memoryview, *holders.CTYPES), _data),
+    threading.local: _object,
+    Enum: _identity,
 }
 
 
+@functools.lru_cache(maxsize=code.MAX_KNOWN)
 def _choose(kind: type) -> _Describe:
-    if kind in _TABLE:
-        return _TABLE[kind]
-    if issubclass(kind, torch.Tensor):
-        return _tensor
+    """How values of a type are described."""
+    if kind in _EXACT:
+        return _EXACT[kind]
+    for base, describe in _BASES.items():
+        if issubclass(kind, base):
+            return describe
     if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
         return _compiled
-    if issubclass(kind, ModuleType):
-        return _module
-    if issubclass(kind, type):
-        return _class
     if kind.__module__ == "numpy" and issubclass(kind, numbers.Real):
         return _numpy_number
-    if _holder(kind) is not None:
-        return _held
-    if _is_data(kind):
+    if holders.is_numpy_array(kind):
         return _data
-    if isinstance(getattr(kind, "__next__", None), WrapperDescriptorType):  # generators, iterators, files
+    if isinstance(getattr(kind, "__next__", None), types.WrapperDescriptorType):  # generators, iterators, files
         return _refused
-    if kind.__module__ == "logging":
-        return _identity
-    if issubclass(kind, threading.local):
-        return _object
-    if issubclass(kind, Enum) or not (kind.__flags__ & _HEAP or kind is SimpleNamespace):
-        return _identity
-    return _object
+    is_users = kind.__flags__ & classes.HEAP or kind is types.SimpleNamespace
+    return _object if is_users and kind.__module__ != "logging" else _identity

@@ -76,6 +76,10 @@ class Ordered(OrderedDict):
     pass
 
 
+class Chosen(set):
+    pass
+
+
 class Row(list):
     scale = 1
 
@@ -606,6 +610,23 @@ def test_numbers_in_any_structure(shape, data):
         held.root = build(shape, iter(numbers))
         torch.testing.assert_close(run(mod), bias(read_path(held.root, path)))
         numbers[data.draw(st.integers(0, len(numbers) - 1))] = data.draw(st.sampled_from([-2.0, 0.25, 7.0, 3]))
+
+
+def test_an_attribute_beside_one_that_is_read_by_a_computed_name():
+    cfg, layer = Config(w3=0.5), 3
+    mod = lambda s, b, h, q, k: s + (getattr(cfg, f"w{layer}") + cfg.value) * k
+    for cfg.value in (1.0, 2.0, -3.0):
+        torch.testing.assert_close(run(mod), bias(0.5 + cfg.value))
+
+
+def test_a_subclass_of_set_that_changes_in_place():
+    chosen = Chosen([1])
+    check(lambda: 1.0 if 5 in chosen else 2.0, lambda x: chosen.add(5) if x > 1 else chosen.discard(5))
+
+
+def test_arrays_of_other_numbers_with_the_same_bytes():
+    for data in (array.array("i", [0x3F800000]), array.array("f", [1.0])):
+        torch.testing.assert_close(run(adds(lambda: data[0] * 2.0**-30)), bias(data[0] * 2.0**-30))
 
 
 # --- What it costs ----------------------------------------------------------------------------------------------------
