@@ -248,11 +248,8 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
 
 def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
     """Bytes of keys, values and their scales; `count_keys(True)` is the number where sequences share one cache."""
-    total = 0
-    for cache, scale, is_own in (
-        (inputs.key, inputs.k_scale, True),
-        (inputs.value, inputs.v_scale, not shares_storage(inputs.key, inputs.value)),
-    ):
+    total, key, value = 0, inputs.key, inputs.value
+    for cache, scale, is_own in ((key, inputs.k_scale, True), (value, inputs.v_scale, not shares_storage(key, value))):
         shared = inputs.page_table is None and len(cache) != len(inputs.query)
         per_key = cache.shape[3] * cache.element_size() if is_own else 0
         if isinstance(scale, torch.Tensor) and scale.dim() == 3:

@@ -87,10 +87,9 @@ def _check(outs: Parts, lses: Parts) -> None:
         raise ValueError(f"`outs[0]` must have shape [B, Hq, Q, Dv], got {list(shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"`outs[0]` must be float16, bfloat16 or float32, got {dtype}")
-    grad = torch.is_grad_enabled()
-    for name, parts, form, want, want_dtype in (
-        ("outs", outs, "[B, Hq, Q, Dv]", shape, dtype),
-        ("lses", lses, "[B, Hq, Q]", shape[:3], torch.float32),
+    for name, parts, form, want, want_dtype, source in (
+        ("outs", outs, "[B, Hq, Q, Dv]", shape, dtype, " (from `outs[0]`)"),
+        ("lses", lses, "[B, Hq, Q]", shape[:3], torch.float32, ""),
     ):
         for i, part in enumerate(parts):
             if part.shape != want:
@@ -98,13 +97,12 @@ def _check(outs: Parts, lses: Parts) -> None:
                     f"`{name}[{i}]` must have shape {form} = {list(want)} (from `outs[0]`), got {list(part.shape)}"
                 )
             if part.dtype != want_dtype:
-                source = " (from `outs[0]`)" if name == "outs" else ""
                 raise ValueError(f"`{name}[{i}]` must be {want_dtype}{source}, got {part.dtype}")
             if part.device != device:
                 raise ValueError(f"`{name}[{i}]` must be on the device of `outs[0]`, {device}, got {part.device}")
             if part.layout != torch.strided:
                 raise ValueError(f"`{name}[{i}]` must be a dense tensor, got layout {part.layout}")
-            if grad and part.requires_grad:
+            if part.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     f"`{name}[{i}]` requires grad, but merge_attention is forward only: call it under torch.no_grad() "
                     f"or detach `{name}[{i}]`"

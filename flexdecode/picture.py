@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
 from .blocks import DEAD, FULL, PARTIAL, UNUSED, Step
 
@@ -77,8 +78,7 @@ def cells(step: Step) -> tuple[torch.Tensor, int, int]:
     for item in range(step.num_items):
         states, splits = step.blocks(item)
         codes = 2 * states + (splits % 2) * (splits >= 0)
-        padding = codes.new_full((found.shape[1] * blocks - len(codes),), 2 * UNUSED)
-        codes = torch.cat([codes, padding]).view(-1, blocks)
+        codes = pad(codes, (0, shape[1] * blocks - len(codes)), value=2 * UNUSED).view(-1, blocks)
         # Of equal states the first block decides the shade.
         chosen = codes.gather(1, (codes // 2).argmax(1, keepdim=True))[:, 0]
         row = found[item // items]

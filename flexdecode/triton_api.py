@@ -174,18 +174,17 @@ class Launch:
         """
         self.compiled = compiled
         try:
-            run = compiled.run  # loads the machine code
+            self._run = compiled.run  # loads the machine code
             self._head = compiled.function, compiled.packed_metadata, None, None, None
         except AttributeError as error:
             raise version_error(f"Triton's compiled kernel has no `{error.name}`.") from error
-        first = list(inspect.signature(run).parameters)[: len(_GRID)]
+        first = list(inspect.signature(self._run).parameters)[: len(_GRID)]
         if first != _GRID and "args" not in first:
             raise version_error(f"Triton's launcher takes ({', '.join(first)}, ...), not ({', '.join(_GRID)}, ...).")
-        self._run = run
         self._tail = (None,) * num_constants
         self.encode_descriptors: Callable[[object, object], tuple] = lambda key, value: (key, value)
         if num_descriptors:
-            self.encode_descriptors = _encoder(run) or self.encode_descriptors
+            self.encode_descriptors = _encoder(self._run) or self.encode_descriptors
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
         """Launches on a stream; returns at once."""

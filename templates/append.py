@@ -11,11 +11,12 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: near it, float32 numbers are th
 
 
 @triton.jit
-def load_rows(
-    base, b, head, token, inside, stride_b, stride_h, stride_t, stride_d, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Loads rows of new tokens as [BLOCK_R, BLOCK_D]; zeros where not `inside`. ALIGNED: strides are multiples of 8."""
+def load_rows(new, b, head, token, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """Loads rows of new tokens as [BLOCK_R, BLOCK_D]; zeros where not `inside`. ALIGNED: strides are multiples of 8.
+
+    `new` is (pointer, stride_b, stride_h, stride_t, stride_d).
+    """
+    base, stride_b, stride_h, stride_t, stride_d = new
     offsets = b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + token.to(tl.int64) * stride_t
     if ALIGNED:
         offsets = tl.multiple_of(offsets, 8)
@@ -84,12 +85,9 @@ def append(
     head = row // num_tokens
     token = row % num_tokens
     inside = row < num_rows
-    new_k = load_rows(
-        k, b, head, token, inside, stride_kb, stride_kh, stride_kt, stride_kd, HEAD_DIM, BLOCK_D, ALIGNED
-    )  # fmt: skip
-    new_v = load_rows(
-        v, b, head, token, inside, stride_vb, stride_vh, stride_vt, stride_vd, V_HEAD_DIM, BLOCK_DV, ALIGNED
-    )  # fmt: skip
+    new_k, new_v = (k, stride_kb, stride_kh, stride_kt, stride_kd), (v, stride_vb, stride_vh, stride_vt, stride_vd)
+    k_rows = load_rows(new_k, b, head, token, inside, HEAD_DIM, BLOCK_D, ALIGNED)
+    v_rows = load_rows(new_v, b, head, token, inside, V_HEAD_DIM, BLOCK_DV, ALIGNED)
 
     # Whatever the numbers on the device are, nothing is written outside the cache.
     capacity = max_pages * page_size
@@ -103,8 +101,8 @@ def append(
         page = tl.load(page_table + b.to(tl.int64) * max_pages + position // page_size, mask=taken, other=0)
         taken = taken & (page >= 0) & (page < num_pages)
     rows = (page.to(tl.int64) * num_kv_heads + head) * page_size + position % page_size
-    store_rows(key, k_scale, new_k, head, rows, taken, HEAD_DIM, BLOCK_D, DYNAMIC_K, LARGEST)
-    store_rows(value, v_scale, new_v, head, rows, taken, V_HEAD_DIM, BLOCK_DV, DYNAMIC_V, LARGEST)
+    store_rows(key, k_scale, k_rows, head, rows, taken, HEAD_DIM, BLOCK_D, DYNAMIC_K, LARGEST)
+    store_rows(value, v_scale, v_rows, head, rows, taken, V_HEAD_DIM, BLOCK_DV, DYNAMIC_V, LARGEST)
 
     tl.debug_barrier()  # every warp has read the length
     arrived = num_programs - 1

@@ -604,13 +604,12 @@ def make_tile(item, rows, lengths, captures, C: tl.constexpr):
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
     # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
     offset = rows.token[:, None] if C.NUM_QUERIES > 1 else 0
-    num_tokens = C.NUM_QUERIES
+    num_tokens = read_length(lengths.q_lens, b, C.NUM_QUERIES)
+    counted = num_tokens
     if lengths.q_lens is not None:
-        num_tokens = read_length(lengths.q_lens, b, C.NUM_QUERIES)
-        offset = tl.minimum(offset, tl.maximum(num_tokens, 1) - 1)
-        q_idx = first_position(lengths.q_offset, b, kv_len, tl.maximum(num_tokens, 1)) + offset
-    else:
-        q_idx = first_position(lengths.q_offset, b, kv_len, C.NUM_QUERIES) + offset
+        counted = tl.maximum(num_tokens, 1)
+        offset = tl.minimum(offset, counted - 1)
+    q_idx = first_position(lengths.q_offset, b, kv_len, counted) + offset
     score_values = score_row(b, h, q_idx, captures.score)
     mask_values = mask_row(b, h, q_idx, captures.mask)
     return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values), num_tokens

@@ -105,13 +105,13 @@ def _copy_blocks(wide, narrow, start, steps, memory, visit, b, C: gl.constexpr):
     """Keeps all places filled."""
     latents, full, empty = memory.latents, memory.full, memory.empty
     HALF: gl.constexpr = latents[0].shape[2]
-    first = visit.first
-    for i in range(first, visit.last):
-        place = (i - first) % 2
+    for i in range(visit.first, visit.last):
+        step = i - visit.first
+        place = step % 2
         start_n = _find_block(visit, i, C) * C.BLOCK_N
         pages = find_pages(visit.page_table, b, start_n, visit.spans, C)
         row, column = rectangle(start, Block(start_n, pages), steps, C)
-        phase = ((i - first) // 2 + 1) % 2
+        phase = (step // 2 + 1) % 2
         left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
         _copy(narrow, row, column + 2 * HALF, rest, full[2].index(place), empty[2].index(place), phase)
         _copy(wide, row, column, left, full[0].index(place), empty[0].index(place), phase)
