@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import evaluate_graph, trace_mod
 
 from flexdecode import TraceError
-from flexdecode.analyze import MAX_KV_LEN, analyze
+from flexdecode.analyze import MAX_KV_LEN, analyze, analyze_graph
 from flexdecode.graph import INDEX_NAMES
 from flexdecode.ops import INT_LIMITS
 
@@ -99,6 +99,13 @@ def test_nodes_come_operands_first():
     graph, _ = trace_mod(lambda s, b, h, q, k: s * (q - k) + TABLE[h])
     assert analyze([graph.output], False).nodes == graph.nodes()
     assert analyze([], False).nodes == []
+
+
+def test_a_graph_is_analysed_once():
+    one, other = (trace_mod(lambda s, b, h, q, k: s + TABLE[h] * (q - k))[0] for _ in range(2))
+    assert one is not other and analyze_graph(one, False) is analyze_graph(other, False)
+    assert analyze_graph(one, False) == analyze([one.output], False)
+    assert analyze_graph(one, True).ranges != analyze_graph(one, False).ranges
 
 
 # --- Soundness --------------------------------------------------------------------------------------------------------

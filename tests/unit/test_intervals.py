@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from support import MODS, trace_mod
 from unit import mask_graphs
 
-from flexdecode import eager, mods
+from flexdecode import build, eager, mods
 from flexdecode.analyze import analyze
 from flexdecode.bounds import find_bounds, nodes_of
-from flexdecode.graph import topological
-from flexdecode.intervals import ALWAYS, EVERYWHERE, MAX_INTERVALS, NEVER, NOWHERE, UNKNOWN, find_extent
+from flexdecode.graph import Node, const, topological
+from flexdecode.intervals import ALWAYS, EVERYWHERE, MAX_INTERVALS, NEVER, NOWHERE, UNKNOWN, at_most, find_extent
 from flexdecode.ops import OPS
 
 EXAMPLES = int(os.environ.get("FLEXDECODE_EXAMPLES", "2500"))
@@ -501,3 +501,23 @@ def test_deep_graphs(mask_mod):
     """A loop in a mod unrolls; Python's stack must not limit it."""
     mask, live, full = brute_force(mask_mod)
     assert not (mask & ~live).any() and not (full & ~mask).any()
+
+
+# --- a <= b -----------------------------------------------------------------------------------------------------------
+
+
+def test_at_most():
+    q, h, narrow = (Node("index", (), dtype, name) for dtype, name in (
+        (torch.int64, "q_idx"), (torch.int64, "h"), (torch.int8, "b")
+    ))  # fmt: skip
+    number = lambda value: const(value, torch.int64)
+    add, sub, low, high = (
+        lambda a, b, name=name: build.make(name, a, b) for name in ("add", "sub", "minimum", "maximum")
+    )
+    after = add(q, number(1))
+    assert at_most(q, q) and at_most(q, after) and not at_most(after, q) and not at_most(q, h)
+    assert at_most(sub(add(q, h), h), q) and at_most(build.make("neg", sub(h, q)), sub(q, h))
+    assert at_most(build.make("mul", after, number(3)), build.make("mul", add(q, number(2)), number(3)))
+    assert at_most(low(q, h), h) and not at_most(h, low(q, h)) and at_most(q, high(after, h))
+    assert at_most(high(q, sub(q, h)), high(high(q, sub(q, h)), h)) and at_most(number(3), high(h, number(4)))
+    assert not at_most(narrow, build.make("add", narrow, const(1, torch.int8))), "this sum may wrap around"
