@@ -47,7 +47,7 @@ def _stack(context: TraceContext, tensors: Any, dim: int = 0) -> Symbol:
     if any(shape != shapes[0] for shape in shapes):
         raise at_user_line(TraceError, f"torch.stack of the shapes {shapes}", "Stack tensors of one shape.")
     at_dim = _dim(symbols[0], dim, 1)
-    return _joined([_unsqueeze(context, s, at_dim) for s in symbols], [1] * len(symbols), at_dim, dtype)
+    return _joined([_unsqueeze(s, at_dim) for s in symbols], [1] * len(symbols), at_dim, dtype)
 
 
 @_handles("cat", "concat", "concatenate")
