@@ -156,7 +156,7 @@ def _scales(name: str, source: str) -> Argument:
         if not isinstance(scale, torch.Tensor):
             return (float(scale),)
         steps = [0 if size == 1 else step for size, step in zip(scale.shape, scale.stride(), strict=True)]
-        return (scratch.at(scale), *[0] * (2 - scale.dim()), *steps)
+        return (scratch.form.at(scale), *[0] * (2 - scale.dim()), *steps)
 
     return Argument(name, types, value=value)
 
@@ -193,12 +193,12 @@ ARGUMENTS = (
     Argument(
         "q_offset",
         lambda s: "i64" if s.signature.q_offset is int else _pointer(s.signature.q_offset),
-        value=lambda scratch, call: scratch.at(call.inputs.q_offset),
+        value=lambda scratch, call: scratch.form.at(call.inputs.q_offset),
     ),
     Argument(
         "page_table",
         lambda s: s.signature.format.types(s.signature, _pointer),
-        value=lambda scratch, call: call.inputs.format.arguments(call.inputs, scratch.at),
+        value=lambda scratch, call: call.inputs.format.arguments(call.inputs, scratch.form.at),
     ),
     Argument(
         "block_lists",
@@ -208,10 +208,8 @@ ARGUMENTS = (
     _scales("key_scales", "k_scale"),
     _scales("value_scales", "v_scale"),
     _input("sinks"),
-    Argument(
-        "score_captures", lambda s: s.score_captures, value=lambda s, call: s.launcher.read_score(call.score_leaves)
-    ),
-    Argument("mask_captures", lambda s: s.mask_captures, value=lambda s, call: s.launcher.read_mask(call.mask_leaves)),
+    Argument("score_captures", lambda s: s.score_captures, value=lambda s, call: s.form.read_score(call.score_leaves)),
+    Argument("mask_captures", lambda s: s.mask_captures, value=lambda s, call: s.form.read_mask(call.mask_leaves)),
     Argument("scale", lambda s: "fp32", value=lambda scratch, call: call.scale),
     *map(_stride, STRIDES[:4]),
     _steps("key_steps", "k"),
@@ -220,4 +218,5 @@ ARGUMENTS = (
     *map(_stride, STRIDES[10:]),
     *(Argument(name, lambda s: "i32") for name in ("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight")),
 )
+SAME = slice(22, None)  # from the strides on: arguments that stay the same in all calls of one layout
 DESCRIPTORS = slice(3, 5)  # places of the descriptors; a launch takes several values for each

@@ -55,6 +55,7 @@ class _Sources(NamedTuple):
 
 
 _NO_SOURCES = _Sources((), ())
+_NO_MOD = Mod(None, None, [])
 
 
 def identify(kind: str, mod: Callable | None) -> Mod:
@@ -64,7 +65,7 @@ def identify(kind: str, mod: Callable | None) -> Mod:
         TypeError: it is not callable.
     """
     if mod is None:
-        return Mod(None, None, [])
+        return _NO_MOD
     if not callable(mod):
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")

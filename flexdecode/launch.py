@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import ARGUMENTS, DESCRIPTORS, STRIDES, Call, CaptureTypes, KernelSpec
+from .arguments import ARGUMENTS, DESCRIPTORS, SAME, Call, CaptureTypes, KernelSpec
 from .compiled import Kernel
 from .descriptor import Matrix, make_descriptor
 from .graph import Graph
@@ -60,17 +59,42 @@ class CaptureReader:
         return tuple(values)
 
 
+class LaunchForm:
+    """What launches of one kernel have in common: which arguments there are, and how they are read.
+
+    Attributes:
+        at: gives what the kernel takes for a tensor: its address, or in the interpreter the tensor.
+        tensors, values: places and rows of the arguments that are read at each call.
+        absent: a list of arguments with None or an empty tuple in each place.
+        read_score, read_mask: read what the mods capture.
+    """
+
+    def __init__(self, kernel: Kernel, spec: KernelSpec, program: Program, on_gpu: bool) -> None:
+        self.kernel = kernel
+        self.spec = spec
+        self.listed = program.listed
+        self.on_gpu = on_gpu
+        self.at = _address if on_gpu else _itself
+        self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
+        self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
+        types = [row.type(spec) for row in ARGUMENTS]
+        self.absent: list = [() if kind == () else None for kind in types]
+        asked = [(i, row) for i, row in enumerate(ARGUMENTS) if types[i]]
+        self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
+        self.values = [(i, row.value) for i, row in asked if row.value is not None]
+
+
 class Scratch(NamedTuple):
     """What one launch needs besides the arguments of its call.
 
     Attributes:
         launcher: that of the call.
-        at: gives what a kernel takes for a tensor: its address, or in the interpreter the tensor.
+        form: of its kernel.
         partial_out, partial_max, partial_sum, item_parts: parts of the workspace.
     """
 
     launcher: TritonLauncher
-    at: Callable[[Any], Any]
+    form: LaunchForm
     partial_out: Any = None
     partial_max: Any = None
     partial_sum: Any = None
@@ -82,21 +106,17 @@ class TritonLauncher:
 
     def __init__(
         self,
-        kernel: Kernel,
-        spec: KernelSpec,
+        form: LaunchForm,
         sizes: Sizes,
-        cut: Schedule,
+        chosen: Schedule,
         strides: tuple[int, ...],
         matrices: tuple[Matrix, Matrix] | None,
-        on_gpu: bool,
-        program: Program,
     ) -> None:
-        self.kernel = kernel
-        self.on_gpu = on_gpu
-        self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
-        self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
-        signature, tiles = spec.signature, spec.tiles
-        self.listed = (sizes.num_kv_heads, tiles.block_n, program.listed, self.on_gpu)
+        self.form = form
+        self.kernel = form.kernel
+        self.on_gpu = form.on_gpu
+        signature, tiles = form.spec.signature, form.spec.tiles
+        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, self.on_gpu)
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
@@ -105,7 +125,7 @@ class TritonLauncher:
         num_q_heads = signature.group_size * sizes.num_kv_heads
         num_rows = sizes.batch * num_q_heads * signature.num_queries
         # A balanced worker has two places for partial results of a tile of rows.
-        places = 2 * cut.num_programs * tiles.block_m if tiles.balanced else num_rows * cut.num_splits
+        places = 2 * chosen.num_programs * tiles.block_m if tiles.balanced else num_rows * chosen.num_splits
         self.places = places if tiles.split else 0
         self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
         # Largest scores, sums, parts of items and outputs, each from a multiple of 16 bytes on.
@@ -114,26 +134,15 @@ class TritonLauncher:
         self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
         self.workspace_size = self.outs_at + self.places * signature.v_head_dim
         self.device = signature.device
-        self.grid = cut.grid
+        self.grid = chosen.grid
         self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
-        key_steps, value_steps = strides[4:6], strides[8:10]
-        if matrices is not None:
-            key_steps, value_steps = matrices[0].steps, matrices[1].steps
-        same: dict[str, Any] = {
-            **dict(zip(STRIDES, strides, strict=True)),
-            "key_steps": key_steps,
-            "value_steps": value_steps,
-            **sizes._asdict(),
-            "num_splits": cut.num_splits,
-            "max_weight": max(1, (1 << 30) // max(cut.num_items, 1)),
-        }
-        types = [row.type(spec) for row in ARGUMENTS]
-        rows = list(enumerate(zip(ARGUMENTS, types, strict=True)))
-        self.same = [same.get(row.name, () if kind == () else None) for _, (row, kind) in rows]
-        asked = [(i, row) for i, (row, kind) in rows if kind]
-        self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
-        self.values = [(i, row.value) for i, row in asked if row.value is not None]
-        self.scratch = Scratch(self, _address if on_gpu else _itself)
+        steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
+        max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
+        self.arguments = form.absent.copy()
+        self.arguments[SAME] = [
+            *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes, chosen.num_splits, max_weight
+        ]  # fmt: skip
+        self.scratch = Scratch(self, form)
 
     def __call__(self, call: Call) -> None:
         """Launches both passes on the current stream; returns at once."""
@@ -147,13 +156,13 @@ class TritonLauncher:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
         scratch = self.scratch
         if self.workspace_size:
-            scratch = Scratch(self, scratch.at, *self._workspace(stream))
-        arguments = self.same.copy()
+            scratch = Scratch(self, self.form, *self._workspace(stream))
+        arguments = self.arguments.copy()
         # The launcher takes addresses as numbers without asking the driver about them.
-        for place, read in self.tensors:
+        for place, read in self.form.tensors:
             tensor = read(call)
             arguments[place] = tensor.data_ptr() if self.on_gpu else tensor
-        for place, value in self.values:
+        for place, value in self.form.values:
             arguments[place] = value(scratch, call)
         second = None if self.kernel.combine is None else self.kernel.combined(arguments)
         if self.matrices is not None and self.on_gpu:

@@ -30,8 +30,10 @@ MAX_APART = 256  # distances that a plan remembers
 
 def layout(tensor: object) -> object:
     """What a plan depends on in a tensor: all but its contents."""
+    if tensor is None:
+        return None
     if not isinstance(tensor, torch.Tensor):
-        return tensor if tensor is None else type(tensor)
+        return type(tensor)
     place = tensor.data_ptr() & 15 if tensor.layout == torch.strided else None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
 

@@ -10,7 +10,7 @@ import torch
 from .analyze import MAX_KV_LEN
 from .arguments import KernelSpec
 from .captures import leaf_names
-from .compiled import Kernel, find_kernel
+from .compiled import find_kernel
 from .descriptor import Matrix, as_matrices, as_matrix
 from .device import device_facts
 from .errors import CompileError, SharedMemoryError
@@ -18,7 +18,7 @@ from .graph import Graph
 from .identity import Mod, graph_of, watch
 from .inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
 from .kernel import capture_types, rounds_to_half
-from .launch import TritonLauncher
+from .launch import LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 from .program import Listed, Program
 from .proofs import CallSizes, depends_on_length, find_checks, integers
@@ -204,7 +204,7 @@ class _Loaded:
         self.out_strides = out_strides
         self.signature = signature
         self.facts = facts
-        self.kernels: dict[Tiles, tuple[KernelSpec, Kernel]] = {}  # of tiles, or of smaller ones in their place
+        self.forms: dict[Tiles, LaunchForm] = {}  # by tiles; a kernel may have smaller ones in their place
 
     def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
         """Chooses a schedule and finds the kernel.
@@ -214,18 +214,18 @@ class _Loaded:
         program, signature, facts = self.program, self.signature, self.facts
         chosen, matrices = choose_schedule(signature, sizes, inputs, program, facts, options)
         try:
-            spec, kernel = self.kernels.get(chosen.tiles) or self._find(chosen.tiles, options)
+            form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
         except CompileError as error:
             if not chosen.tiles.latent:
                 raise
             _refuse_latents(error)
             return self.launcher(inputs, sizes, options)
-        if spec.tiles is not chosen.tiles:
-            chosen = replace(chosen, tiles=spec.tiles)
-        strides = all_strides(packed(inputs) if spec.tiles.packed else inputs, self.out_strides)
-        return TritonLauncher(kernel, spec, sizes, chosen, strides, matrices, facts.backend != "cpu", program)
+        if form.spec.tiles is not chosen.tiles:
+            chosen = replace(chosen, tiles=form.spec.tiles)
+        strides = all_strides(packed(inputs) if chosen.tiles.packed else inputs, self.out_strides)
+        return TritonLauncher(form, sizes, chosen, strides, matrices)
 
-    def _find(self, wanted: Tiles, options: DecodeOptions) -> tuple[KernelSpec, Kernel]:
+    def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller ones where that is too large for the device."""
         program, tiles = self.program, wanted
         while True:
@@ -240,8 +240,9 @@ class _Loaded:
                 block_lists=program.block_lists,
             )
             try:
-                self.kernels[wanted] = spec, find_kernel(spec, self.facts, program)
-                return self.kernels[wanted]
+                kernel = find_kernel(spec, self.facts, program)
+                self.forms[wanted] = LaunchForm(kernel, spec, program, self.facts.backend != "cpu")
+                return self.forms[wanted]
             except SharedMemoryError:
                 if tiles.latent or options.block_n or tiles.block_n <= 16:
                     raise

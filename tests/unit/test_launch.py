@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexdecode import DecodeOptions, flex_decode, mods, prepare
-from flexdecode.arguments import ARGUMENTS, DESCRIPTORS
+from flexdecode.arguments import ARGUMENTS, DESCRIPTORS, SAME
 from flexdecode.schedule import DeviceFacts
 from flexdecode.template import read_template
 
@@ -64,6 +64,7 @@ def kernels(monkeypatch):
 def test_the_rows_have_the_order_of_the_template():
     assert [row.name for row in ARGUMENTS] == parameters("decode.py", "decode_split")
     assert [row.name for row in ARGUMENTS[DESCRIPTORS]] == ["key_descriptor", "value_descriptor"]
+    assert all(row.tensor is row.value is None for row in ARGUMENTS[SAME]) and ARGUMENTS[SAME][0].name == "stride_qb"
     assert {*parameters("combine.py", "decode_combine")} <= {row.name for row in ARGUMENTS}
 
 

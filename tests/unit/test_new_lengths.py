@@ -91,10 +91,10 @@ MAX_KV_LEN = [row.name for row in ARGUMENTS].index("max_kv_len")
 def numbers(launcher):
     """All that a launch depends on but addresses and captured values."""
     state = dict(vars(launcher))
-    readers = [state.pop(name) for name in ("read_score", "read_mask")]
+    form = state.pop("form")
     del state["scratch"]  # which holds the launcher itself
     state["kernel"] = state["kernel"].built_from
-    return state, [(reader.numbers, reader.tensors, reader.types) for reader in readers]
+    return state, [(reader.numbers, reader.tensors, reader.types) for reader in (form.read_score, form.read_mask)]
 
 
 def prepared():
@@ -147,7 +147,7 @@ def test_a_growing_page_table(host):
         tables = torch.zeros(2, width, dtype=torch.int32)
         flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
     assert prepared() == 1 and len(host.kernels) <= 8
-    assert {launcher.same[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
+    assert {launcher.arguments[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
 
 
 def test_a_capture_that_grows(host):
