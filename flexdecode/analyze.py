@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -57,7 +57,7 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
             on_kv.add(node)
         if node.op == "score" or not on_score.isdisjoint(node.args):
             on_score.add(node)
-    return Facts(nodes, find_ranges(nodes, {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
+    return Facts(nodes, find_ranges(rules_of(nodes), {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
 
 
 _analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
@@ -73,36 +73,43 @@ def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
     return found
 
 
-def find_ranges(nodes: Sequence[Node], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
-    """Finds the range of each integer and bool.
-
-    Args:
-        nodes: operands first.
-        known: ranges of some of them, such as indices; of other ones without operands only the type is known.
-    """
-    ranges: dict[Node, Interval] = {}
-    for node in nodes:
-        if not node.dtype.is_floating_point:
-            ranges[node] = known.get(node) or _range(node, ranges)
-    return ranges
+Rule = Interval | Callable[..., Interval]
 
 
-def _range(node: Node, ranges: dict[Node, Interval]) -> Interval:
+def rules_of(nodes: Sequence[Node]) -> list[tuple[Node, Rule]]:
+    """Integer and bool nodes, each with its range, or with a function that gives it from those of its operands."""
+    return [(node, _rule(node)) for node in nodes if not node.dtype.is_floating_point]
+
+
+def _rule(node: Node) -> Rule:
     if node.is_const:
         return int(node.attr), int(node.attr)
-    limits = INT_LIMITS[node.dtype]
-    found = limits
     if node.op == "step":
         return 0, node.attr[1] - 1
     if any(a.dtype.is_floating_point for a in node.args):
-        return limits
+        return INT_LIMITS[node.dtype]
     if node.op == "cast":
-        found = ranges[node.args[0]]
-    elif node.op == "fold" and node.attr[2] != "mul":
-        low, high = ranges[node.args[0]]
+        return lambda operand: operand
+    if node.op == "fold" and node.attr[2] != "mul":
         factor = node.attr[1] if node.attr[2] == "add" else 1
-        found = factor * low, factor * high
-    elif node.op in OPS and (rule := OPS[node.op].interval) is not None:
-        found = rule(*[ranges[a] for a in node.args])
-    # Outside its type a value wraps around, so that nothing is known.
-    return found if limits[0] <= found[0] and found[1] <= limits[1] else limits
+        return lambda operand: (factor * operand[0], factor * operand[1])
+    return (OPS[node.op].interval if node.op in OPS else None) or INT_LIMITS[node.dtype]
+
+
+def find_ranges(rules: Iterable[tuple[Node, Rule]], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
+    """Finds the range of each integer and bool.
+
+    Args:
+        rules: of the nodes, operands first.
+        known: ranges of some of them, such as indices.
+    """
+    ranges: dict[Node, Interval] = {}
+    for node, rule in rules:
+        found = known.get(node, rule)
+        if not isinstance(found, tuple):
+            low, high = found(*[ranges[a] for a in node.args])
+            limits = INT_LIMITS[node.dtype]
+            # Outside its type a value wraps around, so that nothing is known.
+            found = (low, high) if limits[0] <= low and high <= limits[1] else limits
+        ranges[node] = found
+    return ranges

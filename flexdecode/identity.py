@@ -70,6 +70,8 @@ def identify(kind: str, mod: Callable | None) -> Mod:
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
     place, leaves, hides = read(mod)
+    if not hides and (kind, place) not in _known:
+        return Mod(mod, place, leaves, (), place)
     found = _with_values(kind, mod, place, leaves, NOTHING)
     while hides and (more := _followed.get((kind, found.identity))) is not None:
         followed, _ = more  # earlier traces found that it reads this of large containers and by computed names

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .analyze import MAX_KV_LEN, Facts, analyze, analyze_graph, find_ranges
+from .analyze import MAX_KV_LEN, Facts, Rule, analyze, analyze_graph, find_ranges, rules_of
 from .build import make, remake
 from .cache import Bounded
 from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
@@ -92,7 +92,7 @@ def find_checks(
     loads = _loads_of(graph)
     known = _index_ranges(loads.below, sizes, q_idx_given)
     known |= {node: (value, value) for node, value in _numbers(loads.below, graph, leaves).items()}
-    ranges = find_ranges(loads.below, known)
+    ranges = find_ranges(loads.rules, known)
     checks = []
     for load in loads.all:
         leaf = graph.tensors[load.attr]
@@ -119,11 +119,13 @@ class _Loads(NamedTuple):
         all: in the order of `Graph.nodes()`.
         in_loop: those that change with kv_idx alone.
         below: the nodes from which their indices are computed, operands first.
+        rules: how ranges of these are found.
     """
 
     all: tuple[Node, ...]
     in_loop: frozenset[Node]
     below: tuple[Node, ...]
+    rules: list[tuple[Node, Rule]]
 
 
 def depends_on_length(graph: Graph) -> bool:
@@ -141,7 +143,8 @@ def _loads_of(graph: Graph) -> _Loads:
         loops = loops_around(facts.nodes)
         loads = tuple(node for node in facts.nodes if node.op == "load")
         in_loop = frozenset(load for load in loads if load in facts.on_kv - facts.on_score and not loops[load])
-        found = _Loads(loads, in_loop, tuple(topological(*(index for load in loads for index in load.args))))
+        below = tuple(topological(*(index for load in loads for index in load.args)))
+        found = _Loads(loads, in_loop, below, rules_of(below))
         _known_loads.add(graph.text, found)
     return found
 

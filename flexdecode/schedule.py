@@ -167,7 +167,7 @@ def schedule(
     num_items = sizes.batch * items_per_sequence
     total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
-    balanced = _is_balanced(signature, sizes, facts, options, total_bytes, is_bounded)
+    balanced = _is_balanced(signature, shape, sizes, facts, options, total_bytes, is_bounded)
     if options.num_splits:
         num_splits = options.num_splits
     elif balanced:
@@ -195,14 +195,19 @@ def _at_least(number: int, choices: tuple[int, ...]) -> int:
 
 
 def _is_balanced(
-    signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions, total_bytes: int, is_bounded: bool
+    signature: Signature,
+    shape: _TileShape,
+    sizes: Sizes,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    total_bytes: int,
+    is_bounded: bool,
 ) -> bool:
     """Whether all work is cut into equal runs: as the caller says, or where lengths may differ much.
 
     Raises:
         ValueError: the caller says so, and there are too many tiles of query rows.
     """
-    shape = _tile_shape(signature)
     if options.schedule == "balanced" and shape.num_tiles > MAX_PROGRAMS:
         raise ValueError(
             f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '

@@ -155,7 +155,8 @@ class Scan:
 def run(fn: Callable, make: Any, followed: Followed) -> Any:
     """Traverses `fn` with a scan from `make`, again while its code names attributes of what was visited before."""
     kind: type = type(fn)
-    describe, scan = _choose(kind), make(followed.names)
+    describe: Any = _function if kind is FunctionType else _choose(kind)  # saves a call
+    scan = make(followed.names)
     while True:
         parts = describe(scan, fn, FUNC, True)
         if parts is not None:  # as in `visit`, without what matters only further down
@@ -180,7 +181,7 @@ def read(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list, bool]
     """
     scan = run(fn, Scan, followed)
     leaves = scan.leaves
-    if len(set(map(id, leaves))) < len(leaves):
+    if len(leaves) > 1 and len(set(map(id, leaves))) < len(leaves):
         # Two names of one tensor are one value to the tracer, and may be two tensors at the next call.
         # Equal numbers, which may be one object too, stay apart.
         ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
