@@ -28,23 +28,22 @@ _SPELLED = {*_PLAIN_KEYS, bool, bytes, type(None)}
 
 
 def contents(container: Any) -> Parts:
-    """All entries of a container. Keys are part of the key of the mod, in their order, as a mod may iterate."""
+    """A container with all its entries. Keys are part of the key of the mod, in their order, as a mod may iterate."""
     kind: type = type(container)
     solid = layout(kind)
     if solid in SEQUENCES:
-        items = container if kind is solid else [*solid.__iter__(container)]
-        return (len(items),), zip(INDEX, items, strict=False)
+        return (kind, solid.__len__(container)), zip(INDEX, solid.__iter__(container))  # noqa: B905 (takes time)
     keys = container.mapping if kind in VIEWS else container
     edges: Iterable[Edge] = ()
     if solid not in SETS:
         values = dict.values(container) if isinstance(container, dict) else keys.values()
-        edges = zip([("item", key) for key in keys], values)  # noqa: B905 (`strict` costs time for each token)
+        edges = zip([("item", key) for key in keys], values)  # noqa: B905
     if solid is defaultdict:
         edges = [*edges, (("factory", None), container.default_factory)]
     if _PLAIN_KEYS.issuperset(map(type, keys)):
-        return ((*keys,),), edges
+        return (kind, (*keys,)), edges
     odd = [key for key in keys if _spell(key) is None]
-    return ((*map(_spell, keys),),), [*edges, *[(("key", i), key) for i, key in enumerate(odd)]]
+    return (kind, (*map(_spell, keys),)), [*edges, *[(("key", i), key) for i, key in enumerate(odd)]]
 
 
 def _spell(key: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import classes, code, holders
-from .classes import CONTAINERS, SEQUENCES, TABLES, is_plain, plain
+from .classes import CONTAINERS, TABLES, is_plain, plain
 from .code import ABSENT, CODES, MAX_DEPTH, MAX_ITEMS, MAX_OBJECTS, At, Edge, Parts, code_of, opaque, view
 from .holders import FUNC, INDEX, MEMO, VIEWS
 
@@ -238,10 +238,7 @@ def _numpy_number(scan: Scan, value: Any, at: At, called: bool) -> None:
 def _container(scan: Scan, container: Any, at: At, called: bool) -> Parts:
     if len(container) > MAX_ITEMS:
         return _refused(scan, container, at, called) if type(container) in VIEWS else _long(scan, container)
-    if type(container) in SEQUENCES:
-        return (type(container), len(container)), zip(INDEX, container)  # noqa: B905 (as below)
-    header, edges = holders.contents(container)
-    return (type(container), *header), edges
+    return holders.contents(container)
 
 
 def _long(scan: Scan, container: Any) -> Parts:
@@ -422,9 +419,10 @@ def _members(
         first = found[0] if found else ABSENT
         if isinstance(first, types.MemberDescriptorType) and not isinstance(obj, type):
             edges.append((("slot", name), classes.read_slot(first, obj)))
-        elif name in state and not hasattr(type(first), "__set__"):  # properties go before the dict
+        elif name in state and not (found and hasattr(type(first), "__set__")):  # properties go before the dict
             edges.append((("attr", name), state[name]))
-            hidden += [(("class", name), plain(value)) for value in found[:1]]
+            if found:
+                hidden.append((("class", name), plain(first)))
         elif found:
             edges.append((("class" if is_plain(first) else "descriptor", name), plain(first)))
             uses_class = uses_class or isinstance(first, classmethod)
