@@ -202,11 +202,10 @@ def explain(
         key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
     if key is None or value is None:
         raise TypeError("explain needs `key` and `value`, or a `cache` that has them")
-    combined = block_mask is not None and mask_mod is not None
+    lists = block_mask is not None, block_mask is not None and mask_mod is not None
     if block_mask is not None:
         mask_mod, _ = read_block_mask(block_mask, query, mask_mod)
     mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
-    lists = block_mask is not None, combined
     inputs = Inputs(
         query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
         page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale,
