@@ -103,7 +103,7 @@ class _Cache:
         else:
             given = given.item() if isinstance(given, torch.Tensor) else given
             is_number = isinstance(given, Real) and not isinstance(given, bool)
-            scales = torch.full((heads,), float(given) if is_number else 0.0, dtype=torch.float32, device=device)
+            scales = torch.tensor([float(given) if is_number else 0.0] * heads, dtype=torch.float32, device=device)
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
         return scales
