@@ -36,7 +36,7 @@ class Contiguous:
 
     def owners(self, inputs: Inputs) -> int:
         """Size of the first dimension of a cache that no sequences share."""
-        return len(inputs.query)
+        return inputs.query.shape[0]
 
     def capacity(self, inputs: Inputs) -> int:
         """The longest sequence that the cache can hold."""
@@ -81,12 +81,12 @@ class Paged(Contiguous):
 
     def owners(self, inputs: Inputs) -> int:
         """Pages in all."""
-        return len(inputs.key)
+        return inputs.key.shape[0]
 
     def capacity(self, inputs: Inputs) -> int:
         """As many tokens as the pages that a row of the table may list."""
         assert inputs.page_table is not None
-        return inputs.key.shape[2] * inputs.page_table.shape[1] if len(inputs.key) else 0
+        return inputs.key.shape[2] * inputs.page_table.shape[1] if inputs.key.shape[0] else 0
 
     def page_size(self, key: torch.Tensor) -> int:
         """Tokens of a page."""

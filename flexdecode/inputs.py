@@ -114,7 +114,7 @@ class Inputs(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         """What changes without a new kernel."""
-        return Sizes(len(self.query), self.key.shape[1], self.max_kv_len)
+        return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len)
 
     def make_out(self) -> torch.Tensor:
         """The tensor that the output is written to."""

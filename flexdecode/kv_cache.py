@@ -103,7 +103,7 @@ class _Cache:
         else:
             given = given.item() if isinstance(given, torch.Tensor) else given
             is_number = isinstance(given, Real) and not isinstance(given, bool)
-            scales = torch.full((heads,), float(given) if is_number else 0.0, dtype=torch.float32, device=device)
+            scales = torch.tensor([float(given) if is_number else 0.0] * heads, dtype=torch.float32, device=device)
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
         return scales
@@ -369,8 +369,8 @@ class KVCache(_Cache):
 class PagedKVCache(_Cache):
     """A cache in pages of `page_size` tokens, which sequences take as they grow and may share.
 
-    A page is owned by one sequence or more. What `fork` shares stays shared until one of its owners appends into a page
-    that is not full: that owner gets a copy of this page first.
+    One or more sequences own a page. Pages that `fork` shares stay shared until one of their owners appends into a page
+    that is not full. That owner first gets a copy of the page.
 
     Args:
         batch: number of sequences B; all start empty.

@@ -15,7 +15,7 @@ from decode import Item, attend_run, first_position, gdc_launch_dependents, gdc_
 
 @triton.jit
 def _numbers(SIZE: tl.constexpr):
-    """The _numbers from 0 to SIZE."""
+    """The numbers from 0 to SIZE."""
     return tl.arange(0, SIZE)
 
 

@@ -1,12 +1,12 @@
 """Attention over latents on Hopper's tensor cores: this `attend_run` takes the place of the one in `decode.py`.
 
-It needs the loads of kv_descriptor.py. Of balanced.py it replaces the two functions that make layouts.
+It needs the loads of kv_descriptor.py. It also replaces the two functions of balanced.py that make layouts.
 
 It is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill a
 multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
 latent is loaded once and used three times, by groups of warps that work side by side:
 
-- one warp copies the next block while the present one is used (`_copy_blocks`),
+- one warp copies the next block while one is in use (`_copy_blocks`),
 - four warps compute the scores, the weights and the left half of the result (`_attend_left`),
 - four warps compute its right half with the same weights (`_attend_right`).
 
