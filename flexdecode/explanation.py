@@ -180,7 +180,8 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
     if inputs.q_offset is not None:
         first = _known(inputs.q_offset, sizes.batch, place)
     check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
-    program, _ = traced.program(mods, sizes)
+    score_checks, mask_checks, _ = traced.checks(mods, sizes)
+    program = traced.program(score_checks, mask_checks)
     return _Call(inputs, mods, program, traced.signature, options, lens, first, tokens)
 
 

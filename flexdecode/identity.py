@@ -70,19 +70,21 @@ def identify(kind: str, mod: Callable | None) -> Mod:
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
     place, leaves, hides = read(mod)
-    if not hides and (kind, place) not in _known:
+    known = _known.get((kind, place))
+    if known is None and not hides:
         return Mod(mod, place, leaves, (), place)
-    found = _with_values(kind, mod, place, leaves, NOTHING)
+    found = _with_values(known, mod, place, leaves, NOTHING)
     while hides and (more := _followed.get((kind, found.identity))) is not None:
         followed, _ = more  # earlier traces found that it reads this of large containers and by computed names
         place, leaves, _ = read(mod, followed)
-        found = _with_values(kind, mod, (found.identity, place), leaves, followed)
+        place = found.identity, place
+        found = _with_values(_known.get((kind, place)), mod, place, leaves, followed)
     return found
 
 
-def _with_values(kind: str, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
+def _with_values(known: _Sources | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
     """A mod with the values of the leaves that are constants, and of those on which proofs depend."""
-    constants, checked = _known.get((kind, place)) or _NO_SOURCES
+    constants, checked = known or _NO_SOURCES
     identity = (place, *[source.read(leaves) for source in constants]) if constants else place
     return Mod(function, identity, leaves, tuple([source.read(leaves) for source in checked]), place, followed)
 

@@ -21,7 +21,7 @@ from .kernel import capture_types, rounds_to_half
 from .launch import LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 from .program import Listed, Program
-from .proofs import CallSizes, depends_on_length, find_checks, integers
+from .proofs import CallSizes, Checks, depends_on_length, find_checks, integers
 from .schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_packed, next_power_of_2, schedule
 from .signature import Signature, all_strides, describe, packed
 
@@ -44,7 +44,7 @@ class Traced:
     options: DecodeOptions
     listed: Listed
 
-    def program(self, mods: Mods, sizes: Sizes, watched: bool = False) -> tuple[Program, Mod]:
+    def checks(self, mods: Mods, sizes: Sizes, watched: bool = False) -> tuple[Checks | None, Checks | None, Mod]:
         """Proves what can be proven of the indices of a call.
 
         Args:
@@ -53,7 +53,7 @@ class Traced:
             watched: the mask_mod has all numbers that the proofs of the score_mod rest on.
 
         Returns:
-            What is proven, and the mask_mod with these numbers.
+            What the loads of both mods have to check, and the mask_mod with these numbers.
         """
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
         q_idx_given = self.signature.q_offset is not None
@@ -67,7 +67,11 @@ class Traced:
                 mask_mod = mask_mod if watched else watch("mask_mod", mask_mod, integers(mask))
                 by_mask = mask, mask_mod.leaves
                 score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
-        return Program(score, mask, q_idx_given, score_checks, mask_checks, self.listed), mask_mod
+        return score_checks, mask_checks, mask_mod
+
+    def program(self, score_checks: Checks | None, mask_checks: Checks | None) -> Program:
+        """What the hooks of a kernel are written from."""
+        return Program(*self.graphs, self.signature.q_offset is not None, score_checks, mask_checks, self.listed)
 
 
 def trace_call(
@@ -185,13 +189,15 @@ class Prepared:
     def _load(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and finds the kernels that leave it out."""
         assert self.facts is not None
-        program, mask = self.traced.program(mods, sizes, len(mods[1].present) == self.num_watched)
+        score_checks, mask_checks, mask = self.traced.checks(mods, sizes, len(mods[1].present) == self.num_watched)
+        key = score_checks, mask_checks
         if mask is not mods[1]:
             self.num_watched = len(mask.present)
-        key = program.score_checks, program.mask_checks
-        if key not in self.programs:
-            self.programs[key] = _Loaded(program, self.traced.signature, self.facts, self.out_strides)
-        return self.programs[key], mask
+        loaded = self.programs.get(key)
+        if loaded is None:
+            loaded = _Loaded(self.traced.program(*key), self.traced.signature, self.facts, self.out_strides)
+            self.programs[key] = loaded
+        return loaded, mask
 
 
 class _Loaded:

@@ -90,6 +90,8 @@ def find_checks(
         mask: for a score_mod, the graph and the captures of the mask.
     """
     loads = _loads_of(graph)
+    if not loads.below:
+        return tuple(LoadCheck(()) for _ in loads.all)
     known = _index_ranges(loads.below, sizes, q_idx_given)
     known |= {node: (value, value) for node, value in _numbers(loads.below, graph, leaves).items()}
     ranges = find_ranges(loads.rules, known)
