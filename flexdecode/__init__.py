@@ -9,7 +9,6 @@ from .api import cache_info as cache_info
 from .api import clear_cache as clear_cache
 from .api import explain as explain
 from .api import flex_decode as flex_decode
-from .cache import CacheInfo as CacheInfo
 from .errors import CompileError as CompileError
 from .errors import FlexDecodeError as FlexDecodeError
 from .errors import TraceError as TraceError
@@ -20,6 +19,7 @@ from .inputs import DecodeOptions as DecodeOptions
 from .kv_cache import KVCache as KVCache
 from .kv_cache import OutOfPagesError as OutOfPagesError
 from .kv_cache import PagedKVCache as PagedKVCache
+from .memos import CacheInfo as CacheInfo
 from .merge import merge_attention as merge_attention
 from .version import __version__ as __version__
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from .cache import Bounded
 from .graph import Graph, Node, topological
+from .memos import Bounded
 from .ops import INT_LIMITS, OPS
 from .ranges import Interval
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cache import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .captures import pins
 from .compiled import forget_kernels
 from .debug import check_again
@@ -17,6 +16,7 @@ from .identity import Mod, forget_graphs
 from .inputs import DecodeOptions, Inputs
 from .kv_cache import KVCache, PagedKVCache
 from .launch import forget_workspaces
+from .memos import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .plan import Plan, any_length, layout
 from .prepare import prepare
 from .request import read_request

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from .cache import Bounded
 from .inputs import Inputs
+from .memos import Bounded
 from .program import Listed
 
 DEAD, PARTIAL, FULL = 0, 1, 2

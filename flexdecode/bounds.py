@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .analyze import analyze_graph
-from .cache import Bounded
 from .graph import Graph, Node, topological
 from .intervals import EVERYWHERE, Interval, Region, find_extent
+from .memos import Bounded
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import cache
+from . import store
 from .arguments import ARGUMENTS, KernelSpec
 from .errors import CompileError
 from .kernel import combine_block_dv, compile_pass, constants
 from .lower import lower, lower_bounds
+from .memos import counters, lock
 from .program import Program
 from .schedule import DeviceFacts, Tiles
 from .signature import Signature
@@ -35,7 +36,7 @@ class Kernel:
         self.split = self._pass(module, spec, combine=False)
         self.combine: Any = None
         if spec.tiles.split:
-            second = load_module(cache.fixed_module(standalone("combine.py")))
+            second = load_module(store.fixed_module(standalone("combine.py")))
             self.combine = self._pass(second, spec, combine=True)
             names = [row.name for row in ARGUMENTS]
             self.combined = itemgetter(*[names.index(n) for n in second.decode_combine.arg_names if not n.isupper()])
@@ -57,7 +58,7 @@ _kernels: dict[tuple, Kernel] = {}
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
     """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
     key = (spec, facts, program.text)
-    with cache.lock:
+    with lock:
         if key not in _kernels:
             path = module_path(program, template_files(program, spec.signature, spec.tiles))
             try:
@@ -65,7 +66,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
             except ImportError as error:  # Gluon's names change
                 raise CompileError(f"{error}\n  source: {path}") from error
             _kernels[key] = Kernel(module, path, spec, facts)
-            cache.counters.compilations += 1
+            counters.compilations += 1
         return _kernels[key]
 
 
@@ -83,7 +84,7 @@ def template_files(program: Program, signature: Signature, tiles: Tiles) -> tupl
 def module_path(program: Program, files: tuple[str, ...]) -> Path:
     """The file of the module for two mods and some `template_files`, found on disk or written there."""
     identity = f"{files}\n{sources_digest()}\n{program.text}"
-    return cache.stored_module(identity, lambda: generate_module(program, files))
+    return store.stored_module(identity, lambda: generate_module(program, files))
 
 
 def generate_module(program: Program, files: tuple[str, ...] = ()) -> str:

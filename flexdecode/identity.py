@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from . import cache
 from .captures import NOTHING, Followed, Reads, pins, read
 from .errors import FlexDecodeError, TraceError
 from .graph import Graph, Source
+from .memos import Bounded, counters, lock
 from .proofs import witnesses
 from .trace import trace
 
-_known = cache.Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
-_followed = cache.Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
-_graphs = cache.Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
+_known = Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
+_followed = Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
+_graphs = Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
 _MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
 
 
@@ -100,7 +100,7 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     found = _graphs.get((kind, device, mod.identity))
     if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
         return found[0], watch(kind, mod, witnesses(found[0]))
-    with cache.lock:
+    with lock:
         function = mod.function
         graph, mod = _trace(kind, function, mod, device)
         kept = pins(function, mod.followed)
@@ -130,7 +130,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
             _followed.add((kind, now.identity), (reads.more(), pins(function, mod.followed)))
             now = identify(kind, function)
         elif traced is not None:
-            cache.counters.traces += 1
+            counters.traces += 1
             if reads.too_far:
                 text = (
                     f"the {kind} reaches more than can be read again at each call: changes of `{reads.too_far}`, and "

@@ -13,9 +13,9 @@ import torch
 
 from .analyze import MAX_KV_LEN, Facts, Rule, analyze, analyze_graph, find_ranges, rules_of
 from .build import make, remake
-from .cache import Bounded
 from .graph import Graph, Node, Source, const, loops_around, rewrite, topological
 from .intervals import at_most, find_extent
+from .memos import Bounded
 from .ops import INT_LIMITS
 from .ranges import Interval
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
-from ..cache import Bounded
+from ..memos import Bounded
 
 MAX_ITEMS = 64  # entries of a container that are followed without a look at what the mod reads
 MAX_WHOLE = 1024  # entries of a container that a mod may read all of

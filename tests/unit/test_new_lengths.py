@@ -13,10 +13,10 @@ from flexdecode import (
     DecodeOptions,
     api,
     bounds,
-    cache,
     clear_cache,
     flex_decode,
     launch,
+    memos,
     mods,
     prepare,
     proofs,
@@ -176,9 +176,9 @@ def test_memory_does_not_grow(host):
         flex_decode(q, kv, kv, mods.alibi(4), mods.sliding_window(length), options=TRITON)
     assert sum(len(known.plans) for known in api._calls.values()) == 64
     assert prepared() <= 3
-    assert all(len(memo) <= 8 for memo in cache._memos)
+    assert all(len(memo) <= 8 for memo in memos._memos)
     clear_cache()
-    assert not api._calls and not any(cache._memos)
+    assert not api._calls and not any(memos._memos)
 
 
 # --- Proofs are looked at again ---------------------------------------------------------------------------------------
@@ -287,13 +287,13 @@ def test_a_reused_plan_is_a_fresh_one(data):
             positional, named = arguments(length)
             flex_decode(*positional, options=options, **named)
             reused = numbers(host.launched[-1])
-            kept = [(store, dict(store)) for store in (api._calls, *cache._memos)]
+            kept = [(memo, dict(memo)) for memo in (api._calls, *memos._memos)]
             clear_cache()
             flex_decode(*positional, options=options, **named)
             assert numbers(host.launched[-1]) == reused
-            for store, entries in kept:
-                store.clear()
-                store.update(entries)
+            for memo, entries in kept:
+                memo.clear()
+                memo.update(entries)
         clear_cache()
 
 

@@ -1,9 +1,9 @@
-"""The store of generated modules on disk, bounded dicts in memory, and counters.
+"""The store of generated modules on disk.
 
-A file on disk is named by the hash of its text. An index leads from what a module is generated from (graphs, templates,
-library version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies
-beside them. No mod changes it. Triton keeps the machine code in a store of its own. Files are published by
-`os.replace`, and a damaged one is written again.
+A file is named by the hash of its text. An index leads from what a module is generated from (graphs, templates, library
+version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies beside
+them. No mod changes it. Triton keeps the machine code in a store of its own. Files are published by `os.replace`, and
+a damaged one is written again.
 """
 
 from __future__ import annotations
@@ -13,50 +13,14 @@ import hashlib
 import os
 import stat
 import tempfile
-import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 
+from .memos import counters
 from .version import __version__
 
 
-@dataclass
-class CacheInfo:
-    """What happened since the start or the last `clear_cache()`.
-
-    Attributes:
-        calls: calls of `flex_decode`.
-        hits: calls that found everything prepared (mods, shapes and strides seen before).
-        traces: mods traced.
-        generations: modules written from graphs.
-        compilations: kernels compiled or loaded from Triton's cache (a split and its combine pass count once).
-        disk_hits: modules found on disk, with no analysis and no generation.
-    """
-
-    calls: int = 0
-    hits: int = 0
-    traces: int = 0
-    generations: int = 0
-    compilations: int = 0
-    disk_hits: int = 0
-
-
-counters = CacheInfo()
-lock = threading.RLock()
-
-
-def snapshot() -> CacheInfo:
-    """A copy of the counters."""
-    return replace(counters)
-
-
-def reset() -> None:
-    """Sets every counter to zero."""
-    vars(counters).update(vars(CacheInfo()))
-
-
-def cache_folder() -> Path:
+def store_folder() -> Path:
     """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder; `~` is the home folder."""
     chosen = os.environ.get("FLEXDECODE_CACHE_DIR")
     if chosen:
@@ -124,7 +88,7 @@ def _publish_module(folder: Path, text: str) -> Path:
 
 def _checked_folder() -> Path:
     """The folder of the store, which flexdecode imports code from: refused if everybody can write into any part."""
-    folder = cache_folder()
+    folder = store_folder()
     for place in (folder, folder / "index", folder / "modules"):
         try:
             mode = place.stat().st_mode
@@ -175,33 +139,3 @@ def _publish(path: Path, text: str) -> Path:
         os.unlink(temporary)
         raise
     return path
-
-
-_memos: list[Bounded] = []
-
-
-class Bounded(dict):
-    """A dict that forgets its oldest entries; a lookup is a plain dict lookup."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-
-    @staticmethod
-    def memo(limit: int) -> Bounded:
-        """One for what can be computed again, which `clear_cache()` empties."""
-        _memos.append(Bounded(limit))
-        return _memos[-1]
-
-    def add(self, key: Hashable, value: object) -> None:
-        """Stores a value; the oldest entries make room."""
-        with lock:
-            while len(self) >= self.limit and key not in self:
-                self.pop(next(iter(self)), None)
-            self[key] = value
-
-
-def forget_memos() -> None:
-    """Empties every memo."""
-    for memo in _memos:
-        memo.clear()

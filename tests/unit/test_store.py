@@ -1,4 +1,4 @@
-"""The disk cache, the bounded dict, and what importing the package costs."""
+"""The store on disk, the bounded dict, and what importing the package costs."""
 
 import os
 import stat
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import flexdecode
-from flexdecode import cache, cache_info, clear_cache
-from flexdecode.cache import Bounded, CacheInfo, cache_folder, stored_module
+from flexdecode import cache_info, clear_cache, store
+from flexdecode.memos import Bounded, CacheInfo
+from flexdecode.store import store_folder, stored_module
 
 ROOT = Path(flexdecode.__file__).parents[1]
 
@@ -71,7 +72,7 @@ def test_equal_texts_share_a_file(folder):
 
 def test_another_version_of_the_library_generates_anew(folder, monkeypatch):
     stored_module("an identity", Generator())
-    monkeypatch.setattr(cache, "__version__", "0.0.other")
+    monkeypatch.setattr(store, "__version__", "0.0.other")
     generate = Generator("y = 2\n")
     stored_module("an identity", generate)
     assert generate.calls == 1
@@ -132,7 +133,7 @@ def unwritable(folder):
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(unwritable(tmp_path / "taken")))
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     generate = Generator()
     path = stored_module("an identity", generate)
     assert path.read_text() == generate.text
@@ -143,21 +144,21 @@ def test_a_writing_error_does_not_leave_a_temporary_file(folder, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cache.os, "replace", fail)
+    monkeypatch.setattr(store.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        cache._publish(folder / "modules" / "x.py", "text")
+        store._publish(folder / "modules" / "x.py", "text")
     assert files(folder, "modules") == []
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(tmp_path / "chosen"))
-    assert cache_folder() == tmp_path / "chosen"
+    assert store_folder() == tmp_path / "chosen"
     monkeypatch.delenv("FLEXDECODE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "flexdecode"
+    assert store_folder() == tmp_path / "flexdecode"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert cache_folder() == tmp_path / "home" / ".cache" / "flexdecode"
+    assert store_folder() == tmp_path / "home" / ".cache" / "flexdecode"
 
 
 def test_modules_can_be_read_by_their_owner(folder):
@@ -252,7 +253,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert not (tmp_path / "~").exists()
     monkeypatch.delenv("FLEXDECODE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "~/y")
-    assert cache_folder() == tmp_path / "y" / "flexdecode"
+    assert store_folder() == tmp_path / "y" / "flexdecode"
 
 
 def test_a_new_cache_folder_belongs_to_its_user_alone(folder):
@@ -290,7 +291,7 @@ def test_a_part_of_the_cache_folder_that_everybody_can_write_into(folder, name):
 def fallback(monkeypatch, tmp_path):
     """The fallback folder, which is not made yet; nothing can be written elsewhere."""
     monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(unwritable(tmp_path / "taken")))
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path))
     return tmp_path / f"flexdecode-{os.getuid()}"
 
 
@@ -329,6 +330,6 @@ def test_a_fallback_folder_that_is_a_link_or_a_file(fallback, tmp_path):
 def test_a_fallback_folder_of_another_user(fallback, monkeypatch):
     fallback.mkdir(mode=0o700)
     uid = os.getuid()
-    monkeypatch.setattr(cache.os, "getuid", lambda: uid + 1)
+    monkeypatch.setattr(store.os, "getuid", lambda: uid + 1)
     fallback.rename(fallback.with_name(f"flexdecode-{uid + 1}"))
     refused_fallback(fallback.with_name(f"flexdecode-{uid + 1}"), "belongs to another user")
