@@ -52,8 +52,8 @@ class _NoKernel:
 @contextlib.contextmanager
 def no_launch() -> Iterator[None]:
     """Lets calls on CPU tensors go the way of an H200, up to the launch."""
-    from flexdecode import prepare
-    from flexdecode.device import KNOWN_DEVICES
+    from flexdecode.call.device import KNOWN_DEVICES
+    from flexdecode.runtime import prepare
 
     facts, _ = KNOWN_DEVICES["H200"]
     with (

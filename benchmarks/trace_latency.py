@@ -45,9 +45,9 @@ def _typical_mods(mods) -> list[tuple[str, Callable | None, Callable | None]]:
 
 def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[list[float], int]:
     """Milliseconds of each repeat with an empty cache, and the number of generated lines."""
-    from flexdecode.compiled import generate_module
-    from flexdecode.identity import forget_graphs, graph_of, identify
-    from flexdecode.program import Program
+    from flexdecode.analysis.program import Program
+    from flexdecode.codegen.kernels import generate_module
+    from flexdecode.runtime.identity import forget_graphs, graph_of, identify
 
     times, text = [], ""
     for _ in range(REPEATS):

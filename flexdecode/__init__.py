@@ -9,18 +9,18 @@ from .api import cache_info as cache_info
 from .api import clear_cache as clear_cache
 from .api import explain as explain
 from .api import flex_decode as flex_decode
+from .call.inputs import DecodeOptions as DecodeOptions
 from .errors import CompileError as CompileError
 from .errors import FlexDecodeError as FlexDecodeError
 from .errors import TraceError as TraceError
 from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
-from .explanation import Explanation as Explanation
-from .inputs import DecodeOptions as DecodeOptions
-from .kv_cache import KVCache as KVCache
-from .kv_cache import OutOfPagesError as OutOfPagesError
-from .kv_cache import PagedKVCache as PagedKVCache
+from .kv.kv_cache import KVCache as KVCache
+from .kv.kv_cache import OutOfPagesError as OutOfPagesError
+from .kv.kv_cache import PagedKVCache as PagedKVCache
+from .kv.merge import merge_attention as merge_attention
 from .memos import CacheInfo as CacheInfo
-from .merge import merge_attention as merge_attention
+from .report.explanation import Explanation as Explanation
 from .version import __version__ as __version__
 
 __all__ = [

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .captures import pins
-from .compiled import forget_kernels
-from .debug import check_again
-from .explanation import Explanation, explain_request
-from .identity import Mod, forget_graphs
-from .inputs import DecodeOptions, Inputs
-from .kv_cache import KVCache, PagedKVCache
-from .launch import forget_workspaces
+from .call.inputs import DecodeOptions, Inputs
+from .call.schedule import DeviceFacts, forget_schedules
+from .codegen.kernels import forget_kernels
+from .frontend.captures import pins
+from .kv.kv_cache import KVCache, PagedKVCache
 from .memos import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
-from .plan import Plan, any_length, layout
-from .prepare import prepare
-from .request import read_request
-from .schedule import DeviceFacts, forget_schedules
+from .report.explanation import Explanation, explain_request
+from .runtime.debug import check_again
+from .runtime.identity import Mod, forget_graphs
+from .runtime.launch import forget_workspaces
+from .runtime.plan import Plan, any_length, layout
+from .runtime.prepare import prepare
+from .runtime.request import read_request
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A row or a function for each operation or mod: they grow with what is supported, so the sum leaves them aside.
 TABLES = (
-    "flexdecode/activations.py", "flexdecode/elementwise.py", "flexdecode/mods.py", "flexdecode/ops.py",
-    "templates/elementwise.py", "templates/special_functions.py",
+    "flexdecode/frontend/activations.py", "flexdecode/frontend/elementwise.py", "flexdecode/frontend/ops.py",
+    "flexdecode/mods.py", "templates/elementwise.py", "templates/special_functions.py",
 )  # fmt: skip
 MAX_FUNCTION = 60
 _QUIET = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from flexdecode import eager, mods
-from flexdecode.captures import walk
+from flexdecode import mods
+from flexdecode.frontend.captures import walk
+from flexdecode.frontend.trace import trace
 from flexdecode.reference import dequantized_rows, evaluate_mod, reference_decode
-from flexdecode.trace import trace
+from flexdecode.runtime import eager
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------
 

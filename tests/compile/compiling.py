@@ -11,13 +11,15 @@ import pytest
 import torch
 import triton
 
-from flexdecode import DecodeOptions, compiled, prepare
-from flexdecode.arguments import KernelSpec
-from flexdecode.identity import identify
-from flexdecode.inputs import Inputs
-from flexdecode.kernel import compile_pass
-from flexdecode.program import Listed
-from flexdecode.schedule import DeviceFacts
+from flexdecode import DecodeOptions
+from flexdecode.analysis.program import Listed
+from flexdecode.call.inputs import Inputs
+from flexdecode.call.schedule import DeviceFacts
+from flexdecode.codegen import kernels as compiled
+from flexdecode.codegen.arguments import KernelSpec
+from flexdecode.codegen.compile import compile_pass
+from flexdecode.runtime import prepare
+from flexdecode.runtime.identity import identify
 from flexdecode.triton_api import triton_version
 
 DEVICES = {

@@ -6,7 +6,7 @@ from compile.compiling import DEVICES, assembly, compile_call, meta_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import mods
-from flexdecode.block_mask import BlockLists, Listed
+from flexdecode.call.block_mask import BlockLists, Listed
 
 
 def mask_of_lists(inner):

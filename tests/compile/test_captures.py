@@ -8,7 +8,7 @@ import torch
 from compile.compiling import DEVICES, FULL, assembly, compile_call, meta_inputs
 
 from flexdecode import mods
-from flexdecode.ops import DTYPES
+from flexdecode.frontend.ops import DTYPES
 
 SHAPE = (16, 16, 2, 1, 4096, 128)
 

@@ -10,7 +10,7 @@ from compile import compiling
 from compile.compiling import DEVICES, compile_call, meta_inputs
 
 from flexdecode import CompileError, FlexDecodeError, cache_info, clear_cache
-from flexdecode.kernel import compile_pass
+from flexdecode.codegen.compile import compile_pass
 from flexdecode.triton_api import load_module
 
 SHAPE = (2, 8, 2, 1, 512, 64)

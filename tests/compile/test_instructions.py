@@ -9,8 +9,8 @@ import triton
 from compile.compiling import DEVICES, assembly, compile_call, meta_inputs, meta_lengths
 
 from flexdecode import mods
-from flexdecode.kernel import compile_pass
-from flexdecode.template import read_template
+from flexdecode.codegen.compile import compile_pass
+from flexdecode.codegen.template import read_template
 from flexdecode.triton_api import load_module
 
 SPLIT_SHAPE = (1, 16, 2, 1, 32768, 128)

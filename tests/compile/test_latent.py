@@ -14,7 +14,10 @@ from compile import compiling
 from compile.compiling import DEVICES, compile_call, meta_inputs, meta_lengths
 from support import MODS
 
-from flexdecode import CompileError, DecodeOptions, explain, kernel, prepare, schedule
+from flexdecode import CompileError, DecodeOptions, explain
+from flexdecode.call import schedule
+from flexdecode.codegen import compile as kernel
+from flexdecode.runtime import prepare
 
 BALANCED = DecodeOptions(backend="triton", schedule="balanced")
 SPLITS = DecodeOptions(backend="triton", schedule="split", num_splits=2)

@@ -8,8 +8,8 @@ from compile.compiling import DEVICES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexdecode.ops import OPS
-from flexdecode.template import elementwise_functions
+from flexdecode.codegen.template import elementwise_functions
+from flexdecode.frontend.ops import OPS
 from flexdecode.triton_api import load_module
 
 KERNEL = """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from flexdecode import torch_functions  # registers every handler
-from flexdecode.handlers import HANDLERS, ROWS, group_of, spelled
-from flexdecode.ops import GROUPS
+from flexdecode.frontend import torch_functions  # registers every handler
+from flexdecode.frontend.handlers import HANDLERS, ROWS, group_of, spelled
+from flexdecode.frontend.ops import GROUPS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 BEGIN, END = "<!-- tables: made by tests/docs/test_operations.py -->\n", "<!-- end of the tables -->\n"

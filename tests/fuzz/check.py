@@ -7,9 +7,10 @@ from unittest.mock import patch
 import torch
 from support import assert_close, pytorch_decode
 
-from flexdecode import DecodeOptions, eager, flex_decode
+from flexdecode import DecodeOptions, flex_decode
 from flexdecode.errors import SharedMemoryError
 from flexdecode.reference import reference_decode
+from flexdecode.runtime import eager
 
 from .case import Case
 from .tensors import Inputs

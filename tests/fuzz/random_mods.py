@@ -10,7 +10,7 @@ from random import Random
 
 import torch
 
-from flexdecode.ops import OPS
+from flexdecode.frontend.ops import OPS
 
 from .case import Captured
 

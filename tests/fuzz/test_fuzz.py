@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexdecode import eager
+from flexdecode.runtime import eager
 from fuzz.case import Captured, Case
 from fuzz.check import check
 from fuzz.generate import random_case

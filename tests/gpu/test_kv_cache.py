@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from unit.test_kv_cache import Model, assert_same, new_tokens
+from unit.kv.test_kv_cache import Model, assert_same, new_tokens
 
-from flexdecode.kv_cache import KVCache, OutOfPagesError, PagedKVCache
-from flexdecode.template import template_folder
+from flexdecode.codegen.template import template_folder
+from flexdecode.kv.kv_cache import KVCache, OutOfPagesError, PagedKVCache
 from flexdecode.triton_api import standalone_kernel
 
 pytestmark = pytest.mark.gpu

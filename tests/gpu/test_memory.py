@@ -7,7 +7,8 @@ import memory_cases as cases
 import pytest
 import torch
 
-from flexdecode import clear_cache, prepare
+from flexdecode import clear_cache
+from flexdecode.runtime import prepare
 from flexdecode.triton_api import has_gluon
 
 pytestmark = pytest.mark.gpu

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from unit import test_merge as cases
+from unit.kv import test_merge as cases
 
-from flexdecode.merge import merge_attention
+from flexdecode.kv.merge import merge_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from flexdecode import DecodeOptions, flex_decode
-from flexdecode.ops import DTYPES, OPS
+from flexdecode.frontend.ops import DTYPES, OPS
 
 pytestmark = pytest.mark.gpu
 

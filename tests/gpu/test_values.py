@@ -8,7 +8,7 @@ from support import assert_close_to_reference, make_inputs
 
 import flexdecode
 from flexdecode import DecodeOptions, flex_decode, mods
-from flexdecode.ops import DTYPES, FLOAT8
+from flexdecode.frontend.ops import DTYPES, FLOAT8
 
 pytestmark = pytest.mark.gpu
 

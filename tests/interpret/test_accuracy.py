@@ -15,8 +15,8 @@ import pytest
 import torch
 import triton
 
-from flexdecode.ops import OPS
-from flexdecode.template import elementwise_functions
+from flexdecode.codegen.template import elementwise_functions
+from flexdecode.frontend.ops import OPS
 from flexdecode.triton_api import load_module
 
 ROWS = sorted(name for name, op in OPS.items() if op.rule == "float" or name in ("floor", "ceil", "round", "trunc"))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from unit.test_kv_cache import Model, assert_same, contiguous, new_tokens, paged
+from unit.kv.test_kv_cache import Model, assert_same, contiguous, new_tokens, paged
 
-from flexdecode import kv_cache
-from flexdecode.kv_cache import KVCache, PagedKVCache
+from flexdecode.kv import kv_cache
+from flexdecode.kv.kv_cache import KVCache, PagedKVCache
 
 MAKERS = {
     "contiguous": contiguous,

@@ -6,8 +6,9 @@ import triton.language as tl
 from interpret.decoding import decode
 from support import MODS, make_inputs
 
-from flexdecode import DecodeOptions, clear_cache, compiled, explain
-from flexdecode.blocks import FULL, PARTIAL
+from flexdecode import DecodeOptions, clear_cache, explain
+from flexdecode.codegen import kernels as compiled
+from flexdecode.report.blocks import FULL, PARTIAL
 
 B, HQ, HKV, N, BLOCK_N = 3, 4, 2, 118, 16
 KV_LENS = torch.tensor([118, 37, 0])

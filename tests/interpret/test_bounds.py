@@ -24,8 +24,10 @@ from mask_families import (
 from support import make_inputs, trace_mod
 from unit import mask_graphs
 
-from flexdecode import TraceError, clear_cache, compiled, eager
+from flexdecode import TraceError, clear_cache
+from flexdecode.codegen import kernels as compiled
 from flexdecode.reference import evaluate_mod
+from flexdecode.runtime import eager
 
 B, HQ, HKV, N, D, BLOCK_N = 3, 2, 1, 96, 16, 16
 

@@ -10,8 +10,9 @@ from interpret.decoding import check_decode, decode
 from support import MODS, assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import KVCache, PagedKVCache, clear_cache, flex_decode, mods, prepare
-from flexdecode.schedule import DeviceFacts
+from flexdecode import KVCache, PagedKVCache, clear_cache, flex_decode, mods
+from flexdecode.call.schedule import DeviceFacts
+from flexdecode.runtime import prepare
 
 B, HQ, HKV, N, D = 3, 4, 2, 48, 16
 LENS = [45, 17, 0]

@@ -12,7 +12,7 @@ from interpret.decoding import check_decode, decode
 from support import make_inputs
 
 import flexdecode
-from flexdecode.ops import DTYPES
+from flexdecode.frontend.ops import DTYPES
 
 B, HQ, HKV, Q, N, D = 2, 4, 2, 2, 37, 16
 WITHOUT_BFLOAT16 = [d for d in DTYPES if d != torch.bfloat16]  # whose bits the interpreter cannot convert

@@ -6,9 +6,9 @@ from interpret.decoding import check_decode
 from support import make_inputs
 
 import flexdecode
-from flexdecode.compiled import Kernel
-from flexdecode.descriptor import as_matrices
-from flexdecode.schedule import DeviceFacts
+from flexdecode.call.descriptor import as_matrices
+from flexdecode.call.schedule import DeviceFacts
+from flexdecode.codegen.kernels import Kernel
 
 B, HQ, HKV, Q, N, D = 3, 4, 2, 2, 37, 16
 DTYPE = torch.float16  # the schedule may prefer pointers for float32

@@ -6,7 +6,7 @@ from interpret.decoding import decode
 from support import MODS, make_inputs
 
 from flexdecode import DecodeOptions, explain
-from flexdecode.blocks import PARTIAL
+from flexdecode.report.blocks import PARTIAL
 
 B, HQ, HKV, N, BLOCK_N = 2, 4, 2, 64, 16
 FAMILIES = ["none", "window", "streaming", "chunked", "tree", "head_window", "no_key", "masking_score", "combined"]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from unit import test_merge as cases
+from unit.kv import test_merge as cases
 
-from flexdecode import merge
-from flexdecode.merge import merge_attention
+from flexdecode.kv import merge
+from flexdecode.kv.merge import merge_attention
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flexdecode import DecodeOptions, flex_decode
-from flexdecode.ops import DTYPES, OPS
+from flexdecode.frontend.ops import DTYPES, OPS
 
 INF, NAN = float("inf"), float("nan")
 CODES = {"nan": 1e30, "inf": 2e30, "-inf": 3e30}  # what lse can say only in this way

@@ -5,8 +5,9 @@ import torch
 from interpret.decoding import check_decode, decode
 from support import assert_close_to_reference, make_inputs
 
-from flexdecode import DecodeOptions, flex_decode, mods, reductions
-from flexdecode.identity import forget_graphs
+from flexdecode import DecodeOptions, flex_decode, mods
+from flexdecode.frontend import reductions
+from flexdecode.runtime.identity import forget_graphs
 
 GENERATOR = torch.Generator().manual_seed(0)
 B, H, N, R = 2, 4, 48, 8

@@ -4,9 +4,9 @@ import torch
 from hypothesis import strategies as st
 from unit import mask_graphs
 
-from flexdecode.build import cast
-from flexdecode.graph import Graph, Node, Source, const
-from flexdecode.proofs import CallSizes
+from flexdecode.analysis.proofs import CallSizes
+from flexdecode.frontend.build import cast
+from flexdecode.frontend.graph import Graph, Node, Source, const
 
 TAPE = 64  # bytes that a call is read off
 

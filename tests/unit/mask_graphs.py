@@ -11,10 +11,10 @@ import sys
 import torch
 from hypothesis import strategies as st
 
-from flexdecode import eager
-from flexdecode.build import cast, make
-from flexdecode.graph import Graph, Node, Source, const, topological
-from flexdecode.ops import INT_LIMITS, OPS
+from flexdecode.frontend.build import cast, make
+from flexdecode.frontend.graph import Graph, Node, Source, const, topological
+from flexdecode.frontend.ops import INT_LIMITS, OPS
+from flexdecode.runtime import eager
 
 INTEGERS = tuple(dtype for dtype in INT_LIMITS if dtype != torch.bool)
 SMALL = (0, 1, 2, 3, 5, 8, 11, 13, 16, 20, 25, 31, -1, -2, -7)

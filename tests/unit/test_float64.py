@@ -5,9 +5,9 @@ import torch
 from support import assert_close_to_reference, evaluate_graph, make_inputs, trace_mod
 
 from flexdecode import DecodeOptions, flex_decode
-from flexdecode.kernel import capture_types
-from flexdecode.lower import lower
-from flexdecode.printing import formula, name_captures
+from flexdecode.analysis.printing import formula, name_captures
+from flexdecode.codegen.compile import capture_types
+from flexdecode.codegen.lower import lower
 
 NOW = 1.7e9 + 3.25  # seconds: neighbours in float32 are 128 apart
 TIMES = NOW + 10 * torch.rand(2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -12,8 +12,8 @@ from support import assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import KVCache, PagedKVCache, clear_cache, explain, flex_decode, merge_attention, mods
-from flexdecode.explanation import Explanation
 from flexdecode.reference import reference_decode
+from flexdecode.report.explanation import Explanation
 
 QUERY, KEY, VALUE = make_inputs(2, 4, 2, 2, 70, 16)
 LENS = torch.tensor([70, 11])

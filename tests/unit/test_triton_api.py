@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import flexdecode
-from flexdecode import api, compiled, triton_api
+from flexdecode import api, triton_api
+from flexdecode.call.inputs import DecodeOptions, Inputs
+from flexdecode.call.schedule import DeviceFacts
+from flexdecode.codegen import kernels as compiled
 from flexdecode.errors import TritonVersionError
-from flexdecode.identity import identify
-from flexdecode.inputs import DecodeOptions, Inputs
-from flexdecode.prepare import prepare
-from flexdecode.schedule import DeviceFacts
+from flexdecode.runtime.identity import identify
+from flexdecode.runtime.prepare import prepare
 
 H100 = DeviceFacts("cuda", 90, num_sms=132, shared_memory=227 * 1024)
 
@@ -57,7 +58,7 @@ def prepare_a_call(num_keys=4096):
     """Prepares a call for a GPU that is not there; its kernels are stand-ins."""
     query, key, value = (torch.empty(2, h, n, 64, device="meta") for h, n in ((8, 1), (2, num_keys), (2, num_keys)))
     with (
-        mock.patch("flexdecode.prepare.device_facts", lambda _: H100),
+        mock.patch("flexdecode.runtime.prepare.device_facts", lambda _: H100),
         mock.patch.object(compiled, "compile_pass", lambda *_: FakeCompiled()),
         mock.patch.object(compiled, "load_module", lambda path: SimpleNamespace(decode_combine=SECOND)),
         mock.patch.object(triton_api, "_encoder", lambda run: None),

@@ -1,0 +1,115 @@
+"""What a graph says about itself: which values depend on kv_idx, and which integers fit into 32 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from ..frontend.graph import Graph, Node, topological
+from ..frontend.ops import INT_LIMITS, OPS
+from ..frontend.ranges import Interval
+from ..memos import Bounded
+
+MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
+_INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-(1 << 20), MAX_KV_LEN)}
+_INT32 = INT_LIMITS[torch.int32]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the nodes of one graph, in any call.
+
+    Attributes:
+        nodes: all of them, operands first.
+        ranges: integer range of each integer or bool node.
+        on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
+        on_score: nodes that depend on the score.
+    """
+
+    nodes: list[Node]
+    ranges: dict[Node, Interval]
+    on_kv: frozenset[Node]
+    on_score: frozenset[Node]
+
+    def fits_int32(self, node: Node) -> bool:
+        """Whether a 32-bit integer always holds the value of an integer node."""
+        low, high = self.ranges[node]
+        return _INT32[0] <= low and high <= _INT32[1]
+
+
+def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Interval] = MappingProxyType({})) -> Facts:
+    """Finds what is known of the nodes below `outputs`.
+
+    Args:
+        outputs: nodes of one graph.
+        q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+        known: ranges of nodes in one call, where they are narrower than those of all calls.
+    """
+    nodes = topological(*outputs)
+    bounded = {n: _INDEX_RANGES[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
+    on_kv: set[Node] = set()
+    on_score: set[Node] = set()
+    for node in nodes:
+        if node.op == "score" or (node.op == "index" and node.attr == "kv_idx") or not on_kv.isdisjoint(node.args):
+            on_kv.add(node)
+        if node.op == "score" or not on_score.isdisjoint(node.args):
+            on_score.add(node)
+    return Facts(nodes, find_ranges(rules_of(nodes), {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
+
+
+_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
+
+
+def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
+    """As `analyze` for the output of a graph; graphs with the same text are analysed once."""
+    key = graph.text, q_idx_given
+    found = _analyzed.get(key)
+    if found is None:
+        found = analyze([graph.output], q_idx_given)
+        _analyzed.add(key, found)
+    return found
+
+
+Rule = Interval | Callable[..., Interval]
+
+
+def rules_of(nodes: Sequence[Node]) -> list[tuple[Node, Rule]]:
+    """Integer and bool nodes, each with its range, or with a function that gives it from those of its operands."""
+    return [(node, _rule(node)) for node in nodes if not node.dtype.is_floating_point]
+
+
+def _rule(node: Node) -> Rule:
+    if node.is_const:
+        return int(node.attr), int(node.attr)
+    if node.op == "step":
+        return 0, node.attr[1] - 1
+    if any(a.dtype.is_floating_point for a in node.args):
+        return INT_LIMITS[node.dtype]
+    if node.op == "cast":
+        return lambda operand: operand
+    if node.op == "fold" and node.attr[2] != "mul":
+        factor = node.attr[1] if node.attr[2] == "add" else 1
+        return lambda operand: (factor * operand[0], factor * operand[1])
+    return (OPS[node.op].interval if node.op in OPS else None) or INT_LIMITS[node.dtype]
+
+
+def find_ranges(rules: Iterable[tuple[Node, Rule]], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
+    """Finds the range of each integer and bool.
+
+    Args:
+        rules: of the nodes, operands first.
+        known: ranges of some of them, such as indices.
+    """
+    ranges: dict[Node, Interval] = {}
+    for node, rule in rules:
+        found = known.get(node, rule)
+        if not isinstance(found, tuple):
+            low, high = found(*[ranges[a] for a in node.args])
+            limits = INT_LIMITS[node.dtype]
+            # Outside its type a value wraps around, so that nothing is known.
+            found = (low, high) if limits[0] <= low and high <= limits[1] else limits
+        ranges[node] = found
+    return ranges

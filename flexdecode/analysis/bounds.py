@@ -1,0 +1,96 @@
+"""The KV bounds of a call: the intervals of its mask and of its score, joined for one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..frontend.graph import Graph, Node, topological
+from ..memos import Bounded
+from .analyze import analyze_graph
+from .intervals import EVERYWHERE, Interval, Region, find_extent
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a call can attend, before the length of the sequence.
+
+    Attributes:
+        mask_live: intervals of the mask, in nodes of its graph.
+        mask_full: intervals in which the mask is true everywhere.
+        score_live: intervals of the score, in nodes of its graph; at most one beside a mask.
+    """
+
+    mask_live: Region = EVERYWHERE
+    mask_full: Region = EVERYWHERE
+    score_live: Region = EVERYWHERE
+
+    @cached_property
+    def _walked(self) -> Region:
+        return self.score_live if self.mask_live == EVERYWHERE else self.mask_live
+
+    @cached_property
+    def is_bounded(self) -> bool:
+        """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
+        return all(hi is not None and (lo is not None or _is_fixed(hi)) for lo, hi in self._walked)
+
+    @cached_property
+    def num_live(self) -> int:
+        """Intervals that a kernel walks over."""
+        return max(1, len(self._walked))
+
+
+_known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given) -> bounds
+
+
+def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
+    """Finds where a call can attend, once for graphs of the same texts.
+
+    Args:
+        score: graph of the score_mod.
+        mask: graph of the mask_mod.
+        q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+    """
+    key = score and score.text, mask and mask.text, q_idx_given
+    found = _known.get(key)
+    if found is None:
+        found = _solve(score, mask, q_idx_given)
+        _known.add(key, found)
+    return found
+
+
+def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
+    mask_live = mask_full = score_live = EVERYWHERE
+    if mask is not None:
+        extent = find_extent(mask.output, analyze_graph(mask, q_idx_given))
+        mask_live, mask_full = extent.live, extent.full
+    if score is not None:
+        score_live = find_extent(score.output, analyze_graph(score, q_idx_given)).live
+        if len(score_live) > 1 and mask is not None:
+            score_live = (_common_ends(score_live),)
+    return Bounds(mask_live, mask_full, score_live)
+
+
+def _is_fixed(bound: Node) -> bool:
+    """Whether an upper bound stays as the position of the query grows; the far constants of the solver are no bound."""
+    found: dict[Node, bool] = {}
+    for node in topological(bound):
+        parts = [found[a] for a in node.args]
+        if node.op == "const":
+            found[node] = node.attr < 1 << 31
+        elif node.op == "minimum":
+            found[node] = any(parts)
+        else:
+            found[node] = (node.op, node.attr) != ("index", "q_idx") and all(parts)
+    return found[bound]
+
+
+def _common_ends(region: Region) -> Interval:
+    """One interval around all, with the bounds that all of them share."""
+    los, his = {i.lo for i in region}, {i.hi for i in region}
+    return Interval(los.pop() if len(los) == 1 else None, his.pop() if len(his) == 1 else None)
+
+
+def nodes_of(region: Region) -> list[Node]:
+    """The bounds in a region."""
+    return [bound for interval in region for bound in interval if bound is not None]

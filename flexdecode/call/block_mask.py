@@ -1,0 +1,215 @@
+"""PyTorch's BlockMask as input: its mask as a mask_mod, and its lists of blocks as tables that a kernel walks over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from ..analysis.program import Listed
+from ..memos import Bounded
+from .inputs import Inputs
+
+DEAD, PARTIAL, FULL = 0, 1, 2
+BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
+
+_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+
+# What was made of the last versions of each BlockMask. It lives as long as the BlockMask, because a CUDA graph may hold
+# addresses of it.
+_known: weakref.WeakKeyDictionary[Any, Bounded] = weakref.WeakKeyDictionary()
+
+
+class BlockLists:
+    """The lists of a BlockMask for the heads and sequences of a call.
+
+    Attributes:
+        lists: the tensors that this was made of, kept alive: no other tensor can have their ids.
+        kinds: int8 `[B, Hq, rows, columns]`, whether a block is dead, partial or full; sequences and heads may share.
+        num_q, num_kv: positions that the mask covers.
+        q_block, kv_block: positions per row and column.
+    """
+
+    def __init__(self, block_mask: Any, batch: int, num_q_heads: int, device: torch.device) -> None:
+        partial, full = block_mask.kv_num_blocks, block_mask.full_kv_num_blocks
+        shape = tuple(partial.shape)
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, num_q_heads):
+            raise ValueError(
+                f"`block_mask` is for {list(shape[:2])} sequences and heads, but the call has {batch} and "
+                f"{num_q_heads}: make it with B={batch} or None and H={num_q_heads} or None"
+            )
+        if partial.device != device:
+            raise ValueError(
+                f"`block_mask` must be on the device of `query`, {device}, got {partial.device}: move it there, "
+                f'`block_mask = block_mask.to("{device}")`'
+            )
+        self.lists = [getattr(block_mask, name) for name in _LISTS]
+        self.q_block, self.kv_block = block_mask.BLOCK_SIZE
+        self.num_q, self.num_kv = block_mask.seq_lengths
+        _check_shapes(block_mask, -(-self.num_q // self.q_block))
+        columns = -(-self.num_kv // self.kv_block)
+        # Of int8, PyTorch's CUDA kernel for this reads whole words, past the end of the tensor.
+        kinds = torch.zeros(*shape, columns, dtype=torch.int32, device=device)
+        for name, counts, indices, kind in (
+            ("kv_indices", partial, block_mask.kv_indices, PARTIAL),
+            ("full_kv_indices", full, block_mask.full_kv_indices, FULL),
+        ):
+            if counts is not None:
+                listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
+                outside = listed & ((indices < 0) | (indices >= columns))
+                if device.type == "cpu" and outside.any():  # on a GPU this would wait; there they are left out
+                    raise ValueError(
+                        f"`block_mask.{name}` lists block {int(indices[outside][0])}, but its {self.num_kv} keys in "
+                        f"blocks of {self.kv_block} are blocks 0 to {columns - 1}"
+                    )
+                listed &= ~outside
+                kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int32), "amax")
+        self.own = kinds.to(torch.int8)
+        self.kinds = self.own.expand(batch, num_q_heads, -1, -1)
+        self._tables: dict[tuple[int, int, Listed], torch.Tensor] = {}
+
+    def mask_mod(self, inner: Callable) -> Callable:
+        """The mask of the blocks: where they are full, and where `inner` is true in partial ones."""
+        kinds, q_block, kv_block, num_q = self.kinds, self.q_block, self.kv_block, self.num_q
+
+        def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            kind = kinds[b, h, q_idx // q_block, kv_idx // kv_block]
+            inside = (q_idx >= 0) & (q_idx < num_q)
+            return inside & ((kind > 1) | ((kind > 0) & inner(b, h, q_idx, kv_idx)))  # FULL, PARTIAL
+
+        return block_mask
+
+    def check_positions(self, inputs: Inputs) -> None:
+        """Refuses positions that the mask does not cover, as far as the host knows them.
+
+        Raises:
+            ValueError: one is outside.
+        """
+        num_queries, max_kv_len = inputs.query.shape[2], inputs.max_kv_len
+        kv_lens, q_offset = inputs.kv_lens, inputs.q_offset
+        if kv_lens is None and max_kv_len > self.num_kv:
+            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {max_kv_len}")
+        tokens = num_queries if inputs.q_lens is None else inputs.q_lens
+        start = (max_kv_len if kv_lens is None else kv_lens) - tokens if q_offset is None else q_offset
+        ends = start + tokens
+        if any(isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel()) for x in (start, ends)):
+            return
+        start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
+        first, last = int(start.min()), int(ends.max()) - 1
+        # Without `q_offset`, the first tokens of a sequence that is shorter than the query attend nowhere.
+        if num_queries and (last >= self.num_q or (first < 0 and q_offset is not None)):
+            raise ValueError(
+                f"`block_mask` covers query positions 0 to {self.num_q - 1}, but the call has {first} to {last}: make "
+                "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
+            )
+
+    def tables(self, num_kv_heads: int, block_n: int, listed: Listed) -> torch.Tensor:
+        """The tables of `templates/block_lists.py`, `[B, Hkv, rows, 4 * blocks + 2]` int32, without waiting for a GPU.
+
+        Args:
+            num_kv_heads: heads of the cache; query heads that share one visit the blocks of all.
+            block_n: keys per block of the kernel.
+            listed: whether another mask holds as well.
+        """
+        key = (num_kv_heads, block_n, listed)
+        if key in self._tables:
+            return self._tables[key]
+        batch, heads, rows, columns = self.own.shape
+        grouped = self.own.view(batch, 1 if heads == 1 else num_kv_heads, -1, rows, columns)
+        live, full = (grouped > DEAD).any(2), (grouped == FULL).all(2)
+        start = torch.arange(self.num_blocks(block_n), device=self.own.device) * block_n
+        first, last = start // self.kv_block, (start + block_n - 1) // self.kv_block
+        covered = pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
+        num_live, num_full = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
+        full = (num_full == last - first + 1) & (listed is Listed.ALONE)
+        partial = (num_live > 0) & ~full
+        before = [pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
+        orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
+        self._tables[key] = torch.cat([*before, *orders], -1).to(torch.int32)
+        return self._tables[key]
+
+    def num_blocks(self, block_n: int) -> int:
+        """Blocks of the kernel that the mask covers."""
+        return -(-self.own.shape[-1] * self.kv_block // block_n)
+
+    def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool) -> tuple:
+        """The `block_lists` argument of a kernel; the tables stay alive with this object."""
+        tables = self.tables(num_kv_heads, block_n, listed)
+        stride_b, stride_h = (tables.stride(i) if tables.shape[i] > 1 else 0 for i in (0, 1))
+        address = tables.data_ptr() if pointers else tables
+        return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n)
+
+
+def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
+    """Joins a BlockMask and a mask_mod.
+
+    Returns:
+        A mask_mod that holds where both do, and the lists of blocks.
+
+    Raises:
+        TypeError: it is no BlockMask.
+        ValueError: it does not fit to the query.
+    """
+    if not all(hasattr(block_mask, name) for name in (*_LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
+        raise TypeError(
+            "`block_mask` must be a torch.nn.attention.flex_attention.BlockMask, got "
+            f"{type(block_mask).__name__}; a function goes to `mask_mod`"
+        )
+    if getattr(block_mask.mask_mod, "__name__", "") == "_sliced_mask_mod_error":
+        raise ValueError(
+            "`block_mask` is a part of another one, which has no `mask_mod`: set it, `block_mask.mask_mod = ...`, with "
+            "one whose `b` and `h` count from the start of the part"
+        )
+    versions = [_version(getattr(block_mask, name)) for name in _LISTS]
+    key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, query.shape[:2], query.device)
+    made = _known.get(block_mask) or _known.setdefault(block_mask, Bounded(limit=8))
+    found = made.get(key)
+    if found is None:
+        found = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
+        made.add(key, found)
+    return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
+
+
+def _version(tensor: torch.Tensor | None) -> tuple | None:
+    """A key of a list: another tensor has another key, and so has a tensor after a write that PyTorch counts."""
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _check_shapes(block_mask: Any, rows: int) -> None:
+    """Refuses lists that do not belong together, or that have no row for some positions.
+
+    Raises:
+        ValueError: a shape is wrong.
+    """
+    shape = list(block_mask.kv_num_blocks.shape)
+    for name in _LISTS[1:]:
+        lists = getattr(block_mask, name)
+        if lists is not None and list(lists.shape[:3]) != shape:
+            raise ValueError(
+                f"`block_mask.{name}` must have a row for each row of `kv_num_blocks`, {shape}, got {list(lists.shape)}"
+            )
+    if (block_mask.full_kv_num_blocks is None) != (block_mask.full_kv_indices is None):
+        raise ValueError("`block_mask` has only one of `full_kv_num_blocks` and `full_kv_indices`: set both or none")
+    if shape[2] < rows:
+        num_q, q_block = block_mask.seq_lengths[0], block_mask.BLOCK_SIZE[0]
+        raise ValueError(
+            f"`block_mask` has lists for {shape[2]} row(s) of blocks, but its `seq_lengths` of {num_q} query positions "
+            f"in blocks of {q_block} need {rows}. A slice of rows keeps the `seq_lengths` of the whole: pass the whole "
+            "BlockMask, whose rows are positions in the sequence, or make one for the newest tokens, "
+            "`create_block_mask(mask_mod, B, H, Q, N)`, and pass q_offset=0"
+        )
+
+
+def _both(one: Callable, other: Callable | None) -> Callable:
+    if other is None:
+        return one
+
+    def both(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return one(b, h, q_idx, kv_idx) & other(b, h, q_idx, kv_idx)
+
+    return both

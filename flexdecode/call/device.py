@@ -1,0 +1,100 @@
+"""Facts of the devices at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .schedule import BYTES_PER_US, DeviceFacts
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Keeps autocast, which is the caller's, from lowering what is computed in float32."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@functools.cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of a device, asked for once.
+
+    Raises:
+        ValueError: it is no GPU, and Triton does not interpret.
+    """
+    if device.type != "cuda":
+        if not interpreting():
+            raise ValueError(
+                f'`options.backend="triton"` needs CUDA tensors, got tensors on {device}; on a CPU use '
+                'backend="torch", or set TRITON_INTERPRET=1 before Python starts'
+            )
+        return DeviceFacts("cpu", "interpreter", num_sms=4, shared_memory=227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch: int | str = properties.gcnArchName.split(":")[0]
+        return DeviceFacts("hip", arch, properties.multi_processor_count, 64 * 1024)
+    arch = properties.major * 10 + properties.minor
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return DeviceFacts("cuda", arch, properties.multi_processor_count, shared_memory)
+
+
+# --- Devices that are not at hand -------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What a call is explained for.
+
+    Attributes:
+        name: the device in words.
+        facts: of the device; None where no kernel is launched.
+        bytes_per_us: its read bandwidth; None where that is not known.
+    """
+
+    name: str
+    facts: DeviceFacts | None
+    bytes_per_us: float | None
+
+
+KNOWN_DEVICES = {"H200": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232448), BYTES_PER_US)}
+
+
+def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | None) -> Target:
+    """Finds what a call would run on.
+
+    Args:
+        device: of the tensors.
+        backend: `triton` or `torch`.
+        chosen: another device, by its name or by its facts.
+
+    Raises:
+        ValueError: there is no such device, or it is not known for what device the call is meant.
+    """
+    if chosen is not None and not isinstance(chosen, DeviceFacts) and chosen not in KNOWN_DEVICES:
+        names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)
+        raise ValueError(f"`device` must be {names} or a flexdecode.call.schedule.DeviceFacts, got {chosen!r}")
+    if backend == "torch":
+        return Target(f"{device}, by PyTorch operations", None, None)
+    if chosen is None and device.type == "meta":
+        raise ValueError('`query` is on the meta device: say for which GPU, e.g. `device="H200"`')
+    if isinstance(chosen, str):
+        name, facts = chosen, KNOWN_DEVICES[chosen][0]
+    elif chosen is not None:
+        name, facts = "given by its facts", chosen
+    else:
+        facts = device_facts(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
+    bandwidth = next((speed for known, (_, speed) in KNOWN_DEVICES.items() if known in name), None)
+    return Target(f"{name}: {facts.backend} {facts.arch}, {facts.num_sms} multiprocessors", facts, bandwidth)

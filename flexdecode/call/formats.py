@@ -1,0 +1,122 @@
+"""How keys and values lie in memory: one object for each kind of cache.
+
+A kind says what shapes it takes, how long a sequence may be, what its kernels have besides those of other kinds, and
+how PyTorch operations read it. `PAGED` is chosen by a page table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Contiguous:
+    """`[B, Hkv, N, D]`: every sequence has rows of its own, or all share those of one (B = 1).
+
+    Attributes:
+        form, scale_form: shapes of keys and values, and of scales per token, in words.
+        sizes, capacity_form, limit: words for errors.
+        templates: template files whose functions take the place of those of `decode.py`.
+    """
+
+    form = "[B, Hkv, N, {}]"
+    scale_form = "[B, Hkv, N]"
+    sizes = "Hkv = {1} and N = {2} (from key)"
+    capacity_form = "N = {} (from key)"
+    limit = "`key` must have"
+    templates: tuple[str, ...] = ()
+
+    def owners(self, batch: int, key: torch.Tensor) -> int:
+        """Size of the first dimension of a cache that no sequences share."""
+        return batch
+
+    def capacity(self, key: torch.Tensor, table: torch.Tensor | None) -> int:
+        """The longest sequence that the cache can hold."""
+        return key.shape[2]
+
+    def page_size(self, key: torch.Tensor) -> int:
+        """Tokens of a page, 0 without pages."""
+        return 0
+
+    def types(self, pointer: Any) -> tuple:
+        """Triton types of the kernels' argument `page_table`; `pointer` is that of the table's address."""
+        return ()
+
+    def arguments(self, key: torch.Tensor, table: torch.Tensor | None, at: Callable) -> tuple:
+        """The argument itself; `at` gives what a kernel takes for a tensor."""
+        return ()
+
+    def gather(
+        self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
+    ) -> Gather:
+        """A function from `key`, `value` or scales per token to the rows of positions.
+
+        Args:
+            key: of the call.
+            table: pages of each sequence.
+            kv: ascending positions [n] without a gap.
+            read: bool [B, Hkv, n], which of them are read.
+            check: whether to refuse tables that lead out of the cache; on a CPU they are always refused.
+
+        Returns:
+            The rows, [B or 1, Hkv, n, ...].
+        """
+        return lambda tensor: tensor[:, :, int(kv[0]) : int(kv[-1]) + 1] if len(kv) else tensor[:, :, :0]
+
+
+class Paged(Contiguous):
+    """`[num_pages, Hkv, page_size, D]`, and a table that lists the pages of each sequence."""
+
+    form = "[num_pages, Hkv, page_size, {}]"
+    scale_form = "[num_pages, Hkv, page_size]"
+    sizes = "num_pages = {0}, Hkv = {1} and page_size = {2} (from key)"
+    capacity_form = "max_pages * page_size = {} (from page_table)"
+    limit = "`page_table` must reach"
+    templates = ("kv_paged.py",)
+
+    def owners(self, batch: int, key: torch.Tensor) -> int:
+        """Pages in all."""
+        return key.shape[0]
+
+    def capacity(self, key: torch.Tensor, table: torch.Tensor | None) -> int:
+        """As many tokens as the pages that a row of the table may list."""
+        assert table is not None
+        return key.shape[2] * table.shape[1] if key.shape[0] else 0
+
+    def page_size(self, key: torch.Tensor) -> int:
+        """Tokens of a page."""
+        return key.shape[2]
+
+    def types(self, pointer: Any) -> tuple:
+        """Entries of the table, its stride over sequences, pages in all."""
+        return (pointer, "i64", "i32")
+
+    def arguments(self, key: torch.Tensor, table: torch.Tensor | None, at: Callable) -> tuple:
+        """As `types` says."""
+        assert table is not None
+        return (at(table), table.stride(0), key.shape[0])
+
+    def gather(
+        self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
+    ) -> Gather:
+        """As of a contiguous cache."""
+        assert table is not None
+        page_size, num_pages = key.shape[2], key.shape[0]
+        pages = torch.where(read.any(1), table[:, kv // page_size], 0).long()
+        wrong = (pages < 0) | (pages >= num_pages)
+        if (check or pages.device.type == "cpu") and wrong.any():
+            found = int(pages[wrong][0])
+            found = int(pages[wrong][0])
+            raise ValueError(f"`page_table` names page {found} within a sequence, but `key` has {num_pages} pages")
+        pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise
+        return lambda tensor: tensor[pages, :, kv % page_size].transpose(1, 2)
+
+
+CONTIGUOUS, PAGED = Contiguous(), Paged()

@@ -1,0 +1,411 @@
+"""How a call is cut into tiles and programs: plain integers, from the signature and the facts of the device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from ..triton_api import has_gluon
+from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
+from .signature import Signature
+
+MAX_SPLITS = 1024
+# Below these, finding out who does what takes longer than what it evens out.
+BALANCED_BYTES = 64 << 20
+BALANCED_LENGTH = 8192
+BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
+COMBINE_US = 2.0
+LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the schedule needs to know about a device.
+
+    Attributes:
+        backend: `cuda`, `hip`, or `cpu` for the interpreter.
+        arch: compute capability times 10 (90 for Hopper), or the name of an AMD architecture.
+        num_sms: multiprocessors.
+        shared_memory: bytes that one program may use.
+    """
+
+    backend: str
+    arch: int | str
+    num_sms: int
+    shared_memory: int
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel can start before the one ahead of it has finished."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
+
+    @property
+    def can_unpack(self) -> bool:
+        """Whether the device converts pairs of float8 numbers."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether products are those of Hopper, which four warps compute together."""
+        return self.backend == "cuda" and self.arch == 90
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether the device copies tiles by tensor descriptors."""
+        return self.has_pdl
+
+
+class Loads(Enum):
+    """How a kernel can load keys and values: by pointers, tensor descriptors, or as `templates/latent.py` does."""
+
+    POINTERS = 0
+    DESCRIPTORS = 1
+    LATENTS = 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The compile-time half of a schedule; one kernel per value.
+
+    `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
+    loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
+    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `packed` loads the
+    columns of a quantised cache two by two. `balanced` makes equal runs of all work, which needs the weights of all
+    sequences: of `block_b` at once, or, if there are `many`, in steps of so many. `latent` is the kernel of
+    `templates/latent.py`.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_r: int
+    block_dv: int
+    num_warps: int
+    num_stages: int
+    split: bool
+    descriptors: bool
+    block_s: int
+    shared: bool = False
+    packed: bool = False
+    balanced: bool = False
+    block_b: int = 0
+    many: bool = False
+    latent: bool = False
+
+    @property
+    def key_columns(self) -> int:
+        """Elements of a row that the first load of a key takes."""
+        return self.block_d // 2 if self.packed or self.latent else self.block_d
+
+    @property
+    def value_columns(self) -> int:
+        """Elements of a row that the load of a value takes; of latents, what the last load of a key takes."""
+        if self.latent:
+            return self.block_r
+        return self.block_dv // 2 if self.packed else self.block_dv
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tiles and grid of a call.
+
+    Attributes:
+        tiles: compile-time sizes.
+        num_items: (sequence, KV head, row tile) triples.
+        num_splits: programs per item; balanced, how many workers share the items of each row tile.
+        num_tiles: row tiles of a KV head.
+    """
+
+    tiles: Tiles
+    num_items: int
+    num_splits: int
+    num_tiles: int = 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs of the first pass."""
+        return (self.num_splits, self.num_tiles) if self.tiles.balanced else (self.num_items, self.num_splits)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of the first pass, in all."""
+        return self.grid[0] * self.grid[1]
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def schedule(
+    signature: Signature,
+    sizes: Sizes,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    loads: Loads = Loads.POINTERS,
+    is_bounded: bool = False,
+    fetches: bool = False,
+) -> Schedule:
+    """Chooses tiles and splits for the longest sequence that the cache can hold.
+
+    Args:
+        signature: what the kernel is specialised to.
+        sizes: batch, heads, longest sequence.
+        facts: of the device.
+        options: choices of the caller.
+        loads: how the caches can be loaded.
+        is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
+        fetches: whether the score_mod reads captured tensors for every key; a second program on each multiprocessor
+            works while the first one waits for them.
+    """
+    shape, num_sms, latent = _tile_shape(signature), facts.num_sms, loads is Loads.LATENTS
+    items_per_sequence = sizes.num_kv_heads * shape.num_tiles
+    num_items = sizes.batch * items_per_sequence
+    total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
+    longest = -(-sizes.max_kv_len // (options.block_n or 64))
+    balanced = _is_balanced(signature, shape, sizes, facts, options, total_bytes, is_bounded)
+    if options.num_splits:
+        num_splits = options.num_splits
+    elif balanced:
+        workers = (1 if latent else 2) * num_sms // shape.num_tiles
+        num_splits = max(1, min(workers, num_items // shape.num_tiles * longest))
+    elif options.batch_invariant:
+        num_splits = max(1, num_sms // items_per_sequence)
+    else:
+        per_sm, fit = 2 if fetches and not is_bounded else 1, 1 if latent else 2
+        num_splits = _num_splits(num_items, longest, total_bytes, num_sms, per_sm, fit)
+    crowded = balanced or (not options.batch_invariant and num_items * num_splits > num_sms)
+    # A latent cache has many query rows. Each row is wide and usually has few partial results.
+    block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
+    block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
+    wanted = (signature, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s, block_b)
+    tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
+    if loads is Loads.DESCRIPTORS and tiles.descriptors and signature.page_size % tiles.block_n:
+        tiles = _tiles(Loads.POINTERS, *wanted, many=balanced and sizes.batch > 256)
+    return Schedule(tiles, num_items, num_splits, shape.num_tiles)
+
+
+def _at_least(number: int, choices: tuple[int, ...]) -> int:
+    """The first of ascending choices that is at least a number, else the last one."""
+    return next((choice for choice in choices if number <= choice), choices[-1])
+
+
+def _is_balanced(
+    signature: Signature,
+    shape: _TileShape,
+    sizes: Sizes,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    total_bytes: int,
+    is_bounded: bool,
+) -> bool:
+    """Whether all work is cut into equal runs: as the caller says, or where lengths may differ much.
+
+    Raises:
+        ValueError: the caller says so, and there are too many tiles of query rows.
+    """
+    if options.schedule == "balanced" and shape.num_tiles > MAX_PROGRAMS:
+        raise ValueError(
+            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '
+            f'got {shape.num_tiles} for each KV head: use "split"'
+        )
+    if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
+        return options.schedule == "balanced"
+    return (
+        signature.kv_lens is not None
+        and sizes.batch > 1
+        and total_bytes >= BALANCED_BYTES
+        and sizes.max_kv_len >= BALANCED_LENGTH
+        and 8 * shape.num_tiles <= facts.num_sms
+    )
+
+
+class _TileShape(NamedTuple):
+    """What a signature says of tiles: rows, columns, row tiles of a KV head, and bytes of one key and its value."""
+
+    block_m: int
+    block_d: int
+    block_r: int
+    block_dv: int
+    shared: bool
+    num_tiles: int
+    kv_bytes: int
+
+
+@functools.lru_cache(maxsize=512)
+def _tile_shape(signature: Signature) -> _TileShape:
+    rows = signature.group_size * signature.num_queries
+    block_m = min(max(16, next_power_of_2(rows)), 32 if signature.dtype == torch.float32 else 64)
+    block_d, block_r = _head_dim_blocks(signature.head_dim)
+    block_dv = max(16, next_power_of_2(signature.v_head_dim))
+    shared = signature.shared_kv and block_dv == block_d
+    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
+    return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes)
+
+
+@functools.lru_cache(maxsize=512)
+def _tiles(
+    loads: Loads,
+    signature: Signature,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    is_bounded: bool,
+    crowded: bool,
+    balanced: bool,
+    split: bool,
+    block_s: int,
+    block_b: int,
+    many: bool,
+) -> Tiles:
+    """The tiles of a call, which calls of many lengths share: `crowded` means more programs than multiprocessors."""
+    is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
+    block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
+    # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
+    descriptors = loads is not Loads.POINTERS and not (is_float32 and crowded)
+    packed = is_packed(signature, facts, options)
+    if latent:
+        block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
+    else:
+        block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
+        block_n = min(block_n, 64) if is_bounded else block_n
+    return Tiles(
+        block_m,
+        options.block_n or block_n,
+        block_d,
+        block_r,
+        block_dv,
+        options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
+        options.num_stages or num_stages,
+        split=split,
+        descriptors=descriptors,
+        block_s=block_s,
+        shared=shared,
+        packed=packed,
+        balanced=balanced,
+        block_b=block_b,
+        many=many,
+        latent=latent,
+    )
+
+
+def is_packed(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether the columns of a quantised cache are loaded two by two."""
+    # Whether a cache is packable may depend on where in memory a sequence lies.
+    if not signature.packable or not facts.can_unpack or options.batch_invariant:
+        return False
+    # A product takes 16 columns at least, and a packed tile has two of a half each.
+    shape = _tile_shape(signature)
+    return shape.block_r == 0 and shape.block_d >= 32
+
+
+def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether `templates/latent.py` does what a call asks for: latents of 512 + 64 columns, many heads."""
+    sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
+    return (
+        facts.has_warpgroups
+        and has_gluon()
+        and sizes == (True, 576, 512)
+        and signature.group_size * signature.num_queries > 32
+        and signature.kv_dtype == signature.dtype != torch.float32
+        and signature.k_scale is signature.v_scale is None
+        and signature.page_size % LATENT_BLOCK == 0
+        and options.num_warps is None
+        and options.num_stages is None
+        and options.block_n in (None, LATENT_BLOCK)
+    )
+
+
+def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
+    """Columns of a key in a first load and in a second one: a large head dimension is not padded to a power of two."""
+    whole = max(16, next_power_of_2(head_dim))
+    rest = head_dim - whole // 2
+    if whole <= 128 or rest > whole // 4:
+        return whole, 0
+    return whole // 2, max(16, next_power_of_2(rest))
+
+
+def _pipeline(
+    block_m: int,
+    kv_bytes: int,
+    is_float32: bool,
+    crowded: bool,
+    balanced: bool,
+    descriptors: bool,
+    packed: bool,
+    facts: DeviceFacts,
+) -> tuple[int, int]:
+    """Keys per step and pipeline depth.
+
+    With at most one program per multiprocessor, a deep pipeline keeps enough bytes in flight; with more programs, a
+    small footprint lets two of them share a multiprocessor and hide one another's start and end.
+
+    Args:
+        block_m: rows of a tile.
+        kv_bytes: bytes of one key and its value, as they are loaded.
+        is_float32: whether the inputs are float32.
+        crowded: more programs than multiprocessors.
+        balanced: as many workers as fit, two on each multiprocessor.
+        packed: a quantised cache, of half the bytes.
+        descriptors: KV loads through tensor descriptors.
+        facts: of the device.
+    """
+    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not packed) else 3
+    block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
+    if packed:
+        block_n *= 1 if crowded and descriptors else 2
+    # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
+    # descriptors, and per row the query, the output and a few values per key.
+    tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
+    per_key = 8 if is_float32 else 2 if descriptors else 6
+    while block_n > 16:
+        needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
+        if needed <= facts.shared_memory:
+            break
+        if block_n == 64 and stages == 3:  # rather than fewer keys: a step has a fixed price
+            stages, tiles_kept = 2, tiles_kept - 1
+        else:
+            block_n //= 2
+    return block_n, stages
+
+
+def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int, fit: int) -> int:
+    """Splits that minimise a model of the time: bytes over the bandwidth that so many programs reach, plus a combine.
+
+    Up to `per_sm` programs per multiprocessor the bandwidth grows with the programs; above, programs run in waves of
+    `fit` per multiprocessor, and an unfilled last wave is lost.
+    """
+    if num_items == 0:
+        return 1
+    most = max(1, min(num_blocks, MAX_SPLITS, 4 * fit * num_sms // num_items + 1))
+    best, reached = _best_split(num_items, most, num_sms, per_sm, fit)
+    microseconds = total_bytes / BYTES_PER_US
+    alone = microseconds / _reached(num_items, num_sms, per_sm, fit)
+    return 1 if alone <= microseconds / reached + COMBINE_US else best
+
+
+def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
+    """The share of the bandwidth that so many programs reach."""
+    if programs <= per_sm * num_sms:
+        return programs / (per_sm * num_sms)
+    waves = -(-programs // (fit * num_sms))
+    return 0.95 * (programs / (fit * num_sms * waves))
+
+
+def forget_schedules() -> None:
+    """Forgets the choices so far."""
+    for choice in (_tile_shape, _tiles, _best_split):
+        choice.cache_clear()
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_split(num_items: int, most: int, num_sms: int, per_sm: int, fit: int) -> tuple[int, float]:
+    """The number of splits that reaches most of the bandwidth, and that share."""
+    # While programs fit into a wave, more of them are better: the best number fills one, or is the largest.
+    filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
+    tried = {most, *[min(max(1, programs // num_items), most) for programs in filling]}
+    reached, splits = max((_reached(num_items * splits, num_sms, per_sm, fit), -splits) for splits in tried)
+    return -splits, reached

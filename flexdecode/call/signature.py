@@ -1,0 +1,142 @@
+"""The validated description of a call: what a kernel is specialised to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .formats import Contiguous
+from .inputs import QUANTISED, DecodeOptions, Inputs
+
+UNIT = 0  # the class of a stride that is known to be 1
+ScaleType = tuple[torch.dtype | None, int]  # of a cache: dtype, None for a Python number, and rank; None if absent
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one kernel is specialised to.
+
+    Attributes:
+        backend: `triton` or `torch`.
+        device: device of all tensors.
+        dtype: type of query and output.
+        kv_dtype: type of key and value.
+        num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
+        kv_lens, q_lens, q_offset, page_table, sinks: type of the tensor, None if absent, `int` for a Python number.
+        format: how keys and values lie in memory.
+        page_size: tokens of a page, 0 without a page table.
+        k_scale, v_scale: how the caches are scaled.
+        shared_kv: whether each value is the first columns of its key, in the same memory.
+        packable: whether key and value are quantised and can be seen as int16, two columns in one.
+        return_lse: whether the log-sum-exp is written.
+        aligned: whether query, key, value and output all start at a multiple of 16 bytes.
+        strides: 16 stride classes, four for each of query, key, value, output: `UNIT` for a last stride of 1, else
+            the greatest common divisor with 16.
+    """
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    num_queries: int
+    group_size: int
+    head_dim: int
+    v_head_dim: int
+    kv_lens: torch.dtype | None
+    q_lens: torch.dtype | None
+    q_offset: torch.dtype | type | None
+    format: Contiguous
+    page_table: torch.dtype | None
+    page_size: int
+    k_scale: ScaleType | None
+    v_scale: ScaleType | None
+    sinks: torch.dtype | None
+    shared_kv: bool
+    packable: bool
+    return_lse: bool
+    aligned: bool
+    strides: tuple[int, ...]
+
+
+def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
+    """Makes the signature of checked inputs."""
+    query, key, value, out = inputs.query, inputs.key, inputs.value, inputs.make_out()
+    tensors = (query, key, value, out)
+    strides = all_strides(inputs, out.stride())
+    return Signature(
+        backend=options.backend or ("triton" if query.device.type == "cuda" else "torch"),
+        device=query.device,
+        dtype=query.dtype,
+        kv_dtype=key.dtype,
+        num_queries=query.shape[2],
+        group_size=query.shape[1] // max(key.shape[1], 1),
+        head_dim=query.shape[3],
+        v_head_dim=value.shape[3],
+        kv_lens=None if isinstance(inputs.kv_lens, int) else _dtype(inputs.kv_lens),
+        q_lens=_dtype(inputs.q_lens),
+        q_offset=int if isinstance(inputs.q_offset, int) else _dtype(inputs.q_offset),
+        format=inputs.format,
+        page_table=_dtype(inputs.page_table),
+        page_size=inputs.format.page_size(key),
+        k_scale=_scale_type(inputs.k_scale),
+        v_scale=_scale_type(inputs.v_scale),
+        sinks=_dtype(inputs.sinks),
+        shared_kv=shares_storage(key, value),
+        packable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
+        return_lse=return_lse,
+        aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
+        strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
+    )
+
+
+def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of query, key, value and output as the kernels take them, 16 in all."""
+    batch = inputs.query.shape[0]
+    caches = inputs.format.owners(batch, inputs.key)
+    return (
+        *kernel_strides(inputs.query, batch),
+        *kernel_strides(inputs.key, caches),
+        *kernel_strides(inputs.value, caches),
+        *out_strides,
+    )
+
+
+def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether each value is the first columns of its key (multi-head latent attention, MLA)."""
+    same = value.stride() == key.stride() and value.shape[:3] == key.shape[:3] and value.shape[3] <= key.shape[3]
+    if key.is_meta:
+        bases = [t if t._base is None else t._base for t in (key, value)]
+        return same and bases[0] is bases[1] and key.storage_offset() == value.storage_offset()
+    return same and value.data_ptr() == key.data_ptr() != 0
+
+
+def _in_pairs(cache: torch.Tensor) -> bool:
+    *strides, last = cache.stride()
+    return last == 1 and cache.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (*strides, cache.shape[3]))
+
+
+def packed(inputs: Inputs) -> Inputs:
+    """The same call with two columns of its caches seen as one int16."""
+    return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
+
+
+def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _scale_type(scale: float | torch.Tensor | None) -> ScaleType | None:
+    if scale is None:
+        return None
+    return (scale.dtype, scale.dim()) if isinstance(scale, torch.Tensor) else (None, 0)
+
+
+def kernel_strides(tensor: torch.Tensor, batch: int) -> tuple[int, int, int, int]:
+    """Strides in elements; a broadcast batch dimension has stride 0."""
+    b, h, n, d = tensor.stride()
+    return (b if tensor.shape[0] == batch else 0), h, n, d
+
+
+def _stride_classes(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(math.gcd(s, 16) for s in strides[:-1]), UNIT if strides[-1] == 1 else math.gcd(strides[-1], 16))

@@ -1,0 +1,224 @@
+"""The run-time arguments of the kernels: one row for each, in the order of `decode_split`.
+
+Types and launches both come from these rows. The second pass takes those of them that it has a parameter for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from ..call.block_mask import BLOCK_LISTS_TYPES, BlockLists
+from ..call.inputs import Inputs
+from ..call.schedule import Tiles
+from ..call.signature import UNIT, ScaleType, Signature
+
+TYPE_NAMES = {
+    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+STRIDES = [f"stride_{t}{d}" for t, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd")) for d in dims]
+
+CaptureTypes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything besides its text that a kernel is compiled from.
+
+    Attributes:
+        signature: what the inputs look like.
+        tiles: compile-time sizes.
+        score_captures, mask_captures: Triton types of the captured values of each mod.
+        num_live: intervals of kv_idx that can attend.
+        num_full: intervals in which no mask is needed.
+        fp_fusion: whether a product and a sum may become one operation. A mod that rounds to half precision forbids
+            it: LLVM would drop the rounding between them.
+        block_lists: whether the blocks to visit come from lists.
+    """
+
+    signature: Signature
+    tiles: Tiles
+    score_captures: CaptureTypes
+    mask_captures: CaptureTypes
+    num_live: int
+    num_full: int
+    fp_fusion: bool = True
+    block_lists: bool = False
+
+    @property
+    def cache_type(self) -> str:
+        """Triton's type of what is loaded from a cache."""
+        return "i16" if self.tiles.packed else TYPE_NAMES[self.signature.kv_dtype]
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Class of each stride, in units of what is loaded."""
+        classes = dict(zip(STRIDES, self.signature.strides, strict=True))
+        if self.tiles.packed:
+            classes |= {name: c // 2 for name, c in classes.items() if name[-2] in "kv" and c != UNIT}
+        return classes
+
+
+class Call(NamedTuple):
+    """What one call brings.
+
+    Attributes:
+        inputs: its tensors and numbers.
+        out, lse: where results go: `[B, Hq, Q, Dv]`, and float32 `[B, Hq, Q]` or None.
+        score_leaves, mask_leaves: what the mods capture.
+        scale: factor of the dot product.
+        lists: those of a BlockMask, or None.
+    """
+
+    inputs: Inputs
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    score_leaves: list
+    mask_leaves: list
+    scale: float
+    lists: BlockLists | None = None
+
+
+class Argument(NamedTuple):
+    """One argument.
+
+    Attributes:
+        name: of the template's parameter.
+        type: Triton's type, several of a tuple, None where a call has no such argument.
+        tensor: reads it from a `Call`; a kernel takes its address.
+        value: reads it from a `Call` and the `Scratch` of its launch. Without `tensor` and `value`, it stays the same
+            in all calls of one layout.
+        divisor: what divides it, of a tuple each element.
+    """
+
+    name: str
+    type: Callable[[KernelSpec], Any]
+    tensor: Callable[[Call], torch.Tensor] | None = None
+    value: Callable[[Any, Any], Any] | None = None
+    divisor: Callable[[KernelSpec], Any] = lambda spec: 1
+
+
+def _pointer(dtype: Any) -> str | None:
+    """Triton's type of a tensor's address; None for no tensor."""
+    return None if dtype is None else "*" + TYPE_NAMES[dtype]
+
+
+def _aligned(spec: KernelSpec) -> int:
+    return 16 if spec.signature.aligned else 1
+
+
+def _partial(name: str) -> Argument:
+    """A part of the workspace of partial results."""
+    return Argument(name, lambda s: "*fp32" if s.tiles.split else None, value=_of_scratch(name), divisor=lambda s: 16)
+
+
+def _of_scratch(name: str) -> Callable[[Any, Call], Any]:
+    read = attrgetter(name)
+    return lambda scratch, call: read(scratch)
+
+
+def _input(name: str) -> Argument:
+    """A tensor that a call may lack."""
+    return Argument(name, lambda spec: _pointer(getattr(spec.signature, name)), attrgetter(f"inputs.{name}"))
+
+
+def _descriptor(name: str, columns: str) -> Argument:
+    """A tensor descriptor for blocks of so many columns."""
+
+    def kind(spec: KernelSpec) -> str | None:
+        tiles = spec.tiles
+        layout = ",NVMMASharedLayout(128, 16)" if tiles.latent else ""
+        block = f"{tiles.block_n}, {getattr(tiles, columns)}"
+        return f"tensordesc<{spec.cache_type}[{block}]{layout}>" if tiles.descriptors else None
+
+    return Argument(name, kind)
+
+
+def _scales(name: str, source: str) -> Argument:
+    """Scales of keys or values: (), (number,), or address and strides over b, h and, if any, n."""
+    read = attrgetter(f"inputs.{source}")
+
+    def types(spec: KernelSpec) -> tuple:
+        kind: ScaleType | None = getattr(spec.signature, source)
+        if kind is None:
+            return ()
+        dtype, rank = kind
+        return ("fp32",) if dtype is None else (_pointer(dtype), *["i64"] * max(rank, 2))
+
+    def value(scratch: Any, call: Call) -> tuple:
+        scale = read(call)
+        if not isinstance(scale, torch.Tensor):
+            return (float(scale),)
+        steps = [0 if size == 1 else step for size, step in zip(scale.shape, scale.stride(), strict=True)]
+        return (scratch.form.at(scale), *[0] * (2 - scale.dim()), *steps)
+
+    return Argument(name, types, value=value)
+
+
+def _stride(name: str) -> Argument:
+    """A stride in elements, or 1, which a kernel knows."""
+    classes = attrgetter("strides")
+    return Argument(
+        name, lambda spec: None if classes(spec)[name] == UNIT else "i64", divisor=lambda spec: classes(spec)[name]
+    )
+
+
+def _steps(name: str, tensor: str) -> Argument:
+    """Steps between sequences and heads of a cache: two strides, or rows and columns in the matrix of a descriptor."""
+
+    def divisors(spec: KernelSpec) -> Any:
+        return 1 if spec.tiles.descriptors else tuple(spec.strides[f"stride_{tensor}{dim}"] for dim in "bh")
+
+    return Argument(name, lambda spec: ("i32",) * 4 if spec.tiles.descriptors else ("i64",) * 2, divisor=divisors)
+
+
+ARGUMENTS = (
+    Argument("query", lambda s: _pointer(s.signature.dtype), attrgetter("inputs.query"), divisor=_aligned),
+    Argument("key", lambda s: "*" + s.cache_type, attrgetter("inputs.key"), divisor=_aligned),
+    Argument("value", lambda s: "*" + s.cache_type, attrgetter("inputs.value"), divisor=_aligned),
+    _descriptor("key_descriptor", "key_columns"),
+    _descriptor("value_descriptor", "value_columns"),
+    Argument("out", lambda s: _pointer(s.signature.dtype), attrgetter("out"), divisor=_aligned),
+    Argument("lse", lambda s: "*fp32" if s.signature.return_lse else None, attrgetter("lse")),
+    *map(_partial, ("partial_out", "partial_max", "partial_sum")),
+    Argument("item_parts", lambda s: "*i32" if s.tiles.balanced else None, value=_of_scratch("item_parts")),
+    _input("kv_lens"),
+    _input("q_lens"),
+    Argument(
+        "q_offset",
+        lambda s: "i64" if s.signature.q_offset is int else _pointer(s.signature.q_offset),
+        value=lambda scratch, call: scratch.form.at(call.inputs.q_offset),
+    ),
+    Argument(
+        "page_table",
+        lambda s: s.signature.format.types(_pointer(s.signature.page_table)),
+        value=lambda scratch, call: call.inputs.format.arguments(
+            call.inputs.key, call.inputs.page_table, scratch.form.at
+        ),
+    ),
+    Argument(
+        "block_lists",
+        lambda s: BLOCK_LISTS_TYPES if s.block_lists else (),
+        value=lambda scratch, call: call.lists.arguments(*scratch.launcher.listed),
+    ),
+    _scales("key_scales", "k_scale"),
+    _scales("value_scales", "v_scale"),
+    _input("sinks"),
+    Argument("score_captures", lambda s: s.score_captures, value=lambda s, call: s.form.read_score(call.score_leaves)),
+    Argument("mask_captures", lambda s: s.mask_captures, value=lambda s, call: s.form.read_mask(call.mask_leaves)),
+    Argument("scale", lambda s: "fp32", value=lambda scratch, call: call.scale),
+    *map(_stride, STRIDES[:4]),
+    _steps("key_steps", "k"),
+    *map(_stride, STRIDES[6:8]),
+    _steps("value_steps", "v"),
+    *map(_stride, STRIDES[10:]),
+    *(Argument(name, lambda s: "i32") for name in ("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight")),
+)
+SAME = slice(22, None)  # from the strides on: arguments that stay the same in all calls of one layout
+DESCRIPTORS = slice(3, 5)  # places of the descriptors; a launch takes several values for each

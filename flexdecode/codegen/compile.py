@@ -1,0 +1,142 @@
+"""Compiles a generated module: argument types, constants and options of the two kernels, for a target.
+
+Kernels are compiled ahead of time from declared types, so no value ever specialises one, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..call.schedule import DeviceFacts, Tiles
+from ..errors import CompileError, SharedMemoryError, TritonVersionError
+from ..frontend.graph import Graph
+from ..frontend.ops import FLOAT8, HALF
+from ..triton_api import compile_ahead
+from .arguments import ARGUMENTS, TYPE_NAMES, CaptureTypes, KernelSpec
+from .lower import CaptureLayout, number_dtypes
+
+ROWS = {row.name: row for row in ARGUMENTS}
+COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
+
+
+def capture_types(graph: Graph | None) -> CaptureTypes:
+    """Triton types of the `captures` tuple of a graph, in the order of `CaptureLayout`."""
+    if graph is None:
+        return ()
+    layout = CaptureLayout.of(graph)
+    dtypes = number_dtypes(graph)
+    numbers = [TYPE_NAMES[dtypes[i]] for i in range(layout.num_numbers)]
+    tensors: list[str] = []
+    for dtype, rank in graph.tensor_types:
+        stored = torch.uint8 if dtype in FLOAT8 else dtype  # not every device has these types, every one has their bits
+        tensors += ["*" + TYPE_NAMES[stored], *["i64"] * (2 * rank)]
+    return (*numbers, *tensors)
+
+
+def rounds_to_half(graph: Graph | None) -> bool:
+    """Whether a mod computes in float16 or bfloat16."""
+    return graph is not None and any(node.dtype in HALF for node in graph.nodes())
+
+
+def combine_block_dv(tiles: Tiles) -> int:
+    """Output columns per program of the combine pass."""
+    return min(tiles.block_dv, max(32, COMBINE_TILE // tiles.block_s))
+
+
+def _precision(dtype: torch.dtype, facts: DeviceFacts) -> str:
+    """How the two products are computed: float32 by three TF32 products each, where the tensor cores have them."""
+    return "tf32x3" if dtype == torch.float32 and facts.backend == "cuda" else "ieee"
+
+
+def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
+    """The compile-time arguments of a kernel, by name."""
+    signature, tiles = spec.signature, spec.tiles
+    known = {
+        "GROUP_SIZE": signature.group_size,
+        "NUM_QUERIES": signature.num_queries,
+        "V_HEAD_DIM": signature.v_head_dim,
+        "BLOCK_M": tiles.block_m,
+        "BALANCED": tiles.balanced,
+        "PDL": facts.has_pdl,
+    }
+    if combine:
+        return known | {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s}
+    return known | {
+        "HEAD_DIM": signature.head_dim,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": tiles.block_d,
+        "BLOCK_R": tiles.block_r,
+        "BLOCK_DV": tiles.block_dv,
+        "BLOCK_B": tiles.block_b,
+        "MANY": tiles.many,
+        "PAGE_SIZE": signature.page_size,
+        "SHARED": tiles.shared,
+        "PACKED": TYPE_NAMES[signature.kv_dtype] if tiles.packed else None,
+        "SPLIT": tiles.split,
+        "NUM_LIVE": spec.num_live,
+        "NUM_FULL": spec.num_full,
+        "PRECISION": _precision(signature.dtype, facts),
+    }
+
+
+def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
+    """The Triton type of each parameter of a kernel; `constexpr` for what is absent or known to be 1."""
+    types = {name: "constexpr" if name.isupper() else ROWS[name].type(spec) for name in names}
+    return {name: "constexpr" if kind is None else kind for name, kind in types.items()}
+
+
+def attributes(spec: KernelSpec, types: dict[str, Any]) -> dict[tuple[int, ...], list]:
+    """Divisibility that Triton may rely on, by place of an argument, or of an element of one."""
+    found: dict[tuple[int, ...], list] = {}
+    for i, (name, kind) in enumerate(types.items()):
+        if kind != "constexpr":
+            divisor = ROWS[name].divisor(spec)
+            each = {(i, j): d for j, d in enumerate(divisor)} if isinstance(divisor, tuple) else {(i,): divisor}
+            found |= {place: [["tt.divisibility", d]] for place, d in each.items() if d > 1}
+    return found
+
+
+def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
+    """Compiles one kernel of a generated module for a device.
+
+    Returns:
+        Triton's compiled kernel.
+
+    Raises:
+        CompileError: Triton could not compile it; the message names the source file.
+        SharedMemoryError: it needs more shared memory than the device has.
+    """
+    function = module.decode_combine if combine else module.decode_split
+    types = argument_types(spec, function.arg_names)
+    known = constants(spec, facts, combine)
+    absent = [name for name, kind in types.items() if kind == "constexpr" and name not in known]
+    known |= {name: 1 if name.startswith("stride") else None for name in absent}
+    target = facts.backend, facts.arch, 64 if facts.backend == "hip" else 32
+    options: dict[str, Any] = {
+        "num_warps": 1 if combine else spec.tiles.num_warps,
+        "num_stages": spec.tiles.num_stages,
+        "enable_fp_fusion": spec.fp_fusion,
+    }
+    if facts.backend == "cuda":
+        options["launch_pdl"] = facts.has_pdl
+    try:
+        gluon = spec.tiles.latent and not combine
+        compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon)
+    except TritonVersionError:
+        raise
+    except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
+        reason: BaseException = error  # Triton reports the call that failed; why is the end of its chain
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        text = str(error) if reason is error else f"{error}\n{reason}"
+        raise CompileError(f"{function.__name__} did not compile: {text}\n  source: {module.__file__}") from error
+    if compiled.metadata.shared > facts.shared_memory:
+        raise SharedMemoryError(
+            f"{function.__name__} needs {compiled.metadata.shared} bytes of shared memory, more than the "
+            f"{facts.shared_memory} of the device\n  source: {module.__file__}\n"
+            "  Choose a smaller `options.block_n` or `options.num_stages`."
+        )
+    return compiled

@@ -1,0 +1,105 @@
+"""Compiled kernels by spec and graphs: found in memory, made of a module on disk, or generated."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..analysis.program import Program
+from ..call.schedule import DeviceFacts, Tiles
+from ..call.signature import Signature
+from ..errors import CompileError
+from ..memos import counters, lock
+from ..triton_api import Launch, load_module, standalone_kernel
+from . import store
+from .arguments import ARGUMENTS, KernelSpec
+from .compile import combine_block_dv, compile_pass, constants
+from .lower import lower, lower_bounds
+from .template import generate, sources_digest, standalone
+
+
+class Kernel:
+    """The two compiled kernels of one spec.
+
+    Attributes:
+        path: the generated module.
+        split, combine: run one pass: `run(grid, stream, arguments)`; a `Launch`, but in the interpreter.
+        combined: picks the arguments of the second pass out of those of the first one.
+        combine_block_dv: output columns per program of the combine pass.
+    """
+
+    def __init__(self, module: ModuleType, path: Path, spec: KernelSpec, facts: DeviceFacts) -> None:
+        self.path = path
+        self.facts = facts
+        self.split = self._pass(module, spec, combine=False)
+        self.combine: Any = None
+        if spec.tiles.split:
+            second = load_module(store.fixed_module(standalone("combine.py")))
+            self.combine = self._pass(second, spec, combine=True)
+            names = [row.name for row in ARGUMENTS]
+            self.combined = itemgetter(*[names.index(n) for n in second.decode_combine.arg_names if not n.isupper()])
+        self.combine_block_dv = combine_block_dv(spec.tiles)
+
+    def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Any:
+        known = constants(spec, self.facts, combine)
+        if self.facts.backend == "cpu":
+            function = module.decode_combine if combine else module.decode_split
+            return lambda grid, _, arguments: function[grid](*arguments, **known)
+        descriptors = 2 if spec.tiles.descriptors and not combine else 0
+        return Launch(compile_pass(module, spec, self.facts, combine), len(known), descriptors)
+
+
+# Kernels are not forgotten to make room: a CUDA graph may launch one, and Triton unloads what is collected.
+_kernels: dict[tuple, Kernel] = {}
+
+
+def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
+    """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
+    key = (spec, facts, program.text)
+    with lock:
+        if key not in _kernels:
+            path = module_path(program, template_files(program, spec.signature, spec.tiles))
+            try:
+                module = load_module(path)
+            except ImportError as error:  # Gluon's names change
+                raise CompileError(f"{error}\n  source: {path}") from error
+            _kernels[key] = Kernel(module, path, spec, facts)
+            counters.compilations += 1
+        return _kernels[key]
+
+
+def template_files(program: Program, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
+    """The template files whose functions take the place of those of `decode.py`; the later ones win."""
+    wanted = {
+        "kv_descriptor.py": tiles.descriptors,
+        "block_lists.py": program.block_lists,
+        "balanced.py": tiles.balanced,
+        "latent.py": tiles.latent,
+    }
+    return (*signature.format.templates, *(name for name, is_wanted in wanted.items() if is_wanted))
+
+
+def module_path(program: Program, files: tuple[str, ...]) -> Path:
+    """The file of the module for two mods and some `template_files`, found on disk or written there."""
+    identity = f"{files}\n{sources_digest()}\n{program.text}"
+    return store.stored_module(identity, lambda: generate_module(program, files))
+
+
+def generate_module(program: Program, files: tuple[str, ...] = ()) -> str:
+    """The text of the module for two mods and some `template_files`."""
+    hooks = [lower_bounds(program)]
+    for kind, graph, checks in (
+        ("score_mod", program.score, program.score_checks),
+        ("mask_mod", program.mask, program.mask_checks),
+    ):
+        if graph is not None:
+            hooks.append(lower(graph, kind, program.q_idx_given, checks))
+    return generate(hooks, files)
+
+
+def forget_kernels() -> None:
+    """Drops every kernel in memory, those that append and merge too."""
+    _kernels.clear()
+    standalone_kernel.cache_clear()

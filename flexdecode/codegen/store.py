@@ -1,0 +1,141 @@
+"""The store of generated modules on disk.
+
+A file is named by the hash of its text. An index leads from what a module is generated from (graphs, templates, library
+version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies beside
+them. No mod changes it. Triton keeps the machine code in a store of its own. Files are published by `os.replace`, and
+a damaged one is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..memos import counters
+from ..version import __version__
+
+
+def store_folder() -> Path:
+    """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder; `~` is the home folder."""
+    chosen = os.environ.get("FLEXDECODE_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "flexdecode"
+
+
+def stored_module(identity: str, generate: Callable[[], str]) -> Path:
+    """The file of the module for `identity`, found on disk or generated and written there.
+
+    Args:
+        identity: everything that the text depends on besides the library itself.
+        generate: makes the text.
+
+    Raises:
+        PermissionError: others could put code into the folder, from where it is imported.
+    """
+    entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
+    folder = _checked_folder()
+    index = folder / "index" / entry
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = _find_module(folder, index.read_text())
+        if found is not None:
+            counters.disk_hits += 1
+            return found
+    path = _publish_module(folder, generate())
+    counters.generations += 1
+    if path.parent == folder / "modules":
+        with contextlib.suppress(OSError):
+            _publish(index, path.stem)
+    return path
+
+
+def fixed_module(text: str) -> Path:
+    """The file of a module that depends on no mod, found on disk or written there.
+
+    Raises:
+        PermissionError: as of `stored_module`.
+    """
+    folder = _checked_folder()
+    return _find_module(folder, _name_of(text.encode())) or _publish_module(folder, text)
+
+
+def _name_of(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def _find_module(folder: Path, name: str) -> Path | None:
+    """The module of this name, if its text is what the name says."""
+    path = folder / "modules" / f"{name}.py"
+    try:
+        return path if _name_of(path.read_bytes()) == name else None
+    except (OSError, ValueError):  # a damaged index may hold a name that no file can have
+        return None
+
+
+def _publish_module(folder: Path, text: str) -> Path:
+    name = f"{_name_of(text.encode())}.py"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _publish(folder / "modules" / name, text)
+    except OSError:  # a read-only home: the module lives as long as the machine's temporary files
+        return _publish(_temporary_folder() / name, text)
+
+
+def _checked_folder() -> Path:
+    """The folder of the store, which flexdecode imports code from: refused if everybody can write into any part."""
+    folder = store_folder()
+    for place in (folder, folder / "index", folder / "modules"):
+        try:
+            mode = place.stat().st_mode
+        except OSError:  # there is none yet, or none that can be read
+            continue
+        if mode & stat.S_IWOTH:
+            raise PermissionError(
+                f"everybody can write into the cache folder {place}, and flexdecode imports code from there: "
+                "`chmod o-w` it, or choose another one by FLEXDECODE_CACHE_DIR"
+            )
+    return folder
+
+
+def _temporary_folder() -> Path:
+    """A folder of this user alone among the temporary files of the machine, which others can write to.
+
+    Raises:
+        PermissionError: what has its name is somebody else's, or open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"flexdecode-{os.getuid()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        reason = "is no folder"
+    elif found.st_uid != os.getuid():
+        reason = "belongs to another user"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = "is open to others"
+    else:
+        return folder
+    raise PermissionError(
+        f"{folder} {reason}, and flexdecode imports code from there: remove it, or choose a folder of your own by "
+        "FLEXDECODE_CACHE_DIR"
+    )
+
+
+def _publish(path: Path, text: str) -> Path:
+    """Writes a file so that another process sees all of it or nothing."""
+    path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)  # whatever the umask: not for everybody to write to
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

@@ -1,0 +1,5 @@
+"""From a callable to a graph.
+
+In: a user's `score_mod` or `mask_mod`, and what it captures.
+Out: a `Graph` of frozen nodes with a canonical text, and the captured values of the moment.
+"""

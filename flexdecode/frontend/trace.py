@@ -1,0 +1,238 @@
+"""Runs a mod once on symbols and records what it computes.
+
+The symbols stand for the score, the four indices and every captured number; a `TorchFunctionMode` catches what happens
+to captured tensors, so that no value of one is ever read while tracing.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import FlexDecodeError, TraceError, raised, user_line
+from . import factories, joins, reductions, views  # noqa: F401 (they register their functions)
+from . import torch_functions as tf
+from .build import cast, remake
+from .captures import CannotRebuild, Reads, copy_for_trace, uncompiled
+from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
+from .leaks import check_leaks
+from .symbol import Consumed, Symbol, TraceContext
+
+PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What `trace` found: the graph, and the run-time numbers whose value it depends on."""
+
+    graph: Graph
+    constants: frozenset[Source]
+
+
+class _TraceMode(TorchFunctionMode):
+    """Sends every PyTorch call inside a mod to the table of `torch_functions`."""
+
+    def __init__(self, context: TraceContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self.context.own_code:
+            return func(*args, **(kwargs or {}))
+        return tf.dispatch(self.context, func, args, kwargs or {})
+
+
+def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: Reads | None = None) -> Traced:
+    """Traces a mod.
+
+    Args:
+        mod: the user's callable.
+        kind: `score_mod` or `mask_mod`.
+        leaves: captured tensors and numbers, in the order of `captures.walk(mod)`.
+        device: the device that the mod sees as `score.device`.
+        reads: notes what the mod reads that the walk does not follow; the leaves are those of the walk with
+            `reads.followed`.
+
+    Raises:
+        TraceError: the mod cannot be traced; the message has the user's line and the remedy.
+        UnsupportedOpError: it calls an operation that flexdecode does not have.
+        TypeError: the mod takes the wrong number of parameters.
+    """
+    _check_parameters(mod, kind)
+    _check_assignments(mod, kind)
+    tracer = _Tracer(mod, kind, leaves, device, Reads(kind) if reads is None else reads)
+    real = tracer.run(frozenset(), ())
+    check_leaks(real.context, lambda: tracer.run(frozenset(), ()).context)
+    return tracer.run_on_symbols(real)
+
+
+class _Run(NamedTuple):
+    graph: Graph
+    output: Node
+    constants: frozenset[Source]
+    context: TraceContext
+
+
+class _Tracer(NamedTuple):
+    """The arguments of `trace`."""
+
+    mod: Callable
+    kind: str
+    leaves: list
+    device: torch.device
+    reads: Reads
+
+    def run(self, constants: frozenset[Source], symbolic: Iterable[int]) -> _Run:
+        """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
+        while True:
+            context = TraceContext(self.kind, [*self.leaves], self.device, constants, tf, self.reads)
+            numbers = {i: context.number(Source(i)) for i in symbolic if Source(i) not in constants}
+            try:
+                output = _call(copy_for_trace(self.mod, numbers, self.reads), context)
+                frozen = [tensor.to(self.device) for tensor in context.frozen]
+                return _Run(Graph.build(output, context.tensor_types, frozen), output, constants, context)
+            except Consumed as consumed:
+                constants |= consumed.sources
+
+    def run_on_symbols(self, real: _Run) -> Traced:
+        """Runs the mod on symbols for numbers; those that decide which way the mod takes are constants.
+
+        All are tried at once. Where the mod then takes another way than with their values, each half is tried.
+
+        Args:
+            real: the run on their values. The sizes that it asked for are constants here too.
+        """
+        numbers = [i for i, leaf in enumerate(self.leaves) if not isinstance(leaf, torch.Tensor)]
+        kept: list[int] = []
+        run = real
+        parts = [numbers]
+        while parts:
+            part = parts.pop()
+            try:
+                attempt = self.run(run.constants, [*kept, *part])
+                taken = _same(attempt, real, self.leaves)
+            except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
+                taken = False
+            if taken:
+                kept += part
+                run = attempt
+            elif len(part) > 1:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+        return Traced(run.graph, run.constants | {Source(n) for n in numbers if n not in kept})
+
+
+def _call(mod: Callable, context: TraceContext) -> Node:
+    arguments = [Node("index", (), torch.int64, name) for name in INDEX_NAMES]
+    if context.kind == "score_mod":
+        arguments.insert(0, Node("score", (), torch.float32))
+    raised.error = None
+    try:
+        with _as_it_was_written(), _TraceMode(context):
+            result = mod(*map(context.scalar, arguments))
+        if raised.error is not None:  # the mod has an `except` that swallowed it
+            raise raised.error
+    except (FlexDecodeError, Consumed):
+        raise
+    except Exception as error:  # whatever the user's code raises, with the line that raised it
+        raise TraceError(
+            f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
+            "  A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
+            "operators on tensors and numbers, and compute everything else outside the mod."
+        ) from error
+    return _checked_result(result, mod, context)
+
+
+def _as_it_was_written() -> AbstractContextManager:
+    """Makes functions that `torch.compile` made run as Python, if `torch.compile` was ever used."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
+    """Converts what a mod returned into a float32 score or a bool mask."""
+    is_mask = context.kind == "mask_mod"
+    who = f"{context.kind} {getattr(mod, '__name__', type(mod).__name__)!r} returned"
+    wanted = "it must return a bool" if is_mask else "it must return a score"
+    if type(result).__module__ == "numpy" and getattr(result, "ndim", 1) == 0:
+        result = result.item()
+    if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
+        got = "None" if result is None else f"a {type(result).__name__}"
+        hint = " (forgot `return`?)" if result is None else ""
+        raise TraceError(f"{who} {got}; {wanted}{'' if is_mask else ' (a float)'}{hint}")
+    symbol = context.symbol(result)
+    if symbol.rank:
+        raise TraceError(
+            f"{who} a tensor with {symbol.rank} dimension(s); it must return one value for one (query, key) pair: "
+            "index the captured tensor with b, h, q_idx or kv_idx"
+        )
+    if is_mask and symbol.dtype != torch.bool:
+        raise TraceError(f"{who} {symbol.dtype}; {wanted}: compare it, e.g. `x != 0`")
+    if not is_mask and symbol.dtype == torch.bool:
+        raise TraceError(f"{who} a bool; {wanted}: use torch.where(condition, score, -inf)")
+    return cast(symbol.node, torch.bool if is_mask else torch.float32)
+
+
+def _check_assignments(mod: Callable, kind: str) -> None:
+    """Refuses a function that assigns to variables outside of it: they would hold symbols after the trace."""
+    mod = uncompiled(mod) or mod
+    code: Any = getattr(getattr(mod, "__func__", mod), "__code__", None)
+    for step in dis.get_instructions(code) if code is not None else ():
+        if step.opname == "STORE_GLOBAL" or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
+            raise TraceError(
+                f"{kind} assigns to `{step.argval}`, a variable outside of it\n"
+                f"  {code.co_filename}:{code.co_firstlineno}, in {code.co_name}\n"
+                "  A mod is run on symbols when it is traced, not at every call: use a variable of its own, and "
+                "compute what shall stay outside the mod."
+            )
+
+
+def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
+    """Whether the graph of symbols, with the numbers' values in it, is the graph of the real values."""
+
+    def substitute(node: Node, args: tuple[Node, ...]) -> Node:
+        if node.op == "number" and node.attr.dim < 0 and not isinstance(leaves[node.attr.leaf], torch.Tensor):
+            return const(leaves[node.attr.leaf], None if node.weak else node.dtype)
+        return remake(node, args)
+
+    try:
+        return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
+    except (ArithmeticError, ValueError, TypeError):  # Python's arithmetic refuses what PyTorch's does not: 1 / 0
+        return False
+
+
+def _check_parameters(mod: Callable, kind: str) -> None:
+    if not callable(mod):
+        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
+    names = ", ".join(PARAMETERS[kind])
+    name = getattr(mod, "__name__", type(mod).__name__)
+    called = uncompiled(mod) or mod
+    if isinstance(called, torch.nn.Module) and type(called).__call__ is torch.nn.Module.__call__:
+        called = called.forward
+    try:
+        signature = inspect.signature(called)
+        signature.bind(*PARAMETERS[kind])
+        return
+    except ValueError:  # a builtin without a signature
+        if not _is_library(called):
+            return  # the call itself will tell
+        problem = f"{name!r} is a function of numbers"
+    except TypeError:
+        problem = f"{name!r} has the signature {signature}"
+    raise TypeError(
+        f"`{kind}` must take {len(PARAMETERS[kind])} positional parameters ({names}), but {problem}\n"
+        f"  Call it in a function that does: `def my_{kind}({names}): ...`"
+    )
+
+
+def _is_library(function: Any) -> bool:
+    """Whether a callable without a signature is one of PyTorch, numpy or Python."""
+    module = str(getattr(function, "__module__", None) or type(function).__module__)
+    return module.partition(".")[0] in ("torch", "numpy", "math", "builtins", "_operator")

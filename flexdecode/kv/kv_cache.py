@@ -1,0 +1,576 @@
+"""KV caches to decode with: contiguous, or in pages that sequences share.
+
+>>> cache = PagedKVCache(batch=4, num_kv_heads=8, head_dim=128, num_pages=1024, page_size=16, device="cuda")
+>>> cache.append(k, v)
+>>> out = flex_decode(query, cache=cache)
+
+The device holds keys, values, scales, lengths and the page table. The host holds the same lengths, and which sequences
+own which page. The host checks each change and never waits for the device.
+
+**CUDA graphs.** A graph cannot record what the host does. So a captured `append` is only its kernel, and before each
+replay `reserve` does the work of the host:
+
+>>> cache.append(k, v)  # the prompt; this also compiles the kernel
+>>> with torch.cuda.graph(graph):
+...     cache.append(new_k, new_v)
+...     out = flex_decode(query, cache=cache)
+>>> for _ in range(100):
+...     ...  # write into new_k, new_v and query
+...     cache.reserve(1)  # or a list: [1, 0, 1, 1] appends nothing to sequence 1
+...     graph.replay()
+
+A captured append takes as many of its tokens as were reserved, so a replay without a reservation appends nothing. The
+graph reads and writes the tensors of the cache: keep the cache as long as the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+
+from ..analysis.analyze import MAX_KV_LEN
+from ..call.device import interpreting, without_autocast
+from ..call.inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED
+from ..codegen.template import template_folder
+from ..errors import FlexDecodeError
+from ..triton_api import standalone_kernel
+
+_TILE = 2048  # elements of a key or value that a program holds
+
+
+class OutOfPagesError(FlexDecodeError):
+    """A `PagedKVCache` has too few free pages for what shall be appended; nothing was changed."""
+
+
+class _Cache:
+    """What both caches share: the tensors, and how tokens are written into them.
+
+    Attributes:
+        key, value, kv_lens, page_table, k_scale, v_scale: on the device, as `flex_decode` takes them.
+        lengths: tokens of each sequence, as the host knows them; a copy.
+    """
+
+    page_table: torch.Tensor | None = None
+    _length_argument = "max_kv_len"  # the argument that bounds the length of a sequence
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        batch: int,
+        max_kv_len: int,
+        head_dim: int,
+        v_head_dim: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        k_scale: float | torch.Tensor | None,
+        v_scale: float | torch.Tensor | None,
+    ) -> None:
+        if max_kv_len >= MAX_KV_LEN:
+            raise ValueError(f"a sequence must have fewer than {MAX_KV_LEN} tokens, got room for {max_kv_len}")
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        for name, size, most in (("head_dim", head_dim, MAX_HEAD_DIM), ("v_head_dim", v_head_dim, MAX_V_HEAD_DIM)):
+            if type(size) is not int or not MIN_HEAD_DIM <= size <= most:
+                raise ValueError(f"`{name}` must be an integer between {MIN_HEAD_DIM} and {most}, got {size!r}")
+        if dtype not in (*DTYPES, *QUANTISED):
+            known = ", ".join(str(x).removeprefix("torch.") for x in (*DTYPES, *QUANTISED))
+            raise ValueError(f"`dtype` must be one of {known}, got {dtype}")
+        self.key = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
+        self.k_scale = self._make_scale("k_scale", k_scale)
+        self.v_scale = self._make_scale("v_scale", v_scale)
+        self._lengths, self._max_kv_len = [0] * batch, max_kv_len
+        self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.key.device)
+
+    def _make_scale(self, name: str, given: float | torch.Tensor | None) -> torch.Tensor | None:
+        """None without quantisation, one scale per token and head, or the given ones as float32 `[Hkv]`."""
+        heads, device = self.key.shape[1], self.key.device
+        if self.key.dtype not in QUANTISED:
+            if given is not None:
+                raise ValueError(f"`{name}` is for caches in float8 or int8, but `dtype` is {self.key.dtype}")
+            return None
+        if given is None:
+            return torch.ones(self.key.shape[:3], dtype=torch.float32, device=device)
+        if isinstance(given, torch.Tensor) and given.dim():
+            if given.dtype != torch.float32 or given.shape != (heads,):
+                expected = f"a number or a float32 tensor [Hkv] = [{heads}]"
+                raise ValueError(f"`{name}` must be {expected}, got {given.dtype} {list(given.shape)}")
+            scales = given.detach().to(device, copy=True)
+        else:
+            given = given.item() if isinstance(given, torch.Tensor) else given
+            is_number = isinstance(given, Real) and not isinstance(given, bool)
+            scales = torch.tensor([float(given) if is_number else 0.0] * heads, dtype=torch.float32, device=device)
+        if not ((scales > 0) & scales.isfinite()).all():
+            raise ValueError(f"`{name}` must be positive and finite, got {given}")
+        return scales
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, as the host knows them: a copy, which stays as it is."""
+        return list(self._lengths)
+
+    # --- Tokens -------------------------------------------------------------------------------------------------------
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None = None) -> None:
+        """Appends tokens to all sequences, on the current stream, in one kernel; returns at once.
+
+        While a CUDA graph is captured, only the kernel is recorded; see the module's text and `reserve`.
+
+        Args:
+            k: `[B, Hkv, T, D]`, float16, bfloat16 or float32, any strides; rounded to the dtype of the cache.
+            v: `[B, Hkv, T, Dv]`, likewise.
+            num_tokens: how many of the T tokens each sequence takes, the first ones: one number, or one for each; by
+                default all.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: shapes, dtypes, devices or numbers do not fit, or a sequence would become too long.
+            OutOfPagesError: a `PagedKVCache` has too few free pages.
+        """
+        self._check_new("k", k, self.key)
+        self._check_new("v", v, self.value)
+        offered = k.shape[2]
+        if v.shape[2] != offered:
+            raise ValueError(f"`v` must have as many tokens as `k`, T = {offered}, got {v.shape[2]}")
+        self._check_writable()
+        capturing = self._capturing()
+        if capturing and num_tokens is not None:
+            raise ValueError("a CUDA graph cannot keep `num_tokens`: give it to `reserve()` before each replay")
+        counts = self._counts(offered if num_tokens is None else num_tokens)
+        if max(counts) > offered:
+            raise ValueError(f"`num_tokens` must be at most T = {offered} (from k), got {counts}")
+        ragged = min(counts) < offered
+        if not capturing:
+            self._grow(counts)
+            if ragged:
+                self._send_limits()
+        if max(counts) == 0:
+            return
+        if self.key.is_cuda or interpreting():
+            self._launch(k, v, bounded=capturing or ragged)
+        else:
+            self._write(k, v, counts)
+
+    def reserve(self, num_tokens: int | Sequence[int]) -> None:
+        """Does the work of the host for one replay of a CUDA graph in which an append was captured.
+
+        It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
+        writes the tokens. An append outside of a graph does this by itself.
+
+        Args:
+            num_tokens: how many tokens the replay shall append to each sequence: one number, or one for each.
+
+        Raises:
+            TypeError: it is neither.
+            ValueError: numbers do not fit, or a sequence would become too long; nothing was changed.
+            OutOfPagesError: a `PagedKVCache` has too few free pages; nothing was changed.
+        """
+        self._refuse_capture("reserve")
+        self._grow(self._counts(num_tokens))
+        self._send_limits()
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Shortens a sequence to its first tokens, for example after draft tokens were rejected.
+
+        Raises:
+            ValueError: there is no such sequence, or it is shorter.
+        """
+        self._refuse_capture("truncate")
+        self._check_sequence("sequence", sequence)
+        if type(length) is not int or not 0 <= length <= self._lengths[sequence]:
+            raise ValueError(
+                f"`length` must be between 0 and {self._lengths[sequence]}, the length of sequence {sequence}, "
+                f"got {length!r}"
+            )
+        self._shrink(sequence, length)
+        for lengths in (self.kv_lens, self._limits):
+            lengths[sequence].clamp_(max=length)
+
+    def free(self, sequence: int) -> None:
+        """Empties a sequence, so that its place and its pages can be used anew."""
+        self.truncate(sequence, 0)
+
+    def reset(self) -> None:
+        """Empties all sequences."""
+        self._refuse_capture("reset")
+        for sequence in range(len(self._lengths)):
+            self._shrink(sequence, 0)
+        for lengths in (self.kv_lens, self._limits):
+            lengths.zero_()
+
+    # --- On the host --------------------------------------------------------------------------------------------------
+
+    def _grow(self, counts: list[int]) -> None:
+        """Makes room for new tokens, or raises and changes nothing."""
+        for sequence, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
+            if length + count > self._max_kv_len:
+                raise ValueError(
+                    f"sequence {sequence} has {length} tokens, and {count} more do not fit: the cache holds "
+                    f"{self._max_kv_len} tokens per sequence; truncate() or free() it, or make the cache with a larger "
+                    f"`{self._length_argument}`"
+                )
+        self._take_pages(counts)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+
+    def _take_pages(self, counts: list[int]) -> None:
+        """Takes the pages for new tokens, or raises and changes nothing; a contiguous cache has none."""
+
+    def _shrink(self, sequence: int, length: int) -> None:
+        self._lengths[sequence] = length
+
+    def _counts(self, num_tokens: int | Sequence[int]) -> list[int]:
+        """Checked numbers of new tokens, one for each sequence."""
+        batch = len(self._lengths)
+        if not isinstance(num_tokens, (int, list, tuple)):
+            raise TypeError(f"`num_tokens` must be an integer or a list of {batch}, got {type(num_tokens).__name__}")
+        counts = [num_tokens] * batch if isinstance(num_tokens, int) else list(num_tokens)
+        if len(counts) != batch or any(type(n) is not int or n < 0 for n in counts):
+            raise ValueError(f"`num_tokens` must have B = {batch} integers of at least 0, got {num_tokens}")
+        return counts
+
+    def _check_sequence(self, name: str, sequence: int) -> None:
+        if type(sequence) is not int or not 0 <= sequence < len(self._lengths):
+            raise ValueError(f"`{name}` must be between 0 and B - 1 = {len(self._lengths) - 1}, got {sequence!r}")
+
+    def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
+        """Refuses new keys or values that do not fit to those in the cache."""
+        if not isinstance(new, torch.Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
+        batch, (_, heads, _, width) = len(self._lengths), cache.shape
+        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
+            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
+            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
+        if new.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
+        if new.device != cache.device or new.layout != torch.strided:
+            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
+        if new.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
+
+    def _capturing(self) -> bool:
+        return self.key.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _check_writable(self) -> None:
+        """Refuses, before anything is changed, what PyTorch would refuse in the middle."""
+        if self.kv_lens.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("the cache was made in torch.inference_mode(): use it there, or make it outside")
+
+    def _refuse_capture(self, name: str) -> None:
+        self._check_writable()
+        if self._capturing():
+            raise RuntimeError(f"{name}() works on the host: call it before the replay, not while a graph is captured")
+
+    # --- On the device ------------------------------------------------------------------------------------------------
+
+    def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Numbers as a tensor on the device, without waiting for it."""
+        pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self.key.is_cuda)
+        return pinned.to(self.key.device, non_blocking=True)
+
+    def _send_limits(self) -> None:
+        """Tells the kernel how long each sequence may become."""
+        self._limits.copy_(self._send(self._lengths, torch.int32))
+
+    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
+        """Appends by the kernel."""
+        strides = [_strides(new) for new in (k, v)]
+        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
+        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
+        block_r = max(1, _TILE // max(block_d, block_dv))
+        grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
+        kernel = standalone_kernel(template_folder() / "append.py", "append")
+        with torch.cuda.device_of(self.key):
+            kernel[(grid,)](
+                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
+                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
+                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
+                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
+                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
+                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+
+    @without_autocast()
+    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
+        """Appends by PyTorch operations, as the kernel does."""
+        device = self.key.device
+        added = torch.tensor(counts, dtype=torch.int32, device=device)
+        b, token = (torch.arange(k.shape[2], device=device) < added[:, None]).nonzero(as_tuple=True)
+        page, position = b, self.kv_lens[b] + token
+        if self.page_table is not None:
+            page_size = self.key.shape[2]
+            page, position = self.page_table[b, position // page_size], position % page_size
+        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
+            x = new[b, :, token]
+            if scale is not None:
+                largest = _largest(cache.dtype)
+                x = x.float()
+                row_scale = scale
+                if _is_dynamic(scale):
+                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
+                    row_scale = row_scale.where(row_scale != 0, 1.0)
+                    scale[page, :, position] = row_scale
+                x = (x / row_scale[..., None]).clamp(-largest, largest)
+                x = x.round() if cache.dtype == torch.int8 else x
+            cache[page, :, position] = x.to(cache.dtype)
+        self.kv_lens += added
+
+
+class KVCache(_Cache):
+    """A contiguous cache: every sequence has its own place for `max_kv_len` tokens.
+
+    Args:
+        batch: number of sequences B; all start empty.
+        num_kv_heads: heads Hkv.
+        max_kv_len: tokens N that each sequence can hold.
+        head_dim: D.
+        v_head_dim: Dv, by default D.
+        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
+        device: of all tensors, by default PyTorch's.
+        k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
+            gets the scale with which its largest element just fits.
+        v_scale: likewise.
+
+    Attributes:
+        key: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, Dv]`.
+        kv_lens: int32 `[B]`, tokens of each sequence, on the device.
+        page_table: None.
+        k_scale, v_scale: None without quantisation; else float32, value = stored * scale: `[B, Hkv, N]`, one per token
+            and head, or the given `[Hkv]`.
+        lengths: tokens of each sequence, on the host; a copy.
+
+    Raises:
+        ValueError: an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        num_kv_heads: int,
+        max_kv_len: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+    ) -> None:
+        _check_sizes(batch=batch, num_kv_heads=num_kv_heads, max_kv_len=max_kv_len)
+        shape = (batch, num_kv_heads, max_kv_len)
+        super().__init__(shape, batch, max_kv_len, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
+
+
+class PagedKVCache(_Cache):
+    """A cache in pages of `page_size` tokens, which sequences take as they grow and may share.
+
+    One or more sequences own a page. Pages that `fork` shares stay shared until one of their owners appends into a page
+    that is not full. That owner first gets a copy of the page.
+
+    Args:
+        batch: number of sequences B; all start empty.
+        num_kv_heads: heads Hkv.
+        num_pages: pages of all sequences together.
+        page_size: tokens of a page.
+        head_dim: D.
+        v_head_dim: Dv, by default D.
+        max_pages: pages that one sequence can have, by default all.
+        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
+        device: of all tensors, by default PyTorch's.
+        k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
+            gets the scale with which its largest element just fits.
+        v_scale: likewise.
+
+    Attributes:
+        key: `[num_pages, Hkv, page_size, D]`.
+        value: `[num_pages, Hkv, page_size, Dv]`.
+        page_table: int32 `[B, max_pages]`, the pages of each sequence, on the device; entries past its length mean
+            nothing.
+        kv_lens: int32 `[B]`, tokens of each sequence, on the device.
+        k_scale, v_scale: None without quantisation; else float32, value = stored * scale:
+            `[num_pages, Hkv, page_size]`, one per token and head, or the given `[Hkv]`.
+        lengths: tokens of each sequence, on the host; a copy.
+
+    Raises:
+        ValueError: an argument has an impossible value.
+    """
+
+    page_table: torch.Tensor
+    _length_argument = "max_pages"
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        num_kv_heads: int,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        max_pages: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+    ) -> None:
+        max_pages = num_pages if max_pages is None else max_pages
+        sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
+        _check_sizes(**sizes, max_pages=max_pages)
+        shape = (num_pages, num_kv_heads, page_size)
+        super().__init__(shape, batch, max_pages * page_size, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
+        self.page_table = self._zeros(batch, max_pages)
+        self._pages: list[list[int]] = [[] for _ in range(batch)]
+        self._owners = [0] * num_pages
+        self._free = list(reversed(range(num_pages)))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.key.shape[2]
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence owns."""
+        return len(self._free)
+
+    def fork(self, source: int, target: int) -> None:
+        """Makes an empty sequence equal to another, by sharing all its pages; nothing is copied.
+
+        To share a prefix only, `truncate` the target afterwards.
+
+        Raises:
+            ValueError: there is no such sequence, or the target is not empty.
+        """
+        self._refuse_capture("fork")
+        self._check_sequence("source", source)
+        self._check_sequence("target", target)
+        if source == target or self._lengths[target]:
+            raise ValueError(
+                f"`target` must be another, empty sequence, but sequence {target} "
+                + (f"has {self._lengths[target]} tokens: free({target}) first" if source != target else "is `source`")
+            )
+        for page in self._pages[source]:
+            self._owners[page] += 1
+        self._pages[target] = list(self._pages[source])
+        self._lengths[target] = self._lengths[source]
+        self.page_table[target].copy_(self.page_table[source])
+        self.kv_lens[target].fill_(self._lengths[target])
+
+    def _take_pages(self, counts: list[int]) -> None:
+        copies = self._sequences_that_copy(counts)
+        new = zip(self._lengths, counts, self._pages, strict=True)
+        missing = [-(-(length + count) // self.page_size) - len(pages) for length, count, pages in new]
+        needed = len(copies) + sum(missing)
+        if needed > len(self._free):
+            raise OutOfPagesError(
+                f"{needed} more pages of {self.page_size} tokens are needed, but {len(self._free)} of "
+                f"{len(self._owners)} are free, and nothing was changed; free() or truncate() a sequence, or make the "
+                "cache with a larger `num_pages`"
+            )
+        changes: dict[int, int] = {}  # entries of the flat page table
+        for sequence in copies:
+            shared = self._pages[sequence].pop()
+            self._owners[shared] -= 1
+            page = self._add_page(sequence, changes)
+            for tensor in (self.key, self.value, self.k_scale, self.v_scale):
+                if tensor is not None and tensor.dim() > 1:
+                    tensor[page].copy_(tensor[shared])
+        for sequence, number in enumerate(missing):
+            for _ in range(number):
+                self._add_page(sequence, changes)
+        if changes:
+            entries = self._send(list(changes), torch.int64)
+            self.page_table.view(-1).index_copy_(0, entries, self._send(list(changes.values()), torch.int32))
+
+    def _sequences_that_copy(self, counts: list[int]) -> list[int]:
+        """The sequences that append into a page of others; the last owner of such a page keeps it."""
+        found = []
+        owners: dict[int, int] = {}
+        for sequence, count in enumerate(counts):
+            if count and self._lengths[sequence] % self.page_size:
+                page = self._pages[sequence][-1]
+                if owners.setdefault(page, self._owners[page]) > 1:
+                    found.append(sequence)
+                    owners[page] -= 1
+        return found
+
+    def _add_page(self, sequence: int, changes: dict[int, int]) -> int:
+        """Gives a sequence a free page as its last one, and notes the entry of the page table."""
+        page = self._free.pop()
+        self._owners[page] = 1
+        changes[sequence * self.page_table.shape[1] + len(self._pages[sequence])] = page
+        self._pages[sequence].append(page)
+        return page
+
+    def _shrink(self, sequence: int, length: int) -> None:
+        super()._shrink(sequence, length)
+        pages = self._pages[sequence]
+        while len(pages) * self.page_size >= length + self.page_size:
+            page = pages.pop()
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free.append(page)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}")
+
+
+def _strides(new: torch.Tensor) -> list[int]:
+    """Strides in elements; 0 where there is one place, so that the number of tokens decides no divisibility."""
+    *outer, last = new.stride()
+    return [stride if size > 1 else 0 for stride, size in zip(outer, new.shape, strict=False)] + [last]
+
+
+def _is_dynamic(scale: torch.Tensor | None) -> bool:
+    """Whether every token has a scale of its own."""
+    return scale is not None and scale.dim() == 3
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest number of a quantised type; int8 is symmetric."""
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def read_cache(cache: object, query: object, given: tuple) -> tuple:
+    """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
+
+    Args:
+        cache: the cache.
+        query: of the call, not yet checked.
+        given: what the caller passed for these six, which must be nothing.
+
+    Raises:
+        TypeError: it is no cache.
+        ValueError: one of the six is given as well, or the query does not fit to the cache.
+    """
+    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
+    if not isinstance(cache, _Cache):
+        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    if isinstance(query, torch.Tensor) and query.dim() == 4:
+        _check_query(cache, query)
+    return tuple(getattr(cache, name) for name in names)
+
+
+def _check_query(cache: _Cache, query: torch.Tensor) -> None:
+    """Refuses a query that does not fit to a cache, in words about the two; the rest is said of the query alone."""
+    batch, (_, heads, _, width) = len(cache._lengths), cache.key.shape
+    B, num_q_heads, _, head_dim = query.shape
+    if (B, head_dim) != (batch, width) or num_q_heads % heads:
+        form = f"[B, Hq, Q, D] with B = {batch}, Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
+        raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
+    dtype = cache.key.dtype
+    if dtype not in QUANTISED and query.dtype in DTYPES and query.dtype != dtype:
+        raise ValueError(f"`query` must have the dtype of `cache`, {dtype}, got {query.dtype}")
+    if query.device != cache.key.device:
+        raise ValueError(f"`query` must be on the device of `cache`, {cache.key.device}, got {query.device}")

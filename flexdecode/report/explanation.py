@@ -1,0 +1,265 @@
+"""`explain`: what a call reads, checks and launches, as a report for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..analysis.program import Program
+from ..call.device import Target, find_target, without_autocast
+from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
+from ..call.schedule import BYTES_PER_US, DeviceFacts, Schedule
+from ..call.signature import Signature, shares_storage
+from ..codegen.kernels import module_path, template_files
+from ..runtime.identity import Mod
+from ..runtime.prepare import choose_schedule, trace_call
+from ..runtime.request import Request
+from .blocks import DEAD, FULL, PARTIAL, Step, find_step
+from .mod_report import ModReport, report_mod
+from .picture import count, draw
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of `flex_decode` does; `print` it for the report.
+
+    Attributes:
+        shapes: of query, key and value.
+        score_mod, mask_mod: what is known of each mod; None where the call has none.
+        device: what the call runs on, in words.
+        signature: what the kernel is specialised to.
+        schedule: tiles and programs; None where no kernel is launched.
+        step: the blocks that one decode step reads; None where they are not known.
+        unknown: why `step` is None, else empty.
+        cache_bytes: size of key and value.
+        used_bytes: of the keys within `kv_lens` and their values; None where the lengths are not known.
+        read_bytes: of the keys and values that one decode step reads, in whole blocks; None where not known.
+        floor_us: microseconds in which the device can read that; None where its bandwidth is not known.
+        source: file of the generated Triton module; None where no kernel is launched.
+    """
+
+    shapes: str
+    score_mod: ModReport | None
+    mask_mod: ModReport | None
+    device: str
+    signature: Signature
+    schedule: Schedule | None
+    step: Step | None
+    unknown: str
+    cache_bytes: int
+    used_bytes: int | None
+    read_bytes: int | None
+    floor_us: float | None
+    source: Path | None
+
+    def __str__(self) -> str:
+        mods = [str(mod) for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        sections = [self.shapes, *(mods or ["no mods: plain attention"]), self._memory(), self._schedule()]
+        return "\n\n".join([*sections, *([f"source\n  {self.source}"] if self.source is not None else [])])
+
+    def _memory(self) -> str:
+        lines = ["KV bytes of one decode step", f"  cache     {_size(self.cache_bytes)}"]
+        if self.used_bytes is not None:
+            lines.append(f"  in use    {_size(self.used_bytes)}")
+        if self.read_bytes is None:
+            return "\n".join([*lines, f"  read      not known: {self.unknown}"])
+        share = f", {100 * self.read_bytes / self.used_bytes:.1f}% of what is in use" if self.used_bytes else ""
+        lines.append(f"  read      {_size(self.read_bytes)}{share}")
+        if self.step is None:
+            lines.append(f"            {self.unknown}")
+        else:
+            counts = self.step.counts
+            kinds = f"{counts[FULL]} full, {counts[PARTIAL]} partial (checked key by key), {counts[DEAD]} dead"
+            lines.append(f"  blocks    of {self.step.block_n} keys: {kinds} (never loaded)")
+        if self.floor_us is not None:
+            lines.append(f"  floor     {self.floor_us:.1f} us at {BYTES_PER_US / 1e6:.1f} TB/s")
+        return "\n".join(lines)
+
+    def _schedule(self) -> str:
+        if self.schedule is None:
+            return f"schedule\n  device    {self.device}"
+        schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
+        heads, tokens = signature.group_size, signature.num_queries
+        item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
+        programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
+        if tiles.balanced:
+            programs = f"{schedule.num_programs} workers share {schedule.num_items} ({item}) in equal runs of blocks"
+        if self.step is not None:
+            work = self.step.work_of_programs
+            busy = int((work > 0).sum())
+            programs += "" if busy == len(work) else f"; {busy} have work"
+            programs += f", at most {count(int(work.max()), 'block')} each"
+        loads = "by tensor descriptors" if tiles.descriptors else "by pointers"
+        if signature.page_size:
+            loads += f", from pages of {signature.page_size}"
+        if signature.kv_dtype != signature.dtype:
+            loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
+        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
+        warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
+        rows = [
+            ("device", self.device),
+            ("tile", f"{tiles.block_m} query rows x {tiles.block_n} keys; {used} share a KV head"),
+            ("", "9 warps in three groups, for latents" if tiles.latent else warps),
+            ("KV loads", loads),
+            ("programs", programs),
+            ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
+        ]
+        return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
+
+    def save_picture(self, path: str | PathLike[str]) -> None:
+        """Draws the blocks of one decode step: full, partial and dead, by split.
+
+        Args:
+            path: the file to write, a PNG, SVG or PDF as its suffix says.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: the blocks are not known, or the suffix is another one.
+        """
+        if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
+        if self.step is None:
+            raise ValueError(f"there are no blocks to draw: {self.unknown}")
+        names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        draw(self.step, " and ".join(names) or "plain attention", Path(path))
+
+
+@without_autocast()
+def explain_request(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> Explanation:
+    """As `flexdecode.explain`, of arguments that are read already."""
+    call = _check(request, options, device)
+    return _report(call, find_target(call.inputs.query.device, call.signature.backend, device))
+
+
+class _Call(NamedTuple):
+    """A checked call.
+
+    Attributes:
+        inputs: tensors and numbers.
+        mods: the score_mod and the mask_mod.
+        program: what is known of both.
+        signature, options: of the call.
+        kv_lens: keys in use, int64 [B]; None where they are not known.
+        first_token: position of the first query token, int64 [B]; None where it is not known.
+        num_tokens: query tokens, int64 [B]; None where they are not known.
+    """
+
+    inputs: Inputs
+    mods: tuple[Mod, Mod]
+    program: Program
+    signature: Signature
+    options: DecodeOptions
+    kv_lens: torch.Tensor | None
+    first_token: torch.Tensor | None
+    num_tokens: torch.Tensor | None
+
+
+def _check(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> _Call:
+    """Checks and traces a call as `flex_decode` does, except that only shapes matter on the meta device."""
+    inputs, query = request.inputs, request.inputs.query
+    options = DEFAULT_OPTIONS if options is None else options
+    meta = getattr(query, "is_meta", False)
+    if getattr(options, "backend", "") is None and (device is not None or meta):
+        options = replace(options, backend="triton")
+    shapes = inputs
+    if meta:
+        # Query, key and value stay as they are, because key and value may share memory.
+        shapes = Inputs._make([*inputs[:3], *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs[3:])])
+    captured = torch.device("cpu") if meta else None
+    traced, mods = trace_call(shapes, (request.score, request.mask), False, options, request.listed, captured)
+    place, sizes = captured or query.device, inputs.sizes
+    lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
+    tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)
+    first = None if lens is None or tokens is None else lens - tokens
+    if inputs.q_offset is not None:
+        first = _known(inputs.q_offset, sizes.batch, place)
+    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
+    score_checks, mask_checks, _ = traced.checks(mods, sizes)
+    program = traced.program(score_checks, mask_checks)
+    return _Call(inputs, mods, program, traced.signature, options, lens, first, tokens)
+
+
+def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
+    """Lengths or positions of sequences where values are read, int64 [B]; None if they have no values."""
+    if isinstance(given, int):
+        return torch.full((batch,), given, device=place)
+    return None if given.is_meta else given.to(place, torch.int64).expand(batch)
+
+
+def _report(call: _Call, target: Target) -> Explanation:
+    """What is known of a checked call on a device."""
+    inputs, signature = call.inputs, call.signature
+    is_empty = 0 in inputs.out_shape
+    schedule, source = None, None
+    if target.facts is not None and not is_empty:
+        schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.program, target.facts, call.options)
+        source = module_path(call.program, template_files(call.program, signature, schedule.tiles))
+    found = _find_step(call, schedule)
+    step, unknown = (None, found) if isinstance(found, str) else (found, "")
+    used, read = None, None
+    if call.kv_lens is not None:
+        keys = call.kv_lens * inputs.key.shape[1]
+        longest, total = int(keys.amax()) if len(keys) else 0, int(keys.sum())
+        used = _bytes(inputs, lambda shared: longest if shared else total)
+    if step is not None:
+        read = _bytes(inputs, step.keys_read)
+    elif schedule is None:
+        read = 0 if is_empty else used
+    shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
+    return Explanation(
+        shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
+        score_mod=report_mod("score_mod", call.program, call.mods[0]),
+        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
+        device=target.name,
+        signature=call.signature,
+        schedule=schedule,
+        step=step,
+        unknown=unknown,
+        cache_bytes=_bytes(inputs, lambda _: math.prod(inputs.key.shape[:3])),
+        used_bytes=used,
+        read_bytes=read,
+        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
+        source=source,
+    )
+
+
+def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
+    """The blocks that a step reads, or why they are not known."""
+    if schedule is None:
+        if call.signature.backend == "torch":
+            return 'the torch backend reads every key; `device="H200"` explains for a GPU'
+        return "there is no query, so nothing is launched"
+    if call.program.block_lists:
+        return "the lists of `block_mask` say which blocks are read"
+    lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
+    if lens is None or tokens is None or first is None:
+        name = "kv_lens" if lens is None else "q_lens" if tokens is None else "q_offset"
+        return f"`{name}` is on the meta device"
+    # A sequence without a query token reads nothing.
+    lens = lens.where(tokens > 0, 0)
+    step = find_step(call.program, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
+    return f"`{step}` is on the meta device" if isinstance(step, str) else step
+
+
+def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
+    """Bytes of keys, values and their scales; `count_keys(True)` is the number where sequences share one cache."""
+    total, key, value = 0, inputs.key, inputs.value
+    for cache, scale, is_own in ((key, inputs.k_scale, True), (value, inputs.v_scale, not shares_storage(key, value))):
+        shared = inputs.page_table is None and len(cache) != len(inputs.query)
+        per_key = cache.shape[3] * cache.element_size() if is_own else 0
+        if isinstance(scale, torch.Tensor) and scale.dim() == 3:
+            per_key += scale.element_size()
+        total += count_keys(shared) * per_key
+    return total
+
+
+def _size(number: int) -> str:
+    """Bytes for people."""
+    power = max(0, min(3, (number.bit_length() - 1) // 10))
+    return f"{number / (1 << 10 * power):.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

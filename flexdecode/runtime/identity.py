@@ -1,0 +1,179 @@
+"""Which graph a mod stands for. A mod is traced once. Later it is recognised by what its callable consists of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..analysis.proofs import witnesses
+from ..errors import FlexDecodeError, TraceError
+from ..frontend.captures import NOTHING, Followed, Reads, pins, read
+from ..frontend.graph import Graph, Source
+from ..frontend.trace import trace
+from ..memos import Bounded, counters, lock
+
+_known = Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
+_followed = Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
+_graphs = Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
+_MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
+
+
+class Mod(NamedTuple):
+    """A mod as it is now.
+
+    Attributes:
+        function: the callable.
+        identity: what identifies its graph.
+        leaves: what it captures.
+        present: values of sizes and numbers on which proofs about its indices depend. A change of them makes another
+            prepared call.
+        place: the part of the identity that does not depend on the values of captured numbers.
+        followed: what it reads of large containers and by computed names; the leaves have it, too.
+    """
+
+    function: Callable | None
+    identity: tuple | None
+    leaves: list
+    present: tuple = ()
+    place: tuple = ()
+    followed: Followed = NOTHING
+
+
+class _Sources(NamedTuple):
+    """Host values that matter beside the code of a mod.
+
+    Attributes:
+        constants: captured numbers whose value is part of the identity.
+        checked: sizes and numbers on which its proofs depend.
+    """
+
+    constants: tuple[Source, ...]
+    checked: tuple[Source, ...]
+
+
+_NO_SOURCES = _Sources((), ())
+_NO_MOD = Mod(None, None, [])
+
+
+def identify(kind: str, mod: Callable | None) -> Mod:
+    """Reads what a mod captures now.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    if mod is None:
+        return _NO_MOD
+    if not callable(mod):
+        hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
+        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
+    place, leaves, hides = read(mod)
+    known = _known.get((kind, place))
+    if known is None and not hides:
+        return Mod(mod, place, leaves, (), place)
+    found = _with_values(known, mod, place, leaves, NOTHING)
+    while hides and (more := _followed.get((kind, found.identity))) is not None:
+        followed, _ = more  # earlier traces found that it reads this of large containers and by computed names
+        place, leaves, _ = read(mod, followed)
+        place = found.identity, place
+        found = _with_values(_known.get((kind, place)), mod, place, leaves, followed)
+    return found
+
+
+def _with_values(known: _Sources | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
+    """A mod with the values of the leaves that are constants, and of those on which proofs depend."""
+    constants, checked = known or _NO_SOURCES
+    identity = (place, *[source.read(leaves) for source in constants]) if constants else place
+    return Mod(function, identity, leaves, tuple([source.read(leaves) for source in checked]), place, followed)
+
+
+def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
+    """The traced graph of a mod, and the mod with the identity that tracing found.
+
+    Raises:
+        TraceError, TypeError: the mod cannot be traced.
+    """
+    if mod.function is None:
+        return None, mod
+    found = _graphs.get((kind, device, mod.identity))
+    if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
+        return found[0], watch(kind, mod, witnesses(found[0]))
+    with lock:
+        function = mod.function
+        graph, mod = _trace(kind, function, mod, device)
+        kept = pins(function, mod.followed)
+        mod = watch(kind, mod, witnesses(graph))
+        _graphs.add((kind, device, mod.identity), (graph, kept))
+    return graph, mod
+
+
+def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tuple[Graph, Mod]:
+    """Traces a mod, again each time that it was seen to read more than its code tells."""
+    changes, problem = 0, "reads something else each time that it is run"
+    for _ in range(_MAX_ROUNDS):
+        reads = Reads(kind, mod.followed)
+        traced = None
+        try:
+            traced = trace(function, kind, mod.leaves, device, reads)
+        except FlexDecodeError:
+            if not reads.pending:
+                raise
+        now = watch(kind, mod, (), traced.constants if traced is not None else ())
+        if now.place != mod.place:  # the mod itself changed something, or imported a module
+            changes += 1
+            if changes == _MAX_CHANGES:
+                problem = "changes what it captures"
+                break
+        elif reads.pending:
+            _followed.add((kind, now.identity), (reads.more(), pins(function, mod.followed)))
+            now = identify(kind, function)
+        elif traced is not None:
+            counters.traces += 1
+            if reads.too_far:
+                text = (
+                    f"the {kind} reaches more than can be read again at each call: changes of `{reads.too_far}`, and "
+                    "of what lies beyond, go unseen. Give it what it reads in variables of its own."
+                )
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return traced.graph, now
+        mod = now
+    raise TraceError(
+        f"{kind} {getattr(function, '__name__', type(function).__name__)!r} {problem}\n"
+        "  A mod is run on symbols when it is traced, not at every call: compute what shall change outside the mod."
+    )
+
+
+def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
+    """The graph of a mod, if it was traced."""
+    found = None if mod.function is None else _graphs.get((kind, device, mod.identity))
+    return None if found is None else found[0]
+
+
+def watch(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: Iterable[Source] = ()) -> Mod:
+    """Adds captured sizes and numbers to those that are read at each call, and reads the mod again.
+
+    Args:
+        kind: `score_mod` or `mask_mod`.
+        mod: a mod that was traced, or none.
+        sources: what proofs about its indices depend on.
+        constants: what its graph depends on.
+    """
+    if mod.function is not None:
+        known = _known.get((kind, mod.place)) or _NO_SOURCES
+        merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, sources), strict=True))
+        _known.add((kind, mod.place), _Sources(*merged))
+    return identify(kind, mod.function)
+
+
+def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
+    """The captured numbers of a traced mod whose value is a constant of its graph."""
+    return (_known.get((kind, mod.place)) or _NO_SOURCES).constants
+
+
+def forget_graphs() -> None:
+    """Drops every trace."""
+    _known.clear()
+    _followed.clear()
+    _graphs.clear()

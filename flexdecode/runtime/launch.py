@@ -1,0 +1,211 @@
+"""Launches a compiled kernel: workspace, captured values and as little host work as possible."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+
+from ..analysis.program import Program
+from ..call.descriptor import Matrix, make_descriptor
+from ..call.inputs import Inputs, Sizes
+from ..call.schedule import Schedule
+from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, Call, CaptureTypes, KernelSpec
+from ..codegen.compile import capture_types
+from ..codegen.kernels import Kernel
+from ..frontend.graph import Graph
+from ..frontend.ops import FLOAT8
+
+
+class _Workspaces(threading.local):
+    """Memory of each thread by device and stream."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+_workspaces = _Workspaces()
+
+
+def forget_workspaces() -> None:
+    """Frees the workspaces of this thread."""
+    _workspaces.kept.clear()
+
+
+class CaptureReader:
+    """Reads the current values of a graph's captures from the leaves of its mod, as kernel arguments."""
+
+    def __init__(self, graph: Graph | None, pointers: bool, types: CaptureTypes | None = None) -> None:
+        self.numbers = graph.numbers if graph else ()
+        self.tensors = graph.tensors if graph else ()
+        self.frozen = graph.frozen if graph else ()
+        self.types = capture_types(graph) if types is None else types
+        self.pointers = pointers
+
+    def __call__(self, leaves: list) -> tuple:
+        """Gives the `captures` argument of the kernel, in the order of `CaptureLayout`."""
+        if not self.types:
+            return ()
+        values: list[Any] = [source.read(leaves) for source in self.numbers]
+        for leaf in self.tensors:
+            tensor = leaves[leaf] if leaf >= 0 else self.frozen[-1 - leaf]
+            if self.pointers:
+                values.append(tensor.data_ptr())
+            else:
+                values.append(tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor)
+            values += tensor.shape
+            values += tensor.stride()
+        return tuple(values)
+
+
+class LaunchForm:
+    """What launches of one kernel have in common: which arguments there are, and how they are read.
+
+    Attributes:
+        at: gives what the kernel takes for a tensor: its address, or in the interpreter the tensor.
+        tensors, values: places and rows of the arguments that are read at each call.
+        absent: a list of arguments with None or an empty tuple in each place.
+        read_score, read_mask: read what the mods capture.
+    """
+
+    def __init__(self, kernel: Kernel, spec: KernelSpec, program: Program, on_gpu: bool) -> None:
+        self.kernel = kernel
+        self.spec = spec
+        self.listed = program.listed
+        self.on_gpu = on_gpu
+        self.at = _address if on_gpu else _itself
+        self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
+        self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
+        types = [row.type(spec) for row in ARGUMENTS]
+        self.absent: list = [() if kind == () else None for kind in types]
+        asked = [(i, row) for i, row in enumerate(ARGUMENTS) if types[i]]
+        self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
+        self.values = [(i, row.value) for i, row in asked if row.value is not None]
+
+
+class Scratch(NamedTuple):
+    """What one launch needs besides the arguments of its call.
+
+    Attributes:
+        launcher: that of the call.
+        form: of its kernel.
+        partial_out, partial_max, partial_sum, item_parts: parts of the workspace.
+    """
+
+    launcher: TritonLauncher
+    form: LaunchForm
+    partial_out: Any = None
+    partial_max: Any = None
+    partial_sum: Any = None
+    item_parts: Any = None
+
+
+class TritonLauncher:
+    """Launches a call on tensors of one layout: everything but addresses and captured values is prepared."""
+
+    def __init__(
+        self,
+        form: LaunchForm,
+        sizes: Sizes,
+        chosen: Schedule,
+        strides: tuple[int, ...],
+        matrices: tuple[Matrix, Matrix] | None,
+    ) -> None:
+        self.form = form
+        self.kernel = form.kernel
+        self.on_gpu = form.on_gpu
+        signature, tiles = form.spec.signature, form.spec.tiles
+        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, self.on_gpu)
+        self.matrices = matrices
+        self.latent = tiles.latent
+        self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
+        self.dtype = torch.int16 if tiles.packed else signature.kv_dtype
+        self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
+        num_q_heads = signature.group_size * sizes.num_kv_heads
+        num_rows = sizes.batch * num_q_heads * signature.num_queries
+        # A balanced worker has two places for partial results of a tile of rows.
+        places = 2 * chosen.num_programs * tiles.block_m if tiles.balanced else num_rows * chosen.num_splits
+        self.places = places if tiles.split else 0
+        self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
+        # Largest scores, sums, parts of items and outputs, each from a multiple of 16 bytes on.
+        self.sums_at = -(-self.places // 4) * 4
+        self.parts_at = 2 * self.sums_at
+        self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
+        self.workspace_size = self.outs_at + self.places * signature.v_head_dim
+        self.device = signature.device
+        self.grid = chosen.grid
+        self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
+        steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
+        max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
+        self.arguments = form.absent.copy()
+        self.arguments[SAME] = [
+            *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes, chosen.num_splits, max_weight
+        ]  # fmt: skip
+        self.scratch = Scratch(self, form)
+
+    def __call__(self, call: Call) -> None:
+        """Launches both passes on the current stream; returns at once."""
+        if self.on_gpu and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                self._launch(call)
+        else:
+            self._launch(call)
+
+    def _launch(self, call: Call) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
+        scratch = self.scratch
+        if self.workspace_size:
+            scratch = Scratch(self, self.form, *self._workspace(stream))
+        arguments = self.arguments.copy()
+        # The launcher takes addresses as numbers without asking the driver about them.
+        for place, read in self.form.tensors:
+            tensor = read(call)
+            arguments[place] = tensor.data_ptr() if self.on_gpu else tensor
+        for place, value in self.form.values:
+            arguments[place] = value(scratch, call)
+        second = None if self.kernel.combine is None else self.kernel.combined(arguments)
+        if self.matrices is not None and self.on_gpu:
+            arguments[DESCRIPTORS] = self._descriptors(call.inputs)
+        self.kernel.split(self.grid, stream, arguments)
+        if second is not None:
+            self.kernel.combine(self.combine_grid, stream, second)
+
+    def _descriptors(self, inputs: Inputs) -> tuple:
+        """Launch arguments of the tensor descriptors of both caches, several of each; the last ones are kept."""
+        assert self.matrices is not None
+        key = inputs.key.data_ptr()
+        addresses = key, key if self.latent else inputs.value.data_ptr()
+        if self.described[0] != addresses:
+            block_n, *widths = self.block_shape
+            made = [
+                make_descriptor(address, matrix, [block_n, width], self.dtype)
+                for address, matrix, width in zip(addresses, self.matrices, widths, strict=True)
+            ]
+            self.described = addresses, self.kernel.split.encode_descriptors(*made)
+        return self.described[1]
+
+    def _workspace(self, stream: int) -> tuple:
+        """Memory of the partials, kept for the next call on the same stream: outputs, maxima, sums, parts of items.
+
+        Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured the
+        memory comes from the graph's pool instead: it must live as long as the graph.
+        """
+        capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
+        kept = None if capturing else _workspaces.kept.get((self.device, stream))
+        if kept is None or kept.numel() < self.workspace_size:
+            kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
+            if not capturing:
+                _workspaces.kept[self.device, stream] = kept
+        if self.on_gpu:
+            start = kept.data_ptr()
+            return start + 4 * self.outs_at, start, start + 4 * self.sums_at, start + 4 * self.parts_at
+        return kept[self.outs_at :], kept, kept[self.sums_at :], kept[self.parts_at :].view(torch.int32)
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -1,0 +1,209 @@
+"""A planned call: outputs, the last checks, and who computes it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..analysis.analyze import MAX_KV_LEN
+from ..call.block_mask import BlockLists
+from ..call.device import without_autocast
+from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale
+from ..call.overlap import extent, share_memory
+from ..codegen.arguments import Call
+from ..errors import FlexDecodeError, IndexRangeError
+from ..frontend.captures import leaf_names
+from ..frontend.graph import Graph
+from . import eager
+from .identity import Mod, constants_of
+
+if TYPE_CHECKING:
+    from ..analysis.printing import Names
+
+MAX_APART = 256  # distances that a plan remembers
+
+
+def layout(tensor: object) -> object:
+    """What a plan depends on in a tensor: all but its contents."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor)
+    place = tensor.data_ptr() & 15 if tensor.layout == torch.strided else None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
+
+
+def any_length(key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, kv_lens: int | None) -> tuple | None:
+    """What a `Prepared` depends on in key, value, page table and scales: their layout without N and multiples of it.
+
+    None where that cannot be said: wrong arguments, and caches without a key.
+
+    Args:
+        key: its `layout`, like all that follows except `kv_lens`.
+        value: of the values.
+        table: of the page table.
+        k_scale: of the scales of keys.
+        v_scale: of the scales of values.
+        kv_lens: the length of all sequences, if it is a number.
+    """
+    if not (key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
+        return None
+    shape, steps, place = key[0], key[1], key[4]
+    capacity = shape[2]
+    if table is not None:
+        capacity *= table[0][1] if table.__class__ is tuple and len(table[0]) == 2 else 0
+    if not 0 < (capacity if kv_lens is None else kv_lens) <= capacity < MAX_KV_LEN or None in (place, value[4]):
+        return None
+    if table is not None:
+        return (table[0][0], table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
+    # Scales per token have the shape of the keys.
+    scales = [(x[0] == shape[:3], x[2:]) if x.__class__ is tuple and len(x[0]) == 3 else x for x in (k_scale, v_scale)]
+    same = shape[2] == value[0][2], steps == value[1]
+    return *_without_length(key), *_without_length(value), *same, *scales
+
+
+def _without_length(layout: tuple) -> tuple:
+    (batch, heads, _, width), (b, h, n, d), *rest = layout
+    return batch, heads, width, gcd(b, 16), gcd(h, 16), gcd(n, 16), d == 1 or gcd(d, 16), *rest
+
+
+Launcher = Callable[[Call], None]  # writes `out` of a call, and its `lse` unless that is None
+
+
+class EagerLauncher:
+    """Runs the traced graphs in PyTorch operations."""
+
+    def __init__(self, graphs: tuple[Graph | None, Graph | None], names: tuple[Names | None, ...] | None) -> None:
+        """Names of what the graphs capture are given where indices shall be checked."""
+        self.graphs = graphs
+        self.names = names
+
+    def __call__(self, call: Call) -> None:
+        """Computes the call; the mask says all that lists say."""
+        try:
+            with without_autocast():
+                eager.decode(call, self.graphs, self.names is not None)
+        except IndexRangeError as error:
+            raise FlexDecodeError(self._named(error)) from None
+
+    def _named(self, error: IndexRangeError) -> str:
+        """An index out of range in the user's own names."""
+        from ..analysis.printing import formula
+
+        kind = "score_mod" if error.graph is self.graphs[0] else "mask_mod"
+        names = self.names[kind == "mask_mod"] if self.names else None
+        assert names is not None
+        text = f"{kind} reads `{formula(error.load, names)}` out of range: {error.found}"
+        return f"{text}\n  Clamp the index, or let the mask rule the pair out."
+
+
+def name_graphs(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> tuple[Names | None, ...]:
+    """What the graphs capture, in the user's names: strings, so that nothing is kept alive."""
+    from ..analysis.printing import name_captures
+
+    return tuple(
+        None
+        if graph is None or mod.function is None
+        else name_captures(graph, leaf_names(mod.function, mod.followed), constants_of(kind, mod))
+        for kind, graph, mod in zip(("score_mod", "mask_mod"), graphs, mods, strict=True)
+    )
+
+
+class Plan:
+    """Allocates the outputs of a call and runs it."""
+
+    def __init__(
+        self, launcher: Launcher, checker: Launcher | None, inputs: Inputs, return_lse: bool, options: DecodeOptions
+    ) -> None:
+        self.launcher = launcher
+        self.checker = checker
+        self.out_shape = inputs.out_shape
+        self.default_scale = 1.0 / math.sqrt(inputs.query.shape[3])
+        self.return_lse = return_lse
+        self.checks_lens = options.debug or inputs.query.device.type == "cpu"
+        self.options = options
+        self.empty = 0 in self.out_shape
+        self.loose = [  # what the kernels want contiguous
+            name
+            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
+            if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
+        ]
+        scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
+        self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
+
+        self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
+        self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
+
+    def launched_by(self, launcher: Launcher) -> Plan:
+        """The same plan for another length."""
+        other = copy.copy(self)
+        other.launcher, other.extents, other.apart = launcher, [], set()
+        return other
+
+    def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:
+        """Refuses an `out` that is written over what is read.
+
+        Raises:
+            ValueError: it shares memory with an input.
+        """
+        if not self.extents:
+            read = [(place, x) for place, x in enumerate(inputs[:-1]) if isinstance(x, torch.Tensor)]
+            self.extents = [(place, extent(x)) for place, x in read] + [(len(inputs) - 1, extent(out))]
+        start = out.data_ptr()
+        end = start + self.extents[-1][1]
+        for place, size in self.extents[:-1]:
+            at = inputs[place].data_ptr()  # type: ignore[union-attr]
+            if at < end and start < at + size and (place, at - start) not in self.apart:
+                if share_memory(out, inputs[place]):  # type: ignore[arg-type]
+                    name = inputs._fields[place]
+                    raise ValueError(f"`out` must not share memory with `{name}`: it is written while `{name}` is read")
+                if len(self.apart) >= MAX_APART:
+                    self.apart.clear()
+                self.apart.add((place, at - start))
+
+    def run(
+        self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Runs the call on tensors of the layout that the plan was made for."""
+        out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
+        lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        if inputs.out is not None:
+            self.check_out(inputs, out)
+            check_captured_out(out, score_leaves, mask_leaves)
+        if self.checks_lens:
+            check_all_lens(inputs, self.options)
+        if not self.empty:
+            scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
+            if self.number_scales:
+                numbers: dict[str, Any] = {
+                    name: checked_scale(getattr(inputs, name), name) for name in self.number_scales
+                }
+                inputs = inputs._replace(**numbers)
+            if self.loose:
+                inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
+            if self.checker is not None:
+                self.checker(Call(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale))
+            self.launcher(Call(inputs, out, lse, score_leaves, mask_leaves, scale, lists))
+        return out if lse is None else (out, lse)
+
+
+def check_captured_out(out: torch.Tensor, score_leaves: list, mask_leaves: list) -> None:
+    """Refuses an `out` that is written over a tensor that a mod captures.
+
+    Raises:
+        ValueError: it shares memory with one.
+    """
+    start, size = out.data_ptr(), extent(out)
+    for kind, leaves in (("score_mod", score_leaves), ("mask_mod", mask_leaves)):
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or leaf.device != out.device:
+                continue
+            if leaf.data_ptr() < start + size and start < leaf.data_ptr() + extent(leaf) and share_memory(out, leaf):
+                raise ValueError(
+                    f"`out` must not share memory with a tensor that {kind} captures: it is written while that is read"
+                )

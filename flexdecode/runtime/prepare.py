@@ -1,0 +1,325 @@
+"""Prepares a call: traces its mods, describes it, chooses its schedule and finds its kernel."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..analysis.analyze import MAX_KV_LEN
+from ..analysis.program import Listed, Program
+from ..analysis.proofs import CallSizes, Checks, depends_on_length, find_checks, integers
+from ..call.descriptor import Matrix, as_matrices, as_matrix
+from ..call.device import device_facts
+from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
+from ..call.schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_packed, next_power_of_2, schedule
+from ..call.signature import Signature, all_strides, describe, packed
+from ..codegen.arguments import KernelSpec
+from ..codegen.compile import capture_types, rounds_to_half
+from ..codegen.kernels import find_kernel
+from ..errors import CompileError, SharedMemoryError
+from ..frontend.captures import leaf_names
+from ..frontend.graph import Graph
+from .identity import Mod, graph_of, watch
+from .launch import LaunchForm, TritonLauncher
+from .plan import EagerLauncher, Plan, name_graphs
+
+Mods = tuple[Mod, Mod]  # the score_mod and the mask_mod
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A checked call with traced mods, for a cache of any length.
+
+    Attributes:
+        graphs: of the score_mod and the mask_mod.
+        signature: of the call.
+        options: how to execute it.
+        listed: whether the lists of a BlockMask say which blocks are visited.
+    """
+
+    graphs: tuple[Graph | None, Graph | None]
+    signature: Signature
+    options: DecodeOptions
+    listed: Listed
+
+    def checks(self, mods: Mods, sizes: Sizes, watched: bool = False) -> tuple[Checks | None, Checks | None, Mod]:
+        """Proves what can be proven of the indices of a call.
+
+        Args:
+            mods: what they capture now.
+            sizes: of the call.
+            watched: the mask_mod has all numbers that the proofs of the score_mod rest on.
+
+        Returns:
+            What the loads of both mods have to check, and the mask_mod with these numbers.
+        """
+        (score, mask), (score_mod, mask_mod) = self.graphs, mods
+        q_idx_given = self.signature.q_offset is not None
+        heads = sizes.num_kv_heads * self.signature.group_size
+        bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len)
+        mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
+        score_checks = None
+        if score is not None:
+            score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given)
+            if mask is not None and any(index.outside for load in score_checks for index in load.indices):
+                mask_mod = mask_mod if watched else watch("mask_mod", mask_mod, integers(mask))
+                by_mask = mask, mask_mod.leaves
+                score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
+        return score_checks, mask_checks, mask_mod
+
+    def program(self, score_checks: Checks | None, mask_checks: Checks | None) -> Program:
+        """What the hooks of a kernel are written from."""
+        return Program(*self.graphs, self.signature.q_offset is not None, score_checks, mask_checks, self.listed)
+
+
+def trace_call(
+    inputs: Inputs,
+    mods: Mods,
+    return_lse: bool,
+    options: DecodeOptions,
+    listed: Listed,
+    device: torch.device | None = None,
+) -> tuple[Traced, Mods]:
+    """Checks a call and traces its mods.
+
+    Args:
+        inputs: of the call.
+        mods: the score_mod and the mask_mod.
+        return_lse: whether the call returns the log-sum-exp.
+        options: how to execute it.
+        listed: whether the lists of a BlockMask say which blocks are visited.
+        device: where captured tensors are read, if they may be anywhere; by default all are where the query is.
+
+    Returns:
+        The call, and both mods with the identities that tracing found.
+
+    Raises:
+        TypeError, ValueError, TraceError: as `flex_decode`.
+    """
+    check_inputs(inputs, options)
+    traced = []
+    for kind, mod in zip(("score_mod", "mask_mod"), mods, strict=True):
+        graph, mod = graph_of(kind, mod, device or inputs.query.device)
+        _check_captures(kind, graph, mod, None if device else inputs.query.device)
+        traced.append((graph, mod))
+    graphs, (score, mask) = zip(*traced, strict=True)
+    signature = describe(inputs, return_lse, options)
+    if signature.backend == "torch" and options.batch_invariant:
+        raise ValueError(
+            '`options.batch_invariant=True` needs backend="triton": PyTorch\'s products depend on the batch'
+        )
+    return Traced(graphs, signature, options, listed), (score, mask)
+
+
+def prepare(
+    inputs: Inputs, mods: Mods, return_lse: bool, options: DecodeOptions | None, listed: Listed = Listed.NO
+) -> tuple[Prepared, Plan, Mods]:
+    """Checks a call and makes its plan.
+
+    Returns:
+        What calls of other lengths share, the plan, and both mods with the identities that tracing found.
+
+    Raises:
+        TypeError, ValueError, TraceError: as `flex_decode`.
+    """
+    traced, mods = trace_call(inputs, mods, return_lse, DEFAULT_OPTIONS if options is None else options, listed)
+    prepared = Prepared(traced, inputs, mods, return_lse)
+    plan, mask = prepared.plan(inputs, mods)
+    return prepared, plan, (mods[0], mask)
+
+
+class Prepared:
+    """A traced call with a cache of any length: calls that differ in nothing else share it.
+
+    A cache that grows by `torch.cat` has another N, and with it other strides, for every token. `plan` does what
+    depends on them: which indices are in range, the numbers of the schedule, and what is launched.
+    """
+
+    def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, return_lse: bool) -> None:
+        self.traced = traced
+        self.out_strides = inputs.make_out().stride()
+        options = traced.options
+        names = name_graphs(traced.graphs, mods) if options.debug else None
+        self.eager = EagerLauncher(traced.graphs, names)
+        self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, return_lse, options)
+        self.facts: DeviceFacts | None = None
+        if traced.signature.backend == "triton" and 0 not in inputs.out_shape:
+            self.facts = device_facts(traced.signature.device)
+            _check_device(traced.signature, self.facts)
+        self.programs: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
+        self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
+        # What the last proofs rest on, what they gave, and from which length to which.
+        self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
+        self.num_watched = -1  # numbers of the mask_mod, where the proofs of the score_mod rest on them, too
+
+    def plan(self, inputs: Inputs, mods: Mods) -> tuple[Plan, Mod]:
+        """Plans a call.
+
+        Args:
+            inputs: checked, and of the layout that this was made for, apart from lengths.
+            mods: the score_mod and the mask_mod as they are now.
+
+        Returns:
+            The plan, and the mask_mod with the numbers that the proofs rest on.
+        """
+        if self.facts is None:
+            return self.plan_of_any if inputs.out is None else self.plan_of_any.launched_by(self.eager), mods[1]
+        sizes = inputs.sizes
+        score, mask = mods
+        present, loaded, first, end = self.last
+        if loaded is None or not first <= sizes.max_kv_len <= end or present != (score.present, mask.present):
+            loaded, mask = self._reach(mods, sizes)
+        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options)), mask
+
+    def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
+        """Proves what can be proven of a call, and notes up to which length it stays so."""
+        score, mask = mods
+        repeated = self.last[0] == (score.present, mask.present)
+        loaded, mask = self._load(mods, sizes)
+        end = sizes.max_kv_len if self.is_proof_of_length else MAX_KV_LEN
+        if repeated and end == sizes.max_kv_len:
+            # What is proven, and what is not, for a longer sequence as well as for this one is so for all between.
+            further = next_power_of_2(end)
+            end = further if self._load((score, mask), sizes._replace(max_kv_len=further))[0] is loaded else end
+        self.last = (score.present, mask.present), loaded, sizes.max_kv_len, end
+        return loaded, mask
+
+    def _load(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
+        """Proves what can be proven of a call, and finds the kernels that leave it out."""
+        assert self.facts is not None
+        score_checks, mask_checks, mask = self.traced.checks(mods, sizes, len(mods[1].present) == self.num_watched)
+        key = score_checks, mask_checks
+        if mask is not mods[1]:
+            self.num_watched = len(mask.present)
+        loaded = self.programs.get(key)
+        if loaded is None:
+            loaded = _Loaded(self.traced.program(*key), self.traced.signature, self.facts, self.out_strides)
+            self.programs[key] = loaded
+        return loaded, mask
+
+
+class _Loaded:
+    """The kernels of a program, by their tiles."""
+
+    def __init__(
+        self, program: Program, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
+    ) -> None:
+        self.program = program
+        self.out_strides = out_strides
+        self.signature = signature
+        self.facts = facts
+        self.forms: dict[Tiles, LaunchForm] = {}  # by tiles; a kernel may have smaller ones in their place
+
+    def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
+        """Chooses a schedule and finds the kernel.
+
+        Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
+        """
+        program, signature, facts = self.program, self.signature, self.facts
+        chosen, matrices = choose_schedule(signature, sizes, inputs, program, facts, options)
+        try:
+            form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
+        except CompileError as error:
+            if not chosen.tiles.latent:
+                raise
+            _refuse_latents(error)
+            return self.launcher(inputs, sizes, options)
+        if form.spec.tiles is not chosen.tiles:
+            chosen = replace(chosen, tiles=form.spec.tiles)
+        strides = all_strides(packed(inputs) if chosen.tiles.packed else inputs, self.out_strides)
+        return TritonLauncher(form, sizes, chosen, strides, matrices)
+
+    def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
+        """Finds the kernel for some tiles, or for smaller ones where that is too large for the device."""
+        program, tiles = self.program, wanted
+        while True:
+            spec = KernelSpec(
+                self.signature,
+                tiles,
+                capture_types(program.score),
+                capture_types(program.mask),
+                num_live=program.bounds.num_live,
+                num_full=program.num_full,
+                fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
+                block_lists=program.block_lists,
+            )
+            try:
+                kernel = find_kernel(spec, self.facts, program)
+                self.forms[wanted] = LaunchForm(kernel, spec, program, self.facts.backend != "cpu")
+                return self.forms[wanted]
+            except SharedMemoryError:
+                if tiles.latent or options.block_n or tiles.block_n <= 16:
+                    raise
+                tiles = replace(tiles, block_n=tiles.block_n // 2)
+
+
+_refusals: list[str] = []  # of the kernel for latents: it is not tried again
+
+
+def _refuse_latents(error: CompileError) -> None:
+    """Goes on without the kernel for latents, and says so once."""
+    _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
+    text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def choose_schedule(
+    signature: Signature, sizes: Sizes, inputs: Inputs, program: Program, facts: DeviceFacts, options: DecodeOptions
+) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
+    """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors.
+
+    The kernel for latents sees the keys through two descriptors.
+    """
+    owners, matrices, loads = inputs.format.owners(sizes.batch, inputs.key), None, Loads.POINTERS
+    # Whether there are matrices may depend on the batch, and with it the tiles. The blocks of lists may all be partial.
+    if facts.has_descriptors and not (options.batch_invariant or program.block_lists):
+        if has_latent_kernel(signature, facts, options) and not _refusals:
+            latents = as_matrix(inputs.key, owners)
+            matrices = None if latents is None else (latents, latents)
+            loads = Loads.LATENTS
+        # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+        if matrices is None and program.num_full > 0:
+            seen = packed(inputs) if is_packed(signature, facts, options) else inputs
+            matrices = as_matrices(seen.key, seen.value, owners)
+            loads = Loads.DESCRIPTORS
+    loads = Loads.POINTERS if matrices is None else loads
+    chosen = schedule(signature, sizes, facts, options, loads, program.bounds.is_bounded, program.fetches)
+    return chosen, matrices if chosen.tiles.descriptors else None
+
+
+def _check_device(signature: Signature, facts: DeviceFacts) -> None:
+    """Refuses what Triton has no type for on a device."""
+    if signature.kv_dtype == torch.float8_e4m3fn and not (facts.backend == "cpu" or facts.can_unpack):
+        raise ValueError(
+            f"float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got {facts.backend} "
+            f"{facts.arch}: use float8_e5m2 or int8"
+        )
+
+
+def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:
+    """Refuses captured tensors that the kernel cannot read; they may be anywhere if `device` is None.
+
+    Raises:
+        ValueError: one is on another device, not dense, or requires grad while grad mode is on.
+    """
+    if graph is None or mod.function is None:
+        return
+    for leaf in {*graph.tensors, *(source.leaf for source in graph.numbers)}:
+        tensor = mod.leaves[leaf] if leaf >= 0 else None
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        name = leaf_names(mod.function, mod.followed)[leaf]
+        if device not in (None, tensor.device) and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+            raise ValueError(
+                f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "
+                f"there before the call, `{name} = {name}.to(query.device)`"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"the tensor `{name}` captured by {kind} must be dense, got layout {tensor.layout}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"the tensor `{name}` captured by {kind} requires grad, but flex_decode is forward only: call it under "
+                f"torch.no_grad() or capture `{name}.detach()`"
+            )

@@ -1,0 +1,323 @@
+"""Caches that grow: a length that was not seen before costs no tracing, no solving, no generation and no kernel."""
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import MODS, assert_close_to_reference, make_inputs
+
+from flexdecode import DecodeOptions, api, clear_cache, flex_decode, memos, mods
+from flexdecode.analysis import bounds, proofs
+from flexdecode.call import schedule
+from flexdecode.call.device import KNOWN_DEVICES
+from flexdecode.codegen.arguments import ARGUMENTS
+from flexdecode.runtime import launch, prepare
+from flexdecode.runtime.identity import identify
+
+TRITON = DecodeOptions(backend="triton")
+H200, _ = KNOWN_DEVICES["H200"]
+LENGTHS = max(1500, int(os.environ.get("FLEXDECODE_EXAMPLES", "0")))
+
+
+class Kernel:
+    """Stands for a compiled kernel; remembers what it was compiled from."""
+
+    combine_block_dv = 64
+
+    def __init__(self, *built_from):
+        self.built_from = built_from
+
+
+class Host:
+    """Calls go the way of a GPU up to the launch, and are counted.
+
+    Attributes:
+        kernels: what kernels were asked for.
+        launched: the launchers of all calls.
+        solved, proven: how often bounds were solved, and proofs by a mask tried.
+    """
+
+    def __init__(self, monkeypatch, facts=H200):
+        self.kernels, self.launched, self.solved, self.proven = [], [], 0, 0
+        monkeypatch.setattr(prepare, "device_facts", lambda _: facts)
+        monkeypatch.setattr(prepare, "find_kernel", self.find_kernel)
+        monkeypatch.setattr(launch.TritonLauncher, "__call__", lambda launcher, *_: self.launched.append(launcher))
+        monkeypatch.setattr(bounds, "_solve", self.counted(bounds._solve, "solved"))
+        monkeypatch.setattr(proofs, "_is_never", self.counted(proofs._is_never, "proven"))
+        clear_cache()
+
+    def find_kernel(self, spec, facts, program):
+        self.kernels.append((spec, facts, program.text))
+        return Kernel(spec, facts, program.text)
+
+    def counted(self, function, name):
+        def run(*arguments):
+            setattr(self, name, getattr(self, name) + 1)
+            return function(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def host(monkeypatch):
+    yield Host(monkeypatch)
+    clear_cache()
+
+
+def grown(length, batch=2, heads=2, dim=64, dtype=torch.bfloat16):
+    """What `torch.cat` gives for a token more."""
+    return torch.empty(batch, heads, length, dim, dtype=dtype)
+
+
+def query(heads=4, tokens=1, batch=2, dim=64, dtype=torch.bfloat16):
+    return torch.empty(batch, heads, tokens, dim, dtype=dtype)
+
+
+MAX_KV_LEN = [row.name for row in ARGUMENTS].index("max_kv_len")
+
+
+def numbers(launcher):
+    """All that a launch depends on but addresses and captured values."""
+    state = dict(vars(launcher))
+    form = state.pop("form")
+    del state["scratch"]  # which holds the launcher itself
+    state["kernel"] = state["kernel"].built_from
+    return state, [(reader.numbers, reader.tensors, reader.types) for reader in (form.read_score, form.read_mask)]
+
+
+def prepared():
+    """How many calls were prepared from nothing."""
+    return sum(len(known.prepared) for known in api._calls.values())
+
+
+table = torch.zeros(4, 3000)
+
+
+def bias_of_the_table(score, b, h, q_idx, kv_idx):
+    return score + table[h, kv_idx]
+
+
+def distance(score, b, h, q_idx, kv_idx):
+    return score + table[h, q_idx - kv_idx]
+
+
+CASES = {
+    "plain": (None, None),
+    "alibi + window": (mods.alibi(4), mods.sliding_window(100)),
+    "softcap + chunked": (mods.softcap(20.0), mods.chunked(64)),
+    "bias": (bias_of_the_table, mods.causal()),
+    "distance": (distance, mods.sliding_window(500)),
+    "document": (None, mods.document(torch.zeros(2, 5000, dtype=torch.int32))),
+}
+
+
+# --- What a new length costs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_new_length_solves_and_builds_nothing(host, case):
+    score_mod, mask_mod = CASES[case]
+    q = query()
+    for length in range(1, 600):
+        flex_decode(q, grown(length), grown(length), score_mod, mask_mod, options=TRITON)
+    assert len(host.launched) == 599
+    info = api.cache_info()
+    assert (info.generations, info.compilations, info.hits) == (0, 0, 0)
+    assert info.traces == (score_mod is not None) + (mask_mod is not None)
+    assert host.solved <= 1 and host.proven <= 4
+    assert len(host.kernels) == len({(spec, text) for spec, _, text in host.kernels}) <= 12
+    assert prepared() <= 3
+
+
+def test_a_growing_page_table(host):
+    pages, lens = grown(16, batch=8), torch.tensor([5, 7])
+    for width in range(1, 200):
+        tables = torch.zeros(2, width, dtype=torch.int32)
+        flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
+    assert prepared() == 1 and len(host.kernels) <= 8
+    assert {launcher.arguments[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
+
+
+def test_a_capture_that_grows(host):
+    """The mod is a new lambda, over a new tensor, for every token."""
+    for length in range(1, 200):
+        bias = torch.zeros(4, length)
+        kv = grown(length)
+        flex_decode(query(), kv, kv, lambda s, b, h, q, k: s + bias[h, k], mods.causal(), options=TRITON)
+    assert api.cache_info().traces == 2 and host.solved == 1 and prepared() == 1
+    assert len({text for _, _, text in host.kernels}) == 1, "every index is proven"
+
+
+def test_the_torch_backend_makes_one_plan(host):
+    q = query(dtype=torch.float32)
+    for length in range(1, 60):
+        kv = grown(length, dtype=torch.float32).zero_()
+        flex_decode(q.zero_(), kv, kv, mods.alibi(4), mods.causal())
+    assert len({id(plan) for known in api._calls.values() for plan in known.plans.values()}) == 1 and host.solved == 0
+
+
+def test_memory_does_not_grow(host):
+    """`FLEXDECODE_EXAMPLES=100000 pytest tests/unit/test_new_lengths.py -k memory_does` tries as many."""
+    q = query()
+    for length in range(1, LENGTHS):
+        kv = grown(length)
+        flex_decode(q, kv, kv, mods.alibi(4), mods.sliding_window(length), options=TRITON)
+    assert sum(len(known.plans) for known in api._calls.values()) == 64
+    assert prepared() <= 3
+    assert all(len(memo) <= 8 for memo in memos._memos)
+    clear_cache()
+    assert not api._calls and not any(memos._memos)
+
+
+# --- Proofs are looked at again ---------------------------------------------------------------------------------------
+
+
+def test_an_index_that_a_longer_sequence_leads_out_of_its_tensor(host):
+    for length in (2999, 3000, 3001, 2998):
+        kv = grown(length)
+        flex_decode(query(), kv, kv, bias_of_the_table, options=TRITON)
+    checks = ["outside=True" in launcher.kernel.built_from[2] for launcher in host.launched]
+    assert checks == [False, False, True, False]
+
+
+def test_a_proof_by_a_mask_is_not_carried_too_far(host):
+    """The window is as long as the table, until it is longer."""
+    attending = []
+    for length, window in ((2000, 3000), (4000, 3000), (5000, 3001), (6000, 3000), (8000, 3001)):
+        kv = grown(length)
+        flex_decode(query(), kv, kv, distance, mods.sliding_window(window), options=TRITON)
+        attending.append("outside=True" in host.launched[-1].kernel.built_from[2])
+    assert attending == [False, False, True, False, True]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_memory_of_proofs_by_a_mask(data):
+    """It gives what a proof from nothing gives, whatever was asked before."""
+    clear_cache()
+    lengths = data.draw(st.lists(st.integers(1, 6000), min_size=1, max_size=6))
+    window, columns, tokens = (data.draw(st.integers(1, most)) for most in (4000, 4000, 3))
+    bias = torch.zeros(4, columns)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + bias[h, q_idx - kv_idx]
+
+    mask_mod = data.draw(st.sampled_from([mods.sliding_window(window), mods.causal(), mods.streaming(3, window)]))
+    graphs = [identify(kind, mod) for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod))]
+    (score, one), (mask, other) = (
+        prepare.graph_of(kind, mod, torch.device("cpu"))
+        for kind, mod in zip(("score_mod", "mask_mod"), graphs, strict=True)
+    )
+    for length in lengths:
+        arguments = score, one.leaves, proofs.CallSizes(2, 4, tokens, length), False, (mask, other.leaves)
+        found = proofs.find_checks(*arguments)
+        kept = dict(proofs._reaches)
+        proofs._reaches.clear()
+        assert proofs.find_checks(*arguments) == found, length
+        proofs._reaches.clear()
+        proofs._reaches.update(kept)
+
+
+# --- A plan from what is prepared is the plan of a fresh call ---------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_reused_plan_is_a_fresh_one(data):
+    """The same kernel and the same launch arguments, for shapes, strides, caches, captures and options at random."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        facts = data.draw(st.sampled_from([H200, schedule.DeviceFacts("cuda", 80, 108, 163 * 1024)]))
+        host = Host(monkeypatch, facts)
+        batch, heads, group, tokens = (data.draw(st.integers(1, most)) for most in (3, 2, 4, 3))
+        dim = data.draw(st.sampled_from([16, 17, 40, 64, 128]))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
+        paged, lens = data.draw(st.booleans()), data.draw(st.sampled_from([None, "tensor", "number"]))
+        layout = data.draw(st.sampled_from(["bhnd", "bnhd", "sliced", "key[:1]", "one tensor", "unaligned"]))
+        chosen = data.draw(st.sampled_from([{}, {"num_splits": 3}, {"batch_invariant": True}, {"block_n": 32}]))
+        options = DecodeOptions(backend="triton", **chosen)
+        rows = heads * group
+        score_family, mask_family = data.draw(st.sampled_from(MODS)), data.draw(st.sampled_from(MODS))
+        grows = data.draw(st.booleans())
+        fixed = score_family.make_score_mod(batch, rows, 300, tokens, "cpu")
+        mask_mod = mask_family.make_mask_mod(batch, rows, 300, tokens, "cpu")
+        q = torch.zeros(batch, rows, tokens, dim, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
+
+        def dense(length, batch=batch):
+            if layout == "bnhd":
+                return torch.zeros(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
+            if layout == "sliced":
+                return torch.zeros(batch, heads, length + 5, 2 * dim, dtype=dtype)[:, :, 2:-3, ::2]
+            if layout == "unaligned":
+                return torch.zeros(batch * heads * length * dim + 1, dtype=dtype)[1:].view(batch, heads, length, dim)
+            return torch.zeros(batch, heads, length, dim, dtype=dtype)
+
+        def arguments(length):
+            found = {}
+            if paged:
+                key = dense(16, batch=7)
+                found["page_table"] = torch.zeros(batch, -(-length // 16), dtype=torch.int32)
+            else:
+                key = dense(length)[:1] if layout == "key[:1]" else dense(length)
+            value = key[..., :16] if layout == "one tensor" else torch.zeros_like(key)
+            if dtype == torch.int8:
+                kind = data.draw(st.sampled_from(["number", "heads", "tokens"]))
+                scale = {"number": 0.5, "heads": torch.ones(heads), "tokens": torch.ones(key.shape[:3])}[kind]
+                found |= {"k_scale": scale, "v_scale": scale}
+            if lens == "number":
+                found["kv_lens"] = data.draw(st.integers(0, length))
+            elif lens or paged:
+                found["kv_lens"] = torch.full((batch,), min(length, 9))
+            bias = torch.zeros(rows, length)
+            mod = (lambda s, b, h, q_idx, k: s + bias[h, k]) if grows else fixed
+            return (q, key, value, mod, mask_mod), found
+
+        for length in data.draw(st.lists(st.integers(1, 700), min_size=2, max_size=5)):
+            positional, named = arguments(length)
+            flex_decode(*positional, options=options, **named)
+            reused = numbers(host.launched[-1])
+            kept = [(memo, dict(memo)) for memo in (api._calls, *memos._memos)]
+            clear_cache()
+            flex_decode(*positional, options=options, **named)
+            assert numbers(host.launched[-1]) == reused
+            for memo, entries in kept:
+                memo.clear()
+                memo.update(entries)
+        clear_cache()
+
+
+def test_results_of_a_cache_that_grows():
+    """On the torch backend, from one key on, with proofs that end in between."""
+    heads, dim = 4, 16
+    q, keys, values = make_inputs(2, heads, 2, 1, 1500, dim)
+    short = torch.randn(heads, 40)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + short[h, kv_idx] - 0.01 * (q_idx - kv_idx)
+
+    looked_at = {1, 2, 15, 39, 40, 41, 64, 200, *random.Random(0).sample(range(300, 1000), 2), 1500}
+    for length in [*range(1, 300), *sorted(n for n in looked_at if n >= 300)]:
+        kv = keys[:, :, :length].contiguous(), values[:, :, :length].contiguous()
+        out, lse = flex_decode(q, *kv, score_mod, mods.sliding_window(100), return_lse=True)
+        if length in looked_at:
+            assert_close_to_reference(out, lse, q, *kv, score_mod, mods.sliding_window(100))
+
+
+# --- The number of splits ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=500)
+@given(
+    st.integers(0, 3000), st.integers(0, 2000), st.integers(0, 10**10), st.sampled_from([1, 4, 7, 108, 132, 148, 304]),
+    st.sampled_from([1, 2]), st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_the_best_number_of_splits_is_found_without_trying_all(items, blocks, total_bytes, num_sms, per_sm, fit):
+    def cost(splits):
+        reached = schedule._reached(items * splits, num_sms, per_sm, fit)
+        return total_bytes / schedule.BYTES_PER_US / reached + (schedule.COMBINE_US if splits > 1 else 0.0)
+
+    most = max(1, min(blocks, schedule.MAX_SPLITS, 4 * fit * num_sms // items + 1)) if items else 1
+    best = min(range(1, most + 1), key=lambda splits: (cost(splits), splits)) if items else 1
+    assert schedule._num_splits(items, blocks, total_bytes, num_sms, per_sm, fit) == best
