@@ -298,13 +298,13 @@ def after(a, b):
 
 
 @triton.jit
-def full_part(span, full, kv_len, BLOCK_N: tl.constexpr, NUM_FULL: tl.constexpr):
+def full_part(span, full, kv_len, C: tl.constexpr):
     """A range with the longest piece that one of the full intervals has in it; at its start if there is none."""
     start, end = span
     best_start = start
     best_end = start
-    for i in tl.static_range(4 if NUM_FULL > 2 else NUM_FULL):
-        lo, hi = full_blocks(full[i], kv_len, BLOCK_N)
+    for i in tl.static_range(4 if C.NUM_FULL > 2 else C.NUM_FULL):
+        lo, hi = full_blocks(full[i], kv_len, C.BLOCK_N)
         lo = tl.maximum(lo, start)
         hi = tl.minimum(hi, end)
         longer = hi - lo > best_end - best_start
@@ -340,12 +340,16 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
             r1, r2 = order(r1, r2)
         r1 = after(r0, r1)
         r2 = after(r1, r2)
-        found = (r0, r1, r2, after(r2, r3))
+        r3 = after(r2, r3)
+        # No loop: Triton 3.6 forgets the names of records in a sum of tuples.
+        ranges = (
+            full_part(r0, full, tile.kv_len, C),
+            full_part(r1, full, tile.kv_len, C),
+            full_part(r2, full, tile.kv_len, C),
+            full_part(r3, full, tile.kv_len, C),
+        )
     else:
-        found = (r0,)
-    ranges = ()
-    for i in tl.static_range(len(found)):
-        ranges = ranges + (full_part(found[i], full, tile.kv_len, C.BLOCK_N, C.NUM_FULL),)  # noqa: RUF005
+        ranges = (full_part(r0, full, tile.kv_len, C),)
     num_full = 0
     num_partial = 0
     for i in tl.static_range(len(ranges)):
@@ -624,8 +628,7 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
         last = tl.where(num_tokens > 0, last, 0)
     if C.BALANCED:
         if last == item.parts:
-            first = item.start
-            last = item.end
+            first, last = item.start, item.end
         else:
             count = last.to(tl.int64)
             first = (count * item.start // item.parts).to(tl.int32)
@@ -641,7 +644,7 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 @triton.jit
 def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.constexpr):
     """Writes columns `offs_dv` of the output of a whole item, and its `lse` if not None, else of its partial result."""
-    outputs = call.outputs
+    outputs, q_lens = call.outputs, call.lengths.q_lens
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
     if C.SPLIT:
@@ -653,15 +656,14 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.c
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
-    if item.whole:
-        result, row_lse = finish_rows(
-            acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, call.lengths.q_lens
-        )
-        out_row = row_start(outputs.out, outputs, item.b, rows)
-        pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
-        tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
-        if lse is not None:
-            tl.store(lse + flat_row, row_lse, mask=rows.valid)
+    if C.BALANCED or not C.SPLIT:  # `whole` is no constant in a group of warps of Triton 3.6
+        if item.whole:
+            result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
+            out_row = row_start(outputs.out, outputs, item.b, rows)
+            pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
+            tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
+            if lse is not None:
+                tl.store(lse + flat_row, row_lse, mask=rows.valid)
 
 
 @triton.jit
