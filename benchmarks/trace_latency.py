@@ -45,7 +45,7 @@ def _typical_mods(mods) -> list[tuple[str, Callable | None, Callable | None]]:
 
 def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[list[float], int]:
     """Milliseconds of each repeat with an empty cache, and the number of generated lines."""
-    from flexdecode.analysis.program import Program
+    from flexdecode.analysis.proven import ProvenMods
     from flexdecode.codegen.kernels import generate_module
     from flexdecode.runtime.identity import forget_graphs, graph_of, identify
 
@@ -57,7 +57,7 @@ def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[lis
             graph_of(kind, identify(kind, mod), torch.device("cpu"))[0]
             for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod))
         ]
-        text = generate_module(Program(*graphs))
+        text = generate_module(ProvenMods(*graphs))
         times.append(1e3 * (time.perf_counter() - started))
     return times, len(text.splitlines())
 

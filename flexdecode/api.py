@@ -32,7 +32,7 @@ class _Lengths:
     """The plans of a call by the length of its cache.
 
     Attributes:
-        plans: by layouts of the caches, and by what proofs about indices rest on.
+        plans: by layouts of the caches, and by the values that proofs about indices use.
         prepared: what plans share, by the same without N and its multiples.
         kept: the objects whose ids are in the key of the call.
     """
@@ -128,8 +128,8 @@ def flex_decode(
         torch.is_grad_enabled(), listed,
     )  # fmt: skip
     lengths = (
-        score.present, mask.present, layout(key), layout(value), layout(inputs.page_table), layout(inputs.k_scale),
-        layout(inputs.v_scale), inputs.kv_lens if inputs.kv_lens.__class__ is int else None,
+        score.proof_values, mask.proof_values, layout(key), layout(value), layout(inputs.page_table),
+        layout(inputs.k_scale), layout(inputs.v_scale), inputs.kv_lens if inputs.kv_lens.__class__ is int else None,
     )  # fmt: skip
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
@@ -186,7 +186,7 @@ def _make_plan(
     free = any_length(*lengths[2:])
     shared = None
     if known is not None and free is not None:
-        shared = known.prepared.get((len(score.present), len(mask.present), free))
+        shared = known.prepared.get((len(score.proof_values), len(mask.proof_values), free))
     if known is not None and shared is not None:
         plan, mask = shared.plan(inputs, (score, mask))
     else:
@@ -202,8 +202,8 @@ def _make_plan(
             known = _Lengths([pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None])
             _calls.add(call, known)
         if free is not None:
-            known.prepared.add((len(score.present), len(mask.present), free), prepared)
-    known.plans.add((score.present, mask.present, *lengths[2:]), plan)
+            known.prepared.add((len(score.proof_values), len(mask.proof_values), free), prepared)
+    known.plans.add((score.proof_values, mask.proof_values, *lengths[2:]), plan)
     return plan, score, mask
 
 

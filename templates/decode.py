@@ -35,7 +35,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 # What a kernel is compiled for; `decode_split` says what each is.
 Constants = namedtuple(
     "Constants",
-    "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PACKED "
+    "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
     "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY PRECISION PDL",
 )
 # Query rows: the address of the first one, and strides in elements.
@@ -71,8 +71,8 @@ Visit = namedtuple("Visit", "runs spans page_table first last")
 # A block of keys: the first one, and the pages on which they lie.
 Block = namedtuple("Block", "start_n pages")
 # The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
-# all columns, or even and odd columns of a packed cache, in units of `v_unit`, which is the largest weight of a row so
-# far where values have scales of their own.
+# all columns, or even and odd columns of a cache in pairs, in units of `v_unit`, which is the largest weight of a row
+# so far where values have scales of their own.
 State = namedtuple("State", "m_i l_i v_unit acc")
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -452,10 +452,10 @@ def power_of_two(x):
 @triton.jit
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block [BLOCK_M, BLOCK_N], float32; and the keys as loaded."""
-    PER_WORD: tl.constexpr = 1 if C.PACKED is None else 2
+    PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
     k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
-    if C.PACKED is not None:
-        k_even, k_odd = unpack(k, C.PACKED)
+    if C.PAIRED is not None:
+        k_even, k_odd = unpack(k, C.PAIRED)
         score = tl.dot(q, tl.trans(k_even))
         score = tl.dot(q_rest, tl.trans(k_odd), score)
     else:
@@ -472,7 +472,7 @@ def attend_block(
     state, q, q_rest, keys, values, scale, block, spans, tile, captures, CHECKED: tl.constexpr, C: tl.constexpr
 ):
     """One step of the online softmax over a block of keys; CHECKED evaluates the mask and the spans."""
-    PER_WORD: tl.constexpr = 1 if C.PACKED is None else 2
+    PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
     b, h, q_idx = tile.b, tile.h, tile.q_idx
     kv_idx = block.start_n + tl.arange(0, C.BLOCK_N)[None, :]
     live = None
@@ -514,8 +514,8 @@ def attend_block(
     else:
         v = load_kv(values, block, spans, 0, C.V_HEAD_DIM // PER_WORD, C.BLOCK_DV // PER_WORD, CHECKED, C)
     acc = state.acc
-    if C.PACKED is not None:
-        v_even, v_odd = unpack(v, C.PACKED)
+    if C.PAIRED is not None:
+        v_even, v_odd = unpack(v, C.PAIRED)
         acc = (tl.dot(p, v_even, acc[0] * alpha[:, None]), tl.dot(p, v_odd, acc[1] * alpha[:, None]))
     else:
         acc = (acc[0] * alpha[:, None] + tl.dot(p, v.to(q.dtype), input_precision=C.PRECISION),)
@@ -677,11 +677,11 @@ def row_start(base, strides, b, rows):
 def load_query(row, queries, C: tl.constexpr):
     """The query rows at addresses `row` in one or two parts [BLOCK_M, columns], and a factor of each row or 1.
 
-    The parts are the first columns and the rest, or even and odd columns where the cache is packed.
+    The parts are the first columns and the rest, or even and odd columns where a cache is loaded in pairs.
     """
     row = row[:, None]
     unit = 1.0
-    if C.PACKED is not None:
+    if C.PAIRED is not None:
         offs_d = 2 * tl.arange(0, C.BLOCK_D // 2)[None, :]
         q = tl.load(row + offs_d * queries.stride_d, mask=offs_d < C.HEAD_DIM, other=0.0)
         q_rest = tl.load(row + (offs_d + 1) * queries.stride_d, mask=offs_d < C.HEAD_DIM, other=0.0)
@@ -727,7 +727,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     v_unit = 1.0
     if len(values.scales) == 4:
         v_unit = tl.zeros_like(l_i)
-    if C.PACKED is not None:
+    if C.PAIRED is not None:
         acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32), tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32))
     else:
         acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV], tl.float32),)
@@ -740,7 +740,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     if first < last:
         state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, call.captures, True, C)
 
-    if C.PACKED is not None:
+    if C.PAIRED is not None:
         acc = tl.reshape(tl.join(state.acc[0], state.acc[1]), [C.BLOCK_M, C.BLOCK_DV])
     else:
         acc = state.acc[0]
@@ -773,7 +773,7 @@ def decode_split(
     stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits, max_weight,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -784,7 +784,7 @@ def decode_split(
     number, a [B] pointer or None, page_table empty or (pointer, stride_b, num_pages), block_lists empty (block_lists.py
     says what else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
     stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is
-    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PACKED
+    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PAIRED
     names the dtype of a quantised cache whose columns are loaded two by two, as int16.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
@@ -792,7 +792,7 @@ def decode_split(
     """
     C: tl.constexpr = Constants(
         GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
-        PACKED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, PRECISION, PDL,
+        PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, PRECISION, PDL,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)

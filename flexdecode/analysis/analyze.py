@@ -10,7 +10,7 @@ import torch
 
 from ..frontend.graph import Graph, Node, topological
 from ..frontend.ops import INT_LIMITS, OPS
-from ..frontend.ranges import Interval
+from ..frontend.ranges import IntRange
 from ..memos import Bounded
 
 MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
@@ -19,7 +19,7 @@ _INT32 = INT_LIMITS[torch.int32]
 
 
 @dataclass(frozen=True)
-class Facts:
+class Analysis:
     """What is known of the nodes of one graph, in any call.
 
     Attributes:
@@ -30,7 +30,7 @@ class Facts:
     """
 
     nodes: list[Node]
-    ranges: dict[Node, Interval]
+    ranges: dict[Node, IntRange]
     on_kv: frozenset[Node]
     on_score: frozenset[Node]
 
@@ -40,7 +40,9 @@ class Facts:
         return _INT32[0] <= low and high <= _INT32[1]
 
 
-def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Interval] = MappingProxyType({})) -> Facts:
+def analyze(
+    outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, IntRange] = MappingProxyType({})
+) -> Analysis:
     """Finds what is known of the nodes below `outputs`.
 
     Args:
@@ -57,13 +59,13 @@ def analyze(outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, Int
             on_kv.add(node)
         if node.op == "score" or not on_score.isdisjoint(node.args):
             on_score.add(node)
-    return Facts(nodes, find_ranges(rules_of(nodes), {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
+    return Analysis(nodes, find_ranges(rules_of(nodes), {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
 
 
 _analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
 
 
-def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
+def analyze_graph(graph: Graph, q_idx_given: bool) -> Analysis:
     """As `analyze` for the output of a graph; graphs with the same text are analysed once."""
     key = graph.text, q_idx_given
     found = _analyzed.get(key)
@@ -73,7 +75,7 @@ def analyze_graph(graph: Graph, q_idx_given: bool) -> Facts:
     return found
 
 
-Rule = Interval | Callable[..., Interval]
+Rule = IntRange | Callable[..., IntRange]
 
 
 def rules_of(nodes: Sequence[Node]) -> list[tuple[Node, Rule]]:
@@ -93,17 +95,17 @@ def _rule(node: Node) -> Rule:
     if node.op == "fold" and node.attr[2] != "mul":
         factor = node.attr[1] if node.attr[2] == "add" else 1
         return lambda operand: (factor * operand[0], factor * operand[1])
-    return (OPS[node.op].interval if node.op in OPS else None) or INT_LIMITS[node.dtype]
+    return (OPS[node.op].range if node.op in OPS else None) or INT_LIMITS[node.dtype]
 
 
-def find_ranges(rules: Iterable[tuple[Node, Rule]], known: Mapping[Node, Interval]) -> dict[Node, Interval]:
+def find_ranges(rules: Iterable[tuple[Node, Rule]], known: Mapping[Node, IntRange]) -> dict[Node, IntRange]:
     """Finds the range of each integer and bool.
 
     Args:
         rules: of the nodes, operands first.
         known: ranges of some of them, such as indices.
     """
-    ranges: dict[Node, Interval] = {}
+    ranges: dict[Node, IntRange] = {}
     for node, rule in rules:
         found = known.get(node, rule)
         if not isinstance(found, tuple):

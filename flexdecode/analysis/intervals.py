@@ -25,7 +25,7 @@ import torch
 from ..frontend.build import make
 from ..frontend.graph import Node, const
 from ..frontend.ops import INT_LIMITS
-from .analyze import MAX_KV_LEN, Facts
+from .analyze import MAX_KV_LEN, Analysis
 
 MAX_INTERVALS = 4
 LIMIT = 1 << 40  # of guarded values
@@ -79,9 +79,9 @@ ALWAYS = Extent(EVERYWHERE, EVERYWHERE)
 NEVER = Extent(NOWHERE, NOWHERE)
 
 
-def find_extent(output: Node, facts: Facts) -> Extent:
+def find_extent(output: Node, analysis: Analysis) -> Extent:
     """Finds where a mask is true, or where a score is more than -inf: the branches of `torch.where` tell."""
-    return _Solver(facts).extent(output)
+    return _Solver(analysis).extent(output)
 
 
 def at_most(a: Node, b: Node, depth: int = 0) -> bool:
@@ -272,16 +272,16 @@ def _once(find: Callable[[_Solver, Node], _T]) -> Callable[[_Solver, Node], _T]:
 
 
 class _Solver:
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
-        self.ranges = dict(facts.ranges)
-        self.on_kv = set(facts.on_kv)
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.ranges = dict(analysis.ranges)
+        self.on_kv = set(analysis.on_kv)
         self.cases = 0
         self.found: dict[tuple[Callable, Node], Any] = {}
-        for node in facts.nodes:  # operands first, so that no recursion below is as deep as the graph
+        for node in analysis.nodes:  # operands first, so that no recursion below is as deep as the graph
             if node.dtype == torch.bool or node.dtype.is_floating_point:
                 self.extent(node)
-            elif node in facts.on_kv:
+            elif node in analysis.on_kv:
                 with suppress(_Unsolved):
                     self._size(self._linear(node))
 

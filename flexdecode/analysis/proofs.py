@@ -14,9 +14,9 @@ import torch
 from ..frontend.build import make, remake
 from ..frontend.graph import Graph, Node, Source, const, loops_around, rewrite, topological
 from ..frontend.ops import INT_LIMITS
-from ..frontend.ranges import Interval
+from ..frontend.ranges import IntRange
 from ..memos import Bounded
-from .analyze import MAX_KV_LEN, Facts, Rule, analyze, analyze_graph, find_ranges, rules_of
+from .analyze import MAX_KV_LEN, Analysis, Rule, analyze, analyze_graph, find_ranges, rules_of
 from .intervals import at_most, find_extent
 
 
@@ -51,7 +51,7 @@ class CallSizes(NamedTuple):
     max_kv_len: int
 
 
-def witnesses(graph: Graph) -> tuple[Source, ...]:
+def proof_sources(graph: Graph) -> tuple[Source, ...]:
     """What the proofs of a graph use: sizes of its tensors, and captured numbers from which indices are computed."""
     found: dict[Source, None] = {}
     for node in graph.nodes():
@@ -63,7 +63,7 @@ def witnesses(graph: Graph) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def integers(graph: Graph) -> tuple[Source, ...]:
+def captured_integers(graph: Graph) -> tuple[Source, ...]:
     """The captured integers of a graph."""
     return tuple(graph.numbers[n.attr] for n in graph.nodes() if _is_integer(n))
 
@@ -72,9 +72,9 @@ def _is_integer(node: Node) -> bool:
     return node.op == "number" and not node.dtype.is_floating_point
 
 
-def unproven(load: Node, facts: Facts) -> LoadCheck:
+def unproven(load: Node, analysis: Analysis) -> LoadCheck:
     """The checks of a load where nothing is known of the call."""
-    return LoadCheck(tuple(IndexCheck(facts.ranges[index][0] < 0, True) for index in load.args))
+    return LoadCheck(tuple(IndexCheck(analysis.ranges[index][0] < 0, True) for index in load.args))
 
 
 def find_checks(
@@ -109,7 +109,7 @@ def find_checks(
     return tuple(checks)
 
 
-def _check(index: Interval, size: int) -> IndexCheck:
+def _check(index: IntRange, size: int) -> IndexCheck:
     low, high = index
     return IndexCheck(low < 0, not (-size <= low and high < size))
 
@@ -141,17 +141,17 @@ _known_loads = Bounded.memo(limit=1024)  # text of a graph -> its `_Loads`
 def _loads_of(graph: Graph) -> _Loads:
     found = _known_loads.get(graph.text)
     if found is None:
-        facts = analyze_graph(graph, q_idx_given=True)
-        loops = loops_around(facts.nodes)
-        loads = tuple(node for node in facts.nodes if node.op == "load")
-        in_loop = frozenset(load for load in loads if load in facts.on_kv - facts.on_score and not loops[load])
+        analysis = analyze_graph(graph, q_idx_given=True)
+        loops = loops_around(analysis.nodes)
+        loads = tuple(node for node in analysis.nodes if node.op == "load")
+        in_loop = frozenset(load for load in loads if load in analysis.on_kv - analysis.on_score and not loops[load])
         below = tuple(topological(*(index for load in loads for index in load.args)))
         found = _Loads(loads, in_loop, below, rules_of(below))
         _known_loads.add(graph.text, found)
     return found
 
 
-def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) -> dict[Node, Interval]:
+def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) -> dict[Node, IntRange]:
     """The ranges that the indices among `nodes` have in a call."""
     last = max(0, sizes.max_kv_len - 1)  # an empty range is no range
     ranges = {

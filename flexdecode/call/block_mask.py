@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ..analysis.program import Listed
+from ..analysis.proven import Listed
 from ..memos import Bounded
 from .inputs import Inputs
 

@@ -34,10 +34,10 @@ class DecodeOptions:
         block_n: keys per step of the kernel, a power of two from 16.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
-        schedule: `split` cuts every sequence into the same number of shares, `balanced` gives every program the same
+        schedule: `split` divides every sequence into equal shares, `balanced` gives every program the same
             number of live blocks, whatever the lengths; by default chosen from what the host knows.
         batch_invariant: the result of a sequence has the same bits whatever else is in the batch. Sequences are then
-            cut as if each were alone.
+            divided as if each were alone.
         debug: checks on every call what is otherwise trusted, at the price of host synchronisation and of a
             slow second computation: `kv_lens` within the cache, captured indices in range at attending pairs,
             mods that compute the same as when they were traced.
@@ -62,6 +62,8 @@ class DecodeOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < low):
                 raise ValueError(f"`options.{name}` must be an integer of at least {low}, got {value!r}")
+            if name in ("block_n", "num_warps") and value is not None and value & (value - 1):
+                raise ValueError(f"`options.{name}` must be a power of two, got {value}")
         if self.schedule not in (None, "split", "balanced"):
             raise ValueError(f'`options.schedule` must be "split", "balanced" or None, got {self.schedule!r}')
         for name in ("batch_invariant", "debug"):
@@ -71,10 +73,6 @@ class DecodeOptions:
             raise ValueError('`options.schedule="balanced"` and `options.batch_invariant=True` exclude one another')
         if self.num_splits is not None and self.num_splits > MAX_PROGRAMS:
             raise ValueError(f"`options.num_splits` must be at most {MAX_PROGRAMS}, got {self.num_splits}")
-        for name in ("block_n", "num_warps"):
-            value = getattr(self, name)
-            if value is not None and value & (value - 1):
-                raise ValueError(f"`options.{name}` must be a power of two, got {value}")
 
 
 DEFAULT_OPTIONS = DecodeOptions()

@@ -1,4 +1,4 @@
-"""How a call is cut into tiles and programs: plain integers, from the signature and the facts of the device."""
+"""How a call is divided into tiles and programs: plain integers, from the signature and the facts of the device."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Tiles:
 
     `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
     loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
-    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `packed` loads the
+    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `paired` loads the
     columns of a quantised cache two by two. `balanced` makes equal runs of all work, which needs the weights of all
     sequences: of `block_b` at once, or, if there are `many`, in steps of so many. `latent` is the kernel of
     `templates/latent.py`.
@@ -90,7 +90,7 @@ class Tiles:
     descriptors: bool
     block_s: int
     shared: bool = False
-    packed: bool = False
+    paired: bool = False
     balanced: bool = False
     block_b: int = 0
     many: bool = False
@@ -99,14 +99,14 @@ class Tiles:
     @property
     def key_columns(self) -> int:
         """Elements of a row that the first load of a key takes."""
-        return self.block_d // 2 if self.packed or self.latent else self.block_d
+        return self.block_d // 2 if self.paired or self.latent else self.block_d
 
     @property
     def value_columns(self) -> int:
         """Elements of a row that the load of a value takes; of latents, what the last load of a key takes."""
         if self.latent:
             return self.block_r
-        return self.block_dv // 2 if self.packed else self.block_dv
+        return self.block_dv // 2 if self.paired else self.block_dv
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _is_balanced(
     total_bytes: int,
     is_bounded: bool,
 ) -> bool:
-    """Whether all work is cut into equal runs: as the caller says, or where lengths may differ much.
+    """Whether all work is divided into equal runs: as the caller says, or where lengths may differ much.
 
     Raises:
         ValueError: the caller says so, and there are too many tiles of query rows.
@@ -266,11 +266,11 @@ def _tiles(
     block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
     descriptors = loads is not Loads.POINTERS and not (is_float32 and crowded)
-    packed = is_packed(signature, facts, options)
+    paired = is_paired(signature, facts, options)
     if latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     else:
-        block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, packed, facts)
+        block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, paired, facts)
         block_n = min(block_n, 64) if is_bounded else block_n
     return Tiles(
         block_m,
@@ -284,7 +284,7 @@ def _tiles(
         descriptors=descriptors,
         block_s=block_s,
         shared=shared,
-        packed=packed,
+        paired=paired,
         balanced=balanced,
         block_b=block_b,
         many=many,
@@ -292,12 +292,12 @@ def _tiles(
     )
 
 
-def is_packed(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether the columns of a quantised cache are loaded two by two."""
-    # Whether a cache is packable may depend on where in memory a sequence lies.
-    if not signature.packable or not facts.can_unpack or options.batch_invariant:
+    # Whether a cache is pairable may depend on where in memory a sequence lies.
+    if not signature.pairable or not facts.can_unpack or options.batch_invariant:
         return False
-    # A product takes 16 columns at least, and a packed tile has two of a half each.
+    # A product takes 16 columns at least, and a paired tile has two of a half each.
     shape = _tile_shape(signature)
     return shape.block_r == 0 and shape.block_d >= 32
 
@@ -335,7 +335,7 @@ def _pipeline(
     crowded: bool,
     balanced: bool,
     descriptors: bool,
-    packed: bool,
+    paired: bool,
     facts: DeviceFacts,
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth.
@@ -349,13 +349,13 @@ def _pipeline(
         is_float32: whether the inputs are float32.
         crowded: more programs than multiprocessors.
         balanced: as many workers as fit, two on each multiprocessor.
-        packed: a quantised cache, of half the bytes.
+        paired: a quantised cache, of half the bytes.
         descriptors: KV loads through tensor descriptors.
         facts: of the device.
     """
-    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not packed) else 3
+    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not paired) else 3
     block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
-    if packed:
+    if paired:
         block_n *= 1 if crowded and descriptors else 2
     # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
     # descriptors, and per row the query, the output and a few values per key.

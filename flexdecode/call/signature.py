@@ -29,7 +29,7 @@ class Signature:
         page_size: tokens of a page, 0 without a page table.
         k_scale, v_scale: how the caches are scaled.
         shared_kv: whether each value is the first columns of its key, in the same memory.
-        packable: whether key and value are quantised and can be seen as int16, two columns in one.
+        pairable: whether key and value are quantised and can be seen as int16, two columns in one.
         return_lse: whether the log-sum-exp is written.
         aligned: whether query, key, value and output all start at a multiple of 16 bytes.
         strides: 16 stride classes, four for each of query, key, value, output: `UNIT` for a last stride of 1, else
@@ -54,7 +54,7 @@ class Signature:
     v_scale: ScaleType | None
     sinks: torch.dtype | None
     shared_kv: bool
-    packable: bool
+    pairable: bool
     return_lse: bool
     aligned: bool
     strides: tuple[int, ...]
@@ -84,7 +84,7 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         v_scale=_scale_type(inputs.v_scale),
         sinks=_dtype(inputs.sinks),
         shared_kv=shares_storage(key, value),
-        packable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
+        pairable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
         return_lse=return_lse,
         aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
         strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
@@ -117,7 +117,7 @@ def _in_pairs(cache: torch.Tensor) -> bool:
     return last == 1 and cache.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (*strides, cache.shape[3]))
 
 
-def packed(inputs: Inputs) -> Inputs:
+def in_pairs(inputs: Inputs) -> Inputs:
     """The same call with two columns of its caches seen as one int16."""
     return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -54,13 +55,13 @@ class KernelSpec:
     @property
     def cache_type(self) -> str:
         """Triton's type of what is loaded from a cache."""
-        return "i16" if self.tiles.packed else TYPE_NAMES[self.signature.kv_dtype]
+        return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.kv_dtype]
 
     @property
     def strides(self) -> dict[str, int]:
         """Class of each stride, in units of what is loaded."""
         classes = dict(zip(STRIDES, self.signature.strides, strict=True))
-        if self.tiles.packed:
+        if self.tiles.paired:
             classes |= {name: c // 2 for name, c in classes.items() if name[-2] in "kv" and c != UNIT}
         return classes
 
@@ -115,12 +116,12 @@ def _aligned(spec: KernelSpec) -> int:
 
 def _partial(name: str) -> Argument:
     """A part of the workspace of partial results."""
-    return Argument(name, lambda s: "*fp32" if s.tiles.split else None, value=_of_scratch(name), divisor=lambda s: 16)
+    value = partial(_of_scratch, name)
+    return Argument(name, lambda s: "*fp32" if s.tiles.split else None, value=value, divisor=lambda s: 16)
 
 
-def _of_scratch(name: str) -> Callable[[Any, Call], Any]:
-    read = attrgetter(name)
-    return lambda scratch, call: read(scratch)
+def _of_scratch(name: str, scratch: Any, call: Call) -> Any:
+    return getattr(scratch, name)
 
 
 def _input(name: str) -> Argument:
@@ -163,10 +164,7 @@ def _scales(name: str, source: str) -> Argument:
 
 def _stride(name: str) -> Argument:
     """A stride in elements, or 1, which a kernel knows."""
-    classes = attrgetter("strides")
-    return Argument(
-        name, lambda spec: None if classes(spec)[name] == UNIT else "i64", divisor=lambda spec: classes(spec)[name]
-    )
+    return Argument(name, lambda s: None if s.strides[name] == UNIT else "i64", divisor=lambda s: s.strides[name])
 
 
 def _steps(name: str, tensor: str) -> Argument:
@@ -187,7 +185,9 @@ ARGUMENTS = (
     Argument("out", lambda s: _pointer(s.signature.dtype), attrgetter("out"), divisor=_aligned),
     Argument("lse", lambda s: "*fp32" if s.signature.return_lse else None, attrgetter("lse")),
     *map(_partial, ("partial_out", "partial_max", "partial_sum")),
-    Argument("item_parts", lambda s: "*i32" if s.tiles.balanced else None, value=_of_scratch("item_parts")),
+    Argument(
+        "item_parts", lambda s: "*i32" if s.tiles.balanced else None, value=lambda scratch, call: scratch.item_parts
+    ),
     _input("kv_lens"),
     _input("q_lens"),
     Argument(
@@ -198,9 +198,7 @@ ARGUMENTS = (
     Argument(
         "page_table",
         lambda s: s.signature.format.types(_pointer(s.signature.page_table)),
-        value=lambda scratch, call: call.inputs.format.arguments(
-            call.inputs.key, call.inputs.page_table, scratch.form.at
-        ),
+        value=lambda s, call: call.inputs.format.arguments(call.inputs.key, call.inputs.page_table, s.form.at),
     ),
     Argument(
         "block_lists",

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..analysis.program import Program
+from ..analysis.proven import ProvenMods
 from ..call.schedule import DeviceFacts, Tiles
 from ..call.signature import Signature
 from ..errors import CompileError
@@ -55,12 +55,12 @@ class Kernel:
 _kernels: dict[tuple, Kernel] = {}
 
 
-def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kernel:
+def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
     """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
-    key = (spec, facts, program.text)
+    key = (spec, facts, proven.text)
     with lock:
         if key not in _kernels:
-            path = module_path(program, template_files(program, spec.signature, spec.tiles))
+            path = module_path(proven, template_files(proven, spec.signature, spec.tiles))
             try:
                 module = load_module(path)
             except ImportError as error:  # Gluon's names change
@@ -70,32 +70,32 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, program: Program) -> Kerne
         return _kernels[key]
 
 
-def template_files(program: Program, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
+def template_files(proven: ProvenMods, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
     """The template files whose functions take the place of those of `decode.py`; the later ones win."""
     wanted = {
         "kv_descriptor.py": tiles.descriptors,
-        "block_lists.py": program.block_lists,
+        "block_lists.py": proven.block_lists,
         "balanced.py": tiles.balanced,
         "latent.py": tiles.latent,
     }
     return (*signature.format.templates, *(name for name, is_wanted in wanted.items() if is_wanted))
 
 
-def module_path(program: Program, files: tuple[str, ...]) -> Path:
+def module_path(proven: ProvenMods, files: tuple[str, ...]) -> Path:
     """The file of the module for two mods and some `template_files`, found on disk or written there."""
-    identity = f"{files}\n{sources_digest()}\n{program.text}"
-    return store.stored_module(identity, lambda: generate_module(program, files))
+    identity = f"{files}\n{sources_digest()}\n{proven.text}"
+    return store.stored_module(identity, lambda: generate_module(proven, files))
 
 
-def generate_module(program: Program, files: tuple[str, ...] = ()) -> str:
+def generate_module(proven: ProvenMods, files: tuple[str, ...] = ()) -> str:
     """The text of the module for two mods and some `template_files`."""
-    hooks = [lower_bounds(program)]
+    hooks = [lower_bounds(proven)]
     for kind, graph, checks in (
-        ("score_mod", program.score, program.score_checks),
-        ("mask_mod", program.mask, program.mask_checks),
+        ("score_mod", proven.score, proven.score_checks),
+        ("mask_mod", proven.mask, proven.mask_checks),
     ):
         if graph is not None:
-            hooks.append(lower(graph, kind, program.q_idx_given, checks))
+            hooks.append(lower(graph, kind, proven.q_idx_given, checks))
     return generate(hooks, files)
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..analysis.analyze import Facts, analyze, analyze_graph
+from ..analysis.analyze import Analysis, analyze, analyze_graph
 from ..analysis.bounds import nodes_of
 from ..analysis.intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
-from ..analysis.program import Program
 from ..analysis.proofs import Checks, LoadCheck, unproven
+from ..analysis.proven import ProvenMods
 from ..frontend.graph import Graph, Node, changing, loops_around, topological
 from ..frontend.ops import FLOAT8, HALF, OPS
 
@@ -99,9 +99,9 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
     return Hooks({name: "\n".join(lines) for name, lines in bodies.items()}, frozenset(writer.functions))
 
 
-def lower_bounds(program: Program) -> Hooks:
+def lower_bounds(proven: ProvenMods) -> Hooks:
     """Writes the body of `kv_bounds`: live and full intervals of kv_idx, four each, with bounds of int64."""
-    bounds = program.bounds
+    bounds = proven.bounds
     lines: list[str] = []
     functions: set[str] = set()
 
@@ -110,15 +110,15 @@ def lower_bounds(program: Program) -> Hooks:
         if graph is None:
             return [[(_BELOW, _ABOVE) for _ in region] for region in regions]
         outputs = list(dict.fromkeys(node for region in regions for node in nodes_of(region)))
-        writer = _Writer(graph, analyze(outputs, program.q_idx_given), checks, f"{kind}_captures", kind[0])
+        writer = _Writer(graph, analyze(outputs, proven.q_idx_given), checks, f"{kind}_captures", kind[0])
         lines.extend(writer.body(outputs, {}))
         functions.update(writer.functions)
         names = {node: f"({writer.names[node]}).to(tl.int64)" for node in outputs}
         return [[(names[lo] if lo else _BELOW, names[hi] if hi else _ABOVE) for lo, hi in region] for region in regions]
 
-    live, full = texts(program.mask, program.mask_checks, [bounds.mask_live, bounds.mask_full], "mask")
-    (score_live,) = texts(program.score, program.score_checks, [bounds.score_live], "score")
-    if program.mask is None:
+    live, full = texts(proven.mask, proven.mask_checks, [bounds.mask_live, bounds.mask_full], "mask")
+    (score_live,) = texts(proven.score, proven.score_checks, [bounds.score_live], "score")
+    if proven.mask is None:
         live = score_live
     elif bounds.score_live != EVERYWHERE:
         lo, hi = score_live[0] if score_live else (_ABOVE, _BELOW)
@@ -138,10 +138,10 @@ class _Writer:
     """Emits statements in operand order, each node once, in 32-bit integers where that is proven enough."""
 
     def __init__(
-        self, graph: Graph, facts: Facts, checks: Checks | None, captures: str = "captures", prefix: str = "v"
+        self, graph: Graph, analysis: Analysis, checks: Checks | None, captures: str = "captures", prefix: str = "v"
     ) -> None:
         self.graph = graph
-        self.facts = facts
+        self.analysis = analysis
         loads = [node for node in graph.nodes() if node.op == "load"]
         self.checks: dict[Node, LoadCheck] = {} if checks is None else dict(zip(loads, checks, strict=True))
         self.captures = captures
@@ -149,10 +149,10 @@ class _Writer:
         self.layout = CaptureLayout.of(graph)
         self.number_dtypes = number_dtypes(graph)
         self.scalars: set[Node] = set()  # may be one value for the whole tile: no h, no kv_idx in it
-        for node in facts.nodes:
+        for node in analysis.nodes:
             if node.op != "score" and node.attr not in ("h", "kv_idx") and self.scalars.issuperset(node.args):
                 self.scalars.add(node)
-        self.loops = loops_around(topological(graph.output, *facts.nodes))
+        self.loops = loops_around(topological(graph.output, *analysis.nodes))
         self.indent = ""
         self.functions: set[str] = set()
         self.names: dict[Node, str] = {}
@@ -162,13 +162,13 @@ class _Writer:
     def hoisted(self) -> list[Node]:
         """The computed values that do not depend on kv_idx but are needed next to it."""
         # What is computed for each pair: it depends on kv_idx, or is a part of a loop that does.
-        beside = set(topological(self.graph.output, within=lambda n: n in self.facts.on_kv or bool(self.loops[n])))
+        beside = set(topological(self.graph.output, within=lambda n: n in self.analysis.on_kv or bool(self.loops[n])))
         operands = [a for node in self.graph.nodes() if node in beside for a in node.args] or [self.graph.output]
         return list(dict.fromkeys(a for a in operands if a not in beside and (a.args or a.op == "load")))
 
     def fetched(self) -> list[Node]:
         """The loads that depend on kv_idx but not on the score, so that they need not wait for it."""
-        per_key = self.facts.on_kv - self.facts.on_score
+        per_key = self.analysis.on_kv - self.analysis.on_score
         return [n for n in self.graph.nodes() if n.op == "load" and n in per_key and not self.loops[n]]
 
     def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
@@ -226,7 +226,7 @@ class _Writer:
 
     def _dtype(self, node: Node) -> str:
         """The Triton type that holds a node: int64 is narrowed to int32 where its range allows."""
-        if node.dtype == torch.int64 and self.facts.fits_int32(node):
+        if node.dtype == torch.int64 and self.analysis.fits_int32(node):
             return "tl.int32"
         if node.dtype in HALF:
             return "tl.float32"  # half types are rounded values held in float32
@@ -299,7 +299,7 @@ class _Writer:
         if not node.args:
             return f"tl.load({pointer})"
         offsets, inside = [], []
-        checks = self.checks.get(node) or unproven(node, self.facts)
+        checks = self.checks.get(node) or unproven(node, self.analysis)
         for dim, (operand, check) in enumerate(zip(node.args, checks.indices, strict=True)):
             size = f"{self.captures}[{self.layout.size(slot, dim)}]"
             index = self._as(operand, "tl.int64")

@@ -16,9 +16,9 @@ import torch
 
 from . import ranges
 from .graph import Node
-from .ranges import Interval
+from .ranges import IntRange
 
-INT_LIMITS: dict[torch.dtype, Interval] = {
+INT_LIMITS: dict[torch.dtype, IntRange] = {
     torch.bool: (0, 1),
     **{
         dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
@@ -46,7 +46,7 @@ class Op:
         triton_int: text for integer operands, where it differs.
         shortcuts: texts for floating operands one of which is a constant: its position, its value, the text.
         python: computes it on Python numbers, for operators.
-        interval: integer range of the result from those of the operands.
+        range: integer range of the result from those of the operands.
         commutative: operands may change places.
         names: other names of the same function in PyTorch.
     """
@@ -58,7 +58,7 @@ class Op:
     triton: str
     triton_int: str | None = None
     python: Callable | None = None
-    interval: Callable[..., Interval] | None = None
+    range: Callable[..., IntRange] | None = None
     commutative: bool = False
     names: tuple[str, ...] = ()
     shortcuts: tuple[tuple[int, float, str], ...] = ()
@@ -100,26 +100,26 @@ _POWERS = (
 _TABLE: dict[str, tuple[Op, ...]] = {
     "Arithmetic": (
         _row("add", 2, "promote", "{0} + {1}", python=operator.add, commutative=True,
-             interval=lambda a, b: (a[0] + b[0], a[1] + b[1])),
+             range=lambda a, b: (a[0] + b[0], a[1] + b[1])),
         _row("sub", 2, "promote", "{0} - {1}", python=operator.sub, names=("subtract",),
-             interval=lambda a, b: (a[0] - b[1], a[1] - b[0])),
+             range=lambda a, b: (a[0] - b[1], a[1] - b[0])),
         _row("mul", 2, "promote", "{0} * {1}", python=operator.mul, commutative=True, names=("multiply",),
-             interval=ranges.mul),
+             range=ranges.mul),
         _row("div", 2, "float", "{0} / {1}", python=operator.truediv, names=("true_divide", "divide", "truediv")),
         _row("floor_divide", 2, "promote", "floor_divide_float({0}, {1})", triton_int="floor_divide_int({0}, {1})",
              torch=_zero_by_zero(torch.floor_divide), python=operator.floordiv, names=("floordiv",),
-             interval=ranges.floor_divide),
+             range=ranges.floor_divide),
         _row("remainder", 2, "promote", "remainder_float({0}, {1})", triton_int="remainder_int({0}, {1})",
-             torch=_zero_by_zero(torch.remainder), python=operator.mod, names=("mod",), interval=ranges.remainder),
+             torch=_zero_by_zero(torch.remainder), python=operator.mod, names=("mod",), range=ranges.remainder),
         _row("fmod", 2, "promote", "fmod_float({0}, {1})", triton_int="fmod_int({0}, {1})",
              torch=_zero_by_zero(torch.fmod)),
         _row("pow", 2, "promote", "pow_float({0}, {1})", triton_int="pow_int({0}, {1})", python=operator.pow,
-             interval=ranges.power, shortcuts=_POWERS),
+             range=ranges.power, shortcuts=_POWERS),
         _row("neg", 1, "promote", "-{0}", python=operator.neg, names=("negative",),
-             interval=lambda a: (-a[1], -a[0])),
-        _row("abs", 1, "promote", "tl.abs({0})", python=operator.abs, names=("absolute",), interval=ranges.absolute),
+             range=lambda a: (-a[1], -a[0])),
+        _row("abs", 1, "promote", "tl.abs({0})", python=operator.abs, names=("absolute",), range=ranges.absolute),
         _row("sign", 1, "promote", "sign({0})", triton_int="sign({0})", names=("sgn",),
-             interval=lambda a: (max(-1, min(a[0], 1)), max(-1, min(a[1], 1)))),
+             range=lambda a: (max(-1, min(a[0], 1)), max(-1, min(a[1], 1)))),
         _row("reciprocal", 1, "float", "1.0 / {0}"),
         _row("hypot", 2, "float", "hypot({0}, {1})", commutative=True),
         _row("copysign", 2, "float", "copysign({0}, {1})"),
@@ -133,15 +133,15 @@ _TABLE: dict[str, tuple[Op, ...]] = {
         _row("eq", 2, "compare", "{0} == {1}", python=operator.eq, commutative=True),
         _row("ne", 2, "compare", "{0} != {1}", python=operator.ne, commutative=True, names=("not_equal",)),
         _row("where", 3, "where", "tl.where({0}, {1}, {2})",
-             interval=lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
+             range=lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
         _row("maximum", 2, "promote", "maximum({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
-             interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+             range=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
         _row("minimum", 2, "promote", "minimum({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
-             interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+             range=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
         _row("fmax", 2, "promote", "fmax({0}, {1})", triton_int="tl.maximum({0}, {1})", commutative=True,
-             interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+             range=lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
         _row("fmin", 2, "promote", "fmin({0}, {1})", triton_int="tl.minimum({0}, {1})", commutative=True,
-             interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+             range=lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
         _row("isnan", 1, "predicate", "{0} != {0}"),
         _row("isinf", 1, "predicate", 'tl.abs({0}) == float("inf")'),
         _row("isposinf", 1, "predicate", '{0} == float("inf")'),
@@ -155,23 +155,23 @@ _TABLE: dict[str, tuple[Op, ...]] = {
         _row("logical_xor", 2, "logical", "{0} ^ {1}", commutative=True),
         _row("logical_not", 1, "logical", "{0} == 0"),
         _row("bitwise_and", 2, "integer", "{0} & {1}", python=operator.and_, commutative=True, names=("and",),
-             interval=ranges.bitwise_and),
+             range=ranges.bitwise_and),
         _row("bitwise_or", 2, "integer", "{0} | {1}", python=operator.or_, commutative=True, names=("or",),
-             interval=ranges.bitwise_or),
+             range=ranges.bitwise_or),
         _row("bitwise_xor", 2, "integer", "{0} ^ {1}", python=operator.xor, commutative=True, names=("xor",),
-             interval=ranges.bitwise_or),
+             range=ranges.bitwise_or),
         _row("bitwise_not", 1, "integer", "~{0}", names=("invert",), python=operator.invert,
-             interval=lambda a: (~a[1], ~a[0])),
+             range=lambda a: (~a[1], ~a[0])),
         _row("bitwise_left_shift", 2, "integer", "shift_left({0}, {1})", python=operator.lshift, names=("lshift",),
-             interval=ranges.shift_left),
+             range=ranges.shift_left),
         _row("bitwise_right_shift", 2, "integer", "shift_right({0}, {1})", python=operator.rshift, names=("rshift",),
-             interval=ranges.shift_right),
+             range=ranges.shift_right),
     ),
     "Rounding": (
-        _row("floor", 1, "promote", "tl.floor({0})", triton_int="{0}", interval=lambda a: a),
-        _row("ceil", 1, "promote", "tl.ceil({0})", triton_int="{0}", interval=lambda a: a),
-        _row("round", 1, "promote", "round_half_even({0})", triton_int="{0}", interval=lambda a: a),
-        _row("trunc", 1, "promote", "trunc({0})", triton_int="{0}", interval=lambda a: a, names=("fix",)),
+        _row("floor", 1, "promote", "tl.floor({0})", triton_int="{0}", range=lambda a: a),
+        _row("ceil", 1, "promote", "tl.ceil({0})", triton_int="{0}", range=lambda a: a),
+        _row("round", 1, "promote", "round_half_even({0})", triton_int="{0}", range=lambda a: a),
+        _row("trunc", 1, "promote", "trunc({0})", triton_int="{0}", range=lambda a: a, names=("fix",)),
     ),
     "Exponentials, logarithms and roots": (
         _row("exp", 1, "float", "tl.exp({0})"),

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-Interval = tuple[int, int]
+IntRange = tuple[int, int]
 
-INT64: Interval = (-(1 << 63), (1 << 63) - 1)
+INT64: IntRange = (-(1 << 63), (1 << 63) - 1)
 
 
-def _hull(candidates: Sequence[int]) -> Interval:
+def _hull(candidates: Sequence[int]) -> IntRange:
     return min(candidates), max(candidates)
 
 
-def mul(a: Interval, b: Interval) -> Interval:
+def mul(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a * b`."""
     return _hull([x * y for x in a for y in b])
 
 
-def floor_divide(a: Interval, b: Interval) -> Interval:
+def floor_divide(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a // b`; by zero it gives 0."""
     if b[0] <= 0 <= b[1]:
         bound = max(abs(a[0]), abs(a[1]))
@@ -26,7 +26,7 @@ def floor_divide(a: Interval, b: Interval) -> Interval:
     return _hull([x // y for x in a for y in b])
 
 
-def remainder(a: Interval, b: Interval) -> Interval:
+def remainder(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a % b`; by zero it gives 0."""
     if b[0] > 0:
         return (a[0], a[1]) if a[0] >= 0 and a[1] < b[0] else (0, b[1] - 1)
@@ -36,39 +36,39 @@ def remainder(a: Interval, b: Interval) -> Interval:
     return -bound, bound
 
 
-def absolute(a: Interval) -> Interval:
+def absolute(a: IntRange) -> IntRange:
     """Range of `abs(a)`."""
     return (0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))), max(abs(a[0]), abs(a[1]))
 
 
-def bitwise_or(a: Interval, b: Interval) -> Interval:
+def bitwise_or(a: IntRange, b: IntRange) -> IntRange:
     """Range of `|` and `^`: no bit above the operands' highest one appears."""
     bits = max(v.bit_length() for v in (*a, *b))
     return (0 if min(a[0], b[0]) >= 0 else -(1 << bits)), (1 << bits) - 1
 
 
-def bitwise_and(a: Interval, b: Interval) -> Interval:
+def bitwise_and(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a & b`."""
     if a[0] >= 0 or b[0] >= 0:
         return 0, min(x[1] for x in (a, b) if x[0] >= 0)
     return bitwise_or(a, b)
 
 
-def shift_left(a: Interval, b: Interval) -> Interval:
+def shift_left(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a << b`."""
     if b[0] < 0 or b[1] > 62:
         return INT64
     return _hull([x << y for x in a for y in b])
 
 
-def shift_right(a: Interval, b: Interval) -> Interval:
+def shift_right(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a >> b`."""
     if b[0] < 0 or b[1] > 63:
         return INT64
     return _hull([x >> y for x in a for y in b])
 
 
-def power(a: Interval, b: Interval) -> Interval:
+def power(a: IntRange, b: IntRange) -> IntRange:
     """Range of `a ** b`."""
     if b[0] < 0 or b[1] > 63 or max(abs(a[0]), abs(a[1])) ** b[1] >= 1 << 63:
         return INT64

@@ -14,7 +14,7 @@ import torch
 
 from ..analysis.bounds import nodes_of
 from ..analysis.intervals import EVERYWHERE, FAR, MAX_INTERVALS, Region
-from ..analysis.program import Program
+from ..analysis.proven import ProvenMods
 from ..call.inputs import Sizes
 from ..call.schedule import Schedule
 from ..call.signature import Signature
@@ -148,7 +148,7 @@ def _share_out(work: torch.Tensor, num_programs: int) -> torch.Tensor:
 
 
 def find_step(
-    program: Program,
+    proven: ProvenMods,
     mods: tuple[Mod, Mod],
     kv_lens: torch.Tensor,
     first_token: torch.Tensor,
@@ -160,7 +160,7 @@ def find_step(
     """Evaluates the bounds of a call on the device of `kv_lens`.
 
     Args:
-        program: of the call.
+        proven: of the call.
         mods: captures of the score_mod and the mask_mod.
         kv_lens: keys in use, int64 [B], within the cache.
         first_token: position of the first query token, int64 [B].
@@ -184,13 +184,13 @@ def find_step(
         "h": (heads + rows // signature.num_queries).view(1, *shape[1:]),
         "q_idx": (first_token[:, None] + token).view(shape[0], 1, *shape[2:]),
     }
-    bounds = program.bounds
+    bounds = proven.bounds
     below, above = (torch.tensor(far, device=device) for far in (-FAR, FAR))
     intervals = []
     for graph, mod, region in (
-        (program.score, mods[0], bounds.score_live),
-        (program.mask, mods[1], bounds.mask_live),
-        (program.mask, mods[1], bounds.mask_full),
+        (proven.score, mods[0], bounds.score_live),
+        (proven.mask, mods[1], bounds.mask_live),
+        (proven.mask, mods[1], bounds.mask_full),
     ):
         leaves = _in_memory(graph, mod, region, device)
         if isinstance(leaves, str):

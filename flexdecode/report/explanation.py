@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..analysis.program import Program
+from ..analysis.proven import ProvenMods
 from ..call.device import Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
 from ..call.schedule import BYTES_PER_US, DeviceFacts, Schedule
@@ -143,7 +143,7 @@ class _Call(NamedTuple):
     Attributes:
         inputs: tensors and numbers.
         mods: the score_mod and the mask_mod.
-        program: what is known of both.
+        proven: what is known of both.
         signature, options: of the call.
         kv_lens: keys in use, int64 [B]; None where they are not known.
         first_token: position of the first query token, int64 [B]; None where it is not known.
@@ -152,7 +152,7 @@ class _Call(NamedTuple):
 
     inputs: Inputs
     mods: tuple[Mod, Mod]
-    program: Program
+    proven: ProvenMods
     signature: Signature
     options: DecodeOptions
     kv_lens: torch.Tensor | None
@@ -181,8 +181,8 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
         first = _known(inputs.q_offset, sizes.batch, place)
     check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
     score_checks, mask_checks, _ = traced.checks(mods, sizes)
-    program = traced.program(score_checks, mask_checks)
-    return _Call(inputs, mods, program, traced.signature, options, lens, first, tokens)
+    proven = traced.proven(score_checks, mask_checks)
+    return _Call(inputs, mods, proven, traced.signature, options, lens, first, tokens)
 
 
 def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
@@ -198,8 +198,8 @@ def _report(call: _Call, target: Target) -> Explanation:
     is_empty = 0 in inputs.out_shape
     schedule, source = None, None
     if target.facts is not None and not is_empty:
-        schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.program, target.facts, call.options)
-        source = module_path(call.program, template_files(call.program, signature, schedule.tiles))
+        schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
+        source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
     found = _find_step(call, schedule)
     step, unknown = (None, found) if isinstance(found, str) else (found, "")
     used, read = None, None
@@ -214,8 +214,8 @@ def _report(call: _Call, target: Target) -> Explanation:
     shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
     return Explanation(
         shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
-        score_mod=report_mod("score_mod", call.program, call.mods[0]),
-        mask_mod=report_mod("mask_mod", call.program, call.mods[1]),
+        score_mod=report_mod("score_mod", call.proven, call.mods[0]),
+        mask_mod=report_mod("mask_mod", call.proven, call.mods[1]),
         device=target.name,
         signature=call.signature,
         schedule=schedule,
@@ -235,7 +235,7 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         if call.signature.backend == "torch":
             return 'the torch backend reads every key; `device="H200"` explains for a GPU'
         return "there is no query, so nothing is launched"
-    if call.program.block_lists:
+    if call.proven.block_lists:
         return "the lists of `block_mask` say which blocks are read"
     lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
     if lens is None or tokens is None or first is None:
@@ -243,7 +243,7 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         return f"`{name}` is on the meta device"
     # A sequence without a query token reads nothing.
     lens = lens.where(tokens > 0, 0)
-    step = find_step(call.program, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
+    step = find_step(call.proven, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

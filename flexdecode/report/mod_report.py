@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ..analysis.analyze import analyze_graph
 from ..analysis.printing import Names, formula, is_guarded, name_captures, region_text
-from ..analysis.program import Program
 from ..analysis.proofs import Checks, known_value
+from ..analysis.proven import ProvenMods
 from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph, Source
 from ..runtime.identity import Mod, constants_of
@@ -117,16 +117,16 @@ def _load_text(load: Load) -> str:
     return f"{load.text}  {checks}, read {'for every key' if load.per_key else 'once per row'}"
 
 
-def report_mod(kind: str, program: Program, mod: Mod) -> ModReport | None:
+def report_mod(kind: str, proven: ProvenMods, mod: Mod) -> ModReport | None:
     """Describes a mod.
 
     Args:
         kind: `score_mod` or `mask_mod`.
-        program: of the call.
+        proven: of the call.
         mod: the function and its captures.
     """
-    bounds, is_mask = program.bounds, kind == "mask_mod"
-    graph, checks = (program.mask, program.mask_checks) if is_mask else (program.score, program.score_checks)
+    bounds, is_mask = proven.bounds, kind == "mask_mod"
+    graph, checks = (proven.mask, proven.mask_checks) if is_mask else (proven.score, proven.score_checks)
     if graph is None or mod.function is None:
         return None
     constants = constants_of(kind, mod)

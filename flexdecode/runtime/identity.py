@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..analysis.proofs import witnesses
+from ..analysis.proofs import proof_sources
 from ..errors import FlexDecodeError, TraceError
 from ..frontend.captures import NOTHING, Followed, Reads, pins, read
 from ..frontend.graph import Graph, Source
@@ -28,8 +28,7 @@ class Mod(NamedTuple):
         function: the callable.
         identity: what identifies its graph.
         leaves: what it captures.
-        present: values of sizes and numbers on which proofs about its indices depend. A change of them makes another
-            prepared call.
+        proof_values: sizes and numbers that proofs about its indices use. A change of them needs new proofs.
         place: the part of the identity that does not depend on the values of captured numbers.
         followed: what it reads of large containers and by computed names; the leaves have it, too.
     """
@@ -37,7 +36,7 @@ class Mod(NamedTuple):
     function: Callable | None
     identity: tuple | None
     leaves: list
-    present: tuple = ()
+    proof_values: tuple = ()
     place: tuple = ()
     followed: Followed = NOTHING
 
@@ -99,12 +98,12 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
         return None, mod
     found = _graphs.get((kind, device, mod.identity))
     if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
-        return found[0], watch(kind, mod, witnesses(found[0]))
+        return found[0], add_sources(kind, mod, proof_sources(found[0]))
     with lock:
         function = mod.function
         graph, mod = _trace(kind, function, mod, device)
         kept = pins(function, mod.followed)
-        mod = watch(kind, mod, witnesses(graph))
+        mod = add_sources(kind, mod, proof_sources(graph))
         _graphs.add((kind, device, mod.identity), (graph, kept))
     return graph, mod
 
@@ -120,7 +119,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
         except FlexDecodeError:
             if not reads.pending:
                 raise
-        now = watch(kind, mod, (), traced.constants if traced is not None else ())
+        now = add_sources(kind, mod, (), traced.constants if traced is not None else ())
         if now.place != mod.place:  # the mod itself changed something, or imported a module
             changes += 1
             if changes == _MAX_CHANGES:
@@ -151,7 +150,7 @@ def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
     return None if found is None else found[0]
 
 
-def watch(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: Iterable[Source] = ()) -> Mod:
+def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: Iterable[Source] = ()) -> Mod:
     """Adds captured sizes and numbers to those that are read at each call, and reads the mod again.
 
     Args:

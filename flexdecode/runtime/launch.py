@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.program import Program
+from ..analysis.proven import ProvenMods
 from ..call.descriptor import Matrix, make_descriptor
 from ..call.inputs import Inputs, Sizes
 from ..call.schedule import Schedule
@@ -69,14 +69,14 @@ class LaunchForm:
         read_score, read_mask: read what the mods capture.
     """
 
-    def __init__(self, kernel: Kernel, spec: KernelSpec, program: Program, on_gpu: bool) -> None:
+    def __init__(self, kernel: Kernel, spec: KernelSpec, proven: ProvenMods, on_gpu: bool) -> None:
         self.kernel = kernel
         self.spec = spec
-        self.listed = program.listed
+        self.listed = proven.listed
         self.on_gpu = on_gpu
         self.at = _address if on_gpu else _itself
-        self.read_score = CaptureReader(program.score, on_gpu, spec.score_captures)
-        self.read_mask = CaptureReader(program.mask, on_gpu, spec.mask_captures)
+        self.read_score = CaptureReader(proven.score, on_gpu, spec.score_captures)
+        self.read_mask = CaptureReader(proven.mask, on_gpu, spec.mask_captures)
         types = [row.type(spec) for row in ARGUMENTS]
         self.absent: list = [() if kind == () else None for kind in types]
         asked = [(i, row) for i, row in enumerate(ARGUMENTS) if types[i]]
@@ -120,7 +120,7 @@ class TritonLauncher:
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
-        self.dtype = torch.int16 if tiles.packed else signature.kv_dtype
+        self.dtype = torch.int16 if tiles.paired else signature.kv_dtype
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         num_q_heads = signature.group_size * sizes.num_kv_heads
         num_rows = sizes.batch * num_q_heads * signature.num_queries

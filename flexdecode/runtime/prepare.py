@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN
-from ..analysis.program import Listed, Program
-from ..analysis.proofs import CallSizes, Checks, depends_on_length, find_checks, integers
+from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
+from ..analysis.proven import Listed, ProvenMods
 from ..call.descriptor import Matrix, as_matrices, as_matrix
 from ..call.device import device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
-from ..call.schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_packed, next_power_of_2, schedule
-from ..call.signature import Signature, all_strides, describe, packed
+from ..call.schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_paired, next_power_of_2, schedule
+from ..call.signature import Signature, all_strides, describe, in_pairs
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import find_kernel
 from ..errors import CompileError, SharedMemoryError
 from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph
-from .identity import Mod, graph_of, watch
+from .identity import Mod, add_sources, graph_of
 from .launch import LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 
@@ -44,13 +44,13 @@ class Traced:
     options: DecodeOptions
     listed: Listed
 
-    def checks(self, mods: Mods, sizes: Sizes, watched: bool = False) -> tuple[Checks | None, Checks | None, Mod]:
+    def checks(self, mods: Mods, sizes: Sizes, has_sources: bool = False) -> tuple[Checks | None, Checks | None, Mod]:
         """Proves what can be proven of the indices of a call.
 
         Args:
             mods: what they capture now.
             sizes: of the call.
-            watched: the mask_mod has all numbers that the proofs of the score_mod rest on.
+            has_sources: whether the mask_mod already gives all numbers that proofs of the score_mod use.
 
         Returns:
             What the loads of both mods have to check, and the mask_mod with these numbers.
@@ -64,14 +64,14 @@ class Traced:
         if score is not None:
             score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given)
             if mask is not None and any(index.outside for load in score_checks for index in load.indices):
-                mask_mod = mask_mod if watched else watch("mask_mod", mask_mod, integers(mask))
+                mask_mod = mask_mod if has_sources else add_sources("mask_mod", mask_mod, captured_integers(mask))
                 by_mask = mask, mask_mod.leaves
                 score_checks = find_checks(score, score_mod.leaves, bounded, q_idx_given, by_mask)
         return score_checks, mask_checks, mask_mod
 
-    def program(self, score_checks: Checks | None, mask_checks: Checks | None) -> Program:
+    def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
-        return Program(*self.graphs, self.signature.q_offset is not None, score_checks, mask_checks, self.listed)
+        return ProvenMods(*self.graphs, self.signature.q_offset is not None, score_checks, mask_checks, self.listed)
 
 
 def trace_call(
@@ -148,11 +148,11 @@ class Prepared:
         if traced.signature.backend == "triton" and 0 not in inputs.out_shape:
             self.facts = device_facts(traced.signature.device)
             _check_device(traced.signature, self.facts)
-        self.programs: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
+        self.loaded: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
-        # What the last proofs rest on, what they gave, and from which length to which.
+        # The values that the last proofs used, what they gave, and from which length to which.
         self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
-        self.num_watched = -1  # numbers of the mask_mod, where the proofs of the score_mod rest on them, too
+        self.num_proof_values = -1  # numbers of the mask_mod, where proofs of the score_mod use them, too
 
     def plan(self, inputs: Inputs, mods: Mods) -> tuple[Plan, Mod]:
         """Plans a call.
@@ -162,51 +162,53 @@ class Prepared:
             mods: the score_mod and the mask_mod as they are now.
 
         Returns:
-            The plan, and the mask_mod with the numbers that the proofs rest on.
+            The plan, and the mask_mod with the numbers that the proofs use.
         """
         if self.facts is None:
             return self.plan_of_any if inputs.out is None else self.plan_of_any.launched_by(self.eager), mods[1]
         sizes = inputs.sizes
         score, mask = mods
-        present, loaded, first, end = self.last
-        if loaded is None or not first <= sizes.max_kv_len <= end or present != (score.present, mask.present):
+        values, loaded, first, end = self.last
+        if loaded is None or not first <= sizes.max_kv_len <= end or values != (score.proof_values, mask.proof_values):
             loaded, mask = self._reach(mods, sizes)
         return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options)), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and notes up to which length it stays so."""
         score, mask = mods
-        repeated = self.last[0] == (score.present, mask.present)
+        repeated = self.last[0] == (score.proof_values, mask.proof_values)
         loaded, mask = self._load(mods, sizes)
         end = sizes.max_kv_len if self.is_proof_of_length else MAX_KV_LEN
         if repeated and end == sizes.max_kv_len:
             # What is proven, and what is not, for a longer sequence as well as for this one is so for all between.
             further = next_power_of_2(end)
             end = further if self._load((score, mask), sizes._replace(max_kv_len=further))[0] is loaded else end
-        self.last = (score.present, mask.present), loaded, sizes.max_kv_len, end
+        self.last = (score.proof_values, mask.proof_values), loaded, sizes.max_kv_len, end
         return loaded, mask
 
     def _load(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and finds the kernels that leave it out."""
         assert self.facts is not None
-        score_checks, mask_checks, mask = self.traced.checks(mods, sizes, len(mods[1].present) == self.num_watched)
+        score_checks, mask_checks, mask = self.traced.checks(
+            mods, sizes, len(mods[1].proof_values) == self.num_proof_values
+        )
         key = score_checks, mask_checks
         if mask is not mods[1]:
-            self.num_watched = len(mask.present)
-        loaded = self.programs.get(key)
+            self.num_proof_values = len(mask.proof_values)
+        loaded = self.loaded.get(key)
         if loaded is None:
-            loaded = _Loaded(self.traced.program(*key), self.traced.signature, self.facts, self.out_strides)
-            self.programs[key] = loaded
+            loaded = _Loaded(self.traced.proven(*key), self.traced.signature, self.facts, self.out_strides)
+            self.loaded[key] = loaded
         return loaded, mask
 
 
 class _Loaded:
-    """The kernels of a program, by their tiles."""
+    """The kernels of a proven, by their tiles."""
 
     def __init__(
-        self, program: Program, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
+        self, proven: ProvenMods, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
     ) -> None:
-        self.program = program
+        self.proven = proven
         self.out_strides = out_strides
         self.signature = signature
         self.facts = facts
@@ -217,8 +219,8 @@ class _Loaded:
 
         Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
         """
-        program, signature, facts = self.program, self.signature, self.facts
-        chosen, matrices = choose_schedule(signature, sizes, inputs, program, facts, options)
+        proven, signature, facts = self.proven, self.signature, self.facts
+        chosen, matrices = choose_schedule(signature, sizes, inputs, proven, facts, options)
         try:
             form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
         except CompileError as error:
@@ -228,26 +230,26 @@ class _Loaded:
             return self.launcher(inputs, sizes, options)
         if form.spec.tiles is not chosen.tiles:
             chosen = replace(chosen, tiles=form.spec.tiles)
-        strides = all_strides(packed(inputs) if chosen.tiles.packed else inputs, self.out_strides)
+        strides = all_strides(in_pairs(inputs) if chosen.tiles.paired else inputs, self.out_strides)
         return TritonLauncher(form, sizes, chosen, strides, matrices)
 
     def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller ones where that is too large for the device."""
-        program, tiles = self.program, wanted
+        proven, tiles = self.proven, wanted
         while True:
             spec = KernelSpec(
                 self.signature,
                 tiles,
-                capture_types(program.score),
-                capture_types(program.mask),
-                num_live=program.bounds.num_live,
-                num_full=program.num_full,
-                fp_fusion=not (rounds_to_half(program.score) or rounds_to_half(program.mask)),
-                block_lists=program.block_lists,
+                capture_types(proven.score),
+                capture_types(proven.mask),
+                num_live=proven.bounds.num_live,
+                num_full=proven.num_full,
+                fp_fusion=not (rounds_to_half(proven.score) or rounds_to_half(proven.mask)),
+                block_lists=proven.block_lists,
             )
             try:
-                kernel = find_kernel(spec, self.facts, program)
-                self.forms[wanted] = LaunchForm(kernel, spec, program, self.facts.backend != "cpu")
+                kernel = find_kernel(spec, self.facts, proven)
+                self.forms[wanted] = LaunchForm(kernel, spec, proven, self.facts.backend != "cpu")
                 return self.forms[wanted]
             except SharedMemoryError:
                 if tiles.latent or options.block_n or tiles.block_n <= 16:
@@ -266,7 +268,7 @@ def _refuse_latents(error: CompileError) -> None:
 
 
 def choose_schedule(
-    signature: Signature, sizes: Sizes, inputs: Inputs, program: Program, facts: DeviceFacts, options: DecodeOptions
+    signature: Signature, sizes: Sizes, inputs: Inputs, proven: ProvenMods, facts: DeviceFacts, options: DecodeOptions
 ) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
     """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors.
 
@@ -274,18 +276,18 @@ def choose_schedule(
     """
     owners, matrices, loads = inputs.format.owners(sizes.batch, inputs.key), None, Loads.POINTERS
     # Whether there are matrices may depend on the batch, and with it the tiles. The blocks of lists may all be partial.
-    if facts.has_descriptors and not (options.batch_invariant or program.block_lists):
+    if facts.has_descriptors and not (options.batch_invariant or proven.block_lists):
         if has_latent_kernel(signature, facts, options) and not _refusals:
             latents = as_matrix(inputs.key, owners)
             matrices = None if latents is None else (latents, latents)
             loads = Loads.LATENTS
         # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        if matrices is None and program.num_full > 0:
-            seen = packed(inputs) if is_packed(signature, facts, options) else inputs
+        if matrices is None and proven.num_full > 0:
+            seen = in_pairs(inputs) if is_paired(signature, facts, options) else inputs
             matrices = as_matrices(seen.key, seen.value, owners)
             loads = Loads.DESCRIPTORS
     loads = Loads.POINTERS if matrices is None else loads
-    chosen = schedule(signature, sizes, facts, options, loads, program.bounds.is_bounded, program.fetches)
+    chosen = schedule(signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches)
     return chosen, matrices if chosen.tiles.descriptors else None
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.program import Listed
+from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, as_scale, check_inputs, per_sequence, same_for_all
 from ..kv.kv_cache import KVCache, PagedKVCache, read_cache

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from flexdecode import DecodeOptions
-from flexdecode.analysis.program import Listed
+from flexdecode.analysis.proven import Listed
 from flexdecode.call.inputs import Inputs
 from flexdecode.call.schedule import DeviceFacts
 from flexdecode.codegen import kernels as compiled

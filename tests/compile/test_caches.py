@@ -97,7 +97,7 @@ def test_float8_e4m3(device, page_size):
 def test_quantised_rows_that_are_too_short_for_two_columns_in_a_word(stored):
     """A product takes 16 columns at least."""
     found = call("sm_90", D=16, N=512, stored=stored, scale="tokens", **lengths())
-    assert not found.spec.tiles.packed
+    assert not found.spec.tiles.paired
 
 
 @pytest.mark.parametrize("device", ["sm_80", "gfx942"])

@@ -20,7 +20,7 @@ SMALL = torch.tensor([127, -128, 5, 0], dtype=torch.int8)
 
 
 def facts_of(expression, q_idx_given=False):
-    """Facts of a mod of (b, h, q, k), and the node of its value."""
+    """Analysis of a mod of (b, h, q, k), and the node of its value."""
     graph, _ = trace_mod(lambda score, b, h, q_idx, kv_idx: score + expression(b, h, q_idx, kv_idx))
     (value,) = (a for a in graph.output.args if a.op != "score")
     if value.op == "cast":  # to the score's type

@@ -1,4 +1,4 @@
-"""What is proven of the indices of a call: by sizes, by captured integers, by the mask, and never too much."""
+"""What is proven of the indices of a call: by sizes, by captured captured_integers, by the mask, and never too much."""
 
 import random
 from collections import Counter
@@ -11,7 +11,15 @@ from unit import gather_graphs
 
 from flexdecode import mods
 from flexdecode.analysis.analyze import analyze
-from flexdecode.analysis.proofs import CallSizes, IndexCheck, LoadCheck, find_checks, integers, unproven, witnesses
+from flexdecode.analysis.proofs import (
+    CallSizes,
+    IndexCheck,
+    LoadCheck,
+    captured_integers,
+    find_checks,
+    proof_sources,
+    unproven,
+)
 from flexdecode.frontend.graph import Graph, Node
 from flexdecode.runtime import eager
 
@@ -516,20 +524,20 @@ def test_witnesses():
     graph, leaves = trace_mod(mod)
     captures = {"W": W, "cap": cap, "shift": shift, "table": table, "bias": bias}
     expected = {"bias.shape[0]", "bias.shape[1]", "table.shape[0]", "W", "shift"}
-    assert names_of(witnesses(graph), leaves, **captures) == expected
-    assert names_of(integers(graph), leaves, **captures) == {"W", "cap", "shift"}
+    assert names_of(proof_sources(graph), leaves, **captures) == expected
+    assert names_of(captured_integers(graph), leaves, **captures) == {"W", "cap", "shift"}
 
 
 def test_witnesses_of_sizes():
     one, other = torch.zeros(4), torch.zeros(6)
     graph, leaves = trace_mod(lambda s, b, h, q, k: s + one[k.clamp(max=other.shape[0] - 1)] * one.shape[0])
-    assert names_of(witnesses(graph), leaves, one=one, other=other) == {"one.shape[0]", "other.shape[0]"}
+    assert names_of(proof_sources(graph), leaves, one=one, other=other) == {"one.shape[0]", "other.shape[0]"}
 
 
 def test_no_witnesses_without_an_index():
     cap = 400
     for mod in (lambda s, b, h, q, k: s * cap, lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0])[h]):
-        assert witnesses(trace_mod(mod)[0]) == ()
+        assert proof_sources(trace_mod(mod)[0]) == ()
 
 
 # --- Never too much ---------------------------------------------------------------------------------------------------

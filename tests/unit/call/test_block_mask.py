@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexdecode
 from flexdecode import flex_decode, mods
-from flexdecode.analysis.program import Listed
+from flexdecode.analysis.proven import Listed
 from flexdecode.call.block_mask import BlockLists
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import trace_mod
 
-from flexdecode.analysis.program import Program
 from flexdecode.analysis.proofs import CallSizes, IndexCheck, LoadCheck, find_checks
+from flexdecode.analysis.proven import ProvenMods
 from flexdecode.codegen.lower import CaptureLayout, lower, lower_bounds
 from flexdecode.frontend.graph import Graph, Node
 from flexdecode.frontend.ops import OPS
@@ -302,9 +302,12 @@ def test_bounds_are_lowered_with_their_checks():
     graph, leaves = trace_mod(lambda b, h, q, k: q - k < windows[h], "mask_mod")
     for num_heads, expected in ((4, True), (5, False)):
         checks = find_checks(graph, leaves, CallSizes(2, num_heads, 1, 9), False)
-        for program, proven in ((Program(mask=graph, mask_checks=checks), expected), (Program(mask=graph), False)):
-            text = lower_bounds(program).bodies["kv_bounds"]
-            assert "tl.load(mask_captures[0]" in text and ("mask=" not in text) == proven
+        for proven, is_plain in (
+            (ProvenMods(mask=graph, mask_checks=checks), expected),
+            (ProvenMods(mask=graph), False),
+        ):
+            text = lower_bounds(proven).bodies["kv_bounds"]
+            assert "tl.load(mask_captures[0]" in text and ("mask=" not in text) == is_plain
 
 
 # --- Types and literals -----------------------------------------------------------------------------------------------

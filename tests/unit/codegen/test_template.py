@@ -9,7 +9,7 @@ import sys
 import pytest
 from support import MODS, trace_mod
 
-from flexdecode.analysis.program import Program
+from flexdecode.analysis.proven import ProvenMods
 from flexdecode.codegen import template
 from flexdecode.codegen.kernels import generate_module
 from flexdecode.codegen.lower import Hooks
@@ -152,8 +152,8 @@ def test_a_template_is_a_module_that_can_be_imported():
 
 
 def test_the_first_pass_over_latents_is_gluon():
-    program = Program(trace_mod(lambda s, b, h, q, k: s + 1.5 * h, "score_mod")[0], None, False)
-    text = generate_module(program, ("kv_descriptor.py", "balanced.py", "latent.py"))
+    proven = ProvenMods(trace_mod(lambda s, b, h, q, k: s + 1.5 * h, "score_mod")[0], None, False)
+    text = generate_module(proven, ("kv_descriptor.py", "balanced.py", "latent.py"))
     assert text.index("\ntl = _gluon_language()") > text.index("import triton.language as tl")
     assert undefined_names(text) == set()
     assert text.index("from triton.experimental import gluon") < text.index("@triton.jit")
@@ -220,8 +220,8 @@ def test_generated_modules_are_self_contained(family, descriptors):
     mask = mask_mod and trace_mod(mask_mod, "mask_mod")[0]
     for q_idx_given in (False, True):
         files = ("kv_descriptor.py",) if descriptors else ()
-        text = generate_module(Program(score, mask, q_idx_given), files)
+        text = generate_module(ProvenMods(score, mask, q_idx_given), files)
         assert undefined_names(text) == set()
         assert "import flexdecode" not in text and "from flexdecode" not in text
         assert text.count("def decode_split(") == 1
-        assert generate_module(Program(score, mask, q_idx_given), files) == text, "generation is deterministic"
+        assert generate_module(ProvenMods(score, mask, q_idx_given), files) == text, "generation is deterministic"

@@ -8,7 +8,7 @@ import torch
 from support import make_inputs, trace_mod
 
 from flexdecode import DecodeOptions, explain, flex_decode
-from flexdecode.analysis.program import Program
+from flexdecode.analysis.proven import ProvenMods
 from flexdecode.codegen.lower import lower, lower_bounds
 
 TABLE = torch.arange(48)
@@ -77,7 +77,7 @@ def test_200_steps_run_within_few_frames(make):
     sys.setrecursionlimit(len(inspect.stack(0)) + 450)  # a step that costs a frame does not fit
     try:
         graph, _ = trace_mod(mod, kind)
-        program = Program(*((graph, None) if make is shaped else (None, graph)))
+        program = ProvenMods(*((graph, None) if make is shaped else (None, graph)))
         assert lower(graph, kind).bodies and lower_bounds(program).bodies
         assert isinstance(program.bounds.is_bounded, bool)
         flex_decode(*inputs, **{kind: mod}, options=DecodeOptions(backend="torch"))

@@ -265,7 +265,7 @@ def test_a_negative_constant_power_of_an_integer_is_refused():
 
 # --- Integer ranges ---------------------------------------------------------------------------------------------------
 
-RANGED = sorted(name for name, op in OPS.items() if op.interval is not None)
+RANGED = sorted(name for name, op in OPS.items() if op.range is not None)
 LOW, HIGH = INT_LIMITS[torch.int64]
 BORDERS = [0, 1, -1, 2, -2, 63, 64, 2**31, -(2**31), 2**40, HIGH, LOW]
 numbers = st.sampled_from(BORDERS) | st.integers(-9, 9) | st.integers(LOW, HIGH)
@@ -286,7 +286,7 @@ def test_ranges_contain_the_results(name, data):
     operands = [data.draw(interval_and_member()) for _ in range(op.arity)]
     if name == "where":
         operands[0] = (0, 1), data.draw(st.booleans())
-    low, high = op.interval(*(interval for interval, _ in operands))
+    low, high = op.range(*(interval for interval, _ in operands))
     result = op.torch(*(torch.tensor(member) for _, member in operands)).item()
     assert low <= result <= high or low < LOW or high > HIGH
 

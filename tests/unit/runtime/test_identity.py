@@ -9,7 +9,7 @@ from support import assert_close_to_reference, make_inputs
 from flexdecode import DecodeOptions, TraceError, cache_info, clear_cache, flex_decode, mods
 from flexdecode.frontend.graph import Source
 from flexdecode.runtime import identity
-from flexdecode.runtime.identity import graph_of, identify, watch
+from flexdecode.runtime.identity import add_sources, graph_of, identify
 
 B, Hq, N, Q = 2, 4, 19, 2
 QUERY, KEY, VALUE = make_inputs(B, Hq, 2, Q, N, 16)
@@ -298,7 +298,7 @@ def test_mods_of_one_code_share_a_plan_if_their_shapes_agree():
 
 
 def test_the_mask_of_one_score_under_another():
-    """The window is watched from the first score on that needs it, also for earlier plans."""
+    """The window is part of proofs from the first score on that needs it, also for earlier plans."""
     near, far = torch.randn(4), torch.randn(Hq)
     for window in (3, 4, 5, 9):
         run(lambda s, b, h, q, k: s + far[h], mods.sliding_window(window))
@@ -377,23 +377,23 @@ def test_what_is_present():
     """Nothing before the trace, then the sizes and numbers that proofs look at, as they are now."""
     table, W, cap = torch.zeros(3, 4), 5, 6
     mod = lambda s, b, h, q, k: s * cap + table[h, k + W]
-    assert identify("score_mod", mod).present == ()
+    assert identify("score_mod", mod).proof_values == ()
     _, traced = graph_of("score_mod", identify("score_mod", mod), CPU)
-    assert sorted(traced.present) == [3, 4, 5]
+    assert sorted(traced.proof_values) == [3, 4, 5]
     table, W, cap = torch.zeros(7, 8), 9, 10
     now = identify("score_mod", mod)
-    assert sorted(now.present) == [7, 8, 9] and now.identity == traced.identity
+    assert sorted(now.proof_values) == [7, 8, 9] and now.identity == traced.identity
 
 
 def test_a_graph_that_another_thread_traced():
-    """Who finds the graph of a mod that it did not know before needs what is present as well."""
+    """Who finds the graph of a mod that it did not know before needs the values that proofs use as well."""
     table = torch.zeros(3, 4)
     mod = lambda s, b, h, q, k: s + table[h, k]
     early = identify("score_mod", mod)
-    assert early.present == ()
+    assert early.proof_values == ()
     graph, traced = graph_of("score_mod", identify("score_mod", mod), CPU)
     again, late = graph_of("score_mod", early, CPU)
-    assert again is graph and late.present == traced.present == (3, 4)
+    assert again is graph and late.proof_values == traced.proof_values == (3, 4)
 
 
 def test_a_mod_that_was_forgotten(monkeypatch):
@@ -413,16 +413,16 @@ def test_watching_more():
     window, cap = 5, 2
     mod = lambda b, h, q, k: (q - k < window) & (k * cap < 99)
     graph, traced = graph_of("mask_mod", identify("mask_mod", mod), CPU)
-    assert traced.present == ()
+    assert traced.proof_values == ()
     place = traced.leaves.index(5)
-    watched = watch("mask_mod", traced, [Source(place)])
-    assert watched.present == (5,) and watched.identity == traced.identity
+    more = add_sources("mask_mod", traced, [Source(place)])
+    assert more.proof_values == (5,) and more.identity == traced.identity
     window, cap = 7, 3
-    assert identify("mask_mod", mod).present == (7,)
-    assert sorted(watch("mask_mod", watched, [Source(traced.leaves.index(2))]).present) == [3, 7]
+    assert identify("mask_mod", mod).proof_values == (7,)
+    assert sorted(add_sources("mask_mod", more, [Source(traced.leaves.index(2))]).proof_values) == [3, 7]
     assert graph_of("mask_mod", identify("mask_mod", mod), CPU)[0] is graph
     nothing = identify("mask_mod", None)
-    assert watch("mask_mod", nothing, [Source(0)]) == nothing
+    assert add_sources("mask_mod", nothing, [Source(0)]) == nothing
 
 
 def test_watching_keeps_the_constants():
@@ -430,6 +430,6 @@ def test_watching_keeps_the_constants():
         return identify("mask_mod", lambda b, h, q, k: (k // period == 0) & (q - k < window))
 
     _, traced = graph_of("mask_mod", make(3, 5), CPU)
-    watched = watch("mask_mod", traced, [Source(traced.leaves.index(5))])
-    assert watched.identity == traced.identity == make(3, 9).identity != make(4, 5).identity
-    assert (make(3, 9).present, make(4, 5).present) == ((9,), (5,))
+    more = add_sources("mask_mod", traced, [Source(traced.leaves.index(5))])
+    assert more.identity == traced.identity == make(3, 9).identity != make(4, 5).identity
+    assert (make(3, 9).proof_values, make(4, 5).proof_values) == ((9,), (5,))

@@ -37,7 +37,7 @@ class _Pass:
 class _Kernel:
     combine_block_dv = 16
 
-    def __init__(self, spec, facts, program):
+    def __init__(self, spec, facts, proven):
         self.split = _Pass(parameters("decode.py", "decode_split"))
         second = parameters("combine.py", "decode_combine")
         self.combine = _Pass(second) if spec.tiles.split else None

@@ -49,9 +49,9 @@ class Host:
         monkeypatch.setattr(proofs, "_is_never", self.counted(proofs._is_never, "proven"))
         clear_cache()
 
-    def find_kernel(self, spec, facts, program):
-        self.kernels.append((spec, facts, program.text))
-        return Kernel(spec, facts, program.text)
+    def find_kernel(self, spec, facts, proven):
+        self.kernels.append((spec, facts, proven.text))
+        return Kernel(spec, facts, proven.text)
 
     def counted(self, function, name):
         def run(*arguments):

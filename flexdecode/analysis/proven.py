@@ -24,7 +24,7 @@ class Listed(Enum):
 
 
 @dataclass(frozen=True)
-class Program:
+class ProvenMods:
     """The mods of a call, and what is proven of them.
 
     Attributes:
@@ -61,8 +61,8 @@ class Program:
         """Whether the score_mod reads captured tensors for every key."""
         if self.score is None:
             return False
-        facts = analyze_graph(self.score, self.q_idx_given)
-        return any(node.op == "load" for node in facts.on_kv - facts.on_score)
+        analysis = analyze_graph(self.score, self.q_idx_given)
+        return any(node.op == "load" for node in analysis.on_kv - analysis.on_score)
 
     @cached_property
     def text(self) -> str:
