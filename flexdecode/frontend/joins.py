@@ -13,6 +13,7 @@ from .build import cast, make
 from .elementwise import expanded as _expanded
 from .graph import Node, const
 from .handlers import handles as _handles
+from .handlers import of_symbol
 from .ops import common_dtype
 from .symbol import Symbol, TraceContext, checked_shape
 from .views import _dim, _element, _index_symbol, _reshape, _select, _slice, _unsqueeze
@@ -38,7 +39,7 @@ def _operands(context: TraceContext, what: str, tensors: Any) -> tuple[list[Symb
         raise at_user_line(TraceError, f"torch.{what} of no tensors", "Give at least one.")
     checked_count(context, what, len(symbols))
     elements = [s.node if s.rank == 0 else Node("axis", (), s.dtype) for s in symbols]
-    return symbols, [[context.python_int(n) for n in s.sizes] for s in symbols], common_dtype(elements)[0]
+    return symbols, [s.extents() for s in symbols], common_dtype(elements)[0]
 
 
 @_handles("stack")
@@ -82,56 +83,53 @@ def _joined(symbols: list[Symbol], lengths: list[int], dim: int, dtype: torch.dt
             result = make("where", make("lt", place, const(starts[k + 1])), part(k), result)
         return result
 
-    sizes = [const(context.python_int(n)) for n in symbols[0].sizes]
+    sizes = [const(n) for n in symbols[0].extents()]
     return Symbol(context, (*sizes[:dim], const(starts[-1]), *sizes[dim + 1 :]), at, dtype)
 
 
 # --- Parts of one tensor ----------------------------------------------------------------------------------------------
 
 
-@_handles("unbind")
-def _unbind(context: TraceContext, x: Any, dim: int = 0) -> tuple[Symbol, ...]:
-    symbol = context.symbol(x)
+@of_symbol("unbind")
+def _unbind(symbol: Symbol, dim: int = 0) -> tuple[Symbol, ...]:
     dim = _dim(symbol, dim)
-    count = checked_count(context, "unbind", context.python_int(symbol.sizes[dim]))
-    return tuple(_select(symbol, dim, context.scalar(const(k))) for k in range(count))
+    count = checked_count(symbol.context, "unbind", symbol.context.python_int(symbol.sizes[dim]))
+    return tuple(_select(symbol, dim, symbol.context.scalar(const(k))) for k in range(count))
 
 
-@_handles("__iter__")
-def _iterate(context: TraceContext, x: Any) -> Iterator[Symbol]:
-    return iter(_unbind(context, x))
+@of_symbol("__iter__")
+def _iterate(symbol: Symbol) -> Iterator[Symbol]:
+    return iter(_unbind(symbol))
 
 
-@_handles("split", "split_with_sizes")
-def _split(context: TraceContext, x: Any, split_size: Any = None, dim: int = 0, **names: Any) -> tuple[Symbol, ...]:
+@of_symbol("split", "split_with_sizes")
+def _split(symbol: Symbol, split_size: Any = None, dim: int = 0, **names: Any) -> tuple[Symbol, ...]:
     given = names.get("split_size_or_sections", names.get("split_sizes", split_size))
     given = [int(n) for n in given] if isinstance(given, (list, tuple)) else int(given)
-    symbol = context.symbol(x)
     dim = _dim(symbol, dim)
-    size = context.python_int(symbol.sizes[dim])
+    size = symbol.context.python_int(symbol.sizes[dim])
     try:
         lengths = [len(part) for part in torch.empty(size, device="meta").split(given)]
     except RuntimeError:
         text = f"a split of {size} elements into {given}"
         raise at_user_line(TraceError, text, "The parts have to make the whole.") from None
-    checked_count(context, "split", len(lengths))
+    checked_count(symbol.context, "split", len(lengths))
     ends = accumulate(lengths)
     return tuple(_slice(symbol, dim, slice(b - n, b)) for b, n in zip(ends, lengths, strict=True))
 
 
-@_handles("chunk")
-def _chunk(context: TraceContext, x: Any, chunks: int, dim: int = 0) -> tuple[Symbol, ...]:
-    symbol = context.symbol(x)
-    size = context.python_int(symbol.sizes[_dim(symbol, dim)])
-    return _split(context, symbol, max(1, -(-size // int(chunks))), dim)
+@of_symbol("chunk")
+def _chunk(symbol: Symbol, chunks: int, dim: int = 0) -> tuple[Symbol, ...]:
+    size = symbol.context.python_int(symbol.sizes[_dim(symbol, dim)])
+    return _split(symbol, max(1, -(-size // int(chunks))), dim)
 
 
 # --- Elements by an index tensor --------------------------------------------------------------------------------------
 
 
-@_handles("index_select")
-def _index_select(context: TraceContext, x: Any, dim: int, index: Any) -> Symbol:
-    symbol, chosen = context.symbol(x), _index_symbol(context, index)
+@of_symbol("index_select")
+def _index_select(symbol: Symbol, dim: int, index: Any) -> Symbol:
+    chosen = _index_symbol(symbol.context, index)
     if chosen.rank > 1:
         raise at_user_line(TraceError, f"index_select with an index of rank {chosen.rank}", "Index with a vector.")
     if chosen.rank == 0:
@@ -139,14 +137,14 @@ def _index_select(context: TraceContext, x: Any, dim: int, index: Any) -> Symbol
     return _select(symbol, _dim(symbol, dim), chosen)
 
 
-@_handles("take")
-def _take(context: TraceContext, x: Any, index: Any) -> Symbol:
-    return _select(_reshape(context.symbol(x), (-1,)), 0, _index_symbol(context, index))
+@of_symbol("take")
+def _take(symbol: Symbol, index: Any) -> Symbol:
+    return _select(_reshape(symbol, (-1,)), 0, _index_symbol(symbol.context, index))
 
 
-@_handles("gather")
-def _gather(context: TraceContext, x: Any, dim: int, index: Any, sparse_grad: bool = False) -> Symbol:
-    symbol, chosen = context.symbol(x), _index_symbol(context, index)
+@of_symbol("gather")
+def _gather(symbol: Symbol, dim: int, index: Any, sparse_grad: bool = False) -> Symbol:
+    chosen = _index_symbol(symbol.context, index)
     if symbol.rank == 0:
         return symbol
     if chosen.rank != symbol.rank:
@@ -155,24 +153,24 @@ def _gather(context: TraceContext, x: Any, dim: int, index: Any, sparse_grad: bo
             f"gather of a tensor of rank {symbol.rank} with an index of rank {chosen.rank}",
             "Both need the same rank; a single element is x[i].",
         )
-    return _gathered(context, symbol, _dim(symbol, dim), chosen)
+    return _gathered(symbol, _dim(symbol, dim), chosen)
 
 
-@_handles("take_along_dim")
-def _take_along_dim(context: TraceContext, x: Any, indices: Any, dim: int | None = None) -> Symbol:
-    symbol, chosen = context.symbol(x), _index_symbol(context, indices)
+@of_symbol("take_along_dim")
+def _take_along_dim(symbol: Symbol, indices: Any, dim: int | None = None) -> Symbol:
+    chosen = _index_symbol(symbol.context, indices)
     if dim is None:
         return _select(_reshape(symbol, (-1,)), 0, _reshape(chosen, (-1,)))
     at_dim = _dim(symbol, dim)
-    shapes = [[context.python_int(n) for n in s.sizes] for s in (symbol, chosen)]
+    shapes = symbol.extents(), chosen.extents()
     ones = [[1 if d == at_dim else n for d, n in enumerate(shape)] for shape in shapes]
     common = checked_shape(torch.broadcast_shapes, *ones)
     wide = [tuple(const(s[at_dim] if d == at_dim else n) for d, n in enumerate(common)) for s in shapes]
-    return _gathered(context, _expanded(symbol, wide[0]), at_dim, _expanded(chosen, wide[1]))
+    return _gathered(_expanded(symbol, wide[0]), at_dim, _expanded(chosen, wide[1]))
 
 
-def _gathered(context: TraceContext, symbol: Symbol, dim: int, index: Symbol) -> Symbol:
+def _gathered(symbol: Symbol, dim: int, index: Symbol) -> Symbol:
     def at(place: tuple[Node, ...]) -> Node:
         return _element(symbol, (*place[:dim], index.at(place), *place[dim + 1 :]), dim)
 
-    return Symbol(context, index.sizes, at, symbol.dtype)
+    return Symbol(symbol.context, index.sizes, at, symbol.dtype)

@@ -9,7 +9,7 @@ from support import assert_close_to_reference, make_inputs
 from flexdecode import DecodeOptions, TraceError, cache_info, clear_cache, flex_decode, mods
 from flexdecode.frontend.graph import Source
 from flexdecode.runtime import identity
-from flexdecode.runtime.identity import add_sources, graph_of, identify
+from flexdecode.runtime.identity import add_sources, constants_of, graph_of, identify
 
 B, Hq, N, Q = 2, 4, 19, 2
 QUERY, KEY, VALUE = make_inputs(B, Hq, 2, Q, N, 16)
@@ -433,3 +433,13 @@ def test_watching_keeps_the_constants():
     more = add_sources("mask_mod", traced, [Source(traced.leaves.index(5))])
     assert more.identity == traced.identity == make(3, 9).identity != make(4, 5).identity
     assert (make(3, 9).proof_values, make(4, 5).proof_values) == ((9,), (5,))
+
+
+@pytest.mark.parametrize(
+    "parts", [lambda x: x.unbind(1)[0], lambda x: x.split(2, 1)[0][:, 0], lambda x: x.chunk(2, 1)[0][:, 0]]
+)
+def test_taking_a_tensor_apart_fixes_one_size(parts):
+    """The other sizes stay arguments: a table that grows in them needs no new kernel."""
+    table = torch.zeros(4, 6, 8)
+    graph, mod = graph_of("score_mod", identify("score_mod", lambda s, b, h, q, k: s + parts(table)[h, k]), CPU)
+    assert graph is not None and [source.dim for source in constants_of("score_mod", mod)] == [1]
