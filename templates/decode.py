@@ -36,7 +36,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY PRECISION PDL",
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT PRECISION PDL",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -660,7 +660,8 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.c
         if item.whole:
             result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
             out_row = row_start(outputs.out, outputs, item.b, rows)
-            pointers = out_row[:, None] + offs_dv[None, :] * outputs.stride_d
+            # A stride of 1 in a record is no constant in a group of warps.
+            pointers = out_row[:, None] + offs_dv[None, :] * (1 if C.UNIT_OUT else outputs.stride_d)
             tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
             if lse is not None:
                 tl.store(lse + flat_row, row_lse, mask=rows.valid)
@@ -775,7 +776,7 @@ def decode_split(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    UNIT_OUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or that of balanced.py if it is BALANCED.
 
@@ -785,14 +786,14 @@ def decode_split(
     says what else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
     stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is
     evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PAIRED
-    names the dtype of a quantised cache whose columns are loaded two by two, as int16.
+    names the dtype of a quantised cache whose columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.
     """
     C: tl.constexpr = Constants(
         GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
-        PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, PRECISION, PDL,
+        PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, PRECISION, PDL,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..call.schedule import DeviceFacts, Tiles
+from ..call.signature import UNIT
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8, HALF
@@ -76,6 +77,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "SHARED": tiles.shared,
         "PAIRED": TYPE_NAMES[signature.kv_dtype] if tiles.paired else None,
         "SPLIT": tiles.split,
+        "UNIT_OUT": spec.strides["stride_od"] == UNIT,
         "NUM_LIVE": spec.num_live,
         "NUM_FULL": spec.num_full,
         "PRECISION": _precision(signature.dtype, facts),

@@ -63,6 +63,7 @@ def test_three_groups_of_warps(name):
         warnings.simplefilter("error", RuntimeWarning)
         found = compile_call("sm_90", tensors, score_mod, mask_mod, options=options, **arguments, **pages)
     assert found.spec.tiles.latent and found.split.metadata.shared <= DEVICES["sm_90"].shared_memory
+    assert "st.global.b16" not in found.split.asm["ptx"], "every group of warps has to know that rows are contiguous"
     code = machine_code(found.split)
     # The assembler may put a wait behind every single product; then nothing overlaps.
     products, waits = (len(re.findall(pattern, code)) for pattern in (r"\bHGMMA\b|\bHGMMA\.", r"WARPGROUP\.DEPBAR"))
