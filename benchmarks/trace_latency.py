@@ -47,11 +47,12 @@ def _measure(score_mod: Callable | None, mask_mod: Callable | None) -> tuple[lis
     """Milliseconds of each repeat with an empty cache, and the number of generated lines."""
     from flexdecode.analysis.proven import ProvenMods
     from flexdecode.codegen.kernels import generate_module
-    from flexdecode.runtime.identity import forget_graphs, graph_of, identify
+    from flexdecode.memos import forget_memos
+    from flexdecode.runtime.identity import graph_of, identify
 
     times, text = [], ""
     for _ in range(REPEATS):
-        forget_graphs()
+        forget_memos()
         started = time.perf_counter()
         graphs = [
             graph_of(kind, identify(kind, mod), torch.device("cpu"))[0]

@@ -11,36 +11,15 @@ import torch
 from .call.inputs import DecodeOptions, Inputs
 from .call.schedule import DeviceFacts, forget_schedules
 from .codegen.kernels import forget_kernels
-from .frontend.captures import pins
 from .kv.kv_cache import KVCache, PagedKVCache
-from .memos import Bounded, CacheInfo, counters, forget_memos, lock, reset, snapshot
+from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .report.explanation import Explanation, explain_request
-from .runtime.debug import check_again
-from .runtime.identity import Mod, forget_graphs
 from .runtime.launch import forget_workspaces
-from .runtime.plan import Plan, any_length, layout
-from .runtime.prepare import prepare
 from .runtime.request import read_request
+from .runtime.run import run_request
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-_calls = Bounded(limit=512)  # all that identifies a call but the length of its cache -> its `_Lengths`
-
-
-class _Lengths:
-    """The plans of a call by the length of its cache.
-
-    Attributes:
-        plans: by layouts of the caches, and by the values that proofs about indices use.
-        prepared: what plans share, by the same without N and its multiples.
-        kept: the objects whose ids are in the key of the call.
-    """
-
-    def __init__(self, kept: list) -> None:
-        self.plans = Bounded(limit=64)
-        self.prepared = Bounded(limit=16)
-        self.kept = kept
 
 
 def flex_decode(
@@ -115,34 +94,10 @@ def flex_decode(
     counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
-    inputs, score, mask, lists, listed = read_request(
-        query, key, value, score_mod, mask_mod, kv_lens, q_offset, scale, block_mask, page_table, q_lens, k_scale,
-        v_scale, sinks, cache, out, options,
-    )  # fmt: skip
-    if lists is not None:
-        lists.check_positions(inputs)
-    query, key, value = inputs[:3]
-    call = (
-        score.identity, mask.identity, layout(query), layout(inputs.kv_lens), layout(inputs.q_lens),
-        layout(inputs.q_offset), layout(sinks), layout(out), _same_start(key, value), return_lse, options,
-        torch.is_grad_enabled(), listed,
-    )  # fmt: skip
-    lengths = (
-        score.proof_values, mask.proof_values, layout(key), layout(value), layout(inputs.page_table),
-        layout(inputs.k_scale), layout(inputs.v_scale), inputs.kv_lens if inputs.kv_lens.__class__ is int else None,
-    )  # fmt: skip
-    if options is not None and not isinstance(options, DecodeOptions):
-        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    known = _calls.get(call)
-    plan = None if known is None else known.plans.get(lengths)
-    if plan is None:
-        plan, score, mask = _make_plan(known, inputs, score, mask, call, lengths)
-    else:
-        counters.hits += 1
-    if plan.options.debug:
-        check_again("score_mod", score, query.device)
-        check_again("mask_mod", mask, query.device)
-    return plan.run(inputs, score.leaves, mask.leaves, lists)
+    given: Any = (query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
+    return run_request(
+        read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
+    )
 
 
 def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:
@@ -171,47 +126,9 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
         raise TypeError(f"explain() {error}") from None
     given.apply_defaults()
     asked = given.arguments
-    del asked["return_lse"]
-    return explain_request(read_request(**asked), asked["options"], device)
-
-
-def _make_plan(
-    known: _Lengths | None, inputs: Inputs, score: Mod, mask: Mod, call: tuple, lengths: tuple
-) -> tuple[Plan, Mod, Mod]:
-    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared.
-
-    Returns:
-        The plan, and both mods with what tracing found of them.
-    """
-    free = any_length(*lengths[2:])
-    shared = None
-    if known is not None and free is not None:
-        shared = known.prepared.get((len(score.proof_values), len(mask.proof_values), free))
-    if known is not None and shared is not None:
-        plan, mask = shared.plan(inputs, (score, mask))
-    else:
-        if getattr(inputs.query, "is_meta", False):
-            raise ValueError(
-                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
-            )
-        *_, return_lse, options, _, listed = call
-        prepared, plan, (score, mask) = prepare(inputs, (score, mask), return_lse, options, listed)
-        call = (score.identity, mask.identity, *call[2:])
-        known = _calls.get(call)
-        if known is None:
-            known = _Lengths([pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None])
-            _calls.add(call, known)
-        if free is not None:
-            known.prepared.add((len(score.proof_values), len(mask.proof_values), free), prepared)
-    known.plans.add((score.proof_values, mask.proof_values, *lengths[2:]), plan)
-    return plan, score, mask
-
-
-def _same_start(key: object, value: object) -> bool:
-    """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
-    if not (isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
-        return False
-    return key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
+    inputs = Inputs(**{name: asked[name] for name in Inputs._fields})
+    others = (asked[name] for name in ("score_mod", "mask_mod", "block_mask", "cache", "options"))
+    return explain_request(read_request(inputs, *others), asked["options"], device)
 
 
 def cache_info() -> CacheInfo:
@@ -225,10 +142,8 @@ def clear_cache() -> None:
     From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
     """
     with lock:
-        _calls.clear()
         forget_memos()
         forget_schedules()
-        forget_graphs()
         forget_kernels()
         forget_workspaces()
         reset()

@@ -112,11 +112,12 @@ class BlockLists:
         Args:
             num_kv_heads: heads of the cache; query heads that share one visit the blocks of all.
             block_n: keys per block of the kernel.
-            listed: whether another mask holds as well.
+            listed: `ALONE` or `WITH_MASK`.
         """
         key = (num_kv_heads, block_n, listed)
-        if key in self._tables:
-            return self._tables[key]
+        found = self._tables.get(key)
+        if found is not None:
+            return found
         batch, heads, rows, columns = self.own.shape
         grouped = self.own.view(batch, 1 if heads == 1 else num_kv_heads, -1, rows, columns)
         live, full = (grouped > DEAD).any(2), (grouped == FULL).all(2)

@@ -1,4 +1,4 @@
-"""Analysis of the devices at hand."""
+"""Facts of the devices at hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without_autocast() -> Iterator[None]:
 
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Analysis of a device, asked for once.
+    """Facts of a device, asked for once.
 
     Raises:
         ValueError: it is no GPU, and Triton does not interpret.

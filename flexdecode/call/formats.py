@@ -7,12 +7,9 @@ how PyTorch operations read it. `PAGED` is chosen by a page table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,6 +21,7 @@ class Contiguous:
         form, scale_form: shapes of keys and values, and of scales per token, in words.
         sizes, capacity_form, limit: words for errors.
         templates: template files whose functions take the place of those of `decode.py`.
+        has_matrices: whether tensor descriptors can show blocks of keys, by `rectangle` of the template.
     """
 
     form = "[B, Hkv, N, {}]"
@@ -32,6 +30,7 @@ class Contiguous:
     capacity_form = "N = {} (from key)"
     limit = "`key` must have"
     templates: tuple[str, ...] = ()
+    has_matrices = True
 
     def owners(self, batch: int, key: torch.Tensor) -> int:
         """Size of the first dimension of a cache that no sequences share."""
@@ -112,7 +111,6 @@ class Paged(Contiguous):
         pages = torch.where(read.any(1), table[:, kv // page_size], 0).long()
         wrong = (pages < 0) | (pages >= num_pages)
         if (check or pages.device.type == "cpu") and wrong.any():
-            found = int(pages[wrong][0])
             found = int(pages[wrong][0])
             raise ValueError(f"`page_table` names page {found} within a sequence, but `key` has {num_pages} pages")
         pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise

@@ -119,6 +119,16 @@ class Inputs(NamedTuple):
         """What changes without a new kernel."""
         return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len)
 
+    def only_shapes(self) -> Inputs:
+        """The same where the query has no values: tensors that may then be anywhere on its device, the meta device.
+
+        Query, key and value stay as they are, because key and value may share memory.
+        """
+        if not getattr(self.query, "is_meta", False):
+            return self
+        moved = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in self[3:])
+        return Inputs(*self[:3], *moved)  # type: ignore[arg-type]
+
     def make_out(self) -> torch.Tensor:
         """The tensor that the output is written to."""
         return self.query.new_empty(self.out_shape) if self.out is None else self.out

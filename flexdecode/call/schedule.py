@@ -60,23 +60,25 @@ class DeviceFacts:
 
 
 class Loads(Enum):
-    """How a kernel can load keys and values: by pointers, tensor descriptors, or as `templates/latent.py` does."""
+    """How a kernel loads keys and values: the template files whose functions take the place of those of `decode.py`."""
 
-    POINTERS = 0
-    DESCRIPTORS = 1
-    LATENTS = 2
+    POINTERS = ()
+    DESCRIPTORS = ("kv_descriptor.py",)
+    LATENTS = ("kv_descriptor.py", "latent.py")
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
 class Tiles:
     """The compile-time half of a schedule; one kernel per value.
 
-    `split` makes partial outputs and a combine pass, which merges `block_s` splits per step; `descriptors` chooses KV
-    loads through tensor descriptors instead of pointers. A head dimension is loaded as `block_d` columns and then
-    `block_r` (0 if there are no more). With `shared`, the first columns of a key are its value. `paired` loads the
-    columns of a quantised cache two by two. `balanced` makes equal runs of all work, which needs the weights of all
-    sequences: of `block_b` at once, or, if there are `many`, in steps of so many. `latent` is the kernel of
-    `templates/latent.py`.
+    `split` makes partial outputs and a combine pass, which merges `block_s` splits per step. `loads` says how keys and
+    values are loaded. A head dimension is loaded as `block_d` columns and then `block_r` (0 if there are no more). With
+    `shared`, the first columns of a key are its value. `paired` loads the columns of a quantised cache two by two.
+    `balanced` makes equal runs of all work, which needs the weights of all sequences: of `block_b` at once, or, if
+    there are `many`, in steps of so many.
     """
 
     block_m: int
@@ -87,14 +89,23 @@ class Tiles:
     num_warps: int
     num_stages: int
     split: bool
-    descriptors: bool
+    loads: Loads
     block_s: int
     shared: bool = False
     paired: bool = False
     balanced: bool = False
     block_b: int = 0
     many: bool = False
-    latent: bool = False
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether keys and values are loaded through tensor descriptors."""
+        return self.loads is not Loads.POINTERS
+
+    @property
+    def latent(self) -> bool:
+        """Whether this is the kernel of `templates/latent.py`."""
+        return self.loads is Loads.LATENTS
 
     @property
     def key_columns(self) -> int:
@@ -184,7 +195,7 @@ def schedule(
     block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
     wanted = (signature, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s, block_b)
     tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
-    if loads is Loads.DESCRIPTORS and tiles.descriptors and signature.page_size % tiles.block_n:
+    if tiles.loads is Loads.DESCRIPTORS and signature.page_size % tiles.block_n:
         tiles = _tiles(Loads.POINTERS, *wanted, many=balanced and sizes.batch > 256)
     return Schedule(tiles, num_items, num_splits, shape.num_tiles)
 
@@ -216,7 +227,7 @@ def _is_balanced(
     if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
         return options.schedule == "balanced"
     return (
-        signature.kv_lens is not None
+        signature.given.kv_lens is not None
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
@@ -265,12 +276,14 @@ def _tiles(
     is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
     block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
     # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
-    descriptors = loads is not Loads.POINTERS and not (is_float32 and crowded)
+    loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
     if latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     else:
-        block_n, num_stages = _pipeline(block_m, kv_bytes, is_float32, crowded, balanced, descriptors, paired, facts)
+        block_n, num_stages = _pipeline(
+            block_m, kv_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
+        )
         block_n = min(block_n, 64) if is_bounded else block_n
     return Tiles(
         block_m,
@@ -281,14 +294,13 @@ def _tiles(
         options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
         options.num_stages or num_stages,
         split=split,
-        descriptors=descriptors,
+        loads=loads,
         block_s=block_s,
         shared=shared,
         paired=paired,
         balanced=balanced,
         block_b=block_b,
         many=many,
-        latent=latent,
     )
 
 
@@ -311,7 +323,7 @@ def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeO
         and sizes == (True, 576, 512)
         and signature.group_size * signature.num_queries > 32
         and signature.kv_dtype == signature.dtype != torch.float32
-        and signature.k_scale is signature.v_scale is None
+        and signature.given.k_scale is signature.given.v_scale is None
         and signature.page_size % LATENT_BLOCK == 0
         and options.num_warps is None
         and options.num_stages is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,12 @@ from .formats import Contiguous
 from .inputs import QUANTISED, DecodeOptions, Inputs
 
 UNIT = 0  # the class of a stride that is known to be 1
-ScaleType = tuple[torch.dtype | None, int]  # of a cache: dtype, None for a Python number, and rank; None if absent
+Kind = tuple[torch.dtype | None, int] | None  # of an argument: dtype, None for a number, and rank; or absent
+NUMBER: Kind = (None, 0)
+
+
+# Kinds of the arguments that a call may lack, by their names in `Inputs`.
+Given = namedtuple("Given", "kv_lens q_lens q_offset page_table k_scale v_scale sinks")
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,9 @@ class Signature:
         dtype: type of query and output.
         kv_dtype: type of key and value.
         num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
-        kv_lens, q_lens, q_offset, page_table, sinks: type of the tensor, None if absent, `int` for a Python number.
+        given: kinds of the arguments that a call may lack.
         format: how keys and values lie in memory.
         page_size: tokens of a page, 0 without a page table.
-        k_scale, v_scale: how the caches are scaled.
         shared_kv: whether each value is the first columns of its key, in the same memory.
         pairable: whether key and value are quantised and can be seen as int16, two columns in one.
         return_lse: whether the log-sum-exp is written.
@@ -44,15 +49,9 @@ class Signature:
     group_size: int
     head_dim: int
     v_head_dim: int
-    kv_lens: torch.dtype | None
-    q_lens: torch.dtype | None
-    q_offset: torch.dtype | type | None
+    given: Given
     format: Contiguous
-    page_table: torch.dtype | None
     page_size: int
-    k_scale: ScaleType | None
-    v_scale: ScaleType | None
-    sinks: torch.dtype | None
     shared_kv: bool
     pairable: bool
     return_lse: bool
@@ -65,6 +64,9 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
     query, key, value, out = inputs.query, inputs.key, inputs.value, inputs.make_out()
     tensors = (query, key, value, out)
     strides = all_strides(inputs, out.stride())
+    given = Given(*(kind_of(getattr(inputs, name)) for name in Given._fields))
+    if given.kv_lens == NUMBER:  # it is the longest sequence, which a kernel always takes
+        given = given._replace(kv_lens=None)
     return Signature(
         backend=options.backend or ("triton" if query.device.type == "cuda" else "torch"),
         device=query.device,
@@ -74,15 +76,9 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         group_size=query.shape[1] // max(key.shape[1], 1),
         head_dim=query.shape[3],
         v_head_dim=value.shape[3],
-        kv_lens=None if isinstance(inputs.kv_lens, int) else _dtype(inputs.kv_lens),
-        q_lens=_dtype(inputs.q_lens),
-        q_offset=int if isinstance(inputs.q_offset, int) else _dtype(inputs.q_offset),
+        given=given,
         format=inputs.format,
-        page_table=_dtype(inputs.page_table),
         page_size=inputs.format.page_size(key),
-        k_scale=_scale_type(inputs.k_scale),
-        v_scale=_scale_type(inputs.v_scale),
-        sinks=_dtype(inputs.sinks),
         shared_kv=shares_storage(key, value),
         pairable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
         return_lse=return_lse,
@@ -122,14 +118,11 @@ def in_pairs(inputs: Inputs) -> Inputs:
     return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
 
 
-def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
-
-
-def _scale_type(scale: float | torch.Tensor | None) -> ScaleType | None:
-    if scale is None:
+def kind_of(argument: float | torch.Tensor | None) -> Kind:
+    """What a kernel is specialised to in an argument that a call may lack."""
+    if argument is None:
         return None
-    return (scale.dtype, scale.dim()) if isinstance(scale, torch.Tensor) else (None, 0)
+    return (argument.dtype, argument.dim()) if isinstance(argument, torch.Tensor) else NUMBER
 
 
 def kernel_strides(tensor: torch.Tensor, batch: int) -> tuple[int, int, int, int]:

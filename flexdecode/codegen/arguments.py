@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from ..call.block_mask import BLOCK_LISTS_TYPES, BlockLists
 from ..call.inputs import Inputs
 from ..call.schedule import Tiles
-from ..call.signature import UNIT, ScaleType, Signature
+from ..call.signature import NUMBER, UNIT, Kind, Signature
 
 TYPE_NAMES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -93,8 +92,8 @@ class Argument(NamedTuple):
         name: of the template's parameter.
         type: Triton's type, several of a tuple, None where a call has no such argument.
         tensor: reads it from a `Call`; a kernel takes its address.
-        value: reads it from a `Call` and the `Scratch` of its launch. Without `tensor` and `value`, it stays the same
-            in all calls of one layout.
+        value: reads it from a launcher and a `Call`. What has neither is filled in by the launcher: descriptors and
+            the workspace at each call, the rest once for all calls of one layout.
         divisor: what divides it, of a tuple each element.
     """
 
@@ -105,9 +104,9 @@ class Argument(NamedTuple):
     divisor: Callable[[KernelSpec], Any] = lambda spec: 1
 
 
-def _pointer(dtype: Any) -> str | None:
+def _pointer(kind: Kind) -> str | None:
     """Triton's type of a tensor's address; None for no tensor."""
-    return None if dtype is None else "*" + TYPE_NAMES[dtype]
+    return None if kind is None or kind[0] is None else "*" + TYPE_NAMES[kind[0]]
 
 
 def _aligned(spec: KernelSpec) -> int:
@@ -116,17 +115,12 @@ def _aligned(spec: KernelSpec) -> int:
 
 def _partial(name: str) -> Argument:
     """A part of the workspace of partial results."""
-    value = partial(_of_scratch, name)
-    return Argument(name, lambda s: "*fp32" if s.tiles.split else None, value=value, divisor=lambda s: 16)
-
-
-def _of_scratch(name: str, scratch: Any, call: Call) -> Any:
-    return getattr(scratch, name)
+    return Argument(name, lambda s: "*fp32" if s.tiles.split else None, divisor=lambda s: 16)
 
 
 def _input(name: str) -> Argument:
     """A tensor that a call may lack."""
-    return Argument(name, lambda spec: _pointer(getattr(spec.signature, name)), attrgetter(f"inputs.{name}"))
+    return Argument(name, lambda spec: _pointer(getattr(spec.signature.given, name)), attrgetter(f"inputs.{name}"))
 
 
 def _descriptor(name: str, columns: str) -> Argument:
@@ -146,18 +140,18 @@ def _scales(name: str, source: str) -> Argument:
     read = attrgetter(f"inputs.{source}")
 
     def types(spec: KernelSpec) -> tuple:
-        kind: ScaleType | None = getattr(spec.signature, source)
+        kind: Kind = getattr(spec.signature.given, source)
         if kind is None:
             return ()
-        dtype, rank = kind
-        return ("fp32",) if dtype is None else (_pointer(dtype), *["i64"] * max(rank, 2))
+        pointer = _pointer(kind)
+        return ("fp32",) if pointer is None else (pointer, *["i64"] * max(kind[1], 2))
 
-    def value(scratch: Any, call: Call) -> tuple:
+    def value(launch: Any, call: Call) -> tuple:
         scale = read(call)
         if not isinstance(scale, torch.Tensor):
             return (float(scale),)
         steps = [0 if size == 1 else step for size, step in zip(scale.shape, scale.stride(), strict=True)]
-        return (scratch.form.at(scale), *[0] * (2 - scale.dim()), *steps)
+        return (launch.form.at(scale), *[0] * (2 - scale.dim()), *steps)
 
     return Argument(name, types, value=value)
 
@@ -177,40 +171,46 @@ def _steps(name: str, tensor: str) -> Argument:
 
 
 ARGUMENTS = (
-    Argument("query", lambda s: _pointer(s.signature.dtype), attrgetter("inputs.query"), divisor=_aligned),
+    Argument("query", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("inputs.query"), divisor=_aligned),
     Argument("key", lambda s: "*" + s.cache_type, attrgetter("inputs.key"), divisor=_aligned),
     Argument("value", lambda s: "*" + s.cache_type, attrgetter("inputs.value"), divisor=_aligned),
     _descriptor("key_descriptor", "key_columns"),
     _descriptor("value_descriptor", "value_columns"),
-    Argument("out", lambda s: _pointer(s.signature.dtype), attrgetter("out"), divisor=_aligned),
+    Argument("out", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("out"), divisor=_aligned),
     Argument("lse", lambda s: "*fp32" if s.signature.return_lse else None, attrgetter("lse")),
     *map(_partial, ("partial_out", "partial_max", "partial_sum")),
-    Argument(
-        "item_parts", lambda s: "*i32" if s.tiles.balanced else None, value=lambda scratch, call: scratch.item_parts
-    ),
+    Argument("item_parts", lambda s: "*i32" if s.tiles.balanced else None),
     _input("kv_lens"),
     _input("q_lens"),
     Argument(
         "q_offset",
-        lambda s: "i64" if s.signature.q_offset is int else _pointer(s.signature.q_offset),
-        value=lambda scratch, call: scratch.form.at(call.inputs.q_offset),
+        lambda s: "i64" if s.signature.given.q_offset == NUMBER else _pointer(s.signature.given.q_offset),
+        value=lambda launch, call: launch.form.at(call.inputs.q_offset),
     ),
     Argument(
         "page_table",
-        lambda s: s.signature.format.types(_pointer(s.signature.page_table)),
-        value=lambda s, call: call.inputs.format.arguments(call.inputs.key, call.inputs.page_table, s.form.at),
+        lambda s: s.signature.format.types(_pointer(s.signature.given.page_table)),
+        value=lambda launch, call: call.inputs.format.arguments(
+            call.inputs.key, call.inputs.page_table, launch.form.at
+        ),
     ),
     Argument(
         "block_lists",
         lambda s: BLOCK_LISTS_TYPES if s.block_lists else (),
-        value=lambda scratch, call: call.lists.arguments(*scratch.launcher.listed),
+        value=lambda launch, call: call.lists.arguments(*launch.listed),
     ),
     _scales("key_scales", "k_scale"),
     _scales("value_scales", "v_scale"),
     _input("sinks"),
-    Argument("score_captures", lambda s: s.score_captures, value=lambda s, call: s.form.read_score(call.score_leaves)),
-    Argument("mask_captures", lambda s: s.mask_captures, value=lambda s, call: s.form.read_mask(call.mask_leaves)),
-    Argument("scale", lambda s: "fp32", value=lambda scratch, call: call.scale),
+    Argument(
+        "score_captures",
+        lambda s: s.score_captures,
+        value=lambda launch, call: launch.form.read_score(call.score_leaves),
+    ),
+    Argument(
+        "mask_captures", lambda s: s.mask_captures, value=lambda launch, call: launch.form.read_mask(call.mask_leaves)
+    ),
+    Argument("scale", lambda s: "fp32", value=lambda launch, call: call.scale),
     *map(_stride, STRIDES[:4]),
     _steps("key_steps", "k"),
     *map(_stride, STRIDES[6:8]),
@@ -218,5 +218,7 @@ ARGUMENTS = (
     *map(_stride, STRIDES[10:]),
     *(Argument(name, lambda s: "i32") for name in ("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight")),
 )
-SAME = slice(22, None)  # from the strides on: arguments that stay the same in all calls of one layout
-DESCRIPTORS = slice(3, 5)  # places of the descriptors; a launch takes several values for each
+_PLACES = {row.name: place for place, row in enumerate(ARGUMENTS)}
+DESCRIPTORS = slice(_PLACES["key_descriptor"], _PLACES["out"])  # a launch takes several values for each
+WORKSPACE = slice(_PLACES["partial_out"], _PLACES["kv_lens"])
+SAME = slice(_PLACES["stride_qb"], None)  # these stay the same in all calls of one layout

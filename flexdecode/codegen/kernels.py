@@ -72,13 +72,9 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
 
 def template_files(proven: ProvenMods, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
     """The template files whose functions take the place of those of `decode.py`; the later ones win."""
-    wanted = {
-        "kv_descriptor.py": tiles.descriptors,
-        "block_lists.py": proven.block_lists,
-        "balanced.py": tiles.balanced,
-        "latent.py": tiles.latent,
-    }
-    return (*signature.format.templates, *(name for name, is_wanted in wanted.items() if is_wanted))
+    lists = ("block_lists.py",) if proven.block_lists else ()
+    balanced = ("balanced.py",) if tiles.balanced else ()
+    return (*lists, *balanced, *signature.format.templates, *tiles.loads.value)
 
 
 def module_path(proven: ProvenMods, files: tuple[str, ...]) -> Path:

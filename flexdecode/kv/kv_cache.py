@@ -32,7 +32,7 @@ import torch
 
 from ..analysis.analyze import MAX_KV_LEN
 from ..call.device import interpreting, without_autocast
-from ..call.inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED
+from ..call.inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED, Inputs
 from ..codegen.template import template_folder
 from ..errors import FlexDecodeError
 from ..triton_api import standalone_kernel
@@ -539,27 +539,23 @@ def _largest(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
-def read_cache(cache: object, query: object, given: tuple) -> tuple:
-    """What a KVCache or PagedKVCache stands for: key, value, kv_lens, page_table, k_scale, v_scale.
-
-    Args:
-        cache: the cache.
-        query: of the call, not yet checked.
-        given: what the caller passed for these six, which must be nothing.
+def read_cache(cache: object, inputs: Inputs) -> Inputs:
+    """Puts a KVCache or PagedKVCache into the arguments of a call, which are not checked yet.
 
     Raises:
         TypeError: it is no cache.
-        ValueError: one of the six is given as well, or the query does not fit to the cache.
+        ValueError: what it stands for is given as well, or the query does not fit to the cache.
     """
-    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
     if not isinstance(cache, _Cache):
         raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
-    for name, value in zip(names, given, strict=True):
-        if value is not None:
+    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
+    for name in names:
+        if getattr(inputs, name) is not None:
             raise ValueError(f"`{name}` is given twice: `cache` has it already")
+    query: object = inputs.query
     if isinstance(query, torch.Tensor) and query.dim() == 4:
         _check_query(cache, query)
-    return tuple(getattr(cache, name) for name in names)
+    return inputs._replace(**{name: getattr(cache, name) for name in names})
 
 
 def _check_query(cache: _Cache, query: torch.Tensor) -> None:

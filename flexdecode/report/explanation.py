@@ -167,12 +167,10 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
     meta = getattr(query, "is_meta", False)
     if getattr(options, "backend", "") is None and (device is not None or meta):
         options = replace(options, backend="triton")
-    shapes = inputs
-    if meta:
-        # Query, key and value stay as they are, because key and value may share memory.
-        shapes = Inputs._make([*inputs[:3], *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs[3:])])
     captured = torch.device("cpu") if meta else None
-    traced, mods = trace_call(shapes, (request.score, request.mask), False, options, request.listed, captured)
+    traced, mods = trace_call(
+        inputs.only_shapes(), (request.score, request.mask), False, options, request.listed, captured
+    )
     place, sizes = captured or query.device, inputs.sizes
     lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
     tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)

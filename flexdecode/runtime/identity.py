@@ -15,9 +15,9 @@ from ..frontend.graph import Graph, Source
 from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
 
-_known = Bounded(limit=4096)  # (kind, what was read) -> its `_Sources`
-_followed = Bounded(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
-_graphs = Bounded(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
+_known = Bounded.memo(limit=4096)  # (kind, what was read) -> its `_Sources`
+_followed = Bounded.memo(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
+_graphs = Bounded.memo(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
 _MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
 
 
@@ -169,10 +169,3 @@ def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: 
 def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
     """The captured numbers of a traced mod whose value is a constant of its graph."""
     return (_known.get((kind, mod.place)) or _NO_SOURCES).constants
-
-
-def forget_graphs() -> None:
-    """Drops every trace."""
-    _known.clear()
-    _followed.clear()
-    _graphs.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -11,7 +11,7 @@ from ..analysis.proven import ProvenMods
 from ..call.descriptor import Matrix, make_descriptor
 from ..call.inputs import Inputs, Sizes
 from ..call.schedule import Schedule
-from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, Call, CaptureTypes, KernelSpec
+from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
 from ..codegen.compile import capture_types
 from ..codegen.kernels import Kernel
 from ..frontend.graph import Graph
@@ -84,23 +84,6 @@ class LaunchForm:
         self.values = [(i, row.value) for i, row in asked if row.value is not None]
 
 
-class Scratch(NamedTuple):
-    """What one launch needs besides the arguments of its call.
-
-    Attributes:
-        launcher: that of the call.
-        form: of its kernel.
-        partial_out, partial_max, partial_sum, item_parts: parts of the workspace.
-    """
-
-    launcher: TritonLauncher
-    form: LaunchForm
-    partial_out: Any = None
-    partial_max: Any = None
-    partial_sum: Any = None
-    item_parts: Any = None
-
-
 class TritonLauncher:
     """Launches a call on tensors of one layout: everything but addresses and captured values is prepared."""
 
@@ -142,7 +125,6 @@ class TritonLauncher:
         self.arguments[SAME] = [
             *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes, chosen.num_splits, max_weight
         ]  # fmt: skip
-        self.scratch = Scratch(self, form)
 
     def __call__(self, call: Call) -> None:
         """Launches both passes on the current stream; returns at once."""
@@ -154,16 +136,15 @@ class TritonLauncher:
 
     def _launch(self, call: Call) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
-        scratch = self.scratch
-        if self.workspace_size:
-            scratch = Scratch(self, self.form, *self._workspace(stream))
         arguments = self.arguments.copy()
+        if self.workspace_size:
+            arguments[WORKSPACE] = self._workspace(stream)
         # The launcher takes addresses as numbers without asking the driver about them.
         for place, read in self.form.tensors:
             tensor = read(call)
             arguments[place] = tensor.data_ptr() if self.on_gpu else tensor
         for place, value in self.form.values:
-            arguments[place] = value(scratch, call)
+            arguments[place] = value(self, call)
         second = None if self.kernel.combine is None else self.kernel.combined(arguments)
         if self.matrices is not None and self.on_gpu:
             arguments[DESCRIPTORS] = self._descriptors(call.inputs)
@@ -197,10 +178,11 @@ class TritonLauncher:
             kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
             if not capturing:
                 _workspaces.kept[self.device, stream] = kept
+        at, has_parts = kept.data_ptr(), self.parts_size > 0
         if self.on_gpu:
-            start = kept.data_ptr()
-            return start + 4 * self.outs_at, start, start + 4 * self.sums_at, start + 4 * self.parts_at
-        return kept[self.outs_at :], kept, kept[self.sums_at :], kept[self.parts_at :].view(torch.int32)
+            return at + 4 * self.outs_at, at, at + 4 * self.sums_at, at + 4 * self.parts_at if has_parts else None
+        parts = kept[self.parts_at :].view(torch.int32) if has_parts else None
+        return kept[self.outs_at :], kept, kept[self.sums_at :], parts
 
 
 def _address(value: Any) -> Any:

@@ -56,7 +56,7 @@ class Traced:
             What the loads of both mods have to check, and the mask_mod with these numbers.
         """
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
-        q_idx_given = self.signature.q_offset is not None
+        q_idx_given = self.signature.given.q_offset is not None
         heads = sizes.num_kv_heads * self.signature.group_size
         bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len)
         mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
@@ -71,7 +71,9 @@ class Traced:
 
     def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
-        return ProvenMods(*self.graphs, self.signature.q_offset is not None, score_checks, mask_checks, self.listed)
+        return ProvenMods(
+            *self.graphs, self.signature.given.q_offset is not None, score_checks, mask_checks, self.listed
+        )
 
 
 def trace_call(
@@ -276,7 +278,7 @@ def choose_schedule(
     """
     owners, matrices, loads = inputs.format.owners(sizes.batch, inputs.key), None, Loads.POINTERS
     # Whether there are matrices may depend on the batch, and with it the tiles. The blocks of lists may all be partial.
-    if facts.has_descriptors and not (options.batch_invariant or proven.block_lists):
+    if facts.has_descriptors and inputs.format.has_matrices and not (options.batch_invariant or proven.block_lists):
         if has_latent_kernel(signature, facts, options) and not _refusals:
             latents = as_matrix(inputs.key, owners)
             matrices = None if latents is None else (latents, latents)

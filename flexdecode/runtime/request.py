@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, as_scale, check_inputs, per_sequence, same_for_all
@@ -31,28 +29,33 @@ class Request(NamedTuple):
     listed: Listed
 
 
-def read_request(  # type: ignore[no-untyped-def]
-    query, key, value, score_mod: Callable | None, mask_mod: Callable | None, kv_lens, q_offset, scale, block_mask: Any,
-    page_table, q_lens, k_scale, v_scale, sinks, cache: KVCache | PagedKVCache | None, out: torch.Tensor | None,
-    options: DecodeOptions | None,
-) -> Request:  # fmt: skip
+def read_request(
+    inputs: Inputs,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    block_mask: Any = None,
+    cache: KVCache | PagedKVCache | None = None,
+    options: DecodeOptions | None = None,
+) -> Request:
     """Reads the arguments of `flex_decode`, which are not checked yet.
 
     Raises:
         TypeError, ValueError: they do not say what to attend to.
     """
     if cache is not None:
-        given = (key, value, kv_lens, page_table, k_scale, v_scale)
-        key, value, kv_lens, page_table, k_scale, v_scale = read_cache(cache, query, given)
+        inputs = read_cache(cache, inputs)
+    given: Any = inputs
+    query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, *others = given
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
     inputs = Inputs(
         query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
-        page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, scale, out,
+        page_table, as_scale(k_scale, query), as_scale(v_scale, query), *others,
     )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:
-        check_inputs(inputs, options or DEFAULT_OPTIONS)
+        check_inputs(inputs.only_shapes(), options or DEFAULT_OPTIONS)
         listed = Listed.ALONE if mask_mod is None else Listed.WITH_MASK
         mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
+        lists.check_positions(inputs)
     return Request(inputs, identify("score_mod", score_mod), identify("mask_mod", mask_mod), lists, listed)

@@ -7,7 +7,7 @@ from support import assert_close_to_reference, make_inputs
 
 from flexdecode import DecodeOptions, flex_decode, mods
 from flexdecode.frontend import reductions
-from flexdecode.runtime.identity import forget_graphs
+from flexdecode.memos import forget_memos
 
 GENERATOR = torch.Generator().manual_seed(0)
 B, H, N, R = 2, 4, 48, 8
@@ -65,7 +65,7 @@ CASES = [
 @pytest.mark.parametrize(("score_mod", "mask_mod"), CASES)
 def test_both_backends_give_the_reference(score_mod, mask_mod, backend, unrolled, monkeypatch):
     monkeypatch.setattr(reductions, "_UNROLLED", unrolled)
-    forget_graphs()
+    forget_memos()
     inputs = make_inputs(B, H, 2, 2, N, 16)
     if backend == "triton":
         check_decode(*inputs, score_mod, mask_mod)

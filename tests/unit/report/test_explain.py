@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from support import make_inputs
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flexdecode
 from flexdecode import DecodeOptions, explain, flex_decode, mods
@@ -485,3 +486,12 @@ def test_mods_that_read_what_they_rule_out_are_named(kind, mod, reads):
     query, key = torch.empty(2, 8, 1, 64, device="meta"), torch.empty(2, 2, 4096, 64, device="meta")
     report = getattr(explain(query, key, key, device="H200", **{kind: mod}), kind)
     assert report.reads_dead_keys == reads and (READS in str(report)) == reads
+
+
+def test_shapes_beside_a_block_mask_and_lengths_with_values():
+    """Only query, key and value have to be on the meta device."""
+    block_mask = create_block_mask(mods.causal(), None, None, 64, 64, device="cpu", BLOCK_SIZE=32)
+    query, key, value = (torch.empty(2, heads, n, 32, device="meta") for heads, n in ((4, 1), (2, 64), (2, 64)))
+    given = {"kv_lens": torch.tensor([5, 64]), "q_lens": torch.tensor([1, 0]), "sinks": torch.zeros(4)}
+    found = explain(query, key, value, block_mask=block_mask.to("meta"), device="H200", **given)
+    assert found.unknown == "the lists of `block_mask` say which blocks are read"

@@ -2,15 +2,17 @@
 
 import ast
 import contextlib
+import gc
+import weakref
 from operator import itemgetter
 from unittest import mock
 
 import pytest
 import torch
 
-from flexdecode import DecodeOptions, flex_decode, mods
+from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
 from flexdecode.call.schedule import DeviceFacts
-from flexdecode.codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME
+from flexdecode.codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, WORKSPACE
 from flexdecode.codegen.template import read_template
 from flexdecode.runtime import prepare
 
@@ -65,6 +67,7 @@ def kernels(monkeypatch):
 def test_the_rows_have_the_order_of_the_template():
     assert [row.name for row in ARGUMENTS] == parameters("decode.py", "decode_split")
     assert [row.name for row in ARGUMENTS[DESCRIPTORS]] == ["key_descriptor", "value_descriptor"]
+    assert [row.name for row in ARGUMENTS[WORKSPACE]] == ["partial_out", "partial_max", "partial_sum", "item_parts"]
     assert all(row.tensor is row.value is None for row in ARGUMENTS[SAME]) and ARGUMENTS[SAME][0].name == "stride_qb"
     assert {*parameters("combine.py", "decode_combine")} <= {row.name for row in ARGUMENTS}
 
@@ -110,3 +113,16 @@ def test_both_passes_share_what_they_share(kernels):
     split, combine = kernel.split.seen, kernel.combine.seen
     assert combine == {name: split[name] for name in combine}
     assert split["item_parts"] is not None and kernel.combine.grid == (B * HQ * Q, 1)
+
+
+def test_a_plan_that_is_forgotten_leaves_no_kernel_behind(kernels):
+    """No circle of references: the code on the GPU is unloaded at once, not at the next run of Python's collector."""
+    key = torch.randn(B, HKV, N, D)
+    flex_decode(torch.randn(B, HQ, Q, D), key, key, options=DecodeOptions(backend="triton", num_splits=2))
+    kernel = weakref.ref(kernels.pop())
+    gc.disable()
+    try:
+        clear_cache()
+        assert kernel() is None
+    finally:
+        gc.enable()

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MODS, assert_close_to_reference, make_inputs
 
-from flexdecode import DecodeOptions, api, clear_cache, flex_decode, memos, mods
+from flexdecode import DecodeOptions, cache_info, clear_cache, flex_decode, memos, mods
 from flexdecode.analysis import bounds, proofs
 from flexdecode.call import schedule
 from flexdecode.call.device import KNOWN_DEVICES
 from flexdecode.codegen.arguments import ARGUMENTS
-from flexdecode.runtime import launch, prepare
+from flexdecode.runtime import launch, prepare, run
 from flexdecode.runtime.identity import identify
 
 TRITON = DecodeOptions(backend="triton")
@@ -83,14 +83,13 @@ def numbers(launcher):
     """All that a launch depends on but addresses and captured values."""
     state = dict(vars(launcher))
     form = state.pop("form")
-    del state["scratch"]  # which holds the launcher itself
     state["kernel"] = state["kernel"].built_from
     return state, [(reader.numbers, reader.tensors, reader.types) for reader in (form.read_score, form.read_mask)]
 
 
 def prepared():
     """How many calls were prepared from nothing."""
-    return sum(len(known.prepared) for known in api._calls.values())
+    return sum(len(known.prepared) for known in run._calls.values())
 
 
 table = torch.zeros(4, 3000)
@@ -124,7 +123,7 @@ def test_a_new_length_solves_and_builds_nothing(host, case):
     for length in range(1, 600):
         flex_decode(q, grown(length), grown(length), score_mod, mask_mod, options=TRITON)
     assert len(host.launched) == 599
-    info = api.cache_info()
+    info = cache_info()
     assert (info.generations, info.compilations, info.hits) == (0, 0, 0)
     assert info.traces == (score_mod is not None) + (mask_mod is not None)
     assert host.solved <= 1 and host.proven <= 4
@@ -147,7 +146,7 @@ def test_a_capture_that_grows(host):
         bias = torch.zeros(4, length)
         kv = grown(length)
         flex_decode(query(), kv, kv, lambda s, b, h, q, k: s + bias[h, k], mods.causal(), options=TRITON)
-    assert api.cache_info().traces == 2 and host.solved == 1 and prepared() == 1
+    assert cache_info().traces == 2 and host.solved == 1 and prepared() == 1
     assert len({text for _, _, text in host.kernels}) == 1, "every index is proven"
 
 
@@ -156,7 +155,7 @@ def test_the_torch_backend_makes_one_plan(host):
     for length in range(1, 60):
         kv = grown(length, dtype=torch.float32).zero_()
         flex_decode(q.zero_(), kv, kv, mods.alibi(4), mods.causal())
-    assert len({id(plan) for known in api._calls.values() for plan in known.plans.values()}) == 1 and host.solved == 0
+    assert len({id(plan) for known in run._calls.values() for plan in known.plans.values()}) == 1 and host.solved == 0
 
 
 def test_memory_does_not_grow(host):
@@ -165,11 +164,11 @@ def test_memory_does_not_grow(host):
     for length in range(1, LENGTHS):
         kv = grown(length)
         flex_decode(q, kv, kv, mods.alibi(4), mods.sliding_window(length), options=TRITON)
-    assert sum(len(known.plans) for known in api._calls.values()) == 64
+    assert sum(len(known.plans) for known in run._calls.values()) == 64
     assert prepared() <= 3
     assert all(len(memo) <= 8 for memo in memos._memos)
     clear_cache()
-    assert not api._calls and not any(memos._memos)
+    assert not run._calls and not any(memos._memos)
 
 
 # --- Proofs are looked at again ---------------------------------------------------------------------------------------
@@ -278,7 +277,7 @@ def test_a_reused_plan_is_a_fresh_one(data):
             positional, named = arguments(length)
             flex_decode(*positional, options=options, **named)
             reused = numbers(host.launched[-1])
-            kept = [(memo, dict(memo)) for memo in (api._calls, *memos._memos)]
+            kept = [(memo, dict(memo)) for memo in memos._memos]
             clear_cache()
             flex_decode(*positional, options=options, **named)
             assert numbers(host.launched[-1]) == reused

@@ -1,0 +1,105 @@
+"""Runs requests: finds the plan of a call, or makes it and remembers it."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+import torch
+
+from ..call.inputs import DecodeOptions, Inputs
+from ..frontend.captures import pins
+from ..memos import Bounded, counters
+from .debug import check_again
+from .identity import Mod
+from .plan import Plan, any_length, layout
+from .prepare import prepare
+from .request import Request
+
+_calls = Bounded.memo(limit=512)  # all that identifies a call but the length of its cache -> its `_Lengths`
+
+# The arguments whose layouts change with the length of a cache, in the order of `any_length`, and the others.
+_CACHES = ("key", "value", "page_table", "k_scale", "v_scale")
+_caches = itemgetter(*[Inputs._fields.index(name) for name in _CACHES])
+_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in _CACHES])
+
+
+class _Lengths:
+    """The plans of a call by the length of its cache.
+
+    Attributes:
+        plans: by layouts of the caches, and by the values that proofs about indices use.
+        prepared: what plans share, by the same without N and its multiples.
+        kept: the objects whose ids are in the key of the call.
+    """
+
+    def __init__(self, kept: list) -> None:
+        self.plans = Bounded(limit=64)
+        self.prepared = Bounded(limit=16)
+        self.kept = kept
+
+
+def run_request(
+    request: Request, return_lse: bool, options: DecodeOptions | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Runs a request on the current stream; returns what `flex_decode` returns.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
+    """
+    inputs, score, mask, lists, listed = request
+    call = (
+        score.identity, mask.identity, *map(layout, _others(inputs)), _same_start(inputs.key, inputs.value), return_lse,
+        options, torch.is_grad_enabled(), listed,
+    )  # fmt: skip
+    length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
+    lengths = (score.proof_values, mask.proof_values, *map(layout, _caches(inputs)), length)
+    if options is not None and not isinstance(options, DecodeOptions):
+        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
+    known = _calls.get(call)
+    plan = None if known is None else known.plans.get(lengths)
+    if plan is None:
+        plan, score, mask = _make_plan(known, request, call, lengths)
+    else:
+        counters.hits += 1
+    if plan.options.debug:
+        check_again("score_mod", score, inputs.query.device)
+        check_again("mask_mod", mask, inputs.query.device)
+    return plan.run(inputs, score.leaves, mask.leaves, lists)
+
+
+def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: tuple) -> tuple[Plan, Mod, Mod]:
+    """Makes the plan of a call and keeps it; where only the length of the cache is new, from what is prepared.
+
+    Returns:
+        The plan, and both mods with what tracing found of them.
+    """
+    inputs, score, mask, _, listed = request
+    free = any_length(*lengths[2:])
+    shared = None
+    if known is not None and free is not None:
+        shared = known.prepared.get((len(score.proof_values), len(mask.proof_values), free))
+    if known is not None and shared is not None:
+        plan, mask = shared.plan(inputs, (score, mask))
+    else:
+        if getattr(inputs.query, "is_meta", False):
+            raise ValueError(
+                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
+            )
+        *_, return_lse, options, _, _ = call
+        prepared, plan, (score, mask) = prepare(inputs, (score, mask), return_lse, options, listed)
+        call = (score.identity, mask.identity, *call[2:])
+        known = _calls.get(call)
+        if known is None:
+            known = _Lengths([pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None])
+            _calls.add(call, known)
+        if free is not None:
+            known.prepared.add((len(score.proof_values), len(mask.proof_values), free), prepared)
+    known.plans.add((score.proof_values, mask.proof_values, *lengths[2:]), plan)
+    return plan, score, mask
+
+
+def _same_start(key: object, value: object) -> bool:
+    """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
+    if not (isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        return False
+    return key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
