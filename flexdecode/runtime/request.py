@@ -1,4 +1,4 @@
-"""A call as it arrives: its arguments in one form each, what its mods capture, and the lists of its BlockMask."""
+"""A call as it arrives: its arguments in one common form, what its mods capture, and the lists of its BlockMask."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .identity import Mod, identify
 
 
 class Request(NamedTuple):
-    """What `flex_decode` was asked for.
+    """The call that `flex_decode` was asked to compute.
 
     Attributes:
-        inputs: tensors and numbers; checked only where there is a BlockMask.
-        score, mask: both mods. The mask says all that a BlockMask says.
-        lists: those of the BlockMask, or None.
-        listed: whether these say which blocks are visited.
+        inputs: tensors and numbers; checked only if there is a BlockMask.
+        score, mask: both mods. The mask includes the mask of a BlockMask.
+        lists: the lists of the BlockMask, or None.
+        listed: whether these lists say which blocks are visited.
     """
 
     inputs: Inputs
@@ -36,7 +36,7 @@ def read_request(  # type: ignore[no-untyped-def]
     page_table, q_lens, k_scale, v_scale, sinks, cache: KVCache | PagedKVCache | None, out: torch.Tensor | None,
     options: DecodeOptions | None,
 ) -> Request:  # fmt: skip
-    """Reads the arguments of `flex_decode`, which are not checked yet.
+    """Reads the arguments of `flex_decode`. They are not checked yet.
 
     Raises:
         TypeError, ValueError: they do not say what to attend to.
