@@ -5,10 +5,10 @@ Each function takes its parameters and returns a plain closure with FlexAttentio
     mask_mod(b, h, q_idx, kv_idx) -> bool
     score_mod(score, b, h, q_idx, kv_idx) -> score
 
-`b`, `h` (query head), `q_idx` and `kv_idx` are integers, positions count tokens from the start of the sequence, and
-scores are scaled logits in natural-log units. A mask hides later keys (`kv_idx > q_idx`) only where its text says so.
-Tensors must be on the device of the query. They are captured, not copied: what is written into them later is seen by
-the next call. Numbers are captured as numbers, so the same mod with another window or cap needs no other kernel.
+`b`, `h` (query head), `q_idx` and `kv_idx` are integers. Positions count tokens from the start of the sequence. Scores
+are scaled logits in natural-log units. A mask hides later keys (`kv_idx > q_idx`) only if its text says so. Tensors
+must be on the device of the query. They are captured, not copied: the next call sees what is written into them later.
+Numbers are captured as numbers, so the same mod with another window or cap needs no other kernel.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]
 
 
 def causal() -> MaskMod:
-    """Each token sees itself and what came before: `kv_idx <= q_idx`.
+    """Each token sees itself and earlier tokens: `kv_idx <= q_idx`.
 
     Returns:
         A mask_mod.
@@ -86,14 +86,14 @@ def sliding_window(window: int) -> MaskMod:
 
 
 def streaming(sink: int, window: int) -> MaskMod:
-    """Attention sinks and a sliding window: the first `sink` tokens and the last `window` tokens, none of them later.
+    """Attention sinks and a sliding window: each token sees the first `sink` and the last `window` tokens up to itself.
 
     Args:
         sink: tokens at the start of the sequence that stay visible, at least 0.
         window: tokens, at least 1.
 
     Returns:
-        A mask_mod. Positions are those of the sequence: it does not renumber the tokens in the cache.
+        A mask_mod. It uses positions in the sequence and does not renumber the tokens in the cache.
 
     Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", section 3.2.
     """
@@ -106,7 +106,7 @@ def streaming(sink: int, window: int) -> MaskMod:
 
 
 def prefix_lm(prefix_lens: int | Tensor) -> MaskMod:
-    """The prefix is visible to every token, the rest is causal: `kv_idx < prefix or kv_idx <= q_idx`.
+    """The prefix is visible to every token. The rest is causal: `kv_idx < prefix or kv_idx <= q_idx`.
 
     Args:
         prefix_lens: tokens in the prefix, one number or an integer tensor `[B]`.
@@ -125,7 +125,7 @@ def prefix_lm(prefix_lens: int | Tensor) -> MaskMod:
 
 
 def chunked(chunk_size: int) -> MaskMod:
-    """Causal attention inside chunks of `chunk_size` tokens: position 0 starts the first chunk.
+    """Causal attention inside chunks of `chunk_size` tokens. Position 0 starts the first chunk.
 
     Args:
         chunk_size: tokens, at least 1.
@@ -169,10 +169,10 @@ def dilated(window: int, dilation: int) -> MaskMod:
 
 
 def document(document_ids: Tensor) -> MaskMod:
-    """Packed documents: tokens see each other where their document is the same.
+    """Packed documents: tokens of the same document see each other.
 
     It does not hide later tokens; add `causal()` with `and_masks`. The documents may be in any order, so the mask has
-    to look at every key. Where each document is one run of tokens, `document_offsets` reads only that run.
+    to look at every key. If each document is one run of tokens, `document_offsets` reads only that run.
 
     Args:
         document_ids: document of every position, an integer tensor `[N]` or `[B, N]`.
@@ -201,7 +201,7 @@ def document_offsets(starts: Tensor) -> MaskMod:
 
     Args:
         starts: where documents begin, in tokens; an integer tensor of one of two shapes.
-            `[B]`: the start of the document that sequence `b` is now writing, all that decoding needs.
+            `[B]`: the start of the document that sequence `b` is now writing. This is enough for decoding.
             `[B, N]`: the start of the document to which position `n` belongs, for queries anywhere. From the cumulative
             lengths `offsets` of one packed row: `torch.repeat_interleave(offsets[:-1], offsets.diff()).expand(B, -1)`.
 
@@ -223,13 +223,13 @@ def document_offsets(starts: Tensor) -> MaskMod:
 
 
 def tree(ancestors: Tensor, prefix_lens: int | Tensor) -> MaskMod:
-    """Draft tokens of speculative decoding: each sees the whole prefix and, among the drafts, its ancestors.
+    """Draft tokens of speculative decoding: each draft sees the whole prefix and the drafts that are its ancestors.
 
-    The T draft tokens are the keys at positions `prefix .. prefix + T - 1`; the queries must be among them.
+    The T draft tokens are the keys at positions `prefix .. prefix + T - 1`. The queries must be among them.
 
     Args:
-        ancestors: bool tensor `[T, T]` or `[B, T, T]`; `ancestors[i, j]`: draft i sees draft j. The diagonal is true
-            where a draft sees itself.
+        ancestors: bool tensor `[T, T]` or `[B, T, T]`; `ancestors[i, j]` says whether draft i sees draft j. The
+            diagonal is true where a draft sees itself.
         prefix_lens: tokens before the drafts, one number or an integer tensor `[B]`.
 
     Returns:
@@ -268,7 +268,7 @@ def alibi(slopes: int | Tensor, *, device: torch.device | str | None = None) -> 
     Args:
         slopes: one slope per query head, a floating tensor `[Hq]` in logits per token; or the number of query heads,
             for the standard slopes.
-        device: where to put the standard slopes (that of the query).
+        device: device of the standard slopes; it must be the query's.
 
     Returns:
         A score_mod.
@@ -292,8 +292,8 @@ def alibi(slopes: int | Tensor, *, device: torch.device | str | None = None) -> 
 def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
     """Makes the standard ALiBi slopes.
 
-    For a power of two n they are `2 ** (-8 * i / n)`, i = 1 .. n. For other numbers: those of the next lower power of
-    two, and then every second one of the next higher power.
+    For a power of two n they are `2 ** (-8 * i / n)`, i = 1 .. n. For another number they are those of the next lower
+    power of two, followed by every second slope of the next higher power of two.
 
     Args:
         num_heads: number of query heads, at least 1.
@@ -327,7 +327,7 @@ def softcap(cap: float) -> ScoreMod:
     cap = float(cap)
     if not 0.0 < cap < math.inf:
         raise ValueError(f"`cap` must be finite and above 0, got {cap}")
-    # A product, because a captured divisor may become a constant of the kernel.
+    # A product instead of a division, because a captured divisor may become a constant of the kernel.
     inverse_cap = 1.0 / cap
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -340,8 +340,8 @@ def relative_bias(bias: Tensor) -> ScoreMod:
     """Learned bias per head and clipped distance: `score + bias[h, clip(kv_idx - q_idx, -m, m) + m]`.
 
     Args:
-        bias: floating tensor `[Hq, 2 * m + 1]` in logits, m the largest distance in tokens. Column `m` is the token
-            itself, columns to its left are earlier keys.
+        bias: floating tensor `[Hq, 2 * m + 1]` in logits; m is the largest distance in tokens. Column `m` is for the
+            token itself. Columns to its left are for earlier keys.
 
     Returns:
         A score_mod.
@@ -362,15 +362,15 @@ def relative_bias(bias: Tensor) -> ScoreMod:
 
 
 def t5_bias(table: Tensor, max_distance: int = 128, bidirectional: bool = False) -> ScoreMod:
-    """T5's relative position bias: near distances have a bucket each, farther ones share logarithmic buckets.
+    """T5's relative position bias. Near distances have a bucket each. Farther distances share logarithmic buckets.
 
-    `score + table[bucket(kv_idx - q_idx), h]`. T5 itself does not scale its scores: call with `scale=1.0`.
+    `score + table[bucket(kv_idx - q_idx), h]`. T5 itself does not scale its scores, so call with `scale=1.0`.
 
     Args:
         table: floating tensor `[num_buckets, Hq]` in logits, `relative_attention_bias.weight` of a checkpoint.
-        max_distance: distance in tokens from which on the last bucket holds.
-        bidirectional: give half of the buckets to later keys (encoders). Otherwise, as in decoders, all are for
-            earlier keys, and later keys are in bucket 0.
+        max_distance: distance in tokens; this distance and all greater ones are in the last bucket.
+        bidirectional: True gives half of the buckets to later keys (encoders). False, as in decoders, gives all buckets
+            to earlier keys; later keys are in bucket 0.
 
     Returns:
         A score_mod.
@@ -389,7 +389,7 @@ def t5_bias(table: Tensor, max_distance: int = 128, bidirectional: bool = False)
     if max_distance <= max_exact:
         raise ValueError(f"`max_distance` must be above {max_exact} with {num_buckets} buckets, got {max_distance}")
 
-    # The bucket of every distance up to the largest one, in the arithmetic of the published code (float32).
+    # The bucket of every distance up to the largest one. The arithmetic (float32) is that of the published code.
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     near = distance.abs() if bidirectional else (-distance).clamp(min=0)
     ratio = torch.log(near.clamp(min=max_exact).float() / max_exact) / math.log(max_distance / max_exact)
@@ -402,7 +402,7 @@ def t5_bias(table: Tensor, max_distance: int = 128, bidirectional: bool = False)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         column = torch.clamp(kv_idx - q_idx, -max_distance, max_distance) + max_distance
-        bucket = torch.clamp(buckets[column], 0, last)  # changes nothing, and proves that it lies in the table
+        bucket = torch.clamp(buckets[column], 0, last)  # changes nothing, but proves that the index is in range
         return score + table[bucket, h]
 
     return _named(score_mod, "t5_bias")
@@ -412,7 +412,7 @@ def t5_bias(table: Tensor, max_distance: int = 128, bidirectional: bool = False)
 
 
 def and_masks(*mask_mods: MaskMod) -> MaskMod:
-    """A key is live where every mask says so; with no masks, everywhere.
+    """A key is live if every mask is true. Without masks, every key is live.
 
     Args:
         *mask_mods: mask_mods, called in this order.
@@ -432,7 +432,7 @@ def and_masks(*mask_mods: MaskMod) -> MaskMod:
 
 
 def or_masks(*mask_mods: MaskMod) -> MaskMod:
-    """A key is live where at least one mask says so; with no masks, nowhere.
+    """A key is live if at least one mask is true. Without masks, no key is live.
 
     Args:
         *mask_mods: mask_mods, called in this order.
@@ -452,7 +452,7 @@ def or_masks(*mask_mods: MaskMod) -> MaskMod:
 
 
 def not_mask(mask_mod: MaskMod) -> MaskMod:
-    """A key is live where the mask says that it is not.
+    """A key is live if the mask is false.
 
     Args:
         mask_mod: a mask_mod.
@@ -464,17 +464,17 @@ def not_mask(mask_mod: MaskMod) -> MaskMod:
     mask = mask_mod
 
     def not_mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # `&` first: `~True` on a Python bool would be -2, which counts as true.
+        # `&` makes a tensor first: `~True` on a Python bool would be -2, which counts as true.
         return ~(b.new_ones((), dtype=torch.bool) & mask(b, h, q_idx, kv_idx))
 
     return _named(not_mask_mod, f"not({_names((mask,))})")
 
 
 def compose(*score_mods: ScoreMod) -> ScoreMod:
-    """Applies score_mods from left to right: each receives what the one before it returned.
+    """Applies score_mods from left to right. Each receives the result of the one before it.
 
     Args:
-        *score_mods: score_mods; with none, the score stays as it is.
+        *score_mods: score_mods; without any, the score stays as it is.
 
     Returns:
         A score_mod.

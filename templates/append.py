@@ -1,13 +1,13 @@
-"""Appends the keys and values of new tokens to a KV cache, quantised on the way, and lengthens its sequences.
+"""Appends the keys and values of new tokens to a KV cache, quantises them on the way, and lengthens its sequences.
 
-This file is a complete Triton module without hooks: it is used as it stands. A contiguous cache counts as a paged one
-in which sequence b has one page, the page b, as large as the cache is long.
+This file is a complete Triton module without hooks: it is used as it stands. A contiguous cache counts as a paged one:
+sequence b has one page, the page b, which holds as many tokens as the cache.
 """
 
 import triton
 import triton.language as tl
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: near it, float32 numbers are the integers
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: float32 numbers of this size are integers
 
 
 @triton.jit
@@ -32,8 +32,9 @@ def store_rows(
 ):  # fmt: skip
     """Stores x [BLOCK_R, BLOCK_D] as `rows` of a cache where `taken`.
 
-    `scales` is None, or divides: [Hkv], or with DYNAMIC the place for one scale per row, found here, with which the
-    largest element becomes LARGEST. A row of zeros has scale 1. A row that is not finite has scale NaN.
+    `scales` is None, or has the numbers [Hkv] that divide x. With DYNAMIC it is the place for one scale per row. This
+    function computes that scale: it makes LARGEST of the largest element. A row of zeros has scale 1. A row that is not
+    finite has scale NaN.
     """
     if scales is not None:
         x = x.to(tl.float32)
@@ -54,7 +55,7 @@ def store_rows(
     tl.store(pointers, x.to(base.dtype.element_ty), mask=taken[:, None] & (offs_d[None, :] < HEAD_DIM))
 
 
-# Nothing but the last strides is specialised, which are 1: no length makes another kernel.
+# Only the last strides are specialised, and they are 1. So all lengths have the same kernel.
 @triton.jit(
     do_not_specialize=[
         "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt", "num_tokens", "num_kv_heads",
@@ -72,11 +73,11 @@ def append(
     """Appends tokens at `kv_lens`. Grid: (B * cdiv(Hkv * T, BLOCK_R),).
 
     k [B, Hkv, T, D], v [B, Hkv, T, Dv], key [num_pages, Hkv, page_size, D], value [num_pages, Hkv, page_size, Dv],
-    k_scale and v_scale as in `store_rows`, page_table [B, max_pages] or None, kv_lens [B]. Sequence b takes T tokens;
-    if `bounded`, as many of them as bring it to limits [B]. `arrivals` [B] is 0 before and after.
+    k_scale and v_scale as in `store_rows`, page_table [B, max_pages] or None, kv_lens [B]. Sequence b takes T tokens.
+    If `bounded`, it takes tokens only until its length is limits[b]. `arrivals` [B] is 0 before and after.
 
-    All programs of a sequence read its length. The last one to arrive at the end writes the new length, so that none
-    reads that.
+    All programs of a sequence read its length. The last program to arrive at the end writes the new length, so no
+    program reads the new one.
     """
     num_rows = num_tokens * num_kv_heads
     num_programs = tl.cdiv(num_rows, BLOCK_R)
@@ -89,7 +90,7 @@ def append(
     k_rows = load_rows(new_k, b, head, token, inside, HEAD_DIM, BLOCK_D, ALIGNED)
     v_rows = load_rows(new_v, b, head, token, inside, V_HEAD_DIM, BLOCK_DV, ALIGNED)
 
-    # Whatever the numbers on the device are, nothing is written outside the cache.
+    # Wrong lengths on the device must not lead to a write outside the cache.
     capacity = max_pages * page_size
     start = tl.minimum(tl.maximum(tl.load(kv_lens + b), 0), capacity)
     limit = tl.where(bounded != 0, tl.minimum(tl.load(limits + b), capacity), capacity)

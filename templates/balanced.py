@@ -1,11 +1,11 @@
 """A balanced schedule: this `attend_items` takes the place of the one in `decode.py`.
 
-The blocks of all sequences and KV heads form one line of slots, the same for each row tile, so that the tiles of a head
-read the same keys at the same time. A worker takes an equal run of it: the end of one item, some whole items, the
-beginning of another one. It has two places for partial results, for an item that it continues and for one that it
-begins. `item_parts` [batch, num_kv_heads, 2] tells the second pass which worker begins an item and how many take part.
-A sequence has at most `max_weight` slots per head, which keeps their number in 32 bits. MANY: there are more than
-BLOCK_B sequences, so they are weighed in chunks. Grid: (workers, row tiles).
+The blocks of all sequences and KV heads form one line of slots. Each row tile has the same line, so the tiles of a head
+read the same keys at the same time. Each worker takes an equal run of the line: the end of one item, some whole items,
+the beginning of another one. It has two places for partial results: one for an item that it continues, one for an item
+that it begins. `item_parts` [batch, num_kv_heads, 2] tells the second pass which worker begins an item and how many
+workers take part. A sequence has at most `max_weight` slots per head, so that the number of all slots fits into 32
+bits. MANY: the slots are counted in chunks of BLOCK_B sequences, not all at once. Grid: (workers, row tiles).
 """
 
 import triton
@@ -21,15 +21,16 @@ def _numbers(SIZE: tl.constexpr):
 
 @triton.jit
 def _sums_before(weights):
-    """The sum of all weights in front of each."""
+    """For each weight, the sum of the weights before it."""
     return tl.cumsum(weights, 0) - weights
 
 
 @triton.jit
 def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.constexpr):
-    """How many blocks an item of each sequence is about to visit, int32; 0 where there is none, which is exact.
+    """Estimates how many blocks an item of each sequence visits, int32; 0 only for one without keys or query tokens.
 
-    An estimate, from the newest token and the outer heads: it decides who does the work, never which work is done.
+    The estimate uses the newest token and the first and last query head. It decides which worker visits a block. It
+    does not decide whether a block is visited.
     """
     b = tl.minimum(sequences, schedule.batch - 1)
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
@@ -59,7 +60,7 @@ def _find_slot(slot, sequences, starts, weights):
 
 @triton.jit
 def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexpr):
-    """As _find_slot, among all sequences; also how many slots there are in all."""
+    """As _find_slot, but among all sequences; also gives the number of all slots."""
     zero = tl.zeros((), tl.int32)
     found, first, weight, total = zero, zero, zero, zero
     for chunk in tl.range(0, schedule.batch, C.BLOCK_B):
@@ -76,7 +77,7 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
 
 @triton.jit
 def attend_items(keys, values, call, schedule, C: tl.constexpr):
-    """What one worker does: its run of slots, item by item."""
+    """Attends the run of slots of one worker, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
         gdc_wait()

@@ -1,8 +1,9 @@
-"""KV blocks from the lists of a BlockMask: takes the place of the functions of the same name in decode.py.
+"""KV blocks from the lists of a BlockMask: these functions take the place of those of the same name in decode.py.
 
 `block_lists` is (tables, stride_b, stride_h, num_q, q_block, num_blocks). `tables` [B, Hkv, rows, 4 * num_blocks + 2]
-int32 has for each row of the mask: how many full blocks come before each block (num_blocks + 1 numbers), how many
-partial ones do, the full blocks in ascending order, and the partial ones. A stride of 0 shares them.
+int32 has four parts for each row of the mask: the number of full blocks before each block (num_blocks + 1 numbers), the
+same of partial blocks, the full blocks in ascending order, and the partial blocks in ascending order. A stride of 0
+means that sequences or heads share the tables.
 """
 
 from collections import namedtuple
@@ -13,10 +14,10 @@ from decode import kv_bounds, live_spans, span_blocks
 
 # The lists of all rows of a mask, as above.
 BlockLists = namedtuple("BlockLists", "tables stride_b stride_h num_q q_block num_blocks")
-# The blocks that a tile visits, in place of `Runs`. `whole_row`: its tokens lie in one row of the mask, so its lists
-# hold. They start at `lists`, among `num_blocks` blocks. `first_full` and `first_partial` count the blocks before the
-# first one within the bounds, which is `start`. `end_block` is the block that the sequence ends in. It comes first of
-# the partial blocks if it is listed as full, which `num_end` counts.
+# The blocks that a tile visits, in place of `Runs`. `whole_row`: the tokens of the tile lie in one row of the mask, so
+# the lists of this row hold. They start at `lists` and describe `num_blocks` blocks. `start` is the first block within
+# the bounds; `first_full` and `first_partial` count the blocks before it. The sequence ends in `end_block`. If that
+# block is listed as full, it is visited first among the partial blocks and `num_end` is 1, else `num_end` is 0.
 Listed = namedtuple(
     "Listed", "num_full num_partial whole_row lists num_blocks first_full first_partial num_end end_block start"
 )
@@ -49,7 +50,7 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
         end = tl.maximum(end, hi)
     end = tl.where((q_high >= 0) & (q_low < num_q), tl.minimum(end, num_blocks.to(tl.int32)), 0)
     start = tl.minimum(start, end)
-    # The block that the sequence ends in is not full, whatever the lists say.
+    # The sequence ends inside this block, so the block is not full even if the lists say so.
     end_block = tl.maximum(tl.minimum(tile.kv_len // C.BLOCK_N, end), start)
 
     full_before = table.tables + lists
@@ -68,14 +69,14 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
 
 @triton.jit
 def full_block(runs, number):
-    """The full block with this number, asked for a step ahead, so `number` may be past the last one."""
+    """The full block with this number. The caller asks one step ahead, so `number` may be past the last one."""
     order = runs.lists + 2 * (runs.num_blocks + 1) + runs.first_full
     return tl.load(order + number, mask=number < runs.num_full, other=0)
 
 
 @triton.jit
 def partial_block(runs, number):
-    """The partial block with this number: the one that the sequence ends in comes first."""
+    """The partial block with this number. If `end_block` is listed as full, it comes first."""
     in_list = runs.whole_row & (number >= runs.num_end) & (number < runs.num_partial)
     order = runs.lists + 3 * runs.num_blocks + 2
     block = tl.load(order + tl.where(in_list, runs.first_partial + number - runs.num_end, 0))

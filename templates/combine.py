@@ -1,4 +1,4 @@
-"""The second pass: merges the partial results of a row. No mod has a part in it, so its text is the same for all."""
+"""The second pass: merges the partial results of a row. It calls no mod, so its text is the same for all mods."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def decode_combine(
 ):  # fmt: skip
     """Second pass: merges the partial outputs of one row. Grid: (B * Hq * Q, cdiv(Dv, BLOCK_DV)).
 
-    BALANCED, it leaves alone what one worker did as a whole, and writes the rows of sequences that nobody visits.
+    If BALANCED, it skips items that one worker computed alone, and writes the rows of sequences that no worker visits.
     """
     NUM_ROWS: tl.constexpr = GROUP_SIZE * NUM_QUERIES
     NUM_TILES: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M

@@ -1,20 +1,20 @@
 """Split-KV decode attention: every program attends one tile of query rows to one run of the KV cache.
 
 This file is a complete Triton module: it imports, compiles and runs as it stands, and computes plain attention. The
-first functions are hooks with identity bodies: the generator writes the text of a user's mods into them. Other files
-have functions that take the place of some of these: for pages, descriptors, lists of blocks and another schedule.
+first functions are hooks with identity bodies: the generator writes the text of a user's mods into them. Functions of
+other files take the place of some functions here: for pages, descriptors, lists of blocks and another schedule.
 
-Two kernels make a call. `decode_split` keeps the online softmax (Milakov and Gimelshein, arXiv:1805.02867) of a run of
-KV blocks; with one split it writes the output, else a partial output with the largest score and the sum of weights of
-each row. `decode_combine`, in combine.py, merges the partials of a row. Both are launched with programmatic dependent
-launch where the target has it, so every program waits (`gdc_wait`) before it touches any global memory.
+A call has up to two kernels. `decode_split` keeps the online softmax (Milakov and Gimelshein, arXiv:1805.02867) of a
+run of KV blocks. With one split it writes the output. With more it writes a partial output, and the largest score and
+the sum of weights of each row. `decode_combine`, in combine.py, merges the partial results of a row. Both use
+programmatic dependent launch if the target has it, so every program waits (`gdc_wait`) before it touches global memory.
 
-Rows: the `GROUP_SIZE * NUM_QUERIES` query rows that share a KV head are packed, row `r` is query head
+Rows: the `GROUP_SIZE * NUM_QUERIES` query rows that share a KV head are packed. Row `r` is query head
 `r // NUM_QUERIES` of the group and query token `r % NUM_QUERIES`.
 
-Which keys are read: a tile of rows has up to four *spans*, each from the first to the last key that an interval of
-`kv_bounds` has in any of its rows. Blocks that no span meets are not visited. In a block that is not wholly live, keys
-outside the spans are not loaded: they may hold anything, and no page entry leads to them.
+Which keys are read: a tile of rows has up to four *spans*, one for each interval of `kv_bounds`. A span goes from the
+first to the last key that the interval has in any row of the tile. A block that meets no span is not visited. In a
+partial block, keys outside the spans do not count: they may hold anything, and their page table entries are not read.
 """
 
 from collections import namedtuple
@@ -32,7 +32,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-# What a kernel is compiled for; `decode_split` says what each is.
+# What a kernel is compiled for. The docstring of `decode_split` says what each field is.
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
@@ -42,37 +42,37 @@ Constants = namedtuple(
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
 # Keys or values: where rows start, the descriptor or None, steps between sequences and heads, strides, and the scales.
 Cache = namedtuple("Cache", "start descriptor steps stride_n stride_d scales")
-# Where results go: the output and log-sum-exp of whole items, which may have sinks, and partial results.
+# Where results go: the output, the log-sum-exp and the sinks of whole items, and the partial results.
 Outputs = namedtuple(
     "Outputs",
     "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
-# Of all sequences: lengths, numbers of query tokens, positions of the first ones; and the greatest length.
+# Lengths of all sequences, their numbers of query tokens, positions of their first query tokens, the greatest length.
 Lengths = namedtuple("Lengths", "kv_lens q_lens q_offset max_kv_len")
-# What items are made of: sequences, splits of an item, and for balanced.py, which describes them, two things more.
+# The number of sequences, the splits of an item, and two fields that balanced.py uses and describes.
 Schedule = namedtuple("Schedule", "batch num_splits item_parts max_weight")
 # What the mods capture.
 Captures = namedtuple("Captures", "score mask")
-# What items are computed from besides keys and values, and where their results go.
+# What items are computed from, except keys and values, and where their results go.
 Call = namedtuple("Call", "queries outputs lengths captures page_table block_lists scale")
-# A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. The result of a `whole`
-# item is the output, that of another one a partial result at `place`.
+# A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. A `whole` item writes the
+# output. Another item writes a partial result at `place`.
 Item = namedtuple("Item", "b kv_head tile start end parts place whole")
-# The rows of a tile [BLOCK_M]: lanes, numbers, whether there is such a row, its query head and token.
+# The rows of a tile [BLOCK_M]: lanes, row numbers, whether the row exists, its query head and token.
 Rows = namedtuple("Rows", "lanes rows valid head token")
-# What mods see of a tile, with what they computed for its rows.
+# What mods see of a tile, and what they computed for its rows.
 Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row")
 # Blocks `start .. end`, of which `full_start .. full_end` are full.
 Range = namedtuple("Range", "start end full_start full_end")
-# The blocks that a tile visits: how many full and partial ones there are, and the ranges in which they lie.
+# The blocks that a tile visits: the number of full ones and of partial ones, and the ranges in which they lie.
 Runs = namedtuple("Runs", "num_full num_partial ranges")
-# Which keys an item reads: the blocks of its tile, those of them in its share by number, the spans, and the page table.
+# Which keys an item reads: the blocks of its tile, the spans, the page table, and its block numbers `first .. last`.
 Visit = namedtuple("Visit", "runs spans page_table first last")
-# A block of keys: the first one, and the pages on which they lie.
+# A block of keys: its first key, and the pages on which the keys lie.
 Block = namedtuple("Block", "start_n pages")
 # The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
-# all columns, or even and odd columns of a cache in pairs, in units of `v_unit`, which is the largest weight of a row
-# so far where values have scales of their own.
+# all columns, or the even and the odd columns if the cache is loaded in pairs. It is in units of `v_unit`: the largest
+# weight of a row so far if each value has its own scale, else 1.
 State = namedtuple("State", "m_i l_i v_unit acc")
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ def score_row(b, h, q_idx, captures):
 
 @triton.jit
 def score_fetch(live, b, h, q_idx, kv_idx, row, captures):
-    """What score_mod reads from memory for each key: loads, whose latency passes while the scores are computed.
+    """What score_mod reads from memory for each key. These loads run while the scores are computed.
 
-    `live` is as in mask_mod, None where every key attends.
+    `live` is as in mask_mod, or None if every key attends.
     """
     return ()
 
@@ -126,11 +126,11 @@ def mask_mod(live, b, h, q_idx, kv_idx, row, captures):
 
 @triton.jit
 def fetch(pointers, inside):
-    """Loads captured values where `inside`, which may be None for everywhere; elsewhere what is loaded is 0.
+    """Loads captured values where `inside`, and gives 0 elsewhere; if `inside` is None, it loads them everywhere.
 
-    The branch is always taken. It keeps Triton from pipelining the load: single values would be copied to shared memory
-    stages ahead, at a higher price than the latency that is saved. That there are two loads keeps the conversion to
-    another layout, which waits for the value, out of the branch.
+    The condition of the branch is always true. The branch keeps Triton from pipelining the load: Triton would copy
+    single values to shared memory some stages ahead, which costs more than it saves. Both sides of the branch load, so
+    that the conversion to another layout stays outside the branch: the conversion waits for the value.
     """
     if inside is None:
         if tl.program_id(0) >= 0:
@@ -148,7 +148,7 @@ def fetch(pointers, inside):
 
 @triton.jit
 def find_pages(page_table, b, start_n, spans, C: tl.constexpr):
-    """Where in a paged cache the keys from `start_n` on lie; read a step ahead of the keys themselves."""
+    """The pages of the keys from `start_n` on, read one step before the keys; a contiguous cache has none."""
     return ()
 
 
@@ -172,7 +172,7 @@ def rectangle(start, block, steps, C: tl.constexpr):
 
 @triton.jit
 def kv_start(base, b, kv_head, steps):
-    """Where the rows of one KV head start, from `steps` (stride_b, stride_h): the address of its first row."""
+    """The address of the first row of one KV head; `steps` are (stride_b, stride_h)."""
     return base + owner(b).to(tl.int64) * steps[0] + kv_head.to(tl.int64) * steps[1]
 
 
@@ -183,7 +183,7 @@ def load_kv(
 ):  # fmt: skip
     """Loads columns `COLUMN .. COLUMN + COLUMNS` of the rows of a block; zeros from column WIDTH on.
 
-    CHECKED reads zeros outside of `spans`.
+    CHECKED gives zeros outside `spans`.
     """
     offs_d = COLUMN + tl.arange(0, COLUMNS)
     rows = row_offsets(block, cache.steps[0], cache.stride_n, C)
@@ -220,7 +220,7 @@ def live_span(interval, kv_len):
     lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
     hi = tl.minimum(hi, kv_len)
     if len((lo + hi).shape) > 0:
-        # A row that attends nowhere must not stretch the span.
+        # A row without a live key must not widen the span.
         hi = tl.where(lo < hi, hi, 0)
         lo = tl.min(tl.where(lo < hi, lo, 1 << 30))
         hi = tl.max(hi)
@@ -229,7 +229,7 @@ def live_span(interval, kv_len):
 
 @triton.jit
 def live_spans(live, kv_len, NUM_LIVE: tl.constexpr):
-    """The spans (lo, hi) of a tile. They may overlap, and come in any order."""
+    """The spans (lo, hi) of a tile. They may overlap and may be in any order."""
     spans = (live_span(live[0], kv_len),)
     for i in tl.static_range(1, 4 if NUM_LIVE > 2 else NUM_LIVE):
         spans = spans + (live_span(live[i], kv_len),)  # noqa: RUF005
@@ -256,7 +256,7 @@ def meets_spans(start_n, spans, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def inside_a_span(start_n, spans, BLOCK_N: tl.constexpr):
-    """Whether one span has all keys of the block at `start_n`."""
+    """Whether one span holds all keys of the block at `start_n`."""
     inside = (start_n >= spans[0][0]) & (start_n + BLOCK_N <= spans[0][1])
     for i in tl.static_range(1, len(spans)):
         inside = inside | ((start_n >= spans[i][0]) & (start_n + BLOCK_N <= spans[i][1]))
@@ -284,7 +284,7 @@ def full_blocks(interval, kv_len, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def order(a, b):
-    """Two ranges (start, end), the one that starts first in front."""
+    """Sorts two ranges (start, end) by their starts."""
     swap = b[0] < a[0]
     first = tl.where(swap, b[0], a[0]), tl.where(swap, b[1], a[1])
     return first, (tl.where(swap, a[0], b[0]), tl.where(swap, a[1], b[1]))
@@ -292,14 +292,14 @@ def order(a, b):
 
 @triton.jit
 def after(a, b):
-    """What range `b` has after the end of range `a`, which starts first."""
+    """The part of range `b` after the end of range `a`; `a` starts first."""
     start = tl.maximum(b[0], a[1])
     return start, tl.maximum(start, b[1])
 
 
 @triton.jit
 def full_part(span, full, kv_len, C: tl.constexpr):
-    """A range with the longest piece that one of the full intervals has in it; at its start if there is none."""
+    """A range, and its longest piece inside one of the full intervals; an empty piece at its start if there is none."""
     start, end = span
     best_start = start
     best_end = start
@@ -315,7 +315,7 @@ def full_part(span, full, kv_len, C: tl.constexpr):
 
 @triton.jit
 def next_run(block, end, start):
-    """Continues at `start` with what goes past `end`."""
+    """The block itself if it is before `end`, else the block as far after `start` as it is after `end`."""
     return tl.where(block < end, block, block - end + start)
 
 
@@ -323,7 +323,7 @@ def next_run(block, end, start):
 def block_runs(tile, block_lists, captures, C: tl.constexpr):
     """The blocks that a tile visits, and its spans.
 
-    The ranges are disjoint and ascending, each a run of partial blocks, one of full and one of partial ones.
+    The ranges are disjoint and ascending. Each has partial blocks, then full blocks, then partial blocks.
     """
     live, full = kv_bounds(tile.b, tile.h, tile.q_idx, captures.score, captures.mask)
     spans = live_spans(live, tile.kv_len, C.NUM_LIVE)
@@ -341,7 +341,7 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
         r1 = after(r0, r1)
         r2 = after(r1, r2)
         r3 = after(r2, r3)
-        # No loop: Triton 3.6 forgets the names of records in a sum of tuples.
+        # There is no loop here because Triton 3.6 forgets the field names of records in a sum of tuples.
         ranges = (
             full_part(r0, full, tile.kv_len, C),
             full_part(r1, full, tile.kv_len, C),
@@ -392,7 +392,7 @@ def read_length(lengths, b, limit):
 
 @triton.jit
 def first_position(q_offset, b, kv_len, q_len):
-    """Position of the first query token: int64 if the caller gives it, else the end of the sequence."""
+    """Position of the first query token: int64 from the caller, else such that the last query token is the last key."""
     if q_offset is not None:
         return (tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset).to(tl.int64)
     else:
@@ -404,9 +404,9 @@ def first_position(q_offset, b, kv_len, q_len):
 
 @triton.jit
 def unpack(pairs, KIND: tl.constexpr):
-    """The even and the odd columns of a quantised tile whose columns were loaded two by two, as int16: exact float16.
+    """The even and the odd columns of a quantised tile that was loaded as int16, two columns in one: exact float16.
 
-    A tensor core takes pairs of rows of V. Words of two columns can be transposed on their way to it, bytes cannot.
+    A tensor core takes pairs of rows of V. Words of two columns can be transposed on the way to it. Bytes cannot.
     """
     if KIND == "fp8e4nv":
         ASM: tl.constexpr = """{
@@ -441,7 +441,7 @@ def unpack(pairs, KIND: tl.constexpr):
 
 @triton.jit
 def power_of_two(x):
-    """The largest power of two that is not above |x|; 1 where x is 0 or too small for that."""
+    """The largest power of two that is at most |x|; 1 where x is 0 or subnormal."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(power == 0.0, 1.0, power)
 
@@ -451,7 +451,7 @@ def power_of_two(x):
 
 @triton.jit
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
-    """The products of all query rows and keys of a block [BLOCK_M, BLOCK_N], float32; and the keys as loaded."""
+    """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
     k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
     if C.PAIRED is not None:
@@ -524,7 +524,7 @@ def attend_block(
 
 @triton.jit
 def numbered_block(runs, number, CHECKED: tl.constexpr):
-    """The full block with this number, or, CHECKED, the partial one."""
+    """The full block with this number; if CHECKED, the partial block."""
     if CHECKED:
         return partial_block(runs, number)
     else:
@@ -535,7 +535,7 @@ def numbered_block(runs, number, CHECKED: tl.constexpr):
 def attend_blocks(
     state, q, q_rest, keys, values, scale, first, last, visit, tile, captures, CHECKED: tl.constexpr, C: tl.constexpr
 ):
-    """The full blocks with the numbers `first .. last`, or, CHECKED, the partial ones."""
+    """Attends the full blocks with the numbers `first .. last`; if CHECKED, the partial blocks."""
     place = numbered_block(visit.runs, first, CHECKED)
     pages = find_pages(visit.page_table, tile.b, place * C.BLOCK_N, visit.spans, C)
     for i in tl.range(first if CHECKED else tl.minimum(first, visit.runs.num_full), last):
@@ -560,7 +560,7 @@ def item_scale(scales, b, kv_head):
 
 @triton.jit
 def across(x):
-    """Numbers of rows [BLOCK_M] as a column; the number of one row as it is."""
+    """Makes a column of the numbers of rows [BLOCK_M]; the number of one row stays as it is."""
     if len(x.shape) > 0:
         return x[:, None]
     else:
@@ -571,8 +571,8 @@ def across(x):
 def finish_rows(acc, m_i, l_i, sinks, head, token, num_tokens, q_lens):
     """The output and the log-sum-exp of rows, from all keys that they attend to.
 
-    A sink joins the softmax without a value. A row without a live key has l_i = 0: its output is 0 and its log-sum-exp
-    -inf, like those of rows past `num_tokens`. A score of +inf makes the log-sum-exp +inf; its weight is NaN.
+    A sink adds a weight to the softmax, but no value. Rows past `num_tokens`, and rows with neither a live key nor a
+    sink, have output 0 and log-sum-exp -inf. A score of +inf makes the log-sum-exp +inf and the output NaN.
     """
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32)
@@ -596,17 +596,17 @@ def query_rows(start, lanes, kv_head, C: tl.constexpr):
     NUM_ROWS: tl.constexpr = C.GROUP_SIZE * C.NUM_QUERIES
     rows = start + lanes
     valid = rows < NUM_ROWS
-    # So whatever is proven of valid rows holds for all lanes.
+    # All lanes now have valid rows, so what is proven of valid rows holds for all lanes.
     rows = tl.minimum(rows, NUM_ROWS - 1)
     return Rows(lanes, rows, valid, kv_head * C.GROUP_SIZE + rows // C.NUM_QUERIES, rows % C.NUM_QUERIES)
 
 
 @triton.jit
 def make_tile(item, rows, lengths, captures, C: tl.constexpr):
-    """What mods see of a tile, and how many query tokens its sequence has."""
+    """What mods see of a tile, and the number of query tokens of its sequence."""
     b, h = item.b, rows.head[:, None]
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
-    # One query token: one position for the whole tile, a scalar, so that bounds need no reduction over rows.
+    # With one query token the whole tile has one position. It is a scalar, so bounds need no reduction over rows.
     offset = rows.token[:, None] if C.NUM_QUERIES > 1 else 0
     num_tokens = read_length(lengths.q_lens, b, C.NUM_QUERIES)
     counted = num_tokens
@@ -621,7 +621,7 @@ def make_tile(item, rows, lengths, captures, C: tl.constexpr):
 
 @triton.jit
 def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
-    """The numbers of the blocks that an item's share has: its full blocks come first, then its partial ones."""
+    """The numbers (first, last) of the blocks in an item's share. Full blocks have lower numbers than partial ones."""
     first = 0
     last = runs.num_full + runs.num_partial
     if q_lens is not None:
@@ -643,7 +643,7 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 
 @triton.jit
 def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.constexpr):
-    """Writes columns `offs_dv` of the output of a whole item, and its `lse` if not None, else of its partial result."""
+    """Writes columns `offs_dv` of a partial result, or of the output of a whole item, with `lse` unless it is None."""
     outputs, q_lens = call.outputs, call.lengths.q_lens
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
@@ -656,7 +656,7 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.c
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
-    if C.BALANCED or not C.SPLIT:  # `whole` is no constant in a group of warps of Triton 3.6
+    if C.BALANCED or not C.SPLIT:  # in Triton 3.6, `whole` is not a constant in a group of warps
         if item.whole:
             result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
             out_row = row_start(outputs.out, outputs, item.b, rows)
@@ -676,9 +676,9 @@ def row_start(base, strides, b, rows):
 
 @triton.jit
 def load_query(row, queries, C: tl.constexpr):
-    """The query rows at addresses `row` in one or two parts [BLOCK_M, columns], and a factor of each row or 1.
+    """The query rows at addresses `row` in one or two parts [BLOCK_M, columns], and a factor for each row or 1.
 
-    The parts are the first columns and the rest, or even and odd columns where a cache is loaded in pairs.
+    The parts are the first columns and the rest, or even and odd columns if the cache is loaded in pairs.
     """
     row = row[:, None]
     unit = 1.0
@@ -687,7 +687,7 @@ def load_query(row, queries, C: tl.constexpr):
         q = tl.load(row + offs_d * queries.stride_d, mask=offs_d < C.HEAD_DIM, other=0.0)
         q_rest = tl.load(row + (offs_d + 1) * queries.stride_d, mask=offs_d < C.HEAD_DIM, other=0.0)
         if q.dtype != tl.float16:
-            # Each row in units of its own, so that float16 holds it.
+            # Each row gets its own unit, so that float16 can hold it.
             unit = power_of_two(tl.max(tl.maximum(tl.abs(q), tl.abs(q_rest)).to(tl.float32), 1))[:, None]
             q = (q.to(tl.float32) / unit).to(tl.float16)
             q_rest = (q_rest.to(tl.float32) / unit).to(tl.float16)
@@ -754,7 +754,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
 
 @triton.jit
 def attend_items(keys, values, call, schedule, C: tl.constexpr):
-    """What one program does: the share `program_id(1)` of an item."""
+    """Attends the share of one program: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
     NUM_TILES: tl.constexpr = (C.GROUP_SIZE * C.NUM_QUERIES + C.BLOCK_M - 1) // C.BLOCK_M
     head = tl.program_id(0) // NUM_TILES
@@ -778,15 +778,15 @@ def decode_split(
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     UNIT_OUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or that of balanced.py if it is BALANCED.
+    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or the one of balanced.py if BALANCED.
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B] or None, q_offset a
-    number, a [B] pointer or None, page_table empty or (pointer, stride_b, num_pages), block_lists empty (block_lists.py
-    says what else), key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
-    stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses; the mask is
-    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PAIRED
-    names the dtype of a quantised cache whose columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1.
+    number, a [B] pointer or None, page_table empty or (pointer, stride_b, num_pages), block_lists empty or as in
+    block_lists.py, key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
+    stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is
+    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PAIRED is the
+    dtype of a quantised cache if its columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.

@@ -1,4 +1,4 @@
-"""Elementwise functions that generated mods call; those that a kernel uses are copied into its module."""
+"""Elementwise functions that generated mods call. A kernel's module gets a copy of those that it uses."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def float8_e4m3fn(x):
-    """The float32 number with the float8_e4m3fn bits `x`, uint8: those of a float16 that is 2**8 times smaller."""
+    """The float32 number with the float8_e4m3fn bits `x`, uint8. A float16 with these bits is 2**8 times smaller."""
     bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
     number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return tl.where((x & 0x7F) == 0x7F, float("nan"), number)
@@ -14,13 +14,13 @@ def float8_e4m3fn(x):
 
 @triton.jit
 def float8_e5m2(x):
-    """The float32 number with the float8_e5m2 bits `x`, uint8: the upper half of a float16."""
+    """The float32 number with the float8_e5m2 bits `x`, uint8. They are the upper half of a float16."""
     return (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def floor_divide_int(a, b):
-    """Integer division rounding to minus infinity, as in Python; by zero it gives 0."""
+    """Integer division that rounds to minus infinity, as in Python; division by zero gives 0."""
     divisor = b + (b == 0).to(b.dtype)
     quotient = a // divisor
     quotient = tl.where((a % divisor != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
@@ -29,27 +29,27 @@ def floor_divide_int(a, b):
 
 @triton.jit
 def remainder_int(a, b):
-    """Integer remainder with the sign of the divisor, as in Python; by zero it gives 0."""
+    """Integer remainder with the sign of the divisor, as in Python; a divisor of zero gives 0."""
     rest = fmod_int(a, b)
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
 
 
 @triton.jit
 def fmod_int(a, b):
-    """Integer remainder with the sign of the dividend; by zero it gives 0."""
+    """Integer remainder with the sign of the dividend; a divisor of zero gives 0."""
     return a % (b + (b == 0).to(b.dtype))
 
 
 @triton.jit
 def shift_left(a, b):
-    """a << b; an amount that is negative or not less than the width gives 0, as in PyTorch."""
+    """a << b; if b is negative or at least the width of a, the result is 0, as in PyTorch."""
     inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
     return tl.where(inside, a << tl.where(inside, b, b * 0), a * 0)
 
 
 @triton.jit
 def shift_right(a, b):
-    """a >> b; an amount that is negative or not less than the width leaves the sign, as in PyTorch."""
+    """a >> b; if b is negative or at least the width of a, only the sign is left, as in PyTorch."""
     inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
     return tl.where(inside, a >> tl.where(inside, b, b * 0), a * 0 - (a < 0).to(a.dtype))
 
@@ -66,12 +66,12 @@ def fmod_float(a, b):
     dividend = tl.abs(a).to(tl.float64)
     divisor = tl.abs(b).to(tl.float64)
     quotient = tl.floor(dividend / divisor)
-    if a.dtype == tl.float64:  # in two halves, whose products are exact
+    if a.dtype == tl.float64:  # split into two halves; their products are exact
         head = (divisor.to(tl.int64, bitcast=True) & -134217728).to(tl.float64, bitcast=True)
         rest = (dividend - quotient * head) - quotient * (divisor - head)
     else:
         rest = dividend - quotient * divisor
-    # One step corrects the rounding of the quotient; a small dividend stays, whatever the divisor.
+    # One step corrects the rounding of the quotient. A dividend smaller than the divisor is the remainder.
     rest = tl.where(rest < 0, rest + divisor, tl.where(rest >= divisor, rest - divisor, rest))
     rest = tl.where(dividend < divisor, dividend, rest).to(a.dtype)
     return tl.where(a < 0, -rest, rest)
@@ -86,7 +86,7 @@ def remainder_float(a, b):
 
 @triton.jit
 def floor_divide_float(a, b):
-    """Division rounding to minus infinity; from the exact remainder, so that 1.0 // 0.2 is 4.0, as in Python."""
+    """Division that rounds to minus infinity. It uses the exact remainder: 1.0 // 0.2 is 4.0, as in Python."""
     rest = fmod_float(a, b)
     quotient = round_half_even((a - rest) / b)
     quotient = tl.where((rest != 0) & ((rest < 0) != (b < 0)), quotient - 1.0, quotient)
@@ -95,7 +95,7 @@ def floor_divide_float(a, b):
 
 @triton.jit
 def pow_float(a, b):
-    """a ** b; a finite negative base takes an integral exponent only."""
+    """a ** b; a finite negative base with a fractional exponent gives NaN."""
     size = power_of_size(tl.abs(a), b)
     odd = tl.floor(b * 0.5) * 2 != b
     integral = tl.floor(b) == b
@@ -103,18 +103,18 @@ def pow_float(a, b):
     root = tl.where((a == 0) | (tl.abs(a) == float("inf")), root, float("nan"))
     signed = tl.where(integral, tl.where(odd, -size, size), root)
     power = tl.where(signbit(a), signed, size)
-    # Conditions of a scalar and of a tile are not joined by `|`: Triton's interpreter cannot.
+    # `|` cannot join the condition of a scalar and that of a tile in Triton's interpreter.
     power = tl.where(a != a, a, tl.where(b != b, b, power))
     return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, power))
 
 
 @triton.jit
 def power_of_size(a, b):
-    """a ** b of a >= 0 as 2 ** (b * log2(a)), whose exponent has to be more exact than float32."""
+    """a ** b for a >= 0, as 2 ** (b * log2(a)). The exponent has to be more exact than float32."""
     if a.dtype == tl.float64:
         power = tl.exp2(b * tl.log2(a))
     else:
-        # a = m * 2**e with m in [sqrt(1/2), sqrt(2)); log2(m) by the series of atanh in (m - 1) / (m + 1).
+        # a = m * 2**e with m in [sqrt(1/2), sqrt(2)). The series of atanh in (m - 1) / (m + 1) gives log2(m).
         subnormal = a < 1.1754943508222875e-38
         bits = tl.where(subnormal, a * 16777216.0, a).to(tl.int32, bitcast=True)
         e = (bits - 0x3F3504F3) >> 23
@@ -128,7 +128,7 @@ def power_of_size(a, b):
         whole = tl.floor(y + 0.5)
         rest = tl.exp2((y - whole).to(tl.float32))
         whole = whole.to(tl.float32)
-        half = tl.floor(whole * 0.5)  # 2**whole itself may overflow where the power does not
+        half = tl.floor(whole * 0.5)  # 2**whole may overflow even if the power does not
         power = rest * tl.exp2(half) * tl.exp2(whole - half)
         power = tl.where(a == 0, tl.where(b < 0, float("inf"), 0.0), power)
         power = tl.where(a == float("inf"), tl.where(b < 0, 0.0, float("inf")), power)
@@ -137,8 +137,8 @@ def power_of_size(a, b):
 
 @triton.jit
 def pow_int(a, b):
-    """a ** b by squaring, modulo the width; a negative exponent gives 0 but for 1 and -1, as in PyTorch."""
-    # Past 63 anything but 0, 1 and -1 overflows, and for those the parity decides.
+    """a ** b by squaring. A negative exponent gives 0, except for the bases 1 and -1, as in PyTorch."""
+    # With an exponent above 63, every base except 0, 1 and -1 overflows. For those, the parity decides.
     exponent = tl.where((b < 0) | (b > 63), 62 + (b & 1), b)
     result = a * 0 + b * 0 + 1
     factor = a + b * 0
@@ -162,7 +162,7 @@ def minimum(a, b):
 
 @triton.jit
 def fmax(a, b):
-    """The larger value; NaN only if both are NaN (`tl.maximum` differs there from one Triton to another)."""
+    """The larger value; NaN only if both are NaN. `tl.maximum` treats NaN differently in different Triton releases."""
     larger = tl.where(a > b, a, b)  # b where one is NaN
     return tl.where(larger == larger, larger, tl.where(b > a, b, a))
 
@@ -182,7 +182,7 @@ def sign(x):
 
 @triton.jit
 def expm1(x):
-    """e**x - 1 (Kahan: (u - 1) * x / log(u) with u = e**x, in which the error of u cancels)."""
+    """e**x - 1 (Kahan: (u - 1) * x / log(u) with u = e**x; the error of u cancels)."""
     u = tl.exp(x)
     scaled = (u - 1.0) * (x / tl.log(u))
     return tl.where(u == 1.0, x, tl.where((u < 1e-20) | (u == float("inf")), u - 1.0, scaled))
@@ -190,7 +190,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), exact for small x: log(u) with u = 1 + x, less what its rounding added."""
+    """log(1 + x), exact for small x: log(u) with u = 1 + x, corrected by the rounding error of u."""
     u = 1.0 + x
     exact = tl.log(u) - ((u - 1.0) - x) / u
     return tl.where((u == 0) | (u == float("inf")), tl.log(u), exact)
@@ -198,7 +198,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent from exp, exact to float32 rounding; an odd series near 0, where the quotient would cancel."""
+    """Hyperbolic tangent from exp, exact to float32 rounding; near 0 from an odd series, where exp would cancel."""
     t = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - t) / (1.0 + t)
     y = x * x
@@ -208,7 +208,7 @@ def tanh(x):
 
 @triton.jit
 def round_half_even(x):
-    """Rounds to the nearest integer, ties to even; from 2**23 on every float32 is an integer (float64: 2**52)."""
+    """Rounds to the nearest integer, ties to even; every float32 from 2**23 on is an integer (float64: 2**52)."""
     nearest = tl.floor(x + 0.5)
     past = nearest - x
     odd = tl.floor(nearest * 0.5) * 2 != nearest
@@ -225,7 +225,7 @@ def round_half_even(x):
 
 @triton.jit
 def signbit(x):
-    """Whether the sign is minus, also that of -0 and NaN."""
+    """Whether the sign bit is set; -0 and NaN can have it, too."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
     else:
@@ -235,18 +235,18 @@ def signbit(x):
 
 @triton.jit
 def copysign(x, sign):
-    """The size of `x` with the sign of `sign`."""
+    """|x| with the sign of `sign`."""
     return tl.where(signbit(sign), -tl.abs(x), tl.abs(x))
 
 
 @triton.jit
 def nextafter(a, b):
-    """The next number after a on the way to b."""
+    """The next floating-point number after a in the direction of b."""
     if a.dtype == tl.float64:
         bits = a.to(tl.int64, bitcast=True)
     else:
         bits = a.to(tl.int32, bitcast=True)
-    away = tl.where(a > 0, a < b, a > b)  # from zero
+    away = tl.where(a > 0, a < b, a > b)  # from a away from zero
     moved = tl.where(away, bits + 1, bits - 1).to(a.dtype, bitcast=True)
     smallest = (bits * 0 + 1).to(a.dtype, bitcast=True)
     moved = tl.where(a == 0, copysign(smallest, b), moved)

@@ -13,7 +13,7 @@ from decode import in_spans, owner, rectangle
 
 @triton.jit
 def kv_start(base, b, kv_head, steps):
-    """Row and column where the rows of one KV head start; `steps` are the rows and columns per b, then per head."""
+    """Row and column where one KV head starts; `steps` are the rows and columns per sequence, then per head."""
     rows_of_b, columns_of_b, rows_of_head, columns_of_head = steps
     b = owner(b)
     return b * rows_of_b + kv_head * rows_of_head, b * columns_of_b + kv_head * columns_of_head
@@ -24,7 +24,7 @@ def load_kv(
     cache, block, spans, COLUMN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows of a block as [BLOCK_N, COLUMNS]; CHECKED makes zeros of those outside `spans`."""
+    """Loads the rows of a block as [BLOCK_N, COLUMNS]; CHECKED replaces rows outside `spans` by zeros."""
     loaded = cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))
     if CHECKED:
         inside = in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)

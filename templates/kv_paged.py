@@ -1,9 +1,9 @@
 """KV loads from pages: these functions replace those of `decode.py`.
 
 A paged cache is `[num_pages, Hkv, page_size, D]`, and row b of `page_table` (pointer, stride_b, num_pages) lists the
-pages of sequence b. The table is read a step ahead, so that its latency passes while the block before is attended. Only
-entries of keys within the spans are read. One that names no page of the pool counts as page 0: whatever the table
-holds, nothing outside the pool is read.
+pages of sequence b. The table is read one step ahead, while the block before is attended, so no step waits for it. Only
+entries of keys within the spans are read. An entry that names no page of the pool counts as page 0, so a wrong table
+never leads to a read outside the pool.
 """
 
 import triton
@@ -13,8 +13,8 @@ from decode import in_spans, meets_spans
 
 @triton.jit
 def _in_pool(page, num_pages):
-    """A page of the pool, in place of a number that names none."""
-    UNSIGNED: tl.constexpr = tl.uint32 if page.dtype == tl.int32 else tl.uint64  # in which -1 is large
+    """The page itself if it is in the pool, else page 0."""
+    UNSIGNED: tl.constexpr = tl.uint32 if page.dtype == tl.int32 else tl.uint64  # -1 becomes a large number
     return tl.where(page.to(UNSIGNED, bitcast=True) < num_pages.to(UNSIGNED), page, 0)
 
 
@@ -41,7 +41,7 @@ def owner(b):
 @triton.jit
 def row_offsets(block, step, stride_n, C: tl.constexpr):
     """Where the keys of a block lie in a KV head, in elements [BLOCK_N]; `step` is the stride between pages."""
-    if C.BLOCK_N % C.PAGE_SIZE == 0:  # the same places in all blocks
+    if C.BLOCK_N % C.PAGE_SIZE == 0:  # all blocks have the same places
         place = tl.arange(0, C.BLOCK_N) % C.PAGE_SIZE
     else:
         place = (block.start_n + tl.arange(0, C.BLOCK_N)) % C.PAGE_SIZE

@@ -2,25 +2,27 @@
 
 It needs the loads of kv_descriptor.py. It also replaces the two functions of balanced.py that make layouts.
 
-It is Gluon, Triton's language with explicit layouts, because 64 rows with an accumulator of 512 columns fill a
-multiprocessor: its registers with the accumulator, its shared memory with the query and two blocks of latents. Each
-latent is loaded once and used three times, by groups of warps that work side by side:
+The file is written in Gluon, Triton's language with explicit layouts, because one tile of 64 rows fills a
+multiprocessor. The accumulator of 512 columns fills its registers. The query and two blocks of latents fill its shared
+memory. Each latent is loaded once and used three times, by groups of warps that work side by side:
 
 - one warp copies the next block while one is in use (`_copy_blocks`),
 - four warps compute the scores, the weights and the left half of the result (`_attend_left`),
 - four warps compute its right half with the same weights (`_attend_right`).
 
-A block has three parts: the columns of the left half, of the right half, and the rest, which only the scores need. Each
-part has a place for even and one for odd steps. Barriers, and who passes them on:
+A block has three parts: the columns of the left half, the columns of the right half, and the rest, which only the
+scores need. Each part has one place for even steps and one for odd steps. These are the barriers:
 
-- full (a part, a place): the copy has arrived; the left half waits, and the right half inherits it through `scaled`.
-- empty (a part, a place): its last reader is done; the copying warp waits. That is the left half for its own part, the
-  right half for the two others.
+- full (for each part and place): the copy has arrived. The left half waits for it. The right half waits for `scaled`,
+  which comes later.
+- empty (for each part and place): the last reader is done. The copying warp waits for it. The last reader is the left
+  half for its own part, the right half for the two others.
 - scaled: the left half has computed the scores and written `factors`, by which the results so far are multiplied.
-- ready: it has written the weights, at the end of a run the largest scores (`factors`) and the sums of weights.
-- taken: the right half is done with both, so the next step may write them.
+- ready: the left half has written the weights. At the end of a run it has written the largest scores (into `factors`)
+  and the sums of weights.
+- taken: the right half has used the factors and the weights, so the next step may overwrite them.
 
-The last three are passed once per step, the others once in two steps, so that a wait names the parity of that count.
+The last three barriers are passed once per step, the others once in two steps. A wait names the parity of that count.
 """
 
 import types
@@ -62,14 +64,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 try:
     from triton.experimental.gluon.language.nvidia.hopper.tma import async_load
-except ImportError:  # its name until Triton 3.6
+except ImportError:  # the name until Triton 3.6
     from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as async_load
 
 
 def _gluon_language():
     """`triton.language` with the functions of Gluon that make tensors, for the other functions of the module.
 
-    Triton knows it by its name, and does not ask what is in it.
+    Triton recognises the module by its name and does not look at its content.
     """
     language = types.ModuleType("triton.language")
     makers = ("arange", "full", "zeros", "zeros_like")
@@ -79,7 +81,7 @@ def _gluon_language():
 
 tl = _gluon_language()
 
-# How the rows of wide parts, those of the narrow part, parts in shared memory, and numbers there are laid out.
+# Layouts: rows of wide parts, rows of the narrow part, parts in shared memory, float32 numbers in shared memory.
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 LATENTS = gl.constexpr(gl.NVMMASharedLayout(128, 16))
@@ -93,7 +95,7 @@ Layouts = namedtuple("Layouts", "SCORES OUTPUT")
 
 @gluon.jit
 def _find_block(visit, i, C: gl.constexpr):
-    """The block with the number `i` of an item: first its full ones, then its partial ones."""
+    """The block with the number `i` of an item. The full blocks come first, then the partial ones."""
     block = partial_block(visit.runs, i - visit.runs.num_full)
     if C.NUM_FULL > 0:
         block = gl.where(i < visit.runs.num_full, full_block(visit.runs, i), block)
@@ -102,7 +104,7 @@ def _find_block(visit, i, C: gl.constexpr):
 
 @gluon.jit
 def _copy_blocks(wide, narrow, start, steps, memory, visit, b, C: gl.constexpr):
-    """Keeps all places filled."""
+    """Copies all blocks of an item into shared memory, each as soon as its places are empty."""
     latents, full, empty = memory.latents, memory.full, memory.empty
     HALF: gl.constexpr = latents[0].shape[2]
     for i in range(visit.first, visit.last):
@@ -128,7 +130,7 @@ def _copy(descriptor, row, column, tile, full, empty, phase):
 
 @gluon.jit
 def _clear_rows(tile, start_n, spans):
-    """Zeros in the rows of a tile whose keys lie outside of the spans, which may be NaN."""
+    """Writes zeros into the rows of a tile whose keys lie outside the spans. Those rows may hold NaN."""
     rows = start_n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, ROWS))
     loaded = tile.load(ROWS)
     tile.store(gl.where(in_spans(rows, spans)[:, None], loaded, gl.zeros_like(loaded)))
@@ -142,7 +144,8 @@ def _attend_block(
 ):
     """One step of the online softmax, and the left half of its result.
 
-    No product stays under way at its end: beside the loads of some mods, ptxas then serialises all products.
+    All products are complete when it returns. If one were still running, ptxas would serialise all products in kernels
+    whose mods have certain loads.
     """
     queries, latents, full = memory.queries, memory.latents, memory.full
     b, h, q_idx = tile.b, tile.h, tile.q_idx
@@ -166,7 +169,7 @@ def _attend_block(
     mbarrier.wait(full[1].index(place), phase)
     score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
     score = warpgroup_mma_wait(0, deps=[score])
-    # Without a score_mod the softmax is that of unscaled scores in other units: one operation less for each of them.
+    # Without a score_mod the scores stay unscaled, and `unit` contains the scale. This saves one operation per score.
     unit = gl.maximum(scale * LOG2E, 1e-37)  # scale may be 0, and 0 times -inf is NaN
     if HAS_SCORE_MOD:
         score = score_mod(score * scale, b, h, q_idx, kv_idx, tile.score_row, fetched, captures.score)
@@ -197,7 +200,7 @@ def _attend_block(
 
 @gluon.jit
 def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.constexpr):
-    """Scores, weights and the left half of the result of a run; also the sums of the weights, for the right half."""
+    """Computes scores, weights and the left half of the result of a run, and the sums that the right half needs."""
     m_i = gl.full([C.BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, L.SCORES))
     l_i = gl.full([C.BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, L.SCORES))
     acc = gl.full([C.BLOCK_M, memory.latents[0].shape[2]], 0.0, gl.float32, L.OUTPUT)
@@ -211,7 +214,7 @@ def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.co
     if not HAS_SCORE_MOD:
         m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
     mbarrier.wait(memory.taken, (visit.last - visit.first + 1) % 2)
-    memory.factors.store(m_i)  # in place of factors, for which there is no further use
+    memory.factors.store(m_i)  # there are no more factors, so their place is free
     memory.sums.store(l_i)
     mbarrier.arrive(memory.ready, count=1)
     return acc, gl.convert_layout(m_i, gl.SliceLayout(1, L.OUTPUT)), gl.convert_layout(l_i, gl.SliceLayout(1, L.OUTPUT))
@@ -219,14 +222,14 @@ def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.co
 
 @gluon.jit
 def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.constexpr):
-    """The right half of the result of a run; also writes it."""
+    """Computes and writes the right half of the result of a run."""
     latents, factors = memory.latents[1], memory.factors
     COLUMNS: gl.constexpr = latents.shape[2]
     acc = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, L.OUTPUT)
     for i in range(visit.first, visit.last):
         spot = (i - visit.first) % 2
         mbarrier.wait(memory.scaled, spot)
-        mbarrier.arrive(memory.empty[2].index(spot), count=1)  # the scores are there
+        mbarrier.arrive(memory.empty[2].index(spot), count=1)  # only the scores use the rest, and they are computed
         acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
         values = latents.index(spot)
         start_n = _find_block(visit, i, C) * C.BLOCK_N
@@ -244,7 +247,7 @@ def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.
 
 @gluon.jit
 def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, call, C: gl.constexpr):
-    """Writes the columns of a result from `COLUMN` on; the left half writes the log-sum-exp."""
+    """Writes the columns of a result from `COLUMN` on; the left half (COLUMN 0) also writes the log-sum-exp."""
     OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
@@ -255,7 +258,7 @@ def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, call, C: 
 
 @gluon.jit
 def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
-    """WIDTH columns from COLUMN on of the query rows of a tile, in shared memory, with the sign of the scale."""
+    """Loads WIDTH columns from COLUMN on of the query rows of a tile into shared memory, with the sign of the scale."""
     rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
     offs_d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     row = row_start(queries.start, queries, item.b, rows)
@@ -266,7 +269,7 @@ def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr,
 
 @gluon.jit
 def _barriers(NUM: gl.constexpr):
-    """Barriers at each of which one group of warps, or one copy, arrives."""
+    """Makes barriers. One group of warps, or one copy, arrives at each of them."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUM):
         mbarrier.init(barriers.index(i), count=1)
@@ -275,7 +278,7 @@ def _barriers(NUM: gl.constexpr):
 
 @gluon.jit
 def _end_barriers(memory):
-    """Leaves the memory of all barriers to others."""
+    """Ends all barriers, so that others can use their memory."""
     for part in gl.static_range(3):
         for i in gl.static_range(2):
             mbarrier.invalidate(memory.full[part].index(i))
@@ -288,20 +291,20 @@ def _end_barriers(memory):
 
 @gluon.jit
 def _numbers(SIZE: gl.constexpr):
-    """The numbers from 0 to SIZE, as rows of a matrix."""
+    """The numbers from 0 to SIZE, in the layout of the rows of a matrix."""
     return gl.arange(0, SIZE, gl.SliceLayout(1, gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])))
 
 
 @gluon.jit
 def _sums_before(weights):
-    """The sum of all weights in front of each."""
+    """For each weight, the sum of the weights before it."""
     flat = gl.convert_layout(weights, gl.BlockedLayout([1], [32], [4], [0]))
     return gl.convert_layout(tl.cumsum(flat, 0), weights.type.layout) - weights
 
 
 @gluon.jit
 def _share_memory(queries, C: gl.constexpr):
-    """Memory and barriers that the groups of warps share, from the three parts of the query."""
+    """Makes the memory and the barriers that the groups of warps share; `queries` are the three parts of the query."""
     dtype: gl.constexpr = queries[0].dtype
     latents = (
         gl.allocate_shared_memory(dtype, [2, C.BLOCK_N, C.BLOCK_DV // 2], LATENTS),
@@ -321,7 +324,7 @@ def _share_memory(queries, C: gl.constexpr):
 
 @gluon.jit
 def attend_run(item, keys, values, call, C: gl.constexpr):
-    """As in `decode.py`. The descriptors show the latents in boxes of BLOCK_DV // 2 and of BLOCK_R columns."""
+    """As in `decode.py`. The descriptors copy boxes of the latents of BLOCK_DV // 2 and of BLOCK_R columns."""
     HALF: gl.constexpr = C.BLOCK_DV // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])

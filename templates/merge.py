@@ -52,7 +52,8 @@ def merge_parts(
         part = tl.load(outs[i] + out_row[:, None] + offs_dv[None, :], mask=inside, other=0.0).to(tl.float32)
         weight = tl.exp(part_lses[i] - m_safe)
         l_i += weight
-        # Without a live key, what `out` holds does not count; a weight that merely rounds to 0 lets a NaN through.
+        # A part without a live key adds nothing, even if its `out` holds NaN. Where the weight only rounds to 0, NaN
+        # still reaches the result.
         empty = part_lses[i] == float("-inf")
         acc += tl.where(empty[:, None], 0.0, part * weight[:, None])
 

@@ -1,4 +1,4 @@
-"""More elementwise functions: angles, logarithms, the error function. They call those of elementwise.py."""
+"""More elementwise functions: angles, logarithms, the error function. They use functions of elementwise.py."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def atan_to_one(x):
-    """Arc tangent of 0 <= x <= 1: a minimax polynomial in x**2, off by 2**-26."""
+    """Arc tangent of 0 <= x <= 1: a minimax polynomial in x**2, error 2**-26."""
     z = x * x
     tail = -0.089318268 + z * (
         0.070319143 + z * (-0.048960514 + z * (0.026305001 + z * (-0.0091446298 + z * 0.001488692)))
@@ -30,7 +30,7 @@ def atan2(y, x):
     """Angle of the point (x, y) in radians."""
     large = maximum(tl.abs(x), tl.abs(y))
     small = minimum(tl.abs(x), tl.abs(y))
-    # Equal sizes, infinite ones too, make half a right angle, and two zeros none.
+    # If |x| = |y|, also if both are infinite, the angle is half a right angle. Two zeros give 0.
     angle = atan_to_one(tl.where(small == large, tl.where(large == 0, 0.0, 1.0), small / large))
     angle = tl.where(tl.abs(y) > tl.abs(x), 1.5707963267948966 - angle, angle)
     return copysign(tl.where(signbit(x), 3.1415926535897931 - angle, angle), y)
@@ -38,14 +38,14 @@ def atan2(y, x):
 
 @triton.jit
 def asin_to_half(x, z):
-    """Arc sine of 0 <= x <= 1/2 with z = x**2: a minimax polynomial, off by 2**-29."""
+    """Arc sine of 0 <= x <= 1/2 with z = x**2: a minimax polynomial, error 2**-29."""
     tail = 0.03026913873 + z * (0.02361181701 + z * (0.01057441552 + z * 0.03097454037))
     return x + x * z * (0.1666666669 + z * (0.07499992404 + z * (0.04464766389 + z * tail)))
 
 
 @triton.jit
 def asin(x):
-    """Arc sine in radians; near 1 it is a right angle less twice the arc sine of sqrt((1 - x) / 2)."""
+    """Arc sine in radians; near 1 it is pi / 2 minus twice the arc sine of sqrt((1 - x) / 2)."""
     size = tl.abs(x)
     outer = size > 0.5
     z = tl.where(outer, 0.5 * (1.0 - size), x * x)
@@ -73,7 +73,7 @@ def sinc(x):
 
 @triton.jit
 def hypot(a, b):
-    """Length of the vector (a, b), which does not overflow before its result does."""
+    """Length of the vector (a, b). It overflows only if the result does."""
     large = maximum(tl.abs(a), tl.abs(b))
     ratio = minimum(tl.abs(a), tl.abs(b)) / large
     length = tl.where(large == 0, 0.0, large * tl.sqrt(1.0 + ratio * ratio))
@@ -83,7 +83,7 @@ def hypot(a, b):
 
 @triton.jit
 def sinh(x):
-    """Hyperbolic sine from expm1; far out from half of the exponent, whose exp does not overflow too early."""
+    """Hyperbolic sine from expm1; for large x from exp of half the exponent, which does not overflow too early."""
     size = tl.abs(x)
     t = expm1(size)
     e = tl.exp(0.5 * size)
@@ -92,14 +92,14 @@ def sinh(x):
 
 @triton.jit
 def cosh(x):
-    """Hyperbolic cosine from half of the exponent, whose exp does not overflow too early."""
+    """Hyperbolic cosine from exp of half the exponent, which does not overflow too early."""
     e = tl.exp(0.5 * tl.abs(x))
     return 0.5 * e * e + 0.5 / e / e
 
 
 @triton.jit
 def asinh(x):
-    """Inverse hyperbolic sine; far out log(2 |x|)."""
+    """Inverse hyperbolic sine; for large |x|, log(2 |x|)."""
     size = tl.abs(x)
     y = size * size
     near = log1p(size + y / (1.0 + tl.sqrt(1.0 + y)))
@@ -108,7 +108,7 @@ def asinh(x):
 
 @triton.jit
 def acosh(x):
-    """Inverse hyperbolic cosine; far out log(2 x)."""
+    """Inverse hyperbolic cosine; for large x, log(2 x)."""
     t = x - 1.0
     near = log1p(t + tl.sqrt(t * (t + 2.0)))
     return tl.where(x < 1, float("nan"), tl.where(x > 1e9, tl.log(x) + 0.69314718055994531, near))
@@ -128,7 +128,7 @@ def atanh(x):
 def logaddexp(a, b):
     """log(e**a + e**b)."""
     larger = maximum(a, b) + log1p(tl.exp(-tl.abs(a - b)))
-    return tl.where(a == b, a + 0.69314718055994531, larger)  # for infinities there is no difference
+    return tl.where(a == b, a + 0.69314718055994531, larger)  # the difference of equal infinities is NaN
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def entr(x):
 
 @triton.jit
 def logit(x):
-    """log(x / (1 - x)); around 1/2, where this is small, from the exact 2 x - 1."""
+    """log(x / (1 - x)); around 1/2 the result is small, so it is computed from the exact 2 x - 1."""
     near_half = log1p((2.0 * x - 1.0) / (1.0 - x))
     return tl.where(tl.abs(x - 0.5) < 0.25, near_half, tl.log(x / (1.0 - x)))
 
@@ -168,18 +168,18 @@ def logit(x):
 
 @triton.jit
 def exp_square(x, factor):
-    """exp(factor * x**2) of x >= 0 and a factor of 1, -1 or -1/2: the square in two parts, the first of them exact."""
-    x = tl.minimum(x, 64.0)  # where it is 0 or infinite
+    """exp(factor * x**2) for x >= 0 and a factor of 1, -1 or -1/2. The square has two parts; the first is exact."""
+    x = tl.minimum(x, 64.0)  # from 64 on, the result is 0 or infinite
     head = tl.floor(x * 16.0) * 0.0625
     return tl.exp(factor * (head * head)) * tl.exp(factor * ((x - head) * (x + head)))
 
 
 @triton.jit
 def erfcx_positive(x):
-    """exp(x**2) erfc(x) of x >= 0: (1 + 2 x) times it is a polynomial in (x - 3) / (x + 3), off by 2**-28.
+    """exp(x**2) erfc(x) for x >= 0. Its product with 1 + 2 x is a polynomial in (x - 3) / (x + 3), error 2**-28.
 
     Source: Shepherd and Laframboise, Chebyshev approximation of (1 + 2x) exp(x^2) erfc x, Math. Comp. 36 (1981); the
-    coefficients are a fit of our own.
+    coefficients are our own fit.
     """
     near = tl.minimum(x, 1e30)
     t = (near - 3.0) / (near + 3.0)
@@ -199,7 +199,7 @@ def erfcx(x):
 
 @triton.jit
 def erfc(x):
-    """1 - erf(x), exact in the tail, too."""
+    """1 - erf(x), also exact in the tail."""
     size = tl.abs(x)
     tail = erfcx_positive(size) * exp_square(size, -1.0)
     return tl.where(size < 0.8, 1.0 - tl.erf(x), tl.where(x < 0, 2.0 - tail, tail))
@@ -216,7 +216,7 @@ def ndtr(x):
 
 @triton.jit
 def log_ndtr(x):
-    """Logarithm of `ndtr`, also where that is 0."""
+    """Logarithm of `ndtr`, also where `ndtr` rounds to 0."""
     y = x * 0.70710678118654752
     lower = tl.log(0.5 * erfcx_positive(tl.abs(y))) - 0.5 * x * x
     return tl.where(x < -1.0, lower, log1p(-0.5 * erfc(y)))
@@ -224,10 +224,10 @@ def log_ndtr(x):
 
 @triton.jit
 def erfinv_ratio(w):
-    """erfinv(x) / x from w = -log(1 - x**2): polynomials in w, and in 1 / sqrt(w), off by 2**-26.
+    """erfinv(x) / x from w = -log(1 - x**2): polynomials in w, and in 1 / sqrt(w), error 2**-26.
 
     Source: Giles, Approximating the erfinv function, GPU Computing Gems 2 (2011), for the choice of w; the polynomials
-    are fits of our own.
+    are our own fits.
     """
     u = w - 2.5
     p = -4.972419689e-06 + u * (-3.463985268e-06 + u * (4.681313481e-07 + u * (2.33359672e-08 + u * -8.93192597e-09)))

@@ -1,5 +1,5 @@
 """From a graph to what is known of it.
 
 In: a `Graph`.
-Out: intervals of keys that can attend, proofs that indices are in range, what depends on what, and its formula as text.
+Out: intervals of keys that can attend, proofs that indices are in range, dependences, and the formula as text.
 """

@@ -1,6 +1,6 @@
 """Simplifies intervals with integer bounds and writes them as text.
 
-The algebra is sympy's. It takes a third of a second to import, so that is left until a text is asked for.
+It uses sympy. The import of sympy takes a third of a second, so it happens only when a text is needed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..frontend.ops import INT_LIMITS, OPS
 from .intervals import FAR, LIMIT
 
 _ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "floor_divide", "remainder", "maximum", "minimum"}
-LONGEST = 400  # characters of a part of a bound
-UNREAD = "(...)"  # in place of a longer part
+LONGEST = 400  # characters of the longest part of a bound that is written
+UNREAD = "(...)"  # stands for a longer part
 _LARGEST = 150  # operations in a part of a bound
 _MOST = 16  # different parts of a max or min, after simplification
 _TRIED = 64  # the same before simplification
@@ -24,10 +24,10 @@ _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
 
 
 class Parts(NamedTuple):
-    """The interval `max(0, *los) <= kv < min(kv_len, *his)`, which is there if every condition holds.
+    """The interval `max(0, *los) <= kv < min(kv_len, *his)`. It exists if every condition holds.
 
     Attributes:
-        los, his: integer nodes, without overflow guards; beyond +-FAR is no bound.
+        los, his: integer nodes, without overflow guards. A value beyond +-FAR is not a bound.
         conditions: bool nodes, each with the value that it must have.
     """
 
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 
 class _Interval(NamedTuple):
-    """An interval whose ends are sympy's expressions, and the texts of the conditions under which it is there."""
+    """An interval whose ends are sympy expressions, and the texts of the conditions under which it exists."""
 
     lo: Any
     hi: Any
@@ -45,11 +45,12 @@ class _Interval(NamedTuple):
 
 
 def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str]) -> list[str]:
-    """Writes intervals as `kv in [lo, hi) if condition`, without those that are empty or inside of another one.
+    """Writes intervals as `kv in [lo, hi) if condition`. Leaves out those that are empty or inside another one.
 
     Args:
         parts: the intervals.
-        opaque: text of a node that this algebra does not take apart, in brackets if they are asked for and needed.
+        opaque: gives the text of a node that this algebra does not take apart. If its second argument is true, the text
+            has brackets where they are needed.
     """
     algebra = _Algebra(opaque)
     intervals: list[_Interval] = []
@@ -73,7 +74,7 @@ class _Algebra:
         self.sizes: dict[Node, int] = {}
 
     def interval(self, parts: Parts) -> _Interval | None:
-        """An interval in expressions; None if it is surely empty."""
+        """Converts an interval to expressions; None if it is certainly empty."""
         lo = self._extreme("Max", [self.sympy.Integer(0), *self._few(parts.los)])
         hi = self._extreme("Min", [self.sympy.oo, *self._few(parts.his)])
         if len(parts.conditions) > _TRIED:
@@ -84,19 +85,19 @@ class _Algebra:
         return _Interval(lo, hi, tuple(dict.fromkeys(c for c in conditions if c)))
 
     def _few(self, nodes: list[Node]) -> list[Any]:
-        """Expressions of the parts of a max or min; one symbol where they are too many to be read."""
+        """Expressions of the parts of a max or min; one symbol if there are too many parts to read."""
         distinct = dict.fromkeys(nodes)
         return [self._symbol(UNREAD)] if len(distinct) > _TRIED else [self.convert(node) for node in distinct]
 
     def holds(self, outer: _Interval, inner: _Interval) -> bool:
-        """Whether one interval is surely inside of another."""
+        """Whether the inner interval is certainly inside the outer one."""
         always = set(outer.conditions) <= set(inner.conditions) and not any(UNREAD in c for c in outer.conditions)
         return always and self._at_most(outer.lo, inner.lo) and self._at_most(inner.hi, outer.hi)
 
     # --- Nodes to expressions -----------------------------------------------------------------------------------------
 
     def convert(self, node: Node) -> Any:
-        """The expression of an integer node; what is no arithmetic becomes a symbol with its text as the name."""
+        """The expression of an integer node. A node that is not arithmetic becomes a symbol named by its text."""
         if node in self.done:
             return self.done[node]
         for needed in topological(node):  # operands first, so that no recursion is as deep as the graph
@@ -107,7 +108,7 @@ class _Algebra:
         return self.done[node]
 
     def _symbol(self, text: str) -> Any:
-        """A symbol with a text as its name. Where a part of the text is left out, each symbol is a new one."""
+        """A symbol with a text as its name. If a part of the text is left out, each symbol is a new one."""
         kind = self.sympy.Dummy if UNREAD in text else self.sympy.Symbol
         return kind(text, integer=True)
 
@@ -119,7 +120,7 @@ class _Algebra:
             return self._choice(node.args[0], *map(self.convert, node.args[1:]))
         if node.op in ("maximum", "minimum"):
             for switch, other in (node.args, node.args[::-1]):
-                if is_switch(switch):  # one of its values leaves the other operand, the other one is the result
+                if is_switch(switch):  # it either has no effect, or it is the result
                     neutral = -1 if node.op == "maximum" else 1
                     ends = [self.convert(other if a.attr * neutral > 0 else a) for a in switch.args[1:]]
                     return self._choice(switch.args[0], *ends)
@@ -127,7 +128,7 @@ class _Algebra:
             return self.convert(node.args[0])
         value = None
         exact = node.op in _ARITHMETIC and node.dtype in (torch.int32, torch.int64)  # others wrap around
-        # A divisor may be 0 unless it is a number that is not.
+        # A divisor may be 0, unless it is a constant other than 0.
         divides = node.op in ("floor_divide", "remainder")
         if exact and (not divides or (node.args[1].is_const and node.args[1].attr != 0)):
             value = self._apply(node.op, [self.convert(a) for a in node.args])
@@ -150,13 +151,13 @@ class _Algebra:
     # --- Simplification -----------------------------------------------------------------------------------------------
 
     def _reached(self, value: Any) -> Any:
-        """Infinity in place of a bound that no position reaches, such as FAR or that of a window of sys.maxsize."""
+        """Replaces a bound that no position reaches by infinity, such as FAR or that of a window of sys.maxsize."""
         number, rest = value.as_coeff_Add()
         near = all(symbol.name in INDEX_NAMES for symbol in rest.free_symbols)
         return self.sympy.oo * number if near and abs(number) >= LIMIT // 2 else value
 
     def _extreme(self, kind: str, values: list[Any]) -> Any:
-        """Max or Min, without values that never decide it."""
+        """Max or Min of values, without those that never decide it."""
         kept = list(dict.fromkeys(map(self._reached, values)))
         if len(kept) > _MOST:
             return self._symbol(UNREAD)
@@ -167,7 +168,7 @@ class _Algebra:
         return getattr(self.sympy, kind)(*kept)
 
     def _at_most(self, a: Any, b: Any) -> bool:
-        """Whether a <= b whatever the symbols are, as far as constants and `d * (x // d) = x - x % d` show it."""
+        """Whether a <= b for all values of the symbols, as far as constants and `d * (x // d) = x - x % d` show it."""
         s = self.sympy
         if isinstance(a, s.Max) or isinstance(b, s.Min):
             return all(self._at_most(x, y) for x in _operands(a, s.Max) for y in _operands(b, s.Min))
@@ -230,7 +231,7 @@ class _Algebra:
             return self._sum(value), _SUM
         if isinstance(value, s.Mul):
             coefficient, rest = value.as_coeff_Mul()
-            if coefficient == -1 and isinstance(rest, s.floor):  # -x // d would be another number
+            if coefficient == -1 and isinstance(rest, s.floor):  # -x // d is a different number
                 numerator, denominator = self._fraction(-rest.args[0])
                 return f"ceil({self.text(numerator, _PRODUCT)} / {self.text(denominator, _POWER)})", _ATOM
             if coefficient < 0:
@@ -245,7 +246,7 @@ class _Algebra:
             return f" {sign} ".join(self.text(x, _POWER) for x in pair), _PRODUCT
         if isinstance(value, s.Pow):
             return " ** ".join(self.text(x, _ATOM) for x in value.args), _POWER
-        if isinstance(value, s.Symbol):  # the name alone: sympy marks its dummies
+        if isinstance(value, s.Symbol):  # only the name: sympy marks its dummies
             return value.name, _ATOM
         return str(value), _ATOM if not value.is_number or value >= 0 else _SUM
 
@@ -278,12 +279,12 @@ def widens(node: Node) -> bool:
 
 
 def is_switch(bound: Node) -> bool:
-    """Whether a bound is `where(condition, -FAR, FAR)` or the opposite: it says when there is an interval at all."""
+    """Whether a bound is `where(condition, -FAR, FAR)` or the opposite. It says whether there is an interval."""
     return bound.op == "where" and all(a.is_const and abs(a.attr) == FAR for a in bound.args[1:])
 
 
 def is_integer(node: Node) -> bool:
-    """Whether the value of a node is an integer, and no bool."""
+    """Whether the value of a node is an integer and not a bool."""
     return node.dtype != torch.bool and not node.dtype.is_floating_point
 
 

@@ -1,4 +1,4 @@
-"""What a graph says about itself: which values depend on kv_idx, and which integers fit into 32 bits."""
+"""What is known from a graph alone: which values depend on kv_idx, and which integers fit into 32 bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..frontend.ops import INT_LIMITS, OPS
 from ..frontend.ranges import IntRange
 from ..memos import Bounded
 
-MAX_KV_LEN = 1 << 30  # token positions; the launch refuses longer caches, so positions and their differences fit int32
+MAX_KV_LEN = 1 << 30  # tokens; longer caches are refused, so positions and their differences fit into int32
 _INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-(1 << 20), MAX_KV_LEN)}
 _INT32 = INT_LIMITS[torch.int32]
 
@@ -23,7 +23,7 @@ class Analysis:
     """What is known of the nodes of one graph, in any call.
 
     Attributes:
-        nodes: all of them, operands first.
+        nodes: all nodes, operands first.
         ranges: integer range of each integer or bool node.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
         on_score: nodes that depend on the score.
@@ -48,7 +48,7 @@ def analyze(
     Args:
         outputs: nodes of one graph.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
-        known: ranges of nodes in one call, where they are narrower than those of all calls.
+        known: ranges of nodes in one call, if they are narrower than in all calls.
     """
     nodes = topological(*outputs)
     bounded = {n: _INDEX_RANGES[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
@@ -66,7 +66,7 @@ _analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `
 
 
 def analyze_graph(graph: Graph, q_idx_given: bool) -> Analysis:
-    """As `analyze` for the output of a graph; graphs with the same text are analysed once."""
+    """As `analyze` for the output of a graph. Graphs with the same text are analysed once."""
     key = graph.text, q_idx_given
     found = _analyzed.get(key)
     if found is None:
@@ -79,7 +79,7 @@ Rule = IntRange | Callable[..., IntRange]
 
 
 def rules_of(nodes: Sequence[Node]) -> list[tuple[Node, Rule]]:
-    """Integer and bool nodes, each with its range, or with a function that gives it from those of its operands."""
+    """Integer and bool nodes, each with its range, or with a function from the ranges of its operands to its range."""
     return [(node, _rule(node)) for node in nodes if not node.dtype.is_floating_point]
 
 
@@ -111,7 +111,7 @@ def find_ranges(rules: Iterable[tuple[Node, Rule]], known: Mapping[Node, IntRang
         if not isinstance(found, tuple):
             low, high = found(*[ranges[a] for a in node.args])
             limits = INT_LIMITS[node.dtype]
-            # Outside its type a value wraps around, so that nothing is known.
+            # A value outside its type wraps around, so nothing is known of it.
             found = (low, high) if limits[0] <= low and high <= limits[1] else limits
         ranges[node] = found
     return ranges

@@ -13,12 +13,12 @@ from .intervals import EVERYWHERE, Interval, Region, find_extent
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where a call can attend, before the length of the sequence.
+    """Where a call can attend. The length of the sequence is not considered.
 
     Attributes:
         mask_live: intervals of the mask, in nodes of its graph.
         mask_full: intervals in which the mask is true everywhere.
-        score_live: intervals of the score, in nodes of its graph; at most one beside a mask.
+        score_live: intervals of the score, in nodes of its graph; at most one if there is a mask.
     """
 
     mask_live: Region = EVERYWHERE
@@ -31,12 +31,12 @@ class Bounds:
 
     @cached_property
     def is_bounded(self) -> bool:
-        """Whether the live keys may be few in a long cache: no interval grows with the position of the query."""
+        """Whether few keys of a long cache may be live: no interval grows with the position of the query."""
         return all(hi is not None and (lo is not None or _is_fixed(hi)) for lo, hi in self._walked)
 
     @cached_property
     def num_live(self) -> int:
-        """Intervals that a kernel walks over."""
+        """The number of intervals that a kernel walks over."""
         return max(1, len(self._walked))
 
 
@@ -44,7 +44,7 @@ _known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given) -> boun
 
 
 def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
-    """Finds where a call can attend, once for graphs of the same texts.
+    """Finds where a call can attend. It does so once for graphs with the same texts.
 
     Args:
         score: graph of the score_mod.
@@ -72,7 +72,7 @@ def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds
 
 
 def _is_fixed(bound: Node) -> bool:
-    """Whether an upper bound stays as the position of the query grows; the far constants of the solver are no bound."""
+    """Whether an upper bound does not grow with the position of the query. The solver's far constants do not count."""
     found: dict[Node, bool] = {}
     for node in topological(bound):
         parts = [found[a] for a in node.args]
@@ -86,7 +86,7 @@ def _is_fixed(bound: Node) -> bool:
 
 
 def _common_ends(region: Region) -> Interval:
-    """One interval around all, with the bounds that all of them share."""
+    """One interval around all intervals. It has a bound only if all of them share it."""
     los, his = {i.lo for i in region}, {i.hi for i in region}
     return Interval(los.pop() if len(los) == 1 else None, his.pop() if len(his) == 1 else None)
 

@@ -1,12 +1,12 @@
 """Where a mask can be true: from its graph to a few half-open intervals of kv_idx with symbolic bounds.
 
-For every bool of a graph two unions of intervals are computed: `live` holds every position where it may be true, `full`
-only positions where it is certainly true. Bounds are graphs themselves, in b, h, q_idx and captured values. Comparisons
-become linear forms in kv_idx over the integers; `//`, min, max, abs and where are taken apart until a form is linear.
+Every bool of a graph has two unions of intervals. `live` holds every position where it may be true. `full` holds only
+positions where it is certainly true. Bounds are themselves graphs, in b, h, q_idx and captured values. Comparisons
+become linear forms in kv_idx over the integers. `//`, min, max, abs and where are taken apart until a form is linear.
 
-Soundness comes before tightness. A value that is unknown before the call (a captured number, a table entry) enters a
-bound only under a guard, |value| <= 2**40, evaluated when the kernel runs: inside it no sum overflows, outside it the
-bound says nothing. What cannot be solved is live everywhere and full nowhere.
+Bounds must be right; they need not be tight. A value that is unknown before the call (a captured number, a table entry)
+enters a bound only with a guard, |value| <= 2**40, which is evaluated when the kernel runs. If the guard holds, no sum
+overflows. If not, the bound says nothing. A bool that cannot be solved is live everywhere and full nowhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .analyze import MAX_KV_LEN, Analysis
 
 MAX_INTERVALS = 4
 LIMIT = 1 << 40  # of guarded values
-FAR = 1 << 62  # this far away there is no bound; for bounds that are chosen at run time
+FAR = 1 << 62  # means "no bound", for bounds that are chosen at run time
 _EXACT = 1 << 61  # sums below this do not overflow
 _MAX_CASES = 64  # of min, max, abs and where in one comparison
 _DEEPEST = 12  # nested min and max that `at_most` looks through
@@ -37,7 +37,7 @@ _KV_IDX = Node("index", (), torch.int64, "kv_idx")
 
 
 class Interval(NamedTuple):
-    """Positions `lo <= kv_idx < hi`; None is no bound, and `lo >= hi` is empty."""
+    """Positions `lo <= kv_idx < hi`. None is no bound. An interval with `lo >= hi` is empty."""
 
     lo: Node | None
     hi: Node | None
@@ -80,7 +80,7 @@ NEVER = Extent(NOWHERE, NOWHERE)
 
 
 def find_extent(output: Node, analysis: Analysis) -> Extent:
-    """Finds where a mask is true, or where a score is more than -inf: the branches of `torch.where` tell."""
+    """Finds where a mask is true, or where a score is more than -inf, as far as branches of `torch.where` show it."""
     return _Solver(analysis).extent(output)
 
 
@@ -110,7 +110,7 @@ def at_most(a: Node, b: Node, depth: int = 0) -> bool:
 
 
 def _addends(node: Node) -> list[tuple[Node, int]]:
-    """The nodes whose sum a node is, each with its constant factor; none where the node is no sum."""
+    """The nodes whose sum a node is, each with its constant factor; none if the node is not a sum."""
     args = node.args
     if node.op in ("add", "sub"):
         return [(args[0], 1), (args[1], 1 if node.op == "add" else -1)]
@@ -153,21 +153,21 @@ def _is_empty(i: Interval) -> bool:
 
 
 def _constants(i: Interval) -> tuple[int | None, int | None]:
-    """The bounds as far as they are known; positions are from 0 to MAX_KV_LEN - 1."""
+    """The bounds as constants, None where they are not known. Positions are from 0 to MAX_KV_LEN - 1."""
     lo = 0 if i.lo is None else i.lo.attr if i.lo.is_const else None
     hi = MAX_KV_LEN if i.hi is None else i.hi.attr if i.hi.is_const else None
     return lo, hi
 
 
 def _tidy(intervals: Region, join: _Join) -> Region:
-    """Joins intervals that share a bound: that is exact. Then joins the closest ones until few enough are left."""
+    """Joins intervals that share a bound, which is exact. Then joins the closest ones until few enough are left."""
     kept: list[Interval] = []
     for interval in intervals:
         if _is_empty(interval):
             continue
         for i, other in enumerate(kept):
-            # Whatever their bounds are, [a, x) and [a, y) make [a, max(x, y)), and [a, x) and [x, y) make
-            # [min(a, x), max(x, y)), also when one of them is empty.
+            # For all bounds, the union of [a, x) and [a, y) is [a, max(x, y)), and the union of [a, x) and [x, y) is
+            # [min(a, x), max(x, y)), even if one of them is empty.
             touch = (interval.lo and interval.lo == other.hi) or (interval.hi and interval.hi == other.lo)
             if touch or interval.lo == other.lo or interval.hi == other.hi:
                 kept[i] = _hull(interval, other)
@@ -183,7 +183,7 @@ def _tidy(intervals: Region, join: _Join) -> Region:
 
 
 def _closest(intervals: list[Interval]) -> tuple[int, int]:
-    """The pair of constant intervals with the smallest gap; the last pair where there is none."""
+    """The pair of constant intervals with the smallest gap; the last pair if no two are constant."""
     constants = [_constants(i) for i in intervals]
 
     def gap(pair: tuple[int, int]) -> int:
@@ -200,7 +200,7 @@ def _intersect(a: Region, b: Region, join: _Join) -> Region:
 
 
 def _complement(region: Region, join: _Join) -> Region:
-    """Positions outside every interval; of an empty interval (lo >= hi) both sides together are everything."""
+    """Positions outside every interval. The two sides of an empty interval (lo >= hi) together are all positions."""
     result = EVERYWHERE
     for interval in region:
         sides = [Interval(None, interval.lo)] if interval.lo is not None else []
@@ -214,9 +214,9 @@ def _complement(region: Region, join: _Join) -> Region:
 
 @dataclass(frozen=True)
 class _Form:
-    """`constant + sum(coefficient * node)`, over the integers while every one of `guards` is small.
+    """`constant + sum(coefficient * node)`. It is exact over the integers if all `guards` are small.
 
-    A guard stays when its term cancels: in `q + kv < q` the sum on the left may overflow, though the difference cannot.
+    A guard stays even if its term cancels: in `q + kv < q` the sum may overflow, although the difference cannot.
     """
 
     constant: int
@@ -249,7 +249,7 @@ def _integer(value: int) -> Node:
 
 
 class _Unsolved(Exception):
-    """A comparison that has no linear form, or one whose sums might overflow."""
+    """A comparison that has no linear form, or whose sums might overflow."""
 
 
 _T = TypeVar("_T")
@@ -287,7 +287,7 @@ class _Solver:
 
     @_once
     def extent(self, node: Node) -> Extent:
-        """Where a bool is true; where a score is more than -inf, as far as constant branches show it."""
+        """Where a bool is true, or where a score is more than -inf, as far as constant branches show it."""
         args = node.args
         if node.dtype.is_floating_point and node.op != "where":
             if node.op == "cast" and args[0].dtype.is_floating_point:
@@ -331,7 +331,7 @@ class _Solver:
             return UNKNOWN
 
     def _clamped(self, side: Node, other: _Form) -> Node:
-        """A side of a comparison that is one value: beyond +-LIMIT it compares with the other side like +-LIMIT."""
+        """Clamps a side of a comparison that is one value. Beyond +-LIMIT, it compares like +-LIMIT."""
         if side in self.on_kv or self._size(other) >= LIMIT or max(map(abs, self.ranges[side])) <= LIMIT:
             return side
         clamped = make("minimum", make("maximum", side, _integer(-LIMIT)), _integer(LIMIT))
@@ -340,7 +340,7 @@ class _Solver:
 
     @_once
     def _linear(self, node: Node) -> _Form:
-        """Takes an integer node apart; what does not depend on kv_idx stays whole, as the mod computes it."""
+        """Takes an integer node apart. A part that does not depend on kv_idx stays whole, as the mod computes it."""
         form = self._take_apart(node)
         if node in self.on_kv and node not in form.terms:
             if self._size(form) >= _EXACT if node.dtype == torch.int64 else not self._proven(node):
@@ -385,7 +385,7 @@ class _Solver:
 
     @_once
     def _reach(self, node: Node) -> tuple[int, tuple[Node, ...]]:
-        """A bound of |node|, and the values that must be small for it to hold."""
+        """An upper bound of |node|, and the values that must be small for it to hold."""
         known = abs(int(node.attr)) if node.is_const else max(map(abs, self.ranges.get(node, (FAR, FAR))))
         if node.is_const or known <= LIMIT:
             return known, ()
@@ -397,11 +397,11 @@ class _Solver:
         raise _Unsolved
 
     def _size(self, form: _Form) -> int:
-        """A bound of |form|, under its guards."""
+        """An upper bound of |form| if its guards hold."""
         return abs(form.constant) + sum(abs(c) * self._reach(n)[0] for n, c in form.terms.items())
 
     def _guards(self, form: _Form) -> tuple[Node, ...]:
-        """The values that must be small for `_size` to hold, those inside of min, max and quotients too."""
+        """The values that must be small for `_size` to hold, also those inside min, max and quotients."""
         return _union(form.guards, *(self._reach(n)[1] for n in form.terms))
 
     def _nonlinear(self, form: _Form) -> list[Node]:
@@ -431,7 +431,7 @@ class _Solver:
         return Extent(above.live, below.full)
 
     def _cases(self, node: Node, rest: _Form, c: int) -> Extent | None:
-        """Extent of `c * node + rest < 0` where the node is one of two values: min, max, abs, where or a bool."""
+        """Extent of `c * node + rest < 0` for a node that is one of two values: min, max, abs, where or a bool."""
         args = node.args
         if node.op in ("maximum", "minimum", "where"):
             values = [self._linear(x) for x in args[-2:]]
@@ -459,7 +459,7 @@ class _Solver:
         return _guarded(found, rest.guards)
 
     def _relaxed(self, form: _Form, nonlinear: list[Node], lower: bool) -> _Form:
-        """A multiple of a form below (or above) `form`, without `//`: x // d is between (x - d + 1) / d and x / d."""
+        """A form without `//` that is below (or above) a multiple of `form`; (x - d + 1) / d <= x // d <= x / d."""
         scale = prod(int(node.args[1].attr) for node in nonlinear)
         result = form.without(*nonlinear).times(scale)
         for node in nonlinear:
@@ -491,7 +491,7 @@ class _Solver:
         return make("floor_divide", total, _integer(abs(a)))
 
     def _sum(self, form: _Form) -> Node:
-        """A form without kv_idx as a node; equal forms give equal nodes."""
+        """Makes a node of a form without kv_idx. Equal forms give equal nodes."""
         total = _integer(form.constant)
         for node, coefficient in sorted(form.terms.items(), key=lambda term: term[0].digest):
             value = node if node.dtype == torch.int64 else Node("cast", (node,), torch.int64)
@@ -500,7 +500,7 @@ class _Solver:
 
 
 def _exactly(interval: Interval) -> Extent:
-    """The extent of an interval; bounds that no position reaches are left out."""
+    """The extent of an interval. Bounds that no position reaches are left out."""
     lo, hi = _constants(interval)
     lo_node = None if lo is not None and lo <= 0 else interval.lo
     hi_node = None if hi is not None and hi >= MAX_KV_LEN else interval.hi
@@ -509,14 +509,14 @@ def _exactly(interval: Interval) -> Extent:
 
 
 def _when(condition: Node) -> Extent:
-    """Everywhere or nowhere, by a bool that does not depend on kv_idx."""
+    """Everywhere or nowhere, depending on a bool that does not depend on kv_idx."""
     if condition.is_const:
         return ALWAYS if condition.attr else NEVER
     return _exactly(Interval(make("where", condition, _integer(-FAR), _integer(FAR)), None))
 
 
 def _guarded(extent: Extent, guards: Sequence[Node]) -> Extent:
-    """The extent while every guarded value is small; else nothing is known."""
+    """The extent if every guarded value is small; otherwise nothing is known."""
     if not guards:
         return extent
     limits = [make("logical_and", make("le", _integer(-LIMIT), g), make("le", g, _integer(LIMIT))) for g in guards]

@@ -3,8 +3,8 @@
     (kv_idx <= q_idx) & (q_idx - kv_idx < window)
     kv in [max(0, q_idx - window + 1), q_idx + 1)
 
-The text of a mod is the mod as it was traced. Bounds are put together by the solver, so they are simplified, and their
-overflow guards are left out: the text of bounds holds for captured integers up to 2**40.
+The text of a mod shows the mod as it was traced. The solver builds the bounds, so their text is simplified. It leaves
+overflow guards out, so it holds for captured integers up to 2**40.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .algebra import LONGEST, UNREAD, Parts, interval_texts, is_switch, widens
 from .bounds import nodes_of
 from .intervals import LIMIT, Region
 
-# How tightly an operator binds, as in Python.
+# How tightly operators bind, as in Python.
 _COMPARE, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _UNARY, _POWER, _ATOM = range(10)
 _OPERATORS = {
     "lt": ("<", _COMPARE), "le": ("<=", _COMPARE), "eq": ("==", _COMPARE), "ne": ("!=", _COMPARE),
@@ -34,15 +34,15 @@ _OPERATORS = {
     "pow": ("**", _POWER),
 }  # fmt: skip
 _PREFIXES = {"neg": "-", "logical_not": "~", "bitwise_not": "~"}
-_FUNCTIONS = {  # also of the operators that join the values of a loop
+_FUNCTIONS = {  # also for the operators that join the values of a loop
     "add": "sum", "mul": "prod", "maximum": "max", "minimum": "min", "logical_or": "any", "logical_and": "all",
 }  # fmt: skip
 _TURNED = {"lt": ">", "le": ">=", "eq": "==", "ne": "!="}
-_LONG = 40  # characters from which a repeated subexpression gets a name
+_LONG = 40  # a repeated subexpression with at least this many characters gets a name
 
 
 class Names(NamedTuple):
-    """What the captures of a graph are called: its number slots, its tensor slots, and the constants."""
+    """The names of a graph's captures: its number slots, its tensor slots, and the constants."""
 
     numbers: tuple[str, ...]
     tensors: tuple[str, ...]
@@ -50,11 +50,11 @@ class Names(NamedTuple):
 
 
 def name_captures(graph: Graph, leaf_names: Sequence[str], constants: Sequence[Source] = ()) -> Names:
-    """Gives each capture the name that its mod has for it, short enough for a formula and different from the others.
+    """Gives each capture the name that it has in its mod, short enough for a formula and different from the others.
 
     Args:
         graph: a traced mod.
-        leaf_names: of all leaves of the mod.
+        leaf_names: names of all leaves of the mod.
         constants: captured numbers whose values are in the graph.
     """
     taken: dict[str, int] = {}
@@ -80,7 +80,7 @@ def name_captures(graph: Graph, leaf_names: Sequence[str], constants: Sequence[S
 
 
 def formula(output: Node, names: Names) -> str:
-    """A node in infix form; long subexpressions that occur more than once stand in lines before it."""
+    """A node in infix form. Long subexpressions that occur more than once stand in lines before it."""
     writer = _Infix(names, output)
     text = writer.text(output.args[0] if output.op == "cast" else output)
     return "\n".join([*(f"{name} = {value}" for name, value in writer.shared), text])
@@ -93,7 +93,7 @@ class _Infix:
         self.done: dict[Node, tuple[str, int]] = {}
         self.on_score: set[Node] = set()
         self.on_kv: set[Node] = set()
-        self.named: set[Node] = set()  # those that stand under a name, or are too long to be read
+        self.named: set[Node] = set()  # nodes that have a name or are too long to read
         nodes = [] if output is None else topological(output)
         self.uses = Counter(operand for node in nodes for operand in node.args)
 
@@ -157,7 +157,7 @@ class _Infix:
         return self._binary(op, *operands)
 
     def _reading_order(self, op: str, operand: Node) -> tuple:
-        """The graph has operands that may change places in any order: the score and what is simple go first."""
+        """The order of commutative operands in the text: the score and simple operands come first."""
         number_last = operand.is_const != (op in ("mul", "maximum", "minimum"))
         return number_last, op == "add" and operand not in self.on_score, self._simplicity(operand)
 
@@ -171,7 +171,7 @@ class _Infix:
             return f"{self._at(a, level)} - {taken}", level
         if op in _TURNED and b in self.on_kv and a not in self.on_kv:
             sign, a, b = _TURNED[op], b, a
-        # Comparisons do not chain here, `a ** b ** c` is `a ** (b ** c)`, and some brackets help to read.
+        # Comparisons must not chain, `a ** b ** c` means `a ** (b ** c)`, and some brackets help the reader.
         left = level + 1 if level in (_COMPARE, _POWER) or op in ("floor_divide", "remainder") else level
         right = level if op in ("add", "mul") and b.op == op else level + 1
         if level in (_AND, _OR, _XOR, _SHIFT):
@@ -181,7 +181,7 @@ class _Infix:
         return f"{self._at(a, left)} {sign} {self._at(b, right)}", level
 
     def _logical(self, node: Node) -> str:
-        """`a & b & c`, however it is nested."""
+        """`a & b & c`, without the brackets of its nesting."""
         ordered = sorted(set(_parts(node, node.op, self.named)), key=self._simplicity)
         return f" {_OPERATORS[node.op][0]} ".join(self._at(operand, _UNARY) for operand in ordered)
 
@@ -200,7 +200,7 @@ def _step_name(node: Node) -> str:
 
 
 def _unconverted(node: Node) -> list[Node]:
-    """The operands without the conversions that PyTorch makes by itself."""
+    """The operands without the conversions that PyTorch does by itself."""
     operands = list(node.args)
     for i, operand in enumerate(node.args):
         if operand.op == "cast" and (operand.dtype.is_floating_point or not operand.args[0].dtype.is_floating_point):
@@ -211,7 +211,7 @@ def _unconverted(node: Node) -> list[Node]:
 
 
 def _number(node: Node) -> str:
-    """The shortest text that gives the constant again."""
+    """The shortest text that stands for the same constant."""
     value = node.attr
     if node.dtype == torch.float64 or not isinstance(value, float) or value - value != 0 or value == int(value):
         return repr(value)
@@ -228,12 +228,12 @@ def _rounded(value: float) -> float:
 
 
 def region_text(region: Region, names: Names, values: Sequence[int | float | None] | None = None) -> list[str]:
-    """The intervals of a region, as `kv in [lo, hi)` within `0 <= kv < kv_len`; none is no key.
+    """The intervals of a region, as `kv in [lo, hi)` within `0 <= kv < kv_len`. An empty list means no key.
 
     Args:
         region: bounds in nodes of one graph.
         names: of its captures.
-        values: of its number slots, to be put in their place where they are known.
+        values: of its number slots. The text shows those that are known instead of their names.
     """
 
     def plain(node: Node, args: tuple[Node, ...]) -> Node:
@@ -246,7 +246,7 @@ def region_text(region: Region, names: Names, values: Sequence[int | float | Non
         parts = Parts([], [], [])
         for bound, op, ends in zip(interval, ("maximum", "minimum"), (parts.los, parts.his), strict=True):
             for part in [] if bound is None else _parts(rewrite(bound, plain), op):
-                if is_switch(part):  # `where(c, -FAR, FAR)` of lower bounds: there is an interval where c is true
+                if is_switch(part):  # lower bound `where(c, -FAR, FAR)`: there is an interval if c is true
                     parts.conditions.append((part.args[0], (part.args[1].attr < 0) == (op == "maximum")))
                 else:
                     ends.append(part)
@@ -273,7 +273,7 @@ def _is_guard(condition: Node) -> bool:
 
 
 def _parts(node: Node, op: str, whole: Container[Node] = ()) -> list[Node]:
-    """The operands of `op(op(a, b), c)`, however it is nested; nodes in `whole` are not taken apart."""
+    """All operands of a nested `op(op(a, b), c)`; nodes in `whole` are not taken apart."""
     parts: list[Node] = []
     pending = [node]
     while pending:

@@ -1,7 +1,8 @@
-"""Which captured indices are in range, from what the host knows when a call is prepared.
+"""Proves which indices into captured tensors are in range, from what the host knows when a call is prepared.
 
-Known are the sizes of the call and of the captured tensors, and the captured numbers from which an index is computed.
-They are part of what identifies a prepared call. A kernel depends only on the result: which indices it checks.
+The host knows the sizes of the call and of the captured tensors, and the captured numbers from which an index is
+computed. They are part of what identifies a prepared call. A kernel depends only on the result: which indices it
+checks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .intervals import at_most, find_extent
 
 
 class IndexCheck(NamedTuple):
-    """What a load does about one index; what it does not check is proven."""
+    """What a load checks of one index. What it does not check is proven."""
 
     below: bool  # may be negative: counts from the end
     outside: bool  # may lie outside the tensor, which then reads as 0
@@ -31,15 +32,15 @@ class LoadCheck(NamedTuple):
     """What a load checks.
 
     Attributes:
-        indices: of each index.
-        attending: the indices lie in the tensor wherever the mask is true, so that the mask is the check.
+        indices: the check of each index.
+        attending: the indices are in range wherever the mask is true, so the mask serves as the check.
     """
 
     indices: tuple[IndexCheck, ...]
     attending: bool = False
 
 
-Checks = tuple[LoadCheck, ...]  # of the loads of a graph, in the order of `Graph.nodes()`
+Checks = tuple[LoadCheck, ...]  # for the loads of a graph, in the order of `Graph.nodes()`
 
 
 class CallSizes(NamedTuple):
@@ -73,7 +74,7 @@ def _is_integer(node: Node) -> bool:
 
 
 def unproven(load: Node, analysis: Analysis) -> LoadCheck:
-    """The checks of a load where nothing is known of the call."""
+    """The checks of a load if nothing is known of the call."""
     return LoadCheck(tuple(IndexCheck(analysis.ranges[index][0] < 0, True) for index in load.args))
 
 
@@ -103,7 +104,7 @@ def find_checks(
         if mask is not None and load in loads.in_loop:
             outside = tuple((i, n) for i, n, c in zip(load.args, shape, found.indices, strict=True) if c.outside)
             if outside and _attend_inside(outside, (graph, leaves), mask, sizes, q_idx_given):
-                # Where the mask is true an index that was unproven is neither negative nor too large.
+                # Where the mask is true, an index without another proof is neither negative nor too large.
                 found = LoadCheck(tuple(IndexCheck(i.below and not i.outside, False) for i in found.indices), True)
         checks.append(found)
     return tuple(checks)
@@ -119,9 +120,9 @@ class _Loads(NamedTuple):
 
     Attributes:
         all: in the order of `Graph.nodes()`.
-        in_loop: those that change with kv_idx alone.
+        in_loop: those that depend on kv_idx but not on the score, and that are in no loop of the mod.
         below: the nodes from which their indices are computed, operands first.
-        rules: how ranges of these are found.
+        rules: how the ranges of these nodes are found.
     """
 
     all: tuple[Node, ...]
@@ -153,7 +154,7 @@ def _loads_of(graph: Graph) -> _Loads:
 
 def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) -> dict[Node, IntRange]:
     """The ranges that the indices among `nodes` have in a call."""
-    last = max(0, sizes.max_kv_len - 1)  # an empty range is no range
+    last = max(0, sizes.max_kv_len - 1)  # a range must not be empty
     ranges = {
         "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (0, last),
         "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, sizes.num_queries), last),
@@ -172,8 +173,8 @@ def known_value(source: Source, leaves: list) -> int | float | None:
     return None if source.dim < 0 and getattr(leaves[source.leaf], "is_meta", False) else source.read(leaves)
 
 
-# The results of proofs by a mask: up to which length of the longest sequence there is a proof, and from which one on
-# there is none. The key is all else that a proof depends on.
+# The results of proofs by a mask: the greatest max_kv_len with a proof, and the smallest one without. The key is
+# everything else that a proof depends on.
 _reaches = Bounded.memo(limit=1024)
 _UNTRIED = -1, MAX_KV_LEN + 1
 
@@ -186,7 +187,7 @@ def _attend_inside(
 ) -> bool:
     """Whether some indices of a score_mod are in range and not negative wherever the mask is true.
 
-    A proof holds for shorter sequences, too, so what another length has shown is remembered.
+    A proof also holds for shorter sequences, so the results for other lengths are remembered.
     """
     numbers = [_numbers(graph.nodes(), graph, leaves) for graph, leaves in (score, mask)]
     values = [tuple([(node.attr, value) for node, value in known.items()]) for known in numbers]
@@ -195,7 +196,7 @@ def _attend_inside(
     def proves(max_kv_len: int) -> bool:
         try:
             bad_pairs = _attending_outside(indices, mask[0].output, *numbers)
-        except (ArithmeticError, ValueError):  # captured integers that PyTorch's arithmetic refuses
+        except (ArithmeticError, ValueError):  # PyTorch's arithmetic refuses these captured integers
             return False
         return _is_never(bad_pairs, sizes._replace(max_kv_len=max_kv_len), q_idx_given)
 
@@ -204,7 +205,7 @@ def _attend_inside(
     if not proven < length < unproven:
         return length <= proven
     further = 1 << max(length - 1, 0).bit_length()
-    if reach != _UNTRIED and further < unproven and proves(further):  # the second length: there will be more
+    if reach != _UNTRIED and further < unproven and proves(further):  # this is the second length, so more will follow
         proven = further
     elif proves(length):
         proven = length
@@ -215,7 +216,7 @@ def _attend_inside(
 
 
 def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
-    """Whether a mask is false for every pair of a call, as far as its live intervals show it."""
+    """Whether the live intervals of a mask show that it is false for every pair of a call."""
     known = _index_ranges(topological(mask), sizes, q_idx_given)
     live = find_extent(mask, analyze([mask], q_idx_given, known)).live
     return all(lo is not None and hi is not None and at_most(hi, lo) for lo, hi in live)
@@ -224,7 +225,7 @@ def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
 def _attending_outside(
     indices: _Indices, attends: Node, score_numbers: Mapping[Node, int], mask_numbers: Mapping[Node, int]
 ) -> Node:
-    """A mask of the pairs that attend although one of the indices is out of range or negative."""
+    """A mask that is true for pairs that attend although one of the indices is out of range or negative."""
     outside = const(False, torch.bool)
     for index, size in indices:
         index = _with_constants(index, score_numbers, "score")
@@ -234,7 +235,7 @@ def _attending_outside(
 
 
 def _with_constants(output: Node, numbers: Mapping[Node, int], kind: str) -> Node:
-    """A value with its captured integers filled in. Its other captures are marked by `kind`: mods differ in them."""
+    """A value with its captured integers filled in. `kind` marks its other captures, because the two mods differ."""
 
     def visit(node: Node, args: tuple[Node, ...]) -> Node:
         if node in numbers:

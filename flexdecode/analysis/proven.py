@@ -15,7 +15,7 @@ from .proofs import Checks
 class Listed(Enum):
     """Whether the lists of a BlockMask say which blocks a call visits.
 
-    `ALONE`: its full blocks need no mask. `WITH_MASK`: a mask_mod holds as well, so no block is known to be full.
+    `ALONE`: its full blocks need no mask. `WITH_MASK`: there is a mask_mod as well, so no block is known to be full.
     """
 
     NO = 0
@@ -30,7 +30,7 @@ class ProvenMods:
     Attributes:
         score, mask: graphs of the two mods.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
-        score_checks, mask_checks: what their loads have to check; None where nothing is known of the call.
+        score_checks, mask_checks: what their loads have to check; None if nothing is known of the call.
         listed: whether the lists of a BlockMask say which blocks are visited.
     """
 
@@ -53,7 +53,7 @@ class ProvenMods:
 
     @property
     def num_full(self) -> int:
-        """Intervals in which a kernel leaves the mask out; lists count for one."""
+        """The number of intervals in which a kernel leaves the mask out; lists count as one."""
         return int(self.listed is Listed.ALONE) if self.block_lists else len(self.bounds.mask_full)
 
     @cached_property

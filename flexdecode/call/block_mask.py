@@ -1,4 +1,4 @@
-"""PyTorch's BlockMask as input: its mask as a mask_mod, and its lists of blocks as tables that a kernel walks over."""
+"""PyTorch's BlockMask as input: its mask becomes a mask_mod, its lists of blocks become tables for a kernel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..memos import Bounded
 from .inputs import Inputs
 
 DEAD, PARTIAL, FULL = 0, 1, 2
-BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # of `BlockLists.arguments`, for Triton
+BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # Triton types of `BlockLists.arguments`
 
 _LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
-# What was made of the last versions of each BlockMask. It lives as long as the BlockMask, because a CUDA graph may hold
-# addresses of it.
+# The `BlockLists` of the last versions of each BlockMask. They live as long as the BlockMask, because a CUDA graph may
+# hold addresses of their tables.
 _known: weakref.WeakKeyDictionary[Any, Bounded] = weakref.WeakKeyDictionary()
 
 
@@ -27,8 +27,8 @@ class BlockLists:
     """The lists of a BlockMask for the heads and sequences of a call.
 
     Attributes:
-        lists: the tensors that this was made of, kept alive: no other tensor can have their ids.
-        kinds: int8 `[B, Hq, rows, columns]`, whether a block is dead, partial or full; sequences and heads may share.
+        lists: the tensors that this was made of. They are kept alive, so that no other tensor gets their ids.
+        kinds: int8 `[B, Hq, rows, columns]`, DEAD, PARTIAL or FULL; sequences and heads may share the memory.
         num_q, num_kv: positions that the mask covers.
         q_block, kv_block: positions per row and column.
     """
@@ -51,7 +51,7 @@ class BlockLists:
         self.num_q, self.num_kv = block_mask.seq_lengths
         _check_shapes(block_mask, -(-self.num_q // self.q_block))
         columns = -(-self.num_kv // self.kv_block)
-        # Of int8, PyTorch's CUDA kernel for this reads whole words, past the end of the tensor.
+        # Not int8: PyTorch's CUDA kernel for this reads whole words, so it would read past the end of the tensor.
         kinds = torch.zeros(*shape, columns, dtype=torch.int32, device=device)
         for name, counts, indices, kind in (
             ("kv_indices", partial, block_mask.kv_indices, PARTIAL),
@@ -60,7 +60,7 @@ class BlockLists:
             if counts is not None:
                 listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
                 outside = listed & ((indices < 0) | (indices >= columns))
-                if device.type == "cpu" and outside.any():  # on a GPU this would wait; there they are left out
+                if device.type == "cpu" and outside.any():  # on a GPU this would wait, so such blocks are left out
                     raise ValueError(
                         f"`block_mask.{name}` lists block {int(indices[outside][0])}, but its {self.num_kv} keys in "
                         f"blocks of {self.kv_block} are blocks 0 to {columns - 1}"
@@ -72,7 +72,7 @@ class BlockLists:
         self._tables: dict[tuple[int, int, Listed], torch.Tensor] = {}
 
     def mask_mod(self, inner: Callable) -> Callable:
-        """The mask of the blocks: where they are full, and where `inner` is true in partial ones."""
+        """The mask of the blocks. It is true in full blocks, and in partial blocks where `inner` is true."""
         kinds, q_block, kv_block, num_q = self.kinds, self.q_block, self.kv_block, self.num_q
 
         def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
@@ -86,7 +86,7 @@ class BlockLists:
         """Refuses positions that the mask does not cover, as far as the host knows them.
 
         Raises:
-            ValueError: one is outside.
+            ValueError: a position is outside.
         """
         num_queries, max_kv_len = inputs.query.shape[2], inputs.max_kv_len
         kv_lens, q_offset = inputs.kv_lens, inputs.q_offset
@@ -99,7 +99,7 @@ class BlockLists:
             return
         start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
         first, last = int(start.min()), int(ends.max()) - 1
-        # Without `q_offset`, the first tokens of a sequence that is shorter than the query attend nowhere.
+        # Without `q_offset`, a sequence shorter than the query has tokens at negative positions, which attend nowhere.
         if num_queries and (last >= self.num_q or (first < 0 and q_offset is not None)):
             raise ValueError(
                 f"`block_mask` covers query positions 0 to {self.num_q - 1}, but the call has {first} to {last}: make "
@@ -110,7 +110,7 @@ class BlockLists:
         """The tables of `templates/block_lists.py`, `[B, Hkv, rows, 4 * blocks + 2]` int32, without waiting for a GPU.
 
         Args:
-            num_kv_heads: heads of the cache; query heads that share one visit the blocks of all.
+            num_kv_heads: heads of the cache; query heads that share a KV head visit the blocks of all of them.
             block_n: keys per block of the kernel.
             listed: `ALONE` or `WITH_MASK`.
         """
@@ -137,7 +137,7 @@ class BlockLists:
         return -(-self.own.shape[-1] * self.kv_block // block_n)
 
     def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool) -> tuple:
-        """The `block_lists` argument of a kernel; the tables stay alive with this object."""
+        """The `block_lists` argument of a kernel. The tables live as long as this object."""
         tables = self.tables(num_kv_heads, block_n, listed)
         stride_b, stride_h = (tables.stride(i) if tables.shape[i] > 1 else 0 for i in (0, 1))
         address = tables.data_ptr() if pointers else tables
@@ -148,11 +148,11 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
     """Joins a BlockMask and a mask_mod.
 
     Returns:
-        A mask_mod that holds where both do, and the lists of blocks.
+        A mask_mod that is true where both are, and the lists of blocks.
 
     Raises:
-        TypeError: it is no BlockMask.
-        ValueError: it does not fit to the query.
+        TypeError: `block_mask` is not a BlockMask.
+        ValueError: it does not fit the query.
     """
     if not all(hasattr(block_mask, name) for name in (*_LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
         raise TypeError(
@@ -175,7 +175,7 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
 
 
 def _version(tensor: torch.Tensor | None) -> tuple | None:
-    """A key of a list: another tensor has another key, and so has a tensor after a write that PyTorch counts."""
+    """A key of a list. Another tensor has another key. So has the same tensor after a write that PyTorch counts."""
     if tensor is None:
         return None
     return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version

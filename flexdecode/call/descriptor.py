@@ -1,4 +1,4 @@
-"""Tensor descriptors of KV caches: which caches have one, and how it is made."""
+"""Tensor descriptors of KV caches: which caches can have one, and how it is made."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Matrix(NamedTuple):
     """A cache seen as a matrix in which every KV head is a rectangle.
 
     Attributes:
-        rows, columns: extent that holds every head.
-        pitch: elements from one row to the next, the distance of two tokens.
+        rows, columns: size of the matrix; it holds every head.
+        pitch: elements from one row to the next, which is the distance of two tokens.
         steps: rows and columns from one sequence to the next, and from one head to the next.
     """
 
@@ -25,9 +25,9 @@ class Matrix(NamedTuple):
 
 
 def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
-    """Describes `[B, H, N, D]` as a matrix in which every head is a rectangle, or gives None.
+    """Describes `[B, H, N, D]` as a matrix in which every head is a rectangle; None if that is not possible.
 
-    The bulk copy engine asks for a base and a pitch of whole 16 bytes, and unit stride in D.
+    The bulk copy engine needs a base address and a pitch that are multiples of 16 bytes, and stride 1 in D.
     """
     b, num_heads, num_tokens, head_dim = tensor.shape
     stride_b, stride_h, pitch, stride_d = tensor.stride()
@@ -47,7 +47,7 @@ def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
 def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Matrix, Matrix] | None:
     """Both caches as matrices, or None if one has no such form."""
     widths = key.shape[3], value.shape[3]
-    if any(width & (width - 1) for width in widths):  # one box for a row
+    if any(width & (width - 1) for width in widths):  # one box holds a row
         return None
     one = as_matrix(key, batch)
     alike = key.shape == value.shape and key.stride() == value.stride() and value.data_ptr() % 16 == 0
@@ -56,7 +56,7 @@ def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Mat
 
 
 class _Address:
-    """What Triton's descriptor needs of a tensor, without keeping the tensor alive."""
+    """What Triton's descriptor needs of a tensor. It does not keep the tensor alive."""
 
     def __init__(self, address: int, dtype: torch.dtype) -> None:
         self.address = address

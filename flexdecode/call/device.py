@@ -1,4 +1,4 @@
-"""Facts of the devices at hand."""
+"""Facts about devices: those of this machine, and those known by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def interpreting() -> bool:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Keeps autocast, which is the caller's, from lowering what is computed in float32."""
+    """Switches the caller's autocast off, so that float32 computations stay in float32."""
     with contextlib.ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -30,10 +30,10 @@ def without_autocast() -> Iterator[None]:
 
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of a device, asked for once.
+    """Facts about a device, read once.
 
     Raises:
-        ValueError: it is no GPU, and Triton does not interpret.
+        ValueError: it is not a GPU, and Triton does not interpret.
     """
     if device.type != "cuda":
         if not interpreting():
@@ -59,8 +59,8 @@ class Target(NamedTuple):
 
     Attributes:
         name: the device in words.
-        facts: of the device; None where no kernel is launched.
-        bytes_per_us: its read bandwidth; None where that is not known.
+        facts: of the device; None if no kernel is launched.
+        bytes_per_us: its read bandwidth; None if that is not known.
     """
 
     name: str
@@ -72,15 +72,15 @@ KNOWN_DEVICES = {"H200": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232
 
 
 def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | None) -> Target:
-    """Finds what a call would run on.
+    """Finds the device that a call would run on.
 
     Args:
         device: of the tensors.
         backend: `triton` or `torch`.
-        chosen: another device, by its name or by its facts.
+        chosen: another device, as its name or its facts.
 
     Raises:
-        ValueError: there is no such device, or it is not known for what device the call is meant.
+        ValueError: there is no such device, or the call does not say for which device it is meant.
     """
     if chosen is not None and not isinstance(chosen, DeviceFacts) and chosen not in KNOWN_DEVICES:
         names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)

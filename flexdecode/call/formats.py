@@ -1,7 +1,7 @@
 """How keys and values lie in memory: one object for each kind of cache.
 
-A kind says what shapes it takes, how long a sequence may be, what its kernels have besides those of other kinds, and
-how PyTorch operations read it. `PAGED` is chosen by a page table.
+A kind says which shapes it takes, how long a sequence may be, which templates its kernels need, and how PyTorch
+operations read it. A call with a page table is `PAGED`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Contiguous:
-    """`[B, Hkv, N, D]`: every sequence has rows of its own, or all share those of one (B = 1).
+    """`[B, Hkv, N, D]`: every sequence has its own rows, or all sequences share the same rows (B = 1).
 
     Attributes:
         form, scale_form: shapes of keys and values, and of scales per token, in words.
@@ -33,7 +33,7 @@ class Contiguous:
     has_matrices = True
 
     def owners(self, batch: int, key: torch.Tensor) -> int:
-        """Size of the first dimension of a cache that no sequences share."""
+        """Size that the first dimension has if the sequences do not share the cache."""
         return batch
 
     def capacity(self, key: torch.Tensor, table: torch.Tensor | None) -> int:
@@ -41,21 +41,21 @@ class Contiguous:
         return key.shape[2]
 
     def page_size(self, key: torch.Tensor) -> int:
-        """Tokens of a page, 0 without pages."""
+        """Tokens of a page; 0 if there are no pages."""
         return 0
 
     def types(self, pointer: Any) -> tuple:
-        """Triton types of the kernels' argument `page_table`; `pointer` is that of the table's address."""
+        """Triton types of the kernels' argument `page_table`; `pointer` is the type of the table's address."""
         return ()
 
     def arguments(self, key: torch.Tensor, table: torch.Tensor | None, at: Callable) -> tuple:
-        """The argument itself; `at` gives what a kernel takes for a tensor."""
+        """The argument `page_table` itself; `at` gives what a kernel takes for a tensor."""
         return ()
 
     def gather(
         self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
     ) -> Gather:
-        """A function from `key`, `value` or scales per token to the rows of positions.
+        """Makes a function that takes `key`, `value` or scales per token and gives the rows of some positions.
 
         Args:
             key: of the call.
@@ -65,7 +65,7 @@ class Contiguous:
             check: whether to refuse tables that lead out of the cache; on a CPU they are always refused.
 
         Returns:
-            The rows, [B or 1, Hkv, n, ...].
+            The function; it gives rows [B or 1, Hkv, n, ...].
         """
         return lambda tensor: tensor[:, :, int(kv[0]) : int(kv[-1]) + 1] if len(kv) else tensor[:, :, :0]
 
@@ -81,11 +81,11 @@ class Paged(Contiguous):
     templates = ("kv_paged.py",)
 
     def owners(self, batch: int, key: torch.Tensor) -> int:
-        """Pages in all."""
+        """The number of all pages."""
         return key.shape[0]
 
     def capacity(self, key: torch.Tensor, table: torch.Tensor | None) -> int:
-        """As many tokens as the pages that a row of the table may list."""
+        """The number of tokens in all the pages that one row of the table can list."""
         assert table is not None
         return key.shape[2] * table.shape[1] if key.shape[0] else 0
 
@@ -94,7 +94,7 @@ class Paged(Contiguous):
         return key.shape[2]
 
     def types(self, pointer: Any) -> tuple:
-        """Entries of the table, its stride over sequences, pages in all."""
+        """Types of the table's address, its stride over sequences, and the number of all pages."""
         return (pointer, "i64", "i32")
 
     def arguments(self, key: torch.Tensor, table: torch.Tensor | None, at: Callable) -> tuple:
@@ -105,7 +105,7 @@ class Paged(Contiguous):
     def gather(
         self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
     ) -> Gather:
-        """As of a contiguous cache."""
+        """As for a contiguous cache."""
         assert table is not None
         page_size, num_pages = key.shape[2], key.shape[0]
         pages = torch.where(read.any(1), table[:, kv // page_size], 0).long()
@@ -113,7 +113,7 @@ class Paged(Contiguous):
         if (check or pages.device.type == "cpu") and wrong.any():
             found = int(pages[wrong][0])
             raise ValueError(f"`page_table` names page {found} within a sequence, but `key` has {num_pages} pages")
-        pages = torch.where(wrong, 0, pages)  # as the kernel does, which cannot raise
+        pages = torch.where(wrong, 0, pages)  # as in the kernel, which cannot raise
         return lambda tensor: tensor[pages, :, kv % page_size].transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a call, its options, and the only place where they are checked."""
+"""The arguments and the options of a call. They are checked only here."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 576, 512
 MAX_HEADS = 1 << 20
-MAX_PROGRAMS = 65535  # that share one head: a limit of CUDA's grids
+MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
 MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How a call is executed; every field has a default that is right for most calls.
+    """How a call is executed. The default of every field is right for most calls.
 
     Attributes:
-        backend: `triton` (generated kernel) or `torch` (the traced graph in PyTorch operations); by default the
-            former for CUDA tensors and the latter for CPU tensors.
-        num_splits: how many programs share the KV cache of one head; with the balanced schedule, how many share all
-            (for each tile of query rows, where a KV head has several).
-            By default chosen to fill the GPU.
+        backend: `triton` (generated kernel) or `torch` (the traced graph in PyTorch operations). The default is
+            `triton` for CUDA tensors and `torch` for CPU tensors.
+        num_splits: how many programs share the KV cache of one head. With the balanced schedule, how many share the
+            whole cache (for each tile of query rows, if a KV head has several). The default fills the GPU.
         block_n: keys per step of the kernel, a power of two from 16.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
-        schedule: `split` divides every sequence into equal shares, `balanced` gives every program the same
-            number of live blocks, whatever the lengths; by default chosen from what the host knows.
-        batch_invariant: the result of a sequence has the same bits whatever else is in the batch. Sequences are then
-            divided as if each were alone.
-        debug: checks on every call what is otherwise trusted, at the price of host synchronisation and of a
-            slow second computation: `kv_lens` within the cache, captured indices in range at attending pairs,
-            mods that compute the same as when they were traced.
+        schedule: `split` divides every sequence into equal shares. `balanced` gives every program the same number of
+            live blocks, even if lengths differ. The default depends on what the host knows.
+        batch_invariant: the other sequences of the batch do not change a bit of a sequence's result. Each sequence is
+            then divided as if it were alone.
+        debug: checks on every call what is otherwise trusted: that `kv_lens` are within the cache, that captured
+            indices are in range at attending pairs, and that mods compute the same as when they were traced. The
+            checks synchronise the host and compute the call a second time, which is slow.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -106,7 +105,7 @@ class Inputs(NamedTuple):
 
     @property
     def max_kv_len(self) -> int:
-        """The longest sequence that the call can have: a number as `kv_lens` says it."""
+        """The longest sequence that the call can have: `kv_lens` if it is a number, else the capacity."""
         return self.kv_lens if isinstance(self.kv_lens, int) else self.capacity
 
     @property
@@ -116,7 +115,7 @@ class Inputs(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        """What changes without a new kernel."""
+        """Run-time sizes, which change without a new kernel."""
         return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len)
 
     def only_shapes(self) -> Inputs:
@@ -143,9 +142,9 @@ class Sizes(NamedTuple):
 
 
 def same_for_all(numbers: Any, query: torch.Tensor) -> Any:
-    """Lengths or positions that may be one for all sequences: a number becomes an int, a 0-d tensor a tensor [B].
+    """Lengths or positions, possibly one for all sequences: a number becomes an int, a 0-d tensor a tensor [B].
 
-    A 0-d tensor on the CPU is read as a number. What is neither stays as it is, for the checks.
+    A 0-d tensor on the CPU is read as a number. Anything else stays as it is and is checked later.
     """
     if numbers is None:
         return None
@@ -161,10 +160,10 @@ def same_for_all(numbers: Any, query: torch.Tensor) -> Any:
 
 
 def per_sequence(lengths: Any, query: torch.Tensor) -> Any:
-    """As `same_for_all`, but a number becomes a tensor [B], too."""
+    """As `same_for_all`, but a number also becomes a tensor [B]."""
     lengths = same_for_all(lengths, query)
     if type(lengths) is int and isinstance(query, torch.Tensor):
-        place = "cpu" if query.is_meta else query.device  # `explain` reads them
+        place = "cpu" if query.is_meta else query.device  # `explain` reads the lengths
         return torch.full((_batch(query),), lengths, dtype=torch.int64, device=place)
     return lengths
 
@@ -175,7 +174,7 @@ def _batch(query: object) -> int:
 
 
 def as_scale(scale: Any, query: torch.Tensor) -> Any:
-    """`k_scale` or `v_scale`: a 0-d tensor on the CPU beside a query that is elsewhere is read as a number."""
+    """`k_scale` or `v_scale`. If the query is not on the CPU, a 0-d tensor on the CPU is read as a number."""
     if scale is not None and isinstance(scale, torch.Tensor) and not scale.dim() and scale.device.type == "cpu":
         return scale if getattr(query, "is_cpu", True) else scale.item()
     return scale
@@ -186,7 +185,7 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes, dtypes or devices do not fit together; the message says what was expected.
+        ValueError: shapes, dtypes or devices do not match; the message says what was expected.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     if not isinstance(options, DecodeOptions):
@@ -325,7 +324,7 @@ def checked_scale(scale: object, name: str = "scale") -> float:
     """A factor as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is not finite.
     """
     if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -341,7 +340,7 @@ def checked_scale(scale: object, name: str = "scale") -> float:
 
 
 def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
-    """Reads `kv_lens` and `q_lens` if they are on the CPU or `options.debug` asks for it, which waits for a GPU.
+    """Checks `kv_lens` and `q_lens` if they are on the CPU or if `options.debug` is set, which waits for a GPU.
 
     Raises:
         ValueError: a length is negative or too large.
@@ -355,10 +354,10 @@ def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
 
 
 def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
-    """Reads lengths.
+    """Checks lengths.
 
     Raises:
-        ValueError: one is negative or beyond `most`, which `limit` says in words.
+        ValueError: one is negative or greater than `most`. `limit` describes `most` in words.
     """
     if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < 0):
         found = f"{int(lengths.min())} to {int(lengths.max())}"

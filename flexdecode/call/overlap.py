@@ -1,4 +1,4 @@
-"""Which tensors share memory: an output must not be written over itself, or over what is read."""
+"""Which tensors share memory. Writing an output must not change another element of it, or an input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def extent(tensor: torch.Tensor) -> int:
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements of a tensor have the same place."""
     dims = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
-    reached = 0  # the last place that dimensions of smaller strides reach
+    reached = 0  # the last place that the dimensions with smaller strides reach
     for stride, size in sorted(dims):
         if stride <= reached:
             places = _places(dims)
@@ -26,14 +26,14 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have a byte in common; interleaved slices of one storage have none."""
+    """Whether two tensors have a byte in common. Interleaved slices of one storage have none."""
     if not one.numel() or not other.numel():
         return False
     length, places = _runs(one)
     other_length, other_places = _runs(other)
     places = places + (one.data_ptr() - other.data_ptr())
     other_places = other_places.sort().values
-    # The last run of the other that starts before one of these ends: does it reach into it?
+    # For each run of `one`: the last run of `other` that starts before its end. Does it reach into the run?
     last = torch.searchsorted(other_places, places + length) - 1
     reaches = other_places[last.clamp(min=0)] + other_length > places
     return bool((reaches & (last >= 0)).any())

@@ -1,4 +1,4 @@
-"""How a call is divided into tiles and programs: plain integers, from the signature and the facts of the device."""
+"""How a call is divided into tiles and programs. The signature and the facts about the device decide it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
-# Below these, finding out who does what takes longer than what it evens out.
+# For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
@@ -40,7 +40,7 @@ class DeviceFacts:
 
     @property
     def has_pdl(self) -> bool:
-        """Whether a kernel can start before the one ahead of it has finished."""
+        """Whether a kernel can start before the previous one has finished."""
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
     @property
@@ -50,12 +50,12 @@ class DeviceFacts:
 
     @property
     def has_warpgroups(self) -> bool:
-        """Whether products are those of Hopper, which four warps compute together."""
+        """Whether products are those of Hopper: four warps compute one product together."""
         return self.backend == "cuda" and self.arch == 90
 
     @property
     def has_descriptors(self) -> bool:
-        """Whether the device copies tiles by tensor descriptors."""
+        """Whether the device can copy tiles by tensor descriptors."""
         return self.has_pdl
 
 
@@ -72,13 +72,13 @@ class Loads(Enum):
 
 @dataclass(frozen=True)
 class Tiles:
-    """The compile-time half of a schedule; one kernel per value.
+    """The compile-time half of a schedule. Each value has its own kernel.
 
-    `split` makes partial outputs and a combine pass, which merges `block_s` splits per step. `loads` says how keys and
-    values are loaded. A head dimension is loaded as `block_d` columns and then `block_r` (0 if there are no more). With
-    `shared`, the first columns of a key are its value. `paired` loads the columns of a quantised cache two by two.
-    `balanced` makes equal runs of all work, which needs the weights of all sequences: of `block_b` at once, or, if
-    there are `many`, in steps of so many.
+    `split`: there are partial outputs and a combine pass, which merges `block_s` splits per step. `loads`: how keys and
+    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more).
+    `shared`: the first columns of a key are its value. `paired`: the columns of a quantised cache are loaded two by
+    two. `balanced`: all work is divided into equal runs. This needs the number of blocks of every sequence. The kernel
+    counts them for all sequences at once, or, if `many`, for `block_b` sequences per step.
     """
 
     block_m: int
@@ -109,12 +109,12 @@ class Tiles:
 
     @property
     def key_columns(self) -> int:
-        """Elements of a row that the first load of a key takes."""
+        """Elements of a row that the first load of a key reads."""
         return self.block_d // 2 if self.paired or self.latent else self.block_d
 
     @property
     def value_columns(self) -> int:
-        """Elements of a row that the load of a value takes; of latents, what the last load of a key takes."""
+        """Elements of a row that the load of a value reads; for latents, those that the last load of a key reads."""
         if self.latent:
             return self.block_r
         return self.block_dv // 2 if self.paired else self.block_dv
@@ -127,7 +127,7 @@ class Schedule:
     Attributes:
         tiles: compile-time sizes.
         num_items: (sequence, KV head, row tile) triples.
-        num_splits: programs per item; balanced, how many workers share the items of each row tile.
+        num_splits: programs per item; if balanced, the number of workers that share the items of each row tile.
         num_tiles: row tiles of a KV head.
     """
 
@@ -143,7 +143,7 @@ class Schedule:
 
     @property
     def num_programs(self) -> int:
-        """Programs of the first pass, in all."""
+        """The number of all programs of the first pass."""
         return self.grid[0] * self.grid[1]
 
 
@@ -169,9 +169,9 @@ def schedule(
         facts: of the device.
         options: choices of the caller.
         loads: how the caches can be loaded.
-        is_bounded: whether the mask may leave few keys of a long cache, which smaller blocks share out better.
-        fetches: whether the score_mod reads captured tensors for every key; a second program on each multiprocessor
-            works while the first one waits for them.
+        is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
+        fetches: whether the score_mod reads captured tensors for every key. A second program on each multiprocessor
+            then works while the first one waits for these reads.
     """
     shape, num_sms, latent = _tile_shape(signature), facts.num_sms, loads is Loads.LATENTS
     items_per_sequence = sizes.num_kv_heads * shape.num_tiles
@@ -201,7 +201,7 @@ def schedule(
 
 
 def _at_least(number: int, choices: tuple[int, ...]) -> int:
-    """The first of ascending choices that is at least a number, else the last one."""
+    """The first of ascending choices that is at least the number; the last one if none is."""
     return next((choice for choice in choices if number <= choice), choices[-1])
 
 
@@ -214,10 +214,10 @@ def _is_balanced(
     total_bytes: int,
     is_bounded: bool,
 ) -> bool:
-    """Whether all work is divided into equal runs: as the caller says, or where lengths may differ much.
+    """Whether all work is divided into equal runs. The caller can say so; by default it is if lengths may differ much.
 
     Raises:
-        ValueError: the caller says so, and there are too many tiles of query rows.
+        ValueError: the caller says so, but there are too many tiles of query rows.
     """
     if options.schedule == "balanced" and shape.num_tiles > MAX_PROGRAMS:
         raise ValueError(
@@ -236,7 +236,7 @@ def _is_balanced(
 
 
 class _TileShape(NamedTuple):
-    """What a signature says of tiles: rows, columns, row tiles of a KV head, and bytes of one key and its value."""
+    """What a signature says about tiles: rows, columns, row tiles of a KV head, bytes of one key and its value."""
 
     block_m: int
     block_d: int
@@ -272,10 +272,10 @@ def _tiles(
     block_b: int,
     many: bool,
 ) -> Tiles:
-    """The tiles of a call, which calls of many lengths share: `crowded` means more programs than multiprocessors."""
+    """The tiles of a call. Calls of many lengths share them. `crowded`: more programs than multiprocessors."""
     is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
     block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
-    # Measured on an H200 (docs, "how it works"): a crowded float32 kernel gains more from a small footprint.
+    # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
     if latent:
@@ -306,16 +306,16 @@ def _tiles(
 
 def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether the columns of a quantised cache are loaded two by two."""
-    # Whether a cache is pairable may depend on where in memory a sequence lies.
+    # Whether a cache is pairable may depend on where in memory a sequence lies, so batch_invariant forbids it.
     if not signature.pairable or not facts.can_unpack or options.batch_invariant:
         return False
-    # A product takes 16 columns at least, and a paired tile has two of a half each.
+    # A product takes at least 16 columns. A paired tile has two products of half the columns each.
     shape = _tile_shape(signature)
     return shape.block_r == 0 and shape.block_d >= 32
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
-    """Whether `templates/latent.py` does what a call asks for: latents of 512 + 64 columns, many heads."""
+    """Whether `templates/latent.py` can compute a call: latents of 512 + 64 columns, many query rows per KV head."""
     sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
     return (
         facts.has_warpgroups
@@ -332,7 +332,7 @@ def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeO
 
 
 def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
-    """Columns of a key in a first load and in a second one: a large head dimension is not padded to a power of two."""
+    """Columns of the first and the second load of a key, so that a large key is not padded to a power of two."""
     whole = max(16, next_power_of_2(head_dim))
     rest = head_dim - whole // 2
     if whole <= 128 or rest > whole // 4:
@@ -352,16 +352,17 @@ def _pipeline(
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth.
 
-    With at most one program per multiprocessor, a deep pipeline keeps enough bytes in flight; with more programs, a
-    small footprint lets two of them share a multiprocessor and hide one another's start and end.
+    With at most one program per multiprocessor, a deep pipeline keeps enough bytes in flight. If there are more
+    programs, each should use little shared memory: two of them can then share a multiprocessor, and one works while the
+    other starts or ends.
 
     Args:
         block_m: rows of a tile.
         kv_bytes: bytes of one key and its value, as they are loaded.
         is_float32: whether the inputs are float32.
         crowded: more programs than multiprocessors.
-        balanced: as many workers as fit, two on each multiprocessor.
-        paired: a quantised cache, of half the bytes.
+        balanced: whether the schedule is balanced, with two workers on each multiprocessor.
+        paired: whether the columns of a quantised cache are loaded two by two.
         descriptors: KV loads through tensor descriptors.
         facts: of the device.
     """
@@ -369,7 +370,7 @@ def _pipeline(
     block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
     if paired:
         block_n *= 1 if crowded and descriptors else 2
-    # Read off compiled kernels: Triton keeps stages - 1 tiles for pointer loads, a half or a whole one more for
+    # Seen in compiled kernels: shared memory holds stages - 1 tiles for pointer loads, half a tile or one tile more for
     # descriptors, and per row the query, the output and a few values per key.
     tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
     per_key = 8 if is_float32 else 2 if descriptors else 6
@@ -377,7 +378,7 @@ def _pipeline(
         needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
         if needed <= facts.shared_memory:
             break
-        if block_n == 64 and stages == 3:  # rather than fewer keys: a step has a fixed price
+        if block_n == 64 and stages == 3:  # fewer stages rather than fewer keys: each step has a fixed cost
             stages, tiles_kept = 2, tiles_kept - 1
         else:
             block_n //= 2
@@ -385,10 +386,10 @@ def _pipeline(
 
 
 def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int, fit: int) -> int:
-    """Splits that minimise a model of the time: bytes over the bandwidth that so many programs reach, plus a combine.
+    """The number of splits with the shortest modelled time: bytes / reached bandwidth, plus the time of a combine.
 
-    Up to `per_sm` programs per multiprocessor the bandwidth grows with the programs; above, programs run in waves of
-    `fit` per multiprocessor, and an unfilled last wave is lost.
+    Up to `per_sm` programs per multiprocessor, the bandwidth grows with the number of programs. With more, programs run
+    in waves of `fit` per multiprocessor, and a last wave that is not full wastes bandwidth.
     """
     if num_items == 0:
         return 1
@@ -400,7 +401,7 @@ def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int,
 
 
 def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
-    """The share of the bandwidth that so many programs reach."""
+    """The share of the bandwidth that a number of programs reaches."""
     if programs <= per_sm * num_sms:
         return programs / (per_sm * num_sms)
     waves = -(-programs // (fit * num_sms))
@@ -415,8 +416,8 @@ def forget_schedules() -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _best_split(num_items: int, most: int, num_sms: int, per_sm: int, fit: int) -> tuple[int, float]:
-    """The number of splits that reaches most of the bandwidth, and that share."""
-    # While programs fit into a wave, more of them are better: the best number fills one, or is the largest.
+    """The number of splits that reaches the largest share of the bandwidth, and that share."""
+    # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
     filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
     tried = {most, *[min(max(1, programs // num_items), most) for programs in filling]}
     reached, splits = max((_reached(num_items * splits, num_sms, per_sm, fit), -splits) for splits in tried)

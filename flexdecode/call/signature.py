@@ -32,13 +32,13 @@ class Signature:
         num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
         given: kinds of the arguments that a call may lack.
         format: how keys and values lie in memory.
-        page_size: tokens of a page, 0 without a page table.
+        page_size: tokens of a page; 0 without a page table.
         shared_kv: whether each value is the first columns of its key, in the same memory.
-        pairable: whether key and value are quantised and can be seen as int16, two columns in one.
+        pairable: whether key and value are quantised and can be viewed as int16, two columns in one.
         return_lse: whether the log-sum-exp is written.
         aligned: whether query, key, value and output all start at a multiple of 16 bytes.
-        strides: 16 stride classes, four for each of query, key, value, output: `UNIT` for a last stride of 1, else
-            the greatest common divisor with 16.
+        strides: 16 stride classes, four for each of query, key, value, output. The class is `UNIT` for a last stride
+            of 1, else the greatest common divisor of the stride and 16.
     """
 
     backend: str
@@ -88,7 +88,7 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
 
 
 def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of query, key, value and output as the kernels take them, 16 in all."""
+    """The 16 strides of query, key, value and output, as the kernels take them."""
     batch = inputs.query.shape[0]
     caches = inputs.format.owners(batch, inputs.key)
     return (
@@ -114,7 +114,7 @@ def _in_pairs(cache: torch.Tensor) -> bool:
 
 
 def in_pairs(inputs: Inputs) -> Inputs:
-    """The same call with two columns of its caches seen as one int16."""
+    """The same call with its caches viewed as int16, two columns in one."""
     return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
 
 

@@ -1,6 +1,6 @@
 """The run-time arguments of the kernels: one row for each, in the order of `decode_split`.
 
-Types and launches both come from these rows. The second pass takes those of them that it has a parameter for.
+Types and launches both come from these rows. The second pass takes those arguments that it has parameters for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CaptureTypes = tuple[str, ...]
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything besides its text that a kernel is compiled from.
+    """Everything that a kernel is compiled from, except its text.
 
     Attributes:
         signature: what the inputs look like.
@@ -37,8 +37,8 @@ class KernelSpec:
         score_captures, mask_captures: Triton types of the captured values of each mod.
         num_live: intervals of kv_idx that can attend.
         num_full: intervals in which no mask is needed.
-        fp_fusion: whether a product and a sum may become one operation. A mod that rounds to half precision forbids
-            it: LLVM would drop the rounding between them.
+        fp_fusion: whether a product and a sum may become one operation. It is False if a mod rounds to half precision,
+            because LLVM would drop the rounding between them.
         block_lists: whether the blocks to visit come from lists.
     """
 
@@ -53,12 +53,12 @@ class KernelSpec:
 
     @property
     def cache_type(self) -> str:
-        """Triton's type of what is loaded from a cache."""
+        """Triton's type of the elements that are loaded from a cache."""
         return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.kv_dtype]
 
     @property
     def strides(self) -> dict[str, int]:
-        """Class of each stride, in units of what is loaded."""
+        """The class of each stride, counted in the elements that are loaded."""
         classes = dict(zip(STRIDES, self.signature.strides, strict=True))
         if self.tiles.paired:
             classes |= {name: c // 2 for name, c in classes.items() if name[-2] in "kv" and c != UNIT}
@@ -66,11 +66,11 @@ class KernelSpec:
 
 
 class Call(NamedTuple):
-    """What one call brings.
+    """What one call consists of.
 
     Attributes:
         inputs: its tensors and numbers.
-        out, lse: where results go: `[B, Hq, Q, Dv]`, and float32 `[B, Hq, Q]` or None.
+        out, lse: where the results go: `[B, Hq, Q, Dv]`, and float32 `[B, Hq, Q]` or None.
         score_leaves, mask_leaves: what the mods capture.
         scale: factor of the dot product.
         lists: those of a BlockMask, or None.
@@ -90,11 +90,11 @@ class Argument(NamedTuple):
 
     Attributes:
         name: of the template's parameter.
-        type: Triton's type, several of a tuple, None where a call has no such argument.
+        type: Triton's type; a tuple has several; None if a call has no such argument.
         tensor: reads it from a `Call`; a kernel takes its address.
-        value: reads it from a launcher and a `Call`. What has neither is filled in by the launcher: descriptors and
+        value: reads it from a launcher and a `Call`. The launcher fills in an argument that has neither: descriptors and
             the workspace at each call, the rest once for all calls of one layout.
-        divisor: what divides it, of a tuple each element.
+        divisor: a number that divides the argument, or each element of a tuple.
     """
 
     name: str
@@ -119,12 +119,12 @@ def _partial(name: str) -> Argument:
 
 
 def _input(name: str) -> Argument:
-    """A tensor that a call may lack."""
+    """An optional tensor of a call."""
     return Argument(name, lambda spec: _pointer(getattr(spec.signature.given, name)), attrgetter(f"inputs.{name}"))
 
 
 def _descriptor(name: str, columns: str) -> Argument:
-    """A tensor descriptor for blocks of so many columns."""
+    """A tensor descriptor for blocks of `columns` columns."""
 
     def kind(spec: KernelSpec) -> str | None:
         tiles = spec.tiles
@@ -136,7 +136,7 @@ def _descriptor(name: str, columns: str) -> Argument:
 
 
 def _scales(name: str, source: str) -> Argument:
-    """Scales of keys or values: (), (number,), or address and strides over b, h and, if any, n."""
+    """Scales of keys or values: (), (number,), or the address and the strides over b, h and, for scales per key, n."""
     read = attrgetter(f"inputs.{source}")
 
     def types(spec: KernelSpec) -> tuple:
@@ -157,7 +157,7 @@ def _scales(name: str, source: str) -> Argument:
 
 
 def _stride(name: str) -> Argument:
-    """A stride in elements, or 1, which a kernel knows."""
+    """A stride in elements. If it is 1, the kernel knows it at compile time."""
     return Argument(name, lambda s: None if s.strides[name] == UNIT else "i64", divisor=lambda s: s.strides[name])
 
 

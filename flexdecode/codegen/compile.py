@@ -1,6 +1,6 @@
 """Compiles a generated module: argument types, constants and options of the two kernels, for a target.
 
-Kernels are compiled ahead of time from declared types, so no value ever specialises one, and no GPU is needed.
+Kernels are compiled ahead of time from declared types. So no value specialises a kernel, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def capture_types(graph: Graph | None) -> CaptureTypes:
     numbers = [TYPE_NAMES[dtypes[i]] for i in range(layout.num_numbers)]
     tensors: list[str] = []
     for dtype, rank in graph.tensor_types:
-        stored = torch.uint8 if dtype in FLOAT8 else dtype  # not every device has these types, every one has their bits
+        stored = torch.uint8 if dtype in FLOAT8 else dtype  # some devices have no float8 types: they read bits
         tensors += ["*" + TYPE_NAMES[stored], *["i64"] * (2 * rank)]
     return (*numbers, *tensors)
 
@@ -48,7 +48,7 @@ def combine_block_dv(tiles: Tiles) -> int:
 
 
 def _precision(dtype: torch.dtype, facts: DeviceFacts) -> str:
-    """How the two products are computed: float32 by three TF32 products each, where the tensor cores have them."""
+    """How the two products are computed: for float32 as three TF32 products each, if the tensor cores have TF32."""
     return "tf32x3" if dtype == torch.float32 and facts.backend == "cuda" else "ieee"
 
 
@@ -85,13 +85,13 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
 
 
 def argument_types(spec: KernelSpec, names: list[str]) -> dict[str, Any]:
-    """The Triton type of each parameter of a kernel; `constexpr` for what is absent or known to be 1."""
+    """The Triton type of each parameter of a kernel; `constexpr` for an absent argument or a stride known to be 1."""
     types = {name: "constexpr" if name.isupper() else ROWS[name].type(spec) for name in names}
     return {name: "constexpr" if kind is None else kind for name, kind in types.items()}
 
 
 def attributes(spec: KernelSpec, types: dict[str, Any]) -> dict[tuple[int, ...], list]:
-    """Divisibility that Triton may rely on, by place of an argument, or of an element of one."""
+    """The divisibility that Triton may assume, by the place of an argument or of an element of an argument."""
     found: dict[tuple[int, ...], list] = {}
     for i, (name, kind) in enumerate(types.items()):
         if kind != "constexpr":
@@ -129,8 +129,8 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
         compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon)
     except TritonVersionError:
         raise
-    except Exception as error:  # Triton raises many kinds; all mean that this text did not compile
-        reason: BaseException = error  # Triton reports the call that failed; why is the end of its chain
+    except Exception as error:  # Triton raises many kinds; each means that this text did not compile
+        reason: BaseException = error  # Triton reports the call that failed; the end of its chain has the reason
         while reason.__cause__ is not None:
             reason = reason.__cause__
         text = str(error) if reason is error else f"{error}\n{reason}"

@@ -1,4 +1,4 @@
-"""Compiled kernels by spec and graphs: found in memory, made of a module on disk, or generated."""
+"""Finds the compiled kernel for a spec and two graphs: in memory, from a module on disk, or newly generated."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Kernel:
 
     Attributes:
         path: the generated module.
-        split, combine: run one pass: `run(grid, stream, arguments)`; a `Launch`, but in the interpreter.
-        combined: picks the arguments of the second pass out of those of the first one.
+        split, combine: run one pass, `run(grid, stream, arguments)`. Each is a `Launch`, except in the interpreter.
+        combined: picks the arguments of the second pass from those of the first pass.
         combine_block_dv: output columns per program of the combine pass.
     """
 
@@ -51,7 +51,7 @@ class Kernel:
         return Launch(compile_pass(module, spec, self.facts, combine), len(known), descriptors)
 
 
-# Kernels are not forgotten to make room: a CUDA graph may launch one, and Triton unloads what is collected.
+# This memo has no limit: a CUDA graph may launch any of these kernels, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
 
 
@@ -63,7 +63,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
             path = module_path(proven, template_files(proven, spec.signature, spec.tiles))
             try:
                 module = load_module(path)
-            except ImportError as error:  # Gluon's names change
+            except ImportError as error:  # Gluon's names change between releases
                 raise CompileError(f"{error}\n  source: {path}") from error
             _kernels[key] = Kernel(module, path, spec, facts)
             counters.compilations += 1
@@ -78,7 +78,7 @@ def template_files(proven: ProvenMods, signature: Signature, tiles: Tiles) -> tu
 
 
 def module_path(proven: ProvenMods, files: tuple[str, ...]) -> Path:
-    """The file of the module for two mods and some `template_files`, found on disk or written there."""
+    """Finds the file of the module for two mods and some `template_files` on disk, or writes it."""
     identity = f"{files}\n{sources_digest()}\n{proven.text}"
     return store.stored_module(identity, lambda: generate_module(proven, files))
 
@@ -96,6 +96,6 @@ def generate_module(proven: ProvenMods, files: tuple[str, ...] = ()) -> str:
 
 
 def forget_kernels() -> None:
-    """Drops every kernel in memory, those that append and merge too."""
+    """Drops every kernel in memory, also those for `append` and `merge_attention`."""
     _kernels.clear()
     standalone_kernel.cache_clear()

@@ -1,4 +1,4 @@
-"""Writes a graph as the Triton text of its hooks: what is computed once per row, fetched per key, computed per pair."""
+"""Writes a graph as the Triton text of its hooks: some run once per row, some load per key, some compute per pair."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TRITON_DTYPES = {
 class CaptureLayout:
     """Where the captures of one graph stand in the kernel's `captures` tuple.
 
-    First the numbers, then for each tensor its pointer, its sizes and its strides (in elements).
+    The numbers come first. Then each tensor has its pointer, its sizes and its strides (in elements).
     """
 
     num_numbers: int
@@ -52,7 +52,7 @@ class CaptureLayout:
 
 
 def number_dtypes(graph: Graph) -> dict[int, torch.dtype]:
-    """The types in which number slots travel: int64, float32, or float64 where one meets float64."""
+    """The type in which each number slot is passed: int64, float32, or float64 if it is used with float64."""
     found: dict[int, torch.dtype] = {}
     for node in graph.nodes():
         if node.op == "number":
@@ -76,7 +76,7 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
         graph: a traced mod.
         kind: `score_mod` or `mask_mod`.
         q_idx_given: whether q_idx may be any int64.
-        checks: what its loads have to check; None where nothing is known of the call.
+        checks: what its loads have to check; None if nothing is known of the call.
     """
     writer = _Writer(graph, analyze_graph(graph, q_idx_given), checks)
     hoisted = writer.hoisted()
@@ -93,7 +93,7 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
     pair = writer.body([graph.output], known)
     result = writer.names[graph.output]
     if kind == "score_mod" and Node("score", (), torch.float32) not in graph.nodes():
-        result = f"{result} + tl.zeros_like(score)"  # gives it the shape of the tile
+        result = f"{result} + tl.zeros_like(score)"  # gives the result the shape of the tile
     pair.append(f"return {result}" if kind == "score_mod" else f"return live & {result}")
     bodies |= {f"{kind.removesuffix('_mod')}_row": row, kind: pair}
     return Hooks({name: "\n".join(lines) for name, lines in bodies.items()}, frozenset(writer.functions))
@@ -106,7 +106,7 @@ def lower_bounds(proven: ProvenMods) -> Hooks:
     functions: set[str] = set()
 
     def texts(graph: Graph | None, checks: Checks | None, regions: list[Region], kind: str) -> list[list[_Pair]]:
-        """Bounds of each region as text, after the statements that compute them."""
+        """Writes the statements that compute the bounds of each region, and gives the bounds as text."""
         if graph is None:
             return [[(_BELOW, _ABOVE) for _ in region] for region in regions]
         outputs = list(dict.fromkeys(node for region in regions for node in nodes_of(region)))
@@ -135,7 +135,7 @@ _BELOW, _ABOVE = f"tl.full((), {-FAR}, tl.int64)", f"tl.full((), {FAR}, tl.int64
 
 
 class _Writer:
-    """Emits statements in operand order, each node once, in 32-bit integers where that is proven enough."""
+    """Emits each node once, operands first. Integers are 32-bit if that is proven to be enough."""
 
     def __init__(
         self, graph: Graph, analysis: Analysis, checks: Checks | None, captures: str = "captures", prefix: str = "v"
@@ -148,7 +148,7 @@ class _Writer:
         self.prefix = prefix
         self.layout = CaptureLayout.of(graph)
         self.number_dtypes = number_dtypes(graph)
-        self.scalars: set[Node] = set()  # may be one value for the whole tile: no h, no kv_idx in it
+        self.scalars: set[Node] = set()  # may be one value for the whole tile, because they use neither h nor kv_idx
         for node in analysis.nodes:
             if node.op != "score" and node.attr not in ("h", "kv_idx") and self.scalars.issuperset(node.args):
                 self.scalars.add(node)
@@ -160,19 +160,19 @@ class _Writer:
         self.fetches: frozenset[Node] = frozenset()  # loads in score_fetch
 
     def hoisted(self) -> list[Node]:
-        """The computed values that do not depend on kv_idx but are needed next to it."""
-        # What is computed for each pair: it depends on kv_idx, or is a part of a loop that does.
+        """The computed values that do not depend on kv_idx, but that a computation per pair uses."""
+        # The nodes that are computed for each pair: they depend on kv_idx, or are part of a loop that does.
         beside = set(topological(self.graph.output, within=lambda n: n in self.analysis.on_kv or bool(self.loops[n])))
         operands = [a for node in self.graph.nodes() if node in beside for a in node.args] or [self.graph.output]
         return list(dict.fromkeys(a for a in operands if a not in beside and (a.args or a.op == "load")))
 
     def fetched(self) -> list[Node]:
-        """The loads that depend on kv_idx but not on the score, so that they need not wait for it."""
+        """The loads that depend on kv_idx but not on the score, so they need not wait for the score."""
         per_key = self.analysis.on_kv - self.analysis.on_score
         return [n for n in self.graph.nodes() if n.op == "load" and n in per_key and not self.loops[n]]
 
     def body(self, outputs: list[Node], known: dict[Node, str]) -> list[str]:
-        """Statements that compute `outputs` from the arguments and the already `known` names."""
+        """Statements that compute `outputs` from the arguments and the `known` names."""
         self.names = dict(known)
         self.lines: list[str] = []
         self._write(topological(*outputs, within=lambda node: node not in known), frozenset())
@@ -199,7 +199,7 @@ class _Writer:
         return name
 
     def _fold(self, node: Node, inside: frozenset[int]) -> str:
-        """Writes a loop. Its first step stands before it: that gives the result its type and shape."""
+        """Writes a loop. Its first step stands before the loop and gives the result its type and shape."""
         loop, count, name = node.attr
         again = changing(node, self.loops)
         outer = dict(self.names)
@@ -225,7 +225,7 @@ class _Writer:
         return total
 
     def _dtype(self, node: Node) -> str:
-        """The Triton type that holds a node: int64 is narrowed to int32 where its range allows."""
+        """The Triton type that holds a node. It is int32 instead of int64 if the range of the node allows it."""
         if node.dtype == torch.int64 and self.analysis.fits_int32(node):
             return "tl.int32"
         if node.dtype in HALF:
@@ -240,7 +240,7 @@ class _Writer:
         if node.op == "score":
             return "score"
         if node.op == "index":
-            # The template hands q_idx over as int64 when the caller chose it, all else as int32.
+            # The template passes q_idx as int64 if the caller chose it, and all other indices as int32.
             return node.attr
         if node.op == "const":
             value = float(node.attr) if node.dtype.is_floating_point else int(node.attr)
@@ -253,7 +253,7 @@ class _Writer:
         text = f"{self.captures}[{node.attr}]"
         if node.dtype == torch.bool:
             return f"{text} != 0"
-        if self.number_dtypes[node.attr] == torch.float64:  # Triton's interpreter has it as a Python float
+        if self.number_dtypes[node.attr] == torch.float64:  # Triton's interpreter passes a Python float
             return f"tl.full((), {text}, {self._dtype(node)})"
         return text if node.dtype == self.number_dtypes[node.attr] else f"{text}.to({self._dtype(node)})"
 
@@ -277,23 +277,23 @@ class _Writer:
             return f"({text}).to(tl.int32)"
         if op.rule in ("compare", "predicate") and node in self.scalars and not integer:
             return _scalar_condition(text)
-        # An operation on half types rounds its result, as in PyTorch.
+        # The result of an operation on half types is rounded, as in PyTorch.
         return f"({text}).to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)" if node.dtype in HALF else text
 
     def _cast(self, node: Node) -> str:
         (source,) = node.args
         name = self.names[source]
-        if node.dtype in HALF:  # by way of float32, as in PyTorch; Triton's interpreter has no other way to bfloat16
+        if node.dtype in HALF:  # through float32, as in PyTorch; Triton's interpreter has no other way to bfloat16
             text = self._as(source, "tl.float32")
             return text if node.weak else f"{text}.to({_TRITON_DTYPES[node.dtype]}).to(tl.float32)"
         dtype = self._dtype(node)
         if source.dtype.is_floating_point and node.dtype in (torch.uint8, torch.int8, torch.int16):
-            # By way of int32: what does not fit wraps around, while a compiler may assume that it fits a narrow type.
+            # Through int32: a value that does not fit must wrap around, but a compiler may assume that it fits.
             return f"{name}.to(tl.int32).to({dtype})"
         return name if self._dtype(source) == dtype else f"{name}.to({dtype})"
 
     def _load(self, node: Node) -> str:
-        """A load that counts negative indices from the end and reads 0 outside the tensor, where these may occur."""
+        """A load. It counts negative indices from the end and reads 0 outside the tensor, unless proven unnecessary."""
         slot = node.attr
         pointer = f"{self.captures}[{self.layout.pointer(slot)}]"
         if not node.args:
@@ -317,7 +317,7 @@ class _Writer:
         return f"tl.load({address}, mask={guard}, other=0)" if inside else f"tl.load({address})"
 
     def widened(self, node: Node, text: str) -> str:
-        """What was loaded in the type that computes: at least float32 for floats, a condition for bool."""
+        """Converts a loaded value to the type that computes: at least float32 for floats, a condition for bool."""
         dtype, _ = self.graph.tensor_types[node.attr]
         if dtype == torch.bool:
             return f"({text} != 0)"
@@ -329,13 +329,13 @@ class _Writer:
 
 
 def _called(text: str) -> list[str]:
-    """Names of functions of `elementwise.py` in a text."""
+    """The names of the elementwise functions that a text calls."""
     return re.findall(r"(?<![.\w])([a-z]\w*)\(", text)
 
 
 def _scalar_condition(text: str) -> str:
-    """Makes a bool that may be a scalar one that broadcasts.
+    """Lets a bool that may be a scalar broadcast.
 
-    `True &` changes nothing on a GPU; without it Triton's interpreter broadcasts as the type of what was compared.
+    `True &` changes nothing on a GPU. Without it, Triton's interpreter broadcasts the bool as the compared type.
     """
     return f"tl.full((), True, tl.int1) & ({text})"

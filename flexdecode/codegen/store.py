@@ -1,9 +1,9 @@
 """The store of generated modules on disk.
 
-A file is named by the hash of its text. An index leads from what a module is generated from (graphs, templates, library
-version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies beside
-them. No mod changes it. Triton keeps the machine code in a store of its own. Files are published by `os.replace`, and
-a damaged one is written again.
+The name of a file is the hash of its text. An index maps what a module is generated from (graphs, templates, library
+version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies in the
+same folder. No mod changes it. Triton keeps the machine code in its own store. Files are published by `os.replace`. A
+damaged file is written again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def store_folder() -> Path:
 
 
 def stored_module(identity: str, generate: Callable[[], str]) -> Path:
-    """The file of the module for `identity`, found on disk or generated and written there.
+    """Finds the file of the module for `identity` on disk, or generates and writes it.
 
     Args:
-        identity: everything that the text depends on besides the library itself.
+        identity: everything that the text depends on, except the library itself.
         generate: makes the text.
 
     Raises:
-        PermissionError: others could put code into the folder, from where it is imported.
+        PermissionError: other users could put code into the folder, and it would be imported.
     """
     entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
     folder = _checked_folder()
@@ -55,10 +55,10 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
 
 
 def fixed_module(text: str) -> Path:
-    """The file of a module that depends on no mod, found on disk or written there.
+    """Finds the file of a module that depends on no mod on disk, or writes it.
 
     Raises:
-        PermissionError: as of `stored_module`.
+        PermissionError: as for `stored_module`.
     """
     folder = _checked_folder()
     return _find_module(folder, _name_of(text.encode())) or _publish_module(folder, text)
@@ -69,7 +69,7 @@ def _name_of(text: bytes) -> str:
 
 
 def _find_module(folder: Path, name: str) -> Path | None:
-    """The module of this name, if its text is what the name says."""
+    """The module of this name; None if there is none or its text does not match its name."""
     path = folder / "modules" / f"{name}.py"
     try:
         return path if _name_of(path.read_bytes()) == name else None
@@ -87,12 +87,12 @@ def _publish_module(folder: Path, text: str) -> Path:
 
 
 def _checked_folder() -> Path:
-    """The folder of the store, which flexdecode imports code from: refused if everybody can write into any part."""
+    """The folder of the store. It is refused if everybody can write into any part, because code is imported from it."""
     folder = store_folder()
     for place in (folder, folder / "index", folder / "modules"):
         try:
             mode = place.stat().st_mode
-        except OSError:  # there is none yet, or none that can be read
+        except OSError:  # it does not exist yet, or cannot be read
             continue
         if mode & stat.S_IWOTH:
             raise PermissionError(
@@ -103,10 +103,10 @@ def _checked_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """A folder of this user alone among the temporary files of the machine, which others can write to.
+    """A folder of this user alone, in the machine's folder for temporary files. Others can write to the latter.
 
     Raises:
-        PermissionError: what has its name is somebody else's, or open to others.
+        PermissionError: the folder with this name belongs to somebody else, or is open to others.
     """
     folder = Path(tempfile.gettempdir()) / f"flexdecode-{os.getuid()}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,8 @@ def _temporary_folder() -> Path:
 
 
 def _publish(path: Path, text: str) -> Path:
-    """Writes a file so that another process sees all of it or nothing."""
-    path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)  # whatever the umask: not for everybody to write to
+    """Writes a file. Another process sees all of it or nothing."""
+    path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)  # with any umask, not everybody can write to it
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(handle, "w") as file:

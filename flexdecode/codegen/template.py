@@ -1,8 +1,8 @@
 """Makes a complete Triton module from a template file and the bodies of its hooks.
 
-A template is ordinary Triton. Its hook functions are found with `ast`, their names and parameters are checked, and
-their bodies are exchanged line by line. Whole functions can come from other files: other KV loads, another schedule.
-Everything else stays as it stands in the file.
+A template is ordinary Triton. Its hook functions are found with `ast`, their names and parameters are checked, and the
+lines of their bodies are replaced. Whole functions can come from other files: other KV loads, another schedule. All
+other text stays as it is in the file.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ HOOK_PARAMETERS = {
 }
 
 
-# What the texts of the op table call; a function may call those of either file.
+# The files with the functions that the op table's texts call. A function may call functions of both files.
 ELEMENTWISE_FILES = ("elementwise.py", "special_functions.py")
 
 
 @functools.cache
 def template_folder() -> Path:
-    """The folder of the template files: inside the installed package, or beside it in a source checkout."""
+    """The folder of the template files: inside the installed package, or next to it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "templates", package.parent / "templates"):
         if (folder / "decode.py").is_file():
@@ -48,7 +48,7 @@ def read_template(name: str) -> str:
 
 @functools.cache
 def sources_digest() -> str:
-    """Hash of all template files and of this package: where one is edited, modules are made anew."""
+    """Hash of all template files and of this package. After an edit of one of them, modules are generated again."""
     package = Path(__file__).parents[1]
     paths = [*sorted(template_folder().glob("*.py")), *sorted(package.rglob("*.py"))]
     texts = [path.read_bytes() for path in paths]
@@ -79,7 +79,7 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
     if any("score_mod" in hook.bodies for hook in hooks):
         flag = lines.index(next(line for line in lines if line.startswith("HAS_SCORE_MOD")))
         edits.append((flag, flag + 1, "HAS_SCORE_MOD = tl.constexpr(True)\n"))
-    # As a part of the kernel's text, the digest is a part of its key in Triton's own store.
+    # The digest is part of the kernel's text, and so part of its key in Triton's own store.
     first = template["decode_split"].body[1].lineno - 1
     edits.append((first, first, f"    # records {_digest(('decode.py', *replacements))}\n"))
     for start, end, text in sorted(edits, reverse=True):
@@ -89,9 +89,9 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
 
 @functools.cache
 def _imports(name: str) -> dict[str, int]:
-    """The imports of a template file, also those that are tried, and the line after each.
+    """The imports of a template file, also those inside `try`, and the line after each.
 
-    What it imports of `decode.py` is there already, in the module that both are put into.
+    Imports from `decode.py` are left out, because the generated module already contains its text.
     """
     nodes = [n for n in ast.parse(read_template(name)).body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))]
     return {ast.unparse(n): n.end_lineno or 0 for n in nodes if getattr(n, "module", None) != "decode"}
@@ -131,7 +131,7 @@ def _parameters(node: ast.FunctionDef) -> tuple[str, ...]:
 
 
 def _body(template: dict[str, ast.FunctionDef], name: str, body: str) -> _Edit:
-    """Exchanges what a hook does; its signature and docstring stay."""
+    """Replaces the body of a hook; its signature and docstring stay."""
     node = template.get(name)
     if node is None or _parameters(node) != HOOK_PARAMETERS[name]:
         raise ValueError(f"the template has no hook {name}{HOOK_PARAMETERS[name]}")
@@ -140,11 +140,11 @@ def _body(template: dict[str, ast.FunctionDef], name: str, body: str) -> _Edit:
 
 
 def _exchange(template: dict[str, ast.FunctionDef], files: Sequence[str]) -> tuple[dict[str, _Edit], dict[str, str]]:
-    """Exchanges whole functions for those of the same name and parameters in other files.
+    """Replaces whole functions by those of the same name and parameters in other files.
 
     Returns:
-        The edits by name, and what else these files define: helpers and records. Of two files that have the same name,
-        the later one wins.
+        The edits by name, and the helpers and records that these files define. If two files have the same name, the
+        later file wins.
     """
     replaced: dict[str, _Edit] = {}
     added: dict[str, str] = {}
@@ -163,7 +163,7 @@ def _exchange(template: dict[str, ast.FunctionDef], files: Sequence[str]) -> tup
 
 @functools.cache
 def _digest(files: tuple[str, ...]) -> str:
-    """Hash of the records and plain functions of some files, which Triton leaves out of the key of a kernel."""
+    """Hash of the records and plain functions of some files. Triton leaves these out of the key of a kernel."""
     nodes = [(file, node) for file in files for node in _definitions(file)]
     texts = [_source(file, node) for file, node in nodes if not getattr(node, "decorator_list", ())]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
@@ -171,7 +171,7 @@ def _digest(files: tuple[str, ...]) -> str:
 
 @functools.cache
 def standalone(name: str) -> str:
-    """The module of a template file that no mod changes, with what it imports of `decode.py`: functions and constants.
+    """The module of a template file that no mod changes, with the functions and constants it imports of `decode.py`.
 
     Raises:
         ValueError: it imports something else of that file.
@@ -180,7 +180,7 @@ def standalone(name: str) -> str:
     wanted = {a.name for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "decode" for a in n.names}
     texts = [f'"""{ast.get_docstring(tree)}"""', "import triton\nimport triton.language as tl"]
     for node in ast.parse(read_template("decode.py")).body:
-        if isinstance(node, ast.If):  # imports of what not every Triton has
+        if isinstance(node, ast.If):  # imports that not every Triton has
             texts.append(ast.unparse(node))
             wanted -= {a.name for n in node.body if isinstance(n, ast.ImportFrom) for a in n.names}
         elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):

@@ -1,5 +1,5 @@
 """From a callable to a graph.
 
 In: a user's `score_mod` or `mask_mod`, and what it captures.
-Out: a `Graph` of frozen nodes with a canonical text, and the captured values of the moment.
+Out: a `Graph` of immutable nodes with a canonical text, and the current captured values.
 """

@@ -1,6 +1,6 @@
 """The activation functions of torch.nn.functional, made of rows of the op table.
 
-The formulas are PyTorch's own unless a comment says otherwise; a half type is computed in float32 and rounded once.
+The formulas are PyTorch's own unless a comment says otherwise. A half type is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _relu6(context: TraceContext, x: Any) -> Symbol:
 @_handles("hardtanh")
 def _hardtanh(context: TraceContext, x: Any, min_val: Any = -1, max_val: Any = 1) -> Symbol:
     limits = [min_val, max_val]
-    if not context.symbol(x).dtype.is_floating_point:  # PyTorch drops the fractions: integers stay integers
+    if not context.symbol(x).dtype.is_floating_point:  # PyTorch drops the fractions, so integers stay integers
         limits = [int(limit) if context.symbol(limit).dtype.is_floating_point else limit for limit in limits]
     return clamp(context, x, *limits)
 
@@ -88,7 +88,7 @@ def _selu(context: TraceContext, x: Any) -> Symbol:
 def _gelu(context: TraceContext, x: Any, approximate: str = "none") -> Symbol:
     x = context.symbol(x)
     if approximate == "tanh":
-        # 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, in which nothing cancels.
+        # 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, which has no cancellation.
         inner = math.sqrt(8 / math.pi) * (x + 0.044715 * (x * x * x))
         return x * elementwise(context, "sigmoid", inner)
     return x * elementwise(context, "ndtr", x)
@@ -98,7 +98,7 @@ def _gelu(context: TraceContext, x: Any, approximate: str = "none") -> Symbol:
 @rounded_once
 def _mish(context: TraceContext, x: Any) -> Symbol:
     x = context.symbol(x)
-    # tanh(log(1 + e)) = n / (n + 2) with n = e * (e + 2), in which nothing cancels.
+    # tanh(log(1 + e)) = n / (n + 2) with n = e * (e + 2), which has no cancellation.
     e = elementwise(context, "exp", x)
     n = e * (e + 2.0)
     return elementwise(context, "where", x > 20.0, x, x * (n / (n + 2.0)))

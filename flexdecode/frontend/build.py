@@ -1,6 +1,6 @@
 """Builds nodes: PyTorch's type promotion, constant folding and one canonical form.
 
-Equal mods become equal graphs, whatever callable they came from.
+Mods that compute the same in the same way become equal graphs, even if their callables differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def make(name: str, *nodes: Node) -> Node:
     """Applies an operation of the table to nodes.
 
     Raises:
-        TypeError: the operation does not take these types, in PyTorch's own judgement.
+        TypeError: PyTorch's operation does not take these types.
         ZeroDivisionError: an integer is divided by the constant 0.
         ValueError: an integer is raised to a constant negative power, or a result of Python numbers is complex.
         OverflowError: an integer result of Python numbers does not fit into int64.
@@ -72,7 +72,7 @@ def _in_python(op: Op, nodes: tuple[Node, ...]) -> Node:
 
 
 def _check_second(name: str, second: Node) -> None:
-    """Refuses what PyTorch refuses for integers, where it is known while tracing."""
+    """Refuses constants that PyTorch refuses as the second operand of integers."""
     if name in ("floor_divide", "remainder", "fmod") and second.attr == 0:
         raise ZeroDivisionError("an integer is divided by zero")
     if name == "pow" and second.weak and second.attr < 0:
@@ -80,7 +80,7 @@ def _check_second(name: str, second: Node) -> None:
 
 
 def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
-    """Rules that make `a & True`, `where(True, a, b)` and `x + 0` what they are."""
+    """Simplifies nodes like `a & True`, `where(True, a, b)` and `x + 0`; None if there is nothing to simplify."""
     if name == "where":
         condition, a, b = args
         if condition.is_const:
@@ -105,9 +105,9 @@ def _simplify(name: str, args: tuple[Node, ...]) -> Node | None:
 
 
 def cast(node: Node, dtype: torch.dtype) -> Node:
-    """Converts a node; a conversion between equal types is no node.
+    """Converts a node. A conversion between equal types gives the node itself.
 
-    A Python number joins arithmetic in a half type unrounded, as in PyTorch: the result stays weak, and means that.
+    A Python number that is converted to a half type is not rounded, as in PyTorch. The result stays weak to show this.
     """
     if node.dtype == dtype:
         return node
@@ -125,7 +125,7 @@ def cast(node: Node, dtype: torch.dtype) -> Node:
 
 
 def _in_float64(node: Node) -> Node:
-    """A float made of Python numbers, as a tensor with all the bits that Python's floats have."""
+    """Converts a float that Python numbers make to a float64 tensor, with all bits of Python's floats."""
 
     def visit(node: Node, args: tuple[Node, ...]) -> Node:
         if node.dtype != torch.float32:
@@ -149,7 +149,7 @@ def strong(node: Node) -> Node:
 
 
 def remake(node: Node, args: tuple[Node, ...]) -> Node:
-    """Builds `node` again from other operands, folding what has become constant."""
+    """Builds `node` again from other operands. Constant results are folded."""
     if node.op == "cast":
         again = cast(args[0], node.dtype)
         return again if node.weak else strong(again)

@@ -1,4 +1,4 @@
-"""Elementwise arithmetic on symbols: the rows of the op table, and the functions that are made of several rows."""
+"""Elementwise arithmetic on symbols: the rows of the op table, and functions that use several rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .symbol import Consumed, Symbol, TraceContext, checked_shape
 def elementwise(context: TraceContext, name: str, *operands: Any) -> Any:
     """Applies a row of the op table, with broadcasting over the symbols' remaining dimensions.
 
-    The result is a `Symbol`; its operators are set in a loop, of which type checkers know nothing.
+    The result is a `Symbol`. The annotation is `Any`, because type checkers do not see operators that a loop sets.
     """
     symbols = [context.symbol(x) for x in operands]
     arity = 2 if name not in OPS else OPS[name].arity
@@ -54,7 +54,7 @@ def _make(context: TraceContext, name: str, *nodes: Node) -> Node:
 
 
 def broadcast(context: TraceContext, function: Callable[..., Node], *symbols: Symbol) -> Symbol:
-    """Joins symbols of any shapes; two shaped symbols make their sizes constants."""
+    """Applies a function to symbols of any shapes. If two of them have dimensions, their sizes become constants."""
     shaped = [s for s in symbols if s.rank]
     if not shaped:
         return context.scalar(function(*(s.node for s in symbols)))
@@ -72,17 +72,17 @@ def broadcast(context: TraceContext, function: Callable[..., Node], *symbols: Sy
 
 
 def _keeps_zero(function: Callable[..., Node], symbols: Sequence[Symbol]) -> bool:
-    """Whether a zero that a read outside of a tensor gives is still zero after the function."""
+    """Whether the function maps zero, which a read outside a tensor gives, to zero."""
     try:
         result = function(*(cast(const(0), s.dtype) if s.rank else s.node for s in symbols))
-    except TraceError:  # zero is not in its domain
+    except TraceError:  # zero is not in the function's domain
         raised.error = None
         return False
     return result.is_const and result.attr == 0
 
 
 def expanded(symbol: Symbol, sizes: tuple[Node, ...]) -> Symbol:
-    """Repeats dimensions of size 1, and puts new ones before."""
+    """Repeats dimensions of size 1, and adds new dimensions at the front."""
     skip = len(sizes) - symbol.rank
     fixed = [n.is_const and n.attr == 1 for n in symbol.sizes]
 
@@ -101,7 +101,7 @@ def as_dtype(context: TraceContext, x: Symbol, dtype: torch.dtype) -> Symbol:
 
 
 def rounded_once(function: Handler) -> Handler:
-    """Lets a function of half types compute in float32, as PyTorch does, which rounds nothing on the way."""
+    """Makes a function compute half types in float32 and round only the result, as in PyTorch."""
 
     @functools.wraps(function)
     def apply(context: TraceContext, *args: Any, **kwargs: Any) -> Symbol:
@@ -239,7 +239,7 @@ def _where(context: TraceContext, condition: Any, *choices: Any, **kwargs: Any) 
     return elementwise(context, "where", condition, *choices)
 
 
-@handlers_of(None)("Tensor.where")  # the method has its operands in another order
+@handlers_of(None)("Tensor.where")  # the method takes its operands in another order
 def _tensor_where(context: TraceContext, x: Any, condition: Any, other: Any) -> Symbol:
     return elementwise(context, "where", condition, x, other)
 
@@ -271,7 +271,7 @@ def _clamp_max(context: TraceContext, x: Any, max: Any) -> Symbol:
 
 
 def _larger_or_smaller(name: str) -> Handler:
-    """torch.max and torch.min of two tensors; `reductions` has those of one."""
+    """torch.max and torch.min of two tensors. Those of one tensor are in `reductions`."""
     return lambda context, x, other: elementwise(context, name, x, other)
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a mod makes: of numbers, of one value, or like another one."""
+"""Tensors that a mod makes: from numbers, from one value, or like another tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _tensor(context: TraceContext, data: Any, dtype: torch.dtype | None = None, 
 
 
 def _literal(make: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
-    """A tensor of Python numbers: float32 where PyTorch's default dtype would decide."""
+    """A tensor of Python numbers. It is float32 where PyTorch would use its default dtype."""
     made = make(*args, **kwargs, dtype=dtype, device="cpu")
     if dtype is None and made.is_floating_point() and made.dtype != torch.float32:
         made = make(*args, **kwargs, dtype=torch.float32, device="cpu")
@@ -52,7 +52,7 @@ def _filled(context: TraceContext, shape: Any, value: Any, dtype: torch.dtype | 
 
 
 def unpacked(args: tuple, given: Any = None) -> Any:
-    """Sizes or dimensions, passed one by one, as one sequence, or by keyword."""
+    """Sizes or dimensions that are passed one by one, as one sequence, or by keyword."""
     args = args if given is None else (given,)
     return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 

@@ -1,7 +1,7 @@
 """The traced form of a mod: a small graph of elementwise operations.
 
-A `Node` is immutable and its identity is its content, so a common subexpression is one node. A `Graph` is the output
-node with the captures that it reads, numbered in order of first use; its text is the identity of the mod.
+A `Node` is immutable, and nodes with equal content are equal, so a common subexpression is one node. A `Graph` is the
+output node with the captures that it reads, numbered in order of first use. Its text identifies the mod.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 
 
 class Source(NamedTuple):
-    """A run-time number of the host: captured number `leaf`, or, with `dim >= 0`, a size of captured tensor `leaf`."""
+    """A run-time number of the host: captured number `leaf`; if `dim >= 0`, a size of captured tensor `leaf`."""
 
     leaf: int
     dim: int = -1
 
     def read(self, leaves: list) -> int | float:
-        """The value as it is now, from the captures of a mod.
+        """The current value, from the captures of a mod.
 
         Raises:
             TraceError: it is an integer that no 64-bit type holds.
@@ -36,7 +36,7 @@ class Source(NamedTuple):
         if self.dim >= 0:
             return value.shape[self.dim]
         if isinstance(value, torch.Tensor):
-            return +value.item()  # `+` makes a bool an int: kernels take it as an integer
+            return +value.item()  # `+` makes an int of a bool: kernels take it as an integer
         if value.__class__ is int and not _INT64_MIN <= value <= _INT64_MAX:
             raise TraceError(
                 f"the captured number {value} does not fit into int64, in which a mod computes\n"
@@ -51,11 +51,12 @@ class Node:
 
     Attributes:
         op: `index`, `score`, `const`, `number`, `load`, `step`, `fold`, or the name of a row of the op table.
-        args: operands; for `load` the indices, one per dimension; for `fold` what it joins, for each step of a loop.
+        args: operands. For `load`: the indices, one per dimension. For `fold`: the value that it joins over the steps
+            of a loop.
         dtype: the type that PyTorch gives to this value (floating captures widen to float32).
         attr: `index`: its name; `const`: the value; `number`: its `Source` or slot; `load`: leaf or slot of the tensor;
-            `step`: the loop (1 or more, inside of another one a larger number) and how many steps it has; `fold`: the
-            same, and the row that joins two values.
+            `step`: the loop (1 or more; an inner loop has a larger number) and its number of steps; `fold`: the same,
+            and the row that joins two values.
         weak: true for Python numbers, which do not take part in type promotion within their category.
         digest: 16 bytes that identify the content.
     """
@@ -95,7 +96,7 @@ def const(value: bool | int | float, dtype: torch.dtype | None = None) -> Node:
 def topological(*outputs: Node, within: Callable[[Node], bool] = lambda _: True) -> list[Node]:
     """Lists every node below `outputs` once, operands first, in a deterministic order.
 
-    A node that is not `within` is left out, and so is what only such nodes need.
+    A node that is not `within` is left out. So are nodes that only such nodes need.
     """
     order: list[Node] = []
     seen: set[Node] = set()
@@ -112,7 +113,7 @@ def topological(*outputs: Node, within: Callable[[Node], bool] = lambda _: True)
 
 
 def rewrite(output: Node, visit: Any) -> Node:
-    """Rebuilds a graph bottom-up; `visit(node, args)` returns the new node for `node` with rebuilt operands."""
+    """Rebuilds a graph, operands first. `visit(node, args)` returns the new node for `node` with rebuilt operands."""
     done: dict[Node, Node] = {}
     for node in topological(output):
         done[node] = visit(node, tuple(done[a] for a in node.args))
@@ -120,7 +121,7 @@ def rewrite(output: Node, visit: Any) -> Node:
 
 
 def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
-    """Finds the loops in which each value changes; among `nodes`, operands come before what uses them."""
+    """Finds the loops in which each value changes. In `nodes`, operands come before the nodes that use them."""
     found: dict[Node, frozenset[int]] = {}
     for node in nodes:
         loops: frozenset[int] = frozenset().union(*(found[a] for a in node.args))
@@ -131,7 +132,7 @@ def loops_around(nodes: Iterable[Node]) -> dict[Node, frozenset[int]]:
 
 
 def changing(fold: Node, loops: dict[Node, frozenset[int]]) -> list[Node]:
-    """Lists what each step of a loop computes again, operands first; `loops` comes from `loops_around`."""
+    """Lists the nodes that each step of a loop computes again, operands first; `loops` comes from `loops_around`."""
     return topological(fold.args[0], within=lambda node: fold.attr[0] in loops[node])
 
 
@@ -144,7 +145,7 @@ class Graph:
         numbers: the `Source` of each number slot (leaves of the mod's captures).
         tensors: the leaf of each tensor slot; a negative leaf `-1 - k` means `frozen[k]`.
         tensor_types: `(dtype, rank)` of each tensor slot.
-        frozen: tensors that cannot be reached through the mod's captures, kept as they were at trace time.
+        frozen: tensors that the mod makes of numbers, with their values from the trace.
     """
 
     output: Node
@@ -158,7 +159,7 @@ class Graph:
         """Numbers the captures of `output` in order of first use.
 
         Args:
-            output: a node whose `number` and `load` attributes name leaves.
+            output: a node; the `number` and `load` nodes below it name leaves.
             tensor_types: `(dtype, rank)` by leaf.
             frozen: tensors named by negative leaves.
         """
@@ -173,7 +174,7 @@ class Graph:
                 attr = tensors.setdefault(attr, len(tensors))
             return Node(node.op, args, node.dtype, attr, node.weak)
 
-        # Leaves differ between equal mods. Slots do not: they follow the order of first use.
+        # Equal mods may have different leaves. Their slots are equal, because slots follow the order of first use.
         renumbered = rewrite(output, visit)
         types = tuple(tensor_types[leaf] for leaf in tensors)
         return Graph(renumbered, tuple(numbers), tuple(tensors), types, tuple(frozen))
@@ -184,7 +185,7 @@ class Graph:
 
     @functools.cached_property
     def text(self) -> str:
-        """Canonical text: graphs of equal text are the same function of their slots."""
+        """Canonical text. Graphs with equal texts are the same function of their slots."""
         lines = [
             f"tensor {slot}: {str(dtype).removeprefix('torch.')} rank {rank}"
             for slot, (dtype, rank) in enumerate(self.tensor_types)

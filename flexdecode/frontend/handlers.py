@@ -1,4 +1,4 @@
-"""The table of what PyTorch's functions, methods and attributes do with symbols, by name."""
+"""The table that maps names of PyTorch's functions, methods and attributes to what they do with symbols."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .symbol import TraceContext
 Handler = Callable[..., Any]
 
 HANDLERS: dict[str, Handler] = {}
-# The heading under which the docs list a name, where its module does not say it; None for what is only refused.
+# The heading under which the docs list a name, if its module does not decide it; None for names that are only refused.
 GROUPS: dict[str, str | None] = {}
 _GROUPS_OF_MODULES = {
     "activations": "Activation functions",
@@ -45,7 +45,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def of_symbol(*names: str) -> Callable[[Handler], Handler]:
-    """Registers a function whose first operand is a `Symbol`. It takes no context: the symbol has it."""
+    """Registers a function whose first operand is a `Symbol`. It takes no context, because the symbol has it."""
 
     def register(function: Handler) -> Handler:
         @functools.wraps(function)
@@ -59,7 +59,7 @@ def of_symbol(*names: str) -> Callable[[Handler], Handler]:
 
 
 def handlers_of(group: str | None) -> Callable[..., Callable[[Handler], Handler]]:
-    """A decorator like `handles` for functions that the docs list in one group."""
+    """A decorator like `handles`, for functions that the docs list in one group."""
 
     def in_group(*names: str) -> Callable[[Handler], Handler]:
         GROUPS.update(dict.fromkeys(names, group))
@@ -69,14 +69,14 @@ def handlers_of(group: str | None) -> Callable[..., Callable[[Handler], Handler]
 
 
 def group_of(name: str) -> str | None:
-    """The heading under which the docs list a name; None for what is only refused."""
+    """The heading under which the docs list a name; None for a name that is only refused."""
     if name in GROUPS:
         return GROUPS[name]
     return _GROUPS_OF_MODULES.get(HANDLERS[name].__module__.rpartition(".")[2], "Other")
 
 
 def spelled(name: str) -> str | None:
-    """How a user writes an operation, `torch.special.entr`; None if PyTorch has it under no such name."""
+    """How a user writes an operation, for example `torch.special.entr`; None if PyTorch does not have the name."""
     for space in ("special", "linalg"):
         if hasattr(getattr(torch, space), short := name.removeprefix(f"{space}_")) and short != name:
             return f"torch.{space}.{short}"
@@ -86,7 +86,7 @@ def spelled(name: str) -> str | None:
 
 
 def nearest(name: str) -> str | None:
-    """The supported operation whose name is most like `name`, as a user writes it."""
+    """The supported operation whose name is most similar to `name`, as a user writes it."""
     known: dict[str, str] = {}
     for other in (*ROWS, *HANDLERS):
         if group_of(other) and (text := spelled(other)):
@@ -96,7 +96,7 @@ def nearest(name: str) -> str | None:
 
 
 def refuse(context: TraceContext, name: str, unknown: bool = False) -> NoReturn:
-    """Raises the error for what is not supported; of an `unknown` name it says which supported one is nearest."""
+    """Raises the error for an unsupported operation. For an `unknown` name, it suggests the nearest supported one."""
     close = nearest(name) if unknown else None
     raise at_user_line(
         UnsupportedOpError,

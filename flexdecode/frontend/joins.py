@@ -1,4 +1,4 @@
-"""Functions that join symbols, split one, or gather its elements."""
+"""Functions that join symbols, split a symbol, or gather its elements."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .ops import common_dtype
 from .symbol import Symbol, TraceContext, checked_shape
 from .views import _dim, _element, _index_symbol, _reshape, _select, _slice, _unsqueeze
 
-MAX_PARTS = 256  # of one tensor inside a mod: each is text of the kernel
+MAX_PARTS = 256  # parts of one tensor inside a mod; each adds text to the kernel
 
 
 def checked_count(context: TraceContext, what: str, count: int) -> int:
-    """Refuses more parts than a kernel should spell out."""
+    """Refuses more than MAX_PARTS parts."""
     if count > MAX_PARTS:
         raise at_user_line(
             UnsupportedOpError,
@@ -61,7 +61,7 @@ def _cat(context: TraceContext, tensors: Any, dim: int = 0) -> Symbol:
 
 
 def _joined(symbols: list[Symbol], lengths: list[int], dim: int, dtype: torch.dtype) -> Symbol:
-    """Symbols one after the other in a dimension, in which they have these lengths."""
+    """Concatenates symbols in a dimension in which they have these lengths."""
     context, starts = symbols[0].context, [0, *accumulate(lengths)]
     filled = [k for k, length in enumerate(lengths) if length]
 
@@ -69,7 +69,7 @@ def _joined(symbols: list[Symbol], lengths: list[int], dim: int, dtype: torch.dt
         place = index[dim]
 
         def part(k: int) -> Node:
-            # Moved inside for the parts that are not chosen: what they read is thrown away.
+            # In parts that are not chosen, the index is clamped into the part. The values that they read are not used.
             inside = make("maximum", make("sub", place, const(starts[k])), const(0))
             inside = make("minimum", inside, const(lengths[k] - 1))
             return cast(symbols[k].at((*index[:dim], inside, *index[dim + 1 :])), dtype)

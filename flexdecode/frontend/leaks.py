@@ -1,4 +1,4 @@
-"""Finds traced values that a mod put into something that outlives it, such as a list outside."""
+"""Finds traced values that a mod stores in an object that outlives the trace, such as a list outside the mod."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def check_leaks(context: TraceContext, run_again: Callable[[], TraceContext]) ->
     """Refuses a mod whose symbols are still held after its run, and takes them out of lists and dicts.
 
     Args:
-        context: of the run, which is over.
-        run_again: runs the mod once more, to see which of its lines does it.
+        context: of the finished run.
+        run_again: runs the mod once more, to find the line that stores a symbol.
 
     Raises:
         TraceError: something holds a symbol.
     """
     if not _alive(context):
         return
-    gc.collect()  # functions that contain themselves
+    gc.collect()  # frees functions that contain themselves
     alive = _alive(context)
     holder = next((found for symbol in alive for found in gc.get_referrers(symbol) if _holds(found, alive)), None)
     if holder is None:
         return
     del alive
-    _take_out(holder)  # else the next run would find a traced value among what the mod captures
+    _take_out(holder)  # else the next run would find a traced value among the mod's captures
     line = _line_that_stores(holder, run_again)
     _take_out(holder)
     place = f"  {line}\n" if line else ""
@@ -49,12 +49,12 @@ def _alive(context: TraceContext) -> list[Symbol]:
 
 
 def _holds(found: Any, alive: list[Symbol]) -> bool:
-    """Whether something that refers to a symbol is the user's, and no frame, closure or list of this module."""
+    """Whether an object that refers to a symbol is the user's, and not a frame, closure or list of this module."""
     return found is not alive and not isinstance(found, (FrameType, FunctionType, CellType, GeneratorType, Symbol))
 
 
 def _line_that_stores(holder: Any, run_again: Callable[[], TraceContext]) -> str:
-    """The user's line after which the holder has a symbol more."""
+    """The user's line after which the holder has one more symbol."""
     found: list[str] = []
     last: tuple[str, int, str] | None = None
     before = [item for item in gc.get_referents(holder) if isinstance(item, Symbol)]

@@ -1,7 +1,7 @@
 """The op table: one row per elementwise operation.
 
-A row says everything that the rest of the package knows about an operation: its type rule, how PyTorch computes it on
-operands of that type, its Triton text, how Python computes it on two numbers, and which integers it can give.
+A row has everything that the rest of the package knows about an operation: its type rule, how PyTorch computes it on
+operands of that type, its Triton text, how Python computes it on two numbers, and the range of its integer results.
 To add an operation, add a row and a test.
 """
 
@@ -38,15 +38,15 @@ class Op:
     Attributes:
         name: the op of a `Node`, and the PyTorch function or method that makes it.
         arity: number of operands.
-        rule: how types go in and out: `promote` (to the common type), `float` (the common type, integers to float32),
+        rule: types of operands and result: `promote` (the common type), `float` (the common type, integers to float32),
             `integer` (the common type, which must not be floating), `compare` (common type in, bool out),
             `logical` (bool in, bool out), `where` (bool, then the common type), `predicate` (floating test, bool out).
         torch: computes it on operands of the type that the rule gives.
         triton: text for floating operands, with `{0}`, `{1}`, ... for the operands.
-        triton_int: text for integer operands, where it differs.
-        shortcuts: texts for floating operands one of which is a constant: its position, its value, the text.
+        triton_int: text for integer operands, if it differs.
+        shortcuts: texts for floating operands if one of them is a constant: its position, its value, the text.
         python: computes it on Python numbers, for operators.
-        range: integer range of the result from those of the operands.
+        range: computes the integer range of the result from the ranges of the operands.
         commutative: operands may change places.
         names: other names of the same function in PyTorch.
     """
@@ -68,7 +68,7 @@ class Op:
 
 
 def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """An integer divided by 0 gives 0, as in the kernel; on a CPU PyTorch would raise, even for masked pairs."""
+    """Makes an integer division by 0 give 0, as in the kernel. On a CPU PyTorch would raise, even for masked pairs."""
 
     def divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.dtype.is_floating_point:
@@ -79,7 +79,7 @@ def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 
 def _ndtr(x: torch.Tensor) -> torch.Tensor:
-    """torch.special.ndtr computes 1 + erf, which is 0 in the lower tail."""
+    """ndtr, also in the lower tail. There torch.special.ndtr gives 0, because it computes 1 + erf."""
     return 0.5 * torch.erfc(x * -(0.5**0.5))
 
 
@@ -223,11 +223,12 @@ OPS: dict[str, Op] = {row.name: row for rows in _TABLE.values() for row in rows}
 # The heading under which the docs list a row.
 GROUPS: dict[str, str] = {row.name: group for group, rows in _TABLE.items() for row in rows}
 
-# The operations whose second operand becomes a constant of the kernel when it is a captured number: a division by a
+# In these operations, a captured number as the second operand becomes a constant of the kernel. A division by a
 # constant is a multiplication, and its bounds can be solved.
 CONSTANT_SECOND = {"floor_divide", "remainder", "fmod", "pow", "bitwise_left_shift", "bitwise_right_shift"}
 
-# Steps of Python floats: in float32 a captured number might fall on the other side (0.3 // 0.1 is 2.0 in Python).
+# These functions have steps. In float32 a captured Python float may be on the other side of a step (0.3 // 0.1 is 2.0
+# in Python).
 STEPS = {"floor_divide", "remainder", "fmod", "round"}
 
 
@@ -236,7 +237,7 @@ def _category(dtype: torch.dtype) -> int:
 
 
 def common_dtype(nodes: Sequence[Node]) -> tuple[torch.dtype, bool]:
-    """PyTorch's result type for 0-d tensors and Python numbers (which are weak), and whether it is weak."""
+    """PyTorch's result type for 0-d tensors and Python numbers (which are weak), and whether the result is weak."""
     strong = [n.dtype for n in nodes if not n.weak]
     weak = max((n.dtype for n in nodes if n.weak), key=_category, default=None)
     if not strong:
@@ -276,6 +277,6 @@ def operand_dtypes(op: Op, nodes: Sequence[Node]) -> tuple[tuple[torch.dtype, ..
     if op.rule == "compare":
         return (dtype,) * op.arity, torch.bool, weak
     if dtype == torch.bool and op.rule == "promote":
-        # Arithmetic on two bools: PyTorch keeps bool for + and *, Python numbers become integers.
+        # In arithmetic on two bools, PyTorch keeps bool for + and *, but Python gives integers.
         dtype = torch.int64 if weak else torch.bool
     return (dtype,) * op.arity, dtype, weak

@@ -1,4 +1,4 @@
-"""Integer ranges: what an operation of the table can give, from the ranges of its operands."""
+"""Integer ranges: the results that an operation of the table can have, from the ranges of its operands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mul(a: IntRange, b: IntRange) -> IntRange:
 
 
 def floor_divide(a: IntRange, b: IntRange) -> IntRange:
-    """Range of `a // b`; by zero it gives 0."""
+    """Range of `a // b`; division by zero gives 0."""
     if b[0] <= 0 <= b[1]:
         bound = max(abs(a[0]), abs(a[1]))
         return -bound, bound
@@ -27,7 +27,7 @@ def floor_divide(a: IntRange, b: IntRange) -> IntRange:
 
 
 def remainder(a: IntRange, b: IntRange) -> IntRange:
-    """Range of `a % b`; by zero it gives 0."""
+    """Range of `a % b`; a divisor of zero gives 0."""
     if b[0] > 0:
         return (a[0], a[1]) if a[0] >= 0 and a[1] < b[0] else (0, b[1] - 1)
     if b[1] < 0:
@@ -42,7 +42,7 @@ def absolute(a: IntRange) -> IntRange:
 
 
 def bitwise_or(a: IntRange, b: IntRange) -> IntRange:
-    """Range of `|` and `^`: no bit above the operands' highest one appears."""
+    """Range of `|` and `^`. The result has no bit above the highest bit of the operands."""
     bits = max(v.bit_length() for v in (*a, *b))
     return (0 if min(a[0], b[0]) >= 0 else -(1 << bits)), (1 << bits) - 1
 

@@ -1,6 +1,6 @@
 """Reductions over small dimensions of captured tensors, such as one row.
 
-The extents are constants of the kernel. A few elements become a tree of elementwise operations, more a loop.
+The sizes are constants of the kernel. A few elements become a tree of elementwise operations. More become a loop.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .ops import HALF
 from .symbol import Symbol, TraceContext, innermost
 from .views import _dim, _reshape, _transpose, _unsqueeze, unflattened
 
-_UNROLLED = 8  # elements up to which their text stands side by side, so that the bounds of a mask can see it
+_UNROLLED = 8  # up to this many elements are written out, so that the bounds of a mask can see them
 
 
 class _Elements(NamedTuple):
-    """What is reduced: a node for each element, or one for the elements of all steps of a loop."""
+    """The elements that are reduced: a node for each element, or one node for all steps of a loop."""
 
     nodes: list[Node]
     step: Node | None = None
@@ -48,7 +48,7 @@ class _Elements(NamedTuple):
         return self.each(lambda node: cast(node, dtype))
 
     def join(self, name: str) -> Node:
-        """Joins the elements by a row of the op table, pair by pair, so that no chain is longer than it has to be."""
+        """Joins the elements by a row of the op table, in pairs, so that chains of operations stay short."""
         if self.step is not None:
             (body,) = self.nodes
             return Node("fold", (body,), body.dtype, (*self.step.attr, name))
@@ -59,7 +59,7 @@ class _Elements(NamedTuple):
         return level[0]
 
 
-Combine = Callable[[_Elements, torch.dtype | None], Node]  # joins elements; the type is that which the call asks for
+Combine = Callable[[_Elements, torch.dtype | None], Node]  # joins elements; the type is the dtype argument of the call
 
 
 def _dims(symbol: Symbol, dim: Any) -> list[int]:
@@ -93,7 +93,7 @@ def _reduced(
         dim: as in PyTorch.
         keepdim: as in PyTorch.
         dtype: as in PyTorch.
-        empty: the result where there are no elements; None: it is an error.
+        empty: the result if there are no elements; None: this is an error.
         unrolled: whether `combine` needs one node for each element.
         named: `axis` and `keepdims`, which are numpy's names.
     """
@@ -130,7 +130,7 @@ def _reduced(
 
 
 def _reduction(name: str, combine: Combine, empty: Any = None, unrolled: bool = False) -> Handler:
-    """Registers and gives the function `name` of PyTorch; the arguments are those of `_reduced`."""
+    """Makes and registers the function `name` of PyTorch. The arguments are those of `_reduced`."""
 
     @of_symbol(name)
     def reduce(x: Symbol, *args: Any, **options: Any) -> Symbol:
@@ -140,7 +140,7 @@ def _reduction(name: str, combine: Combine, empty: Any = None, unrolled: bool = 
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which PyTorch computes: half types are computed in float32 and rounded once."""
+    """The type in which PyTorch computes: float32 for half types, which are rounded once at the end."""
     return torch.float32 if dtype in HALF else dtype
 
 
@@ -188,7 +188,7 @@ def _count_nonzero(x: Symbol, dim: Any = None) -> Symbol:
 
 
 def _first(largest: bool) -> Combine:
-    """The position of the first extreme value, in which NaN counts as one."""
+    """The position of the first extreme value. NaN counts as an extreme value."""
 
     def combine(elements: _Elements, _: torch.dtype | None) -> Node:
         best, place = elements.nodes[0], const(0, torch.int64)
@@ -204,7 +204,7 @@ def _first(largest: bool) -> Combine:
 
 
 class ValuesAndIndices(NamedTuple):
-    """What `x.max(dim)` gives."""
+    """The result of `x.max(dim)`."""
 
     values: Symbol
     indices: Symbol
@@ -315,7 +315,7 @@ def _inner(context: TraceContext, x: Any, other: Any) -> Symbol:
     a, b = context.symbol(x), context.symbol(other)
     if not (a.rank and b.rank):
         return elementwise(context, "mul", a, b)
-    for _ in range(b.rank - 1):  # every row of one with every row of the other
+    for _ in range(b.rank - 1):  # every row of a with every row of b
         a = _unsqueeze(a, a.rank - 1)
     return _dot(context, a, b)
 
@@ -368,7 +368,7 @@ def _searchsorted(
     side: str | None = None,
     sorter: Any = None,
 ) -> Symbol:
-    """A binary search: its steps are few however long the sequence is."""
+    """A binary search. It has few steps even if the sequence is long."""
     sequence = context.symbol(sorted_sequence)
     if sorter is not None or sequence.rank != 1:
         refuse(context, "searchsorted in more than one sequence, or with `sorter`")

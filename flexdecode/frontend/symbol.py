@@ -1,8 +1,8 @@
 """The stand-in for a tensor inside a traced mod.
 
 A `Symbol` is a lazy tensor: a shape, and a function from an index to the `Node` of that element. Scores and indices are
-symbols of rank 0; a captured tensor is a symbol whose elements are loads. Views are index arithmetic and elementwise
-operations wait until they are indexed, so nothing of a captured tensor is read or frozen while tracing.
+symbols of rank 0. A captured tensor is a symbol whose elements are loads. Views are index arithmetic. Elementwise
+operations run only when they are indexed. So no value of a captured tensor is read while tracing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NO_NUMBER = (
 )
 
 
-_MAX_WAITING = 40  # shaped symbols that compute an element only when it is asked for; later ones use `_settled`
+_MAX_WAITING = 40  # this many symbols with dimensions compute elements on demand; later ones use `_settled`
 
 
 class Consumed(BaseException):  # not an Exception: the user's own `except Exception` must not swallow it
-    """A mod asked for the Python value of captured numbers: they become constants and the trace starts again."""
+    """A mod asked for the Python value of captured numbers. They become constants, and the trace starts again."""
 
     def __init__(self, found: set[Source]) -> None:
         self.sources = frozenset(found)
@@ -48,8 +48,8 @@ class TraceContext:
     leaves: list
     device: torch.device
     constants: frozenset[Source]
-    functions: Any  # the module torch_functions, which is built on this one
-    reads: Reads  # notes what the mod reads that the walk does not follow
+    functions: Any  # the module torch_functions, which imports this one
+    reads: Reads  # notes reads of the mod that the walk does not follow
     tensor_types: dict[int, tuple[torch.dtype, int]] = field(default_factory=dict)
     frozen: list[torch.Tensor] = field(default_factory=list)  # on the CPU, where they can be compared
     own_code: bool = False  # whether PyTorch calls come from the tracer, not from the mod
@@ -102,9 +102,9 @@ class TraceContext:
         )
 
     def tensor(self, value: torch.Tensor) -> Symbol:
-        """A captured tensor, read when the kernel runs."""
+        """A captured tensor. It is read when the kernel runs."""
         leaf = self._leaf_of.get(id(value))
-        if leaf is None and self.reads.entries:  # a tensor in a large container: the next trace has it as a leaf
+        if leaf is None and self.reads.entries:  # it is in a large container; it is a leaf of the next trace
             leaf = self._leaf_of[id(value)] = len(self.leaves)
             self.leaves.append(value)
         if leaf is None:
@@ -118,7 +118,7 @@ class TraceContext:
         return self._loads(leaf, value, tuple(self._size(Source(leaf, d), n) for d, n in enumerate(value.shape)))
 
     def freeze(self, value: torch.Tensor) -> Symbol:
-        """A tensor on the CPU that the mod makes of numbers."""
+        """A tensor on the CPU that the mod makes from numbers."""
         if value.ndim == 0:
             return self.scalar(const(value.item(), self._widened(value.dtype)))
         alike = [k for k, known in enumerate(self.frozen) if known.dtype == value.dtype and torch.equal(known, value)]
@@ -133,7 +133,7 @@ class TraceContext:
         return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
 
     def _widened(self, dtype: torch.dtype) -> torch.dtype:
-        """The type in which a mod sees what is stored as `dtype`: float32 for half and float8 types."""
+        """The type that a mod sees for values stored as `dtype`: float32 for half and float8 types."""
         if dtype not in (*DTYPES, *FLOAT8):
             raise at_user_line(
                 UnsupportedOpError,
@@ -148,7 +148,7 @@ class TraceContext:
         return Node("number", (), torch.int64, source, weak=True)
 
     def python_int(self, node: Node) -> int:
-        """The value of a size; one that is not constant yet becomes so, in the next run."""
+        """The value of a size. If it is not constant yet, it becomes constant in the next run."""
         if not node.is_const:
             raise Consumed(sources(node))
         return int(node.attr)
@@ -171,13 +171,13 @@ def checked_shape(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class Symbol:
-    """A lazy tensor inside a traced mod; behaves like the `torch.Tensor` that the mod would get without tracing.
+    """A lazy tensor inside a traced mod. It behaves like the `torch.Tensor` that the mod would get without tracing.
 
     Attributes:
         context: the run that it belongs to.
         sizes: one `Node` per dimension.
         dtype: PyTorch's type of the elements.
-        guarded: per dimension, whether an index outside of it reads 0 without another check.
+        guarded: for each dimension, whether an index outside it reads 0 without another check.
     """
 
     __slots__ = ("__weakref__", "_element", "_known", "context", "dtype", "guarded", "sizes")
@@ -190,7 +190,7 @@ class Symbol:
         dtype: torch.dtype,
         guarded: tuple[bool, ...] | None = None,
     ) -> None:
-        """Element takes one index node per dimension."""
+        """`element` takes one index node per dimension."""
         self.context = context
         self.sizes = sizes
         self.dtype = dtype
@@ -216,7 +216,7 @@ class Symbol:
         return len(self.sizes)
 
     def extents(self) -> list[int]:
-        """The sizes as Python numbers; one that is not constant yet becomes so, in the next run."""
+        """The sizes as Python numbers. A size that is not constant yet becomes constant in the next run."""
         return [self.context.python_int(n) for n in self.sizes]
 
     @property
@@ -242,7 +242,7 @@ class Symbol:
         return self.context.do("dispatch", torch.Tensor.__getitem__, (self, index), {})
 
     def python_value(self, problem: str, remedy: str) -> NoReturn:
-        """Refuses to become a Python value; a captured number becomes a constant instead."""
+        """Refuses to become a Python value. But a captured number becomes a constant."""
         if self.rank == 0 and self.node.weak and (found := sources(self.node)):
             raise Consumed(found)
         raise at_user_line(TraceError, f"{problem} in a {self.context.kind}", remedy)
@@ -268,7 +268,7 @@ class Symbol:
         self.python_value("a traced value met numpy", _NO_NUMBER)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Numpy's scalars on the left of an operator end here, as do its functions, which are refused."""
+        """Computes operators with a numpy scalar on the left. Refuses other functions of numpy."""
         name = _NUMPY_TWINS.get(ufunc.__name__, ufunc.__name__)
         row = self.context.functions.ROWS.get(name)
         if row not in (*OPERATORS.values(), *_COMPARISONS) or method != "__call__" or options:
@@ -320,13 +320,13 @@ class Symbol:
 
 
 def innermost(index: Iterable[Node]) -> int:
-    """The innermost loop in which an index changes, 0 for none."""
+    """The innermost loop in which an index changes; 0 if there is none."""
     nodes = topological(*index)
     return max((loop for loops in loops_around(nodes).values() for loop in loops), default=0)
 
 
 def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable[[tuple[Node, ...]], Node]:
-    """Computes an element once, with placeholders for its index; without it, recursion is as deep as a mod is long."""
+    """Computes an element once, with placeholders for its index. This keeps recursion shallow in long mods."""
     axes = tuple(Node("axis", (), torch.int64, dim) for dim in range(rank))
     body = element(axes)
 
@@ -334,7 +334,7 @@ def _settled(element: Callable[[tuple[Node, ...]], Node], rank: int) -> Callable
         outer = innermost(index)
 
         def visit(node: Node, args: tuple[Node, ...]) -> Node:
-            if node.op in ("step", "fold"):  # now inside of the loops of the index
+            if node.op in ("step", "fold"):  # it is now inside the loops of the index
                 return Node(node.op, args, node.dtype, (node.attr[0] + outer, *node.attr[1:]))
             return index[node.attr] if node.op == "axis" else remake(node, args)
 
@@ -356,7 +356,7 @@ def _operator(name: str, reflected: bool) -> Callable:
     return apply
 
 
-# Python's names of operators with two operands, and the rows of the op table.
+# Python's names of operators with two operands, and their rows of the op table.
 OPERATORS = {
     "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
     "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "bitwise_left_shift",

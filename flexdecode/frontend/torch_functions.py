@@ -1,6 +1,6 @@
 """What PyTorch functions, methods and attributes mean on symbols.
 
-A call is looked up by its name among the functions that are written out here and in `elementwise`, `activations`,
+The name of a call is looked up among the functions that are written here and in `elementwise`, `activations`,
 `factories`, `views`, `joins` and `reductions`, then among the rows of the op table. Everything else is refused with a
 remedy.
 """
@@ -19,7 +19,7 @@ from .handlers import HANDLERS, ROWS, handlers_of, handles, nearest, of_symbol, 
 from .symbol import OPERATORS, Symbol, TraceContext
 
 _REFLECTED = {"__rdiv__": "div", **{f"__r{name}__": row for name, row in OPERATORS.items()}}
-PROPERTIES: dict[str, Callable[[Symbol], Any]] = {}  # attributes of tensors that are no methods
+PROPERTIES: dict[str, Callable[[Symbol], Any]] = {}  # attributes of tensors that are not methods
 
 
 def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -56,7 +56,7 @@ _METADATA = {
 def _name_of(func: Any) -> str:
     """`torch.Tensor.__sub__` is "sub", the getter of `torch.Tensor.shape` is "shape".
 
-    Only what no function of PyTorch may be taken for keeps its underscores: `torch.rand` is not `__rand__`.
+    A name keeps its underscores if it would be mistaken for a function without them: `__rand__` is not `torch.rand`.
     """
     name = getattr(func, "__name__", type(func).__name__).partition(".")[0]  # torch.ops.aten.add.Tensor is "add.Tensor"
     if func is torch.Tensor.where:
@@ -104,7 +104,7 @@ for _name, _dtype in {
 
 @of_symbol("type")
 def _type(x: Symbol, dtype: Any = None, **_: Any) -> Symbol:
-    if not isinstance(dtype, torch.dtype):  # names and classes of tensor types
+    if not isinstance(dtype, torch.dtype):  # it is the name or the class of a tensor type
         refuse(x.context, f"Tensor.type({'' if dtype is None else repr(dtype)})")
     return as_dtype(x.context, x, dtype)
 

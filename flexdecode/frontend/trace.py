@@ -1,7 +1,7 @@
 """Runs a mod once on symbols and records what it computes.
 
-The symbols stand for the score, the four indices and every captured number; a `TorchFunctionMode` catches what happens
-to captured tensors, so that no value of one is ever read while tracing.
+The symbols stand for the score, the four indices and every captured number. A `TorchFunctionMode` catches operations on
+captured tensors, so no value of a captured tensor is read while tracing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
 
 @dataclass(frozen=True)
 class Traced:
-    """What `trace` found: the graph, and the run-time numbers whose value it depends on."""
+    """The result of `trace`: the graph, and the run-time numbers whose values it depends on."""
 
     graph: Graph
     constants: frozenset[Source]
@@ -58,7 +58,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: R
         kind: `score_mod` or `mask_mod`.
         leaves: captured tensors and numbers, in the order of `captures.walk(mod)`.
         device: the device that the mod sees as `score.device`.
-        reads: notes what the mod reads that the walk does not follow; the leaves are those of the walk with
+        reads: notes reads of the mod that the walk does not follow. The leaves are those of the walk with
             `reads.followed`.
 
     Raises:
@@ -91,7 +91,7 @@ class _Tracer(NamedTuple):
     reads: Reads
 
     def run(self, constants: frozenset[Source], symbolic: Iterable[int]) -> _Run:
-        """Runs the mod, again with one more constant each time that it asks for the value of a size or a number."""
+        """Runs the mod. If it asks for the value of a size or number, makes that a constant and runs it again."""
         while True:
             context = TraceContext(self.kind, [*self.leaves], self.device, constants, tf, self.reads)
             numbers = {i: context.number(Source(i)) for i in symbolic if Source(i) not in constants}
@@ -103,12 +103,13 @@ class _Tracer(NamedTuple):
                 constants |= consumed.sources
 
     def run_on_symbols(self, real: _Run) -> Traced:
-        """Runs the mod on symbols for numbers; those that decide which way the mod takes are constants.
+        """Runs the mod on symbols for numbers. Numbers that decide the mod's control flow become constants.
 
-        All are tried at once. Where the mod then takes another way than with their values, each half is tried.
+        It tries all numbers at once. If the mod then computes something else than with their values, it tries each
+        half.
 
         Args:
-            real: the run on their values. The sizes that it asked for are constants here too.
+            real: the run on their values. The sizes that it asked for are also constants here.
         """
         numbers = [i for i, leaf in enumerate(self.leaves) if not isinstance(leaf, torch.Tensor)]
         kept: list[int] = []
@@ -119,7 +120,7 @@ class _Tracer(NamedTuple):
             try:
                 attempt = self.run(run.constants, [*kept, *part])
                 taken = _same(attempt, real, self.leaves)
-            except (CannotRebuild, FlexDecodeError, OverflowError):  # the last: a number that no 64-bit type holds
+            except (CannotRebuild, FlexDecodeError, OverflowError):  # OverflowError: no 64-bit type holds the number
                 taken = False
             if taken:
                 kept += part
@@ -138,11 +139,11 @@ def _call(mod: Callable, context: TraceContext) -> Node:
     try:
         with _as_it_was_written(), _TraceMode(context):
             result = mod(*map(context.scalar, arguments))
-        if raised.error is not None:  # the mod has an `except` that swallowed it
+        if raised.error is not None:  # an `except` of the mod caught it
             raise raised.error
     except (FlexDecodeError, Consumed):
         raise
-    except Exception as error:  # whatever the user's code raises, with the line that raised it
+    except Exception as error:  # any error of the user's code; the message names its line
         raise TraceError(
             f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
             "  A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
@@ -152,7 +153,7 @@ def _call(mod: Callable, context: TraceContext) -> Node:
 
 
 def _as_it_was_written() -> AbstractContextManager:
-    """Makes functions that `torch.compile` made run as Python, if `torch.compile` was ever used."""
+    """Makes functions compiled by `torch.compile` run as plain Python, if `torch.compile` was ever used."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -181,7 +182,7 @@ def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
 
 
 def _check_assignments(mod: Callable, kind: str) -> None:
-    """Refuses a function that assigns to variables outside of it: they would hold symbols after the trace."""
+    """Refuses a function that assigns to variables outside it, because they would hold symbols after the trace."""
     mod = uncompiled(mod) or mod
     code: Any = getattr(getattr(mod, "__func__", mod), "__code__", None)
     for step in dis.get_instructions(code) if code is not None else ():
@@ -195,7 +196,7 @@ def _check_assignments(mod: Callable, kind: str) -> None:
 
 
 def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
-    """Whether the graph of symbols, with the numbers' values in it, is the graph of the real values."""
+    """Whether the graph of symbols, with the values of the numbers filled in, is the graph of the real values."""
 
     def substitute(node: Node, args: tuple[Node, ...]) -> Node:
         if node.op == "number" and node.attr.dim < 0 and not isinstance(leaves[node.attr.leaf], torch.Tensor):
@@ -204,7 +205,7 @@ def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
 
     try:
         return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
-    except (ArithmeticError, ValueError, TypeError):  # Python's arithmetic refuses what PyTorch's does not: 1 / 0
+    except (ArithmeticError, ValueError, TypeError):  # Python refuses some arithmetic that PyTorch allows: 1 / 0
         return False
 
 
@@ -222,7 +223,7 @@ def _check_parameters(mod: Callable, kind: str) -> None:
         return
     except ValueError:  # a builtin without a signature
         if not _is_library(called):
-            return  # the call itself will tell
+            return  # the call itself will show whether it works
         problem = f"{name!r} is a function of numbers"
     except TypeError:
         problem = f"{name!r} has the signature {signature}"

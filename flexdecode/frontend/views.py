@@ -19,7 +19,7 @@ from .torch_functions import PROPERTIES
 
 
 def _replaced(values: tuple, dim: int, *new: Any, count: int = 1) -> tuple:
-    """The tuple with `new` values in place of the `count` ones from `dim` on."""
+    """The tuple with `new` in place of the `count` values from `dim` on."""
     return (*values[:dim], *new, *values[dim + count :])
 
 
@@ -31,7 +31,7 @@ def _from_start(index: Node, size: Node) -> Node:
 
 
 def _slice(symbol: Symbol, dim: int, part: slice) -> Symbol:
-    """`x[..., start:stop:step, ...]`; an index outside the slice reads 0, as outside any tensor."""
+    """`x[..., start:stop:step, ...]`. An index outside the slice reads 0, as outside any tensor."""
     size = symbol.sizes[dim]
     step = 1 if part.step is None else int(part.step)
     if step < 1:
@@ -64,7 +64,7 @@ def _zero_outside(index: Node, size: Node, value: Node) -> Node:
 
 
 def _element(symbol: Symbol, index: tuple[Node, ...], dim: int) -> Node:
-    """The element at an index, which may be negative or outside of the tensor in dimension `dim`."""
+    """The element at an index. In dimension `dim`, the index may be negative or outside the tensor."""
     if symbol.guarded[dim]:
         return symbol.at(index)
     chosen = _from_start(index[dim], symbol.sizes[dim])
@@ -72,7 +72,7 @@ def _element(symbol: Symbol, index: tuple[Node, ...], dim: int) -> Node:
 
 
 def _select(symbol: Symbol, dim: int, index: Symbol) -> Symbol:
-    """Indexes one dimension with an integer symbol; a shaped one puts its dimensions in place."""
+    """Indexes one dimension with an integer symbol. The dimensions of the symbol replace this dimension."""
 
     def at(rest: tuple[Node, ...]) -> Node:
         chosen = index.at(rest[dim : dim + index.rank])
@@ -96,7 +96,7 @@ def _unsqueeze(symbol: Symbol, dim: int) -> Symbol:
 
 @of_symbol("getitem")
 def _getitem(symbol: Symbol, index: Any) -> Symbol:
-    """`x[index]` with integers, symbols, slices, None and Ellipsis; a chain of indices may be partial."""
+    """`x[index]` with integers, symbols, slices, None and Ellipsis. It may have fewer indices than dimensions."""
     context = symbol.context
     items = list(index) if isinstance(index, tuple) else [index]
     given = sum(item is not None and item is not Ellipsis for item in items)
@@ -212,7 +212,7 @@ def _reversed(symbol: Symbol) -> Symbol:
 
 
 def _meta(symbol: Symbol) -> torch.Tensor:
-    """A tensor of the symbol's shape without elements, which PyTorch can reshape; the sizes become constants."""
+    """A meta tensor of the symbol's shape. PyTorch can reshape it. The sizes become constants."""
     return torch.empty(symbol.extents(), device="meta")
 
 
@@ -235,7 +235,7 @@ def _expand_as(symbol: Symbol, other: Any) -> Symbol:
 
 
 def _reshape(symbol: Symbol, shape: Sequence[Any]) -> Symbol:
-    """The same elements in another shape; the sizes become constants."""
+    """The same elements in another shape. The sizes become constants."""
     old = symbol.extents()
     new = checked_shape(_meta(symbol).reshape, _python_ints(symbol.context, shape)).shape
     groups = _groups(old, new)
@@ -257,7 +257,7 @@ def _reshape(symbol: Symbol, shape: Sequence[Any]) -> Symbol:
 
 
 def unflattened(flat: Node, sizes: Sequence[int]) -> list[Node]:
-    """The index in each dimension of the element that is number `flat`."""
+    """The index in each dimension of the element with the number `flat`."""
     places: list[Node] = []
     for size in reversed(sizes[1:]):
         places.insert(0, make("remainder", flat, const(size)))
@@ -266,7 +266,7 @@ def unflattened(flat: Node, sizes: Sequence[int]) -> list[Node]:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Runs of old and of new dimensions, as short as possible, that hold the same number of elements."""
+    """The shortest groups of old and new dimensions that hold the same number of elements."""
     if 0 in old:
         return [(list(range(len(old))), list(range(len(new))))]
     groups: list[tuple[list[int], list[int]]] = []

@@ -4,11 +4,11 @@
 >>> cache.append(k, v)
 >>> out = flex_decode(query, cache=cache)
 
-The device holds keys, values, scales, lengths and the page table. The host holds the same lengths, and which sequences
-own which page. The host checks each change and never waits for the device.
+The device holds keys, values, scales, lengths and the page table. The host holds the same lengths and knows which
+sequences own each page. The host checks each change and never waits for the device.
 
-**CUDA graphs.** A graph cannot record what the host does. So a captured `append` is only its kernel, and before each
-replay `reserve` does the work of the host:
+**CUDA graphs.** A graph cannot record what the host does. A captured `append` records only the kernel. Before each
+replay, `reserve` does the work of the host:
 
 >>> cache.append(k, v)  # the prompt; this also compiles the kernel
 >>> with torch.cuda.graph(graph):
@@ -20,7 +20,7 @@ replay `reserve` does the work of the host:
 ...     graph.replay()
 
 A captured append takes as many of its tokens as were reserved, so a replay without a reservation appends nothing. The
-graph reads and writes the tensors of the cache: keep the cache as long as the graph.
+graph reads and writes the tensors of the cache, so keep the cache as long as the graph.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TILE = 2048  # elements of a key or value that a program holds
 
 
 class OutOfPagesError(FlexDecodeError):
-    """A `PagedKVCache` has too few free pages for what shall be appended; nothing was changed."""
+    """A `PagedKVCache` has too few free pages for the new tokens; nothing was changed."""
 
 
 class _Cache:
@@ -110,7 +110,7 @@ class _Cache:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, as the host knows them: a copy, which stays as it is."""
+        """Tokens of each sequence, as the host knows them. The list is a copy: later appends do not change it."""
         return list(self._lengths)
 
     # --- Tokens -------------------------------------------------------------------------------------------------------
@@ -118,17 +118,17 @@ class _Cache:
     def append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None = None) -> None:
         """Appends tokens to all sequences, on the current stream, in one kernel; returns at once.
 
-        While a CUDA graph is captured, only the kernel is recorded; see the module's text and `reserve`.
+        While a CUDA graph is captured, only the kernel is recorded; see the module's docstring and `reserve`.
 
         Args:
             k: `[B, Hkv, T, D]`, float16, bfloat16 or float32, any strides; rounded to the dtype of the cache.
             v: `[B, Hkv, T, Dv]`, likewise.
-            num_tokens: how many of the T tokens each sequence takes, the first ones: one number, or one for each; by
-                default all.
+            num_tokens: how many of the T tokens each sequence takes, one number or one for each sequence; by default
+                all. A sequence takes the first of the T tokens.
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: shapes, dtypes, devices or numbers do not fit, or a sequence would become too long.
+            ValueError: shapes, dtypes, devices or numbers do not match, or a sequence would become too long.
             OutOfPagesError: a `PagedKVCache` has too few free pages.
         """
         self._check_new("k", k, self.key)
@@ -156,17 +156,17 @@ class _Cache:
             self._write(k, v, counts)
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
-        """Does the work of the host for one replay of a CUDA graph in which an append was captured.
+        """Does the work of the host for one replay of a CUDA graph with a captured append.
 
         It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
         writes the tokens. An append outside of a graph does this by itself.
 
         Args:
-            num_tokens: how many tokens the replay shall append to each sequence: one number, or one for each.
+            num_tokens: how many tokens the replay shall append: one number, or one for each sequence.
 
         Raises:
             TypeError: it is neither.
-            ValueError: numbers do not fit, or a sequence would become too long; nothing was changed.
+            ValueError: numbers are wrong, or a sequence would become too long; nothing was changed.
             OutOfPagesError: a `PagedKVCache` has too few free pages; nothing was changed.
         """
         self._refuse_capture("reserve")
@@ -177,7 +177,7 @@ class _Cache:
         """Shortens a sequence to its first tokens, for example after draft tokens were rejected.
 
         Raises:
-            ValueError: there is no such sequence, or it is shorter.
+            ValueError: there is no such sequence, or it is shorter than `length`.
         """
         self._refuse_capture("truncate")
         self._check_sequence("sequence", sequence)
@@ -191,7 +191,7 @@ class _Cache:
             lengths[sequence].clamp_(max=length)
 
     def free(self, sequence: int) -> None:
-        """Empties a sequence, so that its place and its pages can be used anew."""
+        """Empties a sequence, so that its place and its pages can be used again."""
         self.truncate(sequence, 0)
 
     def reset(self) -> None:
@@ -237,7 +237,7 @@ class _Cache:
             raise ValueError(f"`{name}` must be between 0 and B - 1 = {len(self._lengths) - 1}, got {sequence!r}")
 
     def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
-        """Refuses new keys or values that do not fit to those in the cache."""
+        """Refuses new keys or values that do not match those in the cache."""
         if not isinstance(new, torch.Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
         batch, (_, heads, _, width) = len(self._lengths), cache.shape
@@ -255,7 +255,7 @@ class _Cache:
         return self.key.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _check_writable(self) -> None:
-        """Refuses, before anything is changed, what PyTorch would refuse in the middle."""
+        """Refuses tensors that PyTorch would refuse to write into. This check runs before anything is changed."""
         if self.kv_lens.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError("the cache was made in torch.inference_mode(): use it there, or make it outside")
 
@@ -267,7 +267,7 @@ class _Cache:
     # --- On the device ------------------------------------------------------------------------------------------------
 
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Numbers as a tensor on the device, without waiting for it."""
+        """Makes a tensor of numbers on the device, without waiting for the device."""
         pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self.key.is_cuda)
         return pinned.to(self.key.device, non_blocking=True)
 
@@ -276,7 +276,7 @@ class _Cache:
         self._limits.copy_(self._send(self._lengths, torch.int32))
 
     def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
-        """Appends by the kernel."""
+        """Appends tokens with the kernel."""
         strides = [_strides(new) for new in (k, v)]
         (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
         block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
@@ -296,7 +296,7 @@ class _Cache:
 
     @without_autocast()
     def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
-        """Appends by PyTorch operations, as the kernel does."""
+        """Appends tokens with PyTorch operations, like the kernel."""
         device = self.key.device
         added = torch.tensor(counts, dtype=torch.int32, device=device)
         b, token = (torch.arange(k.shape[2], device=device) < added[:, None]).nonzero(as_tuple=True)
@@ -369,8 +369,8 @@ class KVCache(_Cache):
 class PagedKVCache(_Cache):
     """A cache in pages of `page_size` tokens, which sequences take as they grow and may share.
 
-    One or more sequences own a page. Pages that `fork` shares stay shared until one of their owners appends into a page
-    that is not full. That owner first gets a copy of the page.
+    One or more sequences own a page. `fork` shares pages. A shared page that is not full is copied when one of its
+    owners appends to it. That owner gets the copy.
 
     Args:
         batch: number of sequences B; all start empty.
@@ -439,9 +439,9 @@ class PagedKVCache(_Cache):
         return len(self._free)
 
     def fork(self, source: int, target: int) -> None:
-        """Makes an empty sequence equal to another, by sharing all its pages; nothing is copied.
+        """Makes an empty sequence equal to another one. It shares all pages and copies nothing.
 
-        To share a prefix only, `truncate` the target afterwards.
+        To share only a prefix, `truncate` the target afterwards.
 
         Raises:
             ValueError: there is no such sequence, or the target is not empty.
@@ -488,7 +488,7 @@ class PagedKVCache(_Cache):
             self.page_table.view(-1).index_copy_(0, entries, self._send(list(changes.values()), torch.int32))
 
     def _sequences_that_copy(self, counts: list[int]) -> list[int]:
-        """The sequences that append into a page of others; the last owner of such a page keeps it."""
+        """The sequences that need a copy because they append into a shared page. The page's last owner needs none."""
         found = []
         owners: dict[int, int] = {}
         for sequence, count in enumerate(counts):
@@ -500,7 +500,7 @@ class PagedKVCache(_Cache):
         return found
 
     def _add_page(self, sequence: int, changes: dict[int, int]) -> int:
-        """Gives a sequence a free page as its last one, and notes the entry of the page table."""
+        """Gives a sequence a free page as its last page, and notes the change of the page table."""
         page = self._free.pop()
         self._owners[page] = 1
         changes[sequence * self.page_table.shape[1] + len(self._pages[sequence])] = page
@@ -524,7 +524,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _strides(new: torch.Tensor) -> list[int]:
-    """Strides in elements; 0 where there is one place, so that the number of tokens decides no divisibility."""
+    """Strides in elements; 0 for dimensions of size 1, so that the number of tokens decides no divisibility."""
     *outer, last = new.stride()
     return [stride if size > 1 else 0 for stride, size in zip(outer, new.shape, strict=False)] + [last]
 
@@ -535,7 +535,7 @@ def _is_dynamic(scale: torch.Tensor | None) -> bool:
 
 
 def _largest(dtype: torch.dtype) -> float:
-    """The largest number of a quantised type; int8 is symmetric."""
+    """The largest number of a quantised type. The range of int8 is symmetric."""
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
@@ -559,7 +559,7 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
 
 
 def _check_query(cache: _Cache, query: torch.Tensor) -> None:
-    """Refuses a query that does not fit to a cache, in words about the two; the rest is said of the query alone."""
+    """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
     batch, (_, heads, _, width) = len(cache._lengths), cache.key.shape
     B, num_q_heads, _, head_dim = query.shape
     if (B, head_dim) != (batch, width) or num_q_heads % heads:

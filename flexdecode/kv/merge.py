@@ -38,16 +38,16 @@ def merge_attention(
 
     Returns:
         The output `[B, Hq, Q, Dv]` in the dtype of `outs`, and its log-sum-exp, float32 `[B, Hq, Q]`, both contiguous.
-        A part with lse -inf contributes nothing, whatever its output holds; where all are -inf, the output is 0 and lse
-        -inf. A NaN of any other part reaches its row.
+        A part with lse -inf adds nothing, even if its output is NaN. If all parts have -inf, the output is 0 and lse
+        -inf. A NaN of any other part makes its row NaN.
         A part with lse +inf makes its row NaN, with lse +inf.
 
-        Accuracy: `lses` are float32. Around 1e5 they tell weights apart to 1%, around 1e7 not at all. A single call of
-        `flex_decode` has no such limit.
+        Accuracy: `lses` are float32. Around 1e5 they determine the weights to 1%, around 1e7 not at all. A single call
+        of `flex_decode` has no such limit.
 
     Raises:
         TypeError: `outs` or `lses` is neither a tensor nor a list or tuple of tensors.
-        ValueError: there is no part, or the tensors do not fit together, or one requires grad; the message says which.
+        ValueError: there is no part, the tensors do not match, or one requires grad; the message says which.
 
     Source: FlashInfer (Ye et al., arXiv:2501.01005), section 2.2; float32 arithmetic.
     """
@@ -77,7 +77,7 @@ def _parts(name: str, parts: object, form: str) -> Parts:
 
 
 def _check(outs: Parts, lses: Parts) -> None:
-    """Checks all tensors, without reading any of them."""
+    """Checks all tensors without reading their values."""
     if len(outs) != len(lses):
         raise ValueError(f"`outs` and `lses` must have as many parts, got {len(outs)} and {len(lses)}")
     if not outs:
@@ -125,7 +125,7 @@ def _merge_in_pytorch(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Ten
 
 
 def _merge_in_rounds(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges by launches of the kernel; what one launch hands to the next is float32."""
+    """Merges by launches of the kernel. Results between launches are float32."""
     dtype = outs[0].dtype
     while len(outs) > MAX_PARTS:
         out, lse = _launch(outs[:MAX_PARTS], lses[:MAX_PARTS], torch.float32)
@@ -139,11 +139,11 @@ def _launch(outs: Parts, lses: Parts, dtype: torch.dtype) -> tuple[torch.Tensor,
     num_rows = B * num_q_heads * num_queries
     outs, out_strides = _same_strides(outs, rows=True)
     lses, lse_strides = _same_strides(lses, rows=False)
-    # Multiples of 8 elements let the kernel read 16 bytes at a time.
+    # If strides are multiples of 8 elements, the kernel can read 16 bytes at a time.
     unit = 1 if any(stride % 8 for stride in out_strides[:3]) else 8
     merged_out = outs[0].new_empty(outs[0].shape, dtype=dtype)
     merged_lse = lses[0].new_empty(outs[0].shape[:3])
-    absent = MAX_PARTS - len(outs)  # in their place the first part, which is not read again
+    absent = MAX_PARTS - len(outs)  # the first part takes their place and is not read again
     block_dv = min(MAX_BLOCK_DV, 1 << (v_head_dim - 1).bit_length())
     kernel = standalone_kernel(template_folder() / "merge.py", "merge_parts")
     kernel[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
@@ -155,15 +155,15 @@ def _launch(outs: Parts, lses: Parts, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def _same_strides(parts: Parts, rows: bool) -> tuple[Parts, tuple[int, ...]]:
-    """The parts in one memory layout, copied where they have several, and its strides in elements.
+    """The parts in one memory layout, and its strides in elements. Parts with different layouts are copied.
 
     Args:
         parts: tensors of one shape.
-        rows: whether the elements of the last dimension must be neighbours.
+        rows: whether the elements of the last dimension must be contiguous.
     """
     strides = parts[0].stride()
     if (strides[-1] == 1 or not rows) and all(part.stride() == strides for part in parts):
         return parts, strides
-    # Not the strides of the copies: those of a dimension of size 1 may still be any.
+    # The strides of the copies may be arbitrary in a dimension of size 1, so they are computed here.
     contiguous = tuple(math.prod(parts[0].shape[i + 1 :]) for i in range(len(strides)))
     return tuple(part.contiguous() for part in parts), contiguous

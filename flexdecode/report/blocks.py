@@ -1,8 +1,8 @@
-"""The blocks of a KV cache that one decode step reads, found on the host as the kernel finds them on the device.
+"""The blocks of a KV cache that one decode step reads. The host finds them here in the same way as the kernel.
 
-An item is one tile of query rows of one KV head of one sequence. Its work is its proven-full blocks, then its partial
-ones, each in ascending order. Programs take equal shares of it. templates/decode.py and templates/balanced.py have the
-same steps; tests/interpret/test_blocks.py compares the blocks of each program.
+An item is one tile of query rows of one KV head of one sequence. Its work is its proven-full blocks and then its
+partial blocks, both in ascending order. Programs take equal shares of the work. templates/decode.py and
+templates/balanced.py have the same steps. tests/interpret/test_blocks.py compares the blocks of each program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..frontend.graph import Graph, Node, topological
 from ..runtime.eager import evaluate
 from ..runtime.identity import Mod
 
-UNUSED, DEAD, PARTIAL, FULL = range(4)  # of a block: past the sequence, masked out, mask evaluated, mask not needed
+UNUSED, DEAD, PARTIAL, FULL = range(4)  # states: past the sequence, masked out, mask evaluated, mask not needed
 
 _MAX_POSITION = 1 << 30
 
@@ -34,14 +34,14 @@ class Step:
 
     Attributes:
         block_n: keys in a block.
-        num_splits: programs per item; balanced, workers for each row tile.
+        num_splits: programs per item; if balanced, workers for each row tile.
         num_kv_heads: KV heads.
         num_tiles: tiles of query rows per KV head.
         kv_lens: keys in use, int64 [B].
-        live: disjoint ascending half-open ranges of blocks that are read, int64 [items, 4, 2]; items are numbered by
+        live: disjoint ascending half-open ranges of blocks that are read, int64 [items, 4, 2]. Items are ordered by
             sequence, then KV head, then tile.
         full: the proven-full part of each range, int64 [items, 4, 2].
-        balanced: whether all items are shared out in equal runs.
+        balanced: whether the work of all items is divided into equal runs.
     """
 
     block_n: int
@@ -55,7 +55,7 @@ class Step:
 
     @property
     def num_items(self) -> int:
-        """Items in all."""
+        """The number of all items."""
         return len(self.live)
 
     @property
@@ -81,7 +81,7 @@ class Step:
         return item // (self.num_kv_heads * self.num_tiles)
 
     def keys_read(self, shared: bool = False) -> int:
-        """Distinct (KV head, key) pairs that are read; tiles of one KV head read the same keys.
+        """The number of distinct (KV head, key) pairs that are read. Tiles of one KV head may read the same keys.
 
         Args:
             shared: all sequences have one cache (its batch is 1).
@@ -93,7 +93,7 @@ class Step:
         return int(_disjoint(keys).diff().sum())
 
     def blocks(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """State of each block of an item, and the split that reads it or -1; int64 [num_blocks]."""
+        """The state of each block of an item, and the split that reads it, or -1; both int64 [num_blocks]."""
         states = torch.full((self.num_blocks,), UNUSED, device="cpu")
         states[: -(-int(self.kv_lens[self.sequence(item)]) // self.block_n)] = DEAD
         for ranges, state in ((self.live, PARTIAL), (self.full, FULL)):
@@ -114,7 +114,7 @@ class Step:
 
     @cached_property
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many slots each KV head of each sequence has, and the worker of each slot; the same for all row tiles.
+        """The slots of each KV head of each sequence, and the worker of each slot. All row tiles have the same.
 
         A head has as many slots as the largest item of its sequence has blocks.
         """
@@ -123,10 +123,10 @@ class Step:
         return weights, _share_out(weights.sum(), self.num_splits)
 
     def _programs(self, item: int, work: int) -> torch.Tensor:
-        """The program that visits each block of an item: its number among those of the item, or among all if balanced.
+        """The program that visits each block of an item: its number in the item, or among all programs if balanced.
 
         The kernel estimates the slots from fewer rows, and counts overlapping intervals twice. So the workers of a
-        balanced schedule are approximate where heads or tokens differ, or intervals overlap.
+        balanced schedule are approximate if heads or tokens differ, or if intervals overlap.
         """
         if not self.balanced:
             return _share_out(torch.tensor(work, device="cpu"), self.num_splits)
@@ -138,7 +138,7 @@ class Step:
 
 
 def _shares(work: torch.Tensor, num_programs: int) -> torch.Tensor:
-    """Shares of work [..., 1], int64 [..., num_programs]: equal ones, but the first programs take what is left over."""
+    """Equal shares of work [..., 1], int64 [..., num_programs]. The first programs take one more if some is left."""
     return work // num_programs + (torch.arange(num_programs, device="cpu") < work % num_programs)
 
 
@@ -170,7 +170,7 @@ def find_step(
         schedule: of the call.
 
     Returns:
-        The step; or, where a bound needs a captured tensor that has no values (meta device), the name of that tensor.
+        The step. If a bound needs a captured tensor without values (meta device), the name of that tensor.
     """
     device, tiles, block_n = kv_lens.device, schedule.tiles, schedule.tiles.block_n
     num_rows = signature.group_size * signature.num_queries
@@ -204,7 +204,7 @@ def find_step(
     (score_lo, score_hi), (lo, hi), (full_lo, full_hi) = intervals
     if bounds.mask_live == EVERYWHERE:
         lo, hi = score_lo, score_hi
-    else:  # beside a mask, a score has at most one interval
+    else:  # if there is a mask, the score has at most one interval
         lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
     lens = kv_lens.view(-1, 1, 1, 1, 1)
     live = _disjoint(_live_blocks(lo, hi, lens, block_n))
@@ -216,7 +216,7 @@ def find_step(
 
 
 def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.device) -> list | str:
-    """The captures of a mod, those that the bounds of a region need on `device`; the name of one that has no values."""
+    """The captures of a mod, with those that a region needs on `device`; or the name of one that has no values."""
     leaves = list(mod.leaves)
     if graph is None or mod.function is None:
         return leaves
@@ -243,13 +243,13 @@ def _live_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n
 
 
 def _full_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> torch.Tensor:
-    """The blocks that lie inside [lo, hi) in every row of a tile; shapes as of `_live_blocks`."""
+    """The blocks that lie inside [lo, hi) in every row of a tile; shapes as in `_live_blocks`."""
     lo, hi = lo.clamp(0, _MAX_POSITION).amax(-2), hi.minimum(lens).clamp(min=0).amin(-2)
     return torch.stack([-(-lo // block_n), hi // block_n], -1)
 
 
 def _disjoint(ranges: torch.Tensor) -> torch.Tensor:
-    """The same numbers in half-open ranges [..., ranges, 2] that ascend and do not overlap."""
+    """Sorts half-open ranges [..., ranges, 2] and removes overlaps; the numbers in them stay the same."""
     starts, order = ranges[..., 0].sort(-1)
     ends = ranges[..., 1].gather(-1, order).cummax(-1).values
     starts[..., 1:] = starts[..., 1:].maximum(ends[..., :-1])

@@ -31,17 +31,17 @@ class Explanation:
 
     Attributes:
         shapes: of query, key and value.
-        score_mod, mask_mod: what is known of each mod; None where the call has none.
+        score_mod, mask_mod: what is known of each mod; None if the call has none.
         device: what the call runs on, in words.
         signature: what the kernel is specialised to.
-        schedule: tiles and programs; None where no kernel is launched.
-        step: the blocks that one decode step reads; None where they are not known.
+        schedule: tiles and programs; None if no kernel is launched.
+        step: the blocks that one decode step reads; None if they are not known.
         unknown: why `step` is None, else empty.
-        cache_bytes: size of key and value.
-        used_bytes: of the keys within `kv_lens` and their values; None where the lengths are not known.
-        read_bytes: of the keys and values that one decode step reads, in whole blocks; None where not known.
-        floor_us: microseconds in which the device can read that; None where its bandwidth is not known.
-        source: file of the generated Triton module; None where no kernel is launched.
+        cache_bytes: bytes of all keys and values of the cache.
+        used_bytes: bytes of the keys within `kv_lens` and their values; None if the lengths are not known.
+        read_bytes: bytes of the keys and values that one decode step reads, in whole blocks; None if not known.
+        floor_us: microseconds that the device needs to read `read_bytes`; None if its bandwidth is not known.
+        source: file of the generated Triton module; None if no kernel is launched.
     """
 
     shapes: str
@@ -116,7 +116,7 @@ class Explanation:
         """Draws the blocks of one decode step: full, partial and dead, by split.
 
         Args:
-            path: the file to write, a PNG, SVG or PDF as its suffix says.
+            path: the file to write. Its suffix says whether it is a PNG, SVG or PDF.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -132,7 +132,7 @@ class Explanation:
 
 @without_autocast()
 def explain_request(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> Explanation:
-    """As `flexdecode.explain`, of arguments that are read already."""
+    """As `flexdecode.explain`, for arguments that are already read."""
     call = _check(request, options, device)
     return _report(call, find_target(call.inputs.query.device, call.signature.backend, device))
 
@@ -145,9 +145,9 @@ class _Call(NamedTuple):
         mods: the score_mod and the mask_mod.
         proven: what is known of both.
         signature, options: of the call.
-        kv_lens: keys in use, int64 [B]; None where they are not known.
-        first_token: position of the first query token, int64 [B]; None where it is not known.
-        num_tokens: query tokens, int64 [B]; None where they are not known.
+        kv_lens: keys in use, int64 [B]; None if they are not known.
+        first_token: position of the first query token, int64 [B]; None if it is not known.
+        num_tokens: query tokens, int64 [B]; None if they are not known.
     """
 
     inputs: Inputs
@@ -161,7 +161,7 @@ class _Call(NamedTuple):
 
 
 def _check(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> _Call:
-    """Checks and traces a call as `flex_decode` does, except that only shapes matter on the meta device."""
+    """Checks and traces a call as `flex_decode` does. On the meta device, only shapes matter."""
     inputs, query = request.inputs, request.inputs.query
     options = DEFAULT_OPTIONS if options is None else options
     meta = getattr(query, "is_meta", False)
@@ -184,7 +184,7 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
 
 
 def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
-    """Lengths or positions of sequences where values are read, int64 [B]; None if they have no values."""
+    """Lengths or positions of sequences, int64 [B], on the device where values are read; None without values."""
     if isinstance(given, int):
         return torch.full((batch,), given, device=place)
     return None if given.is_meta else given.to(place, torch.int64).expand(batch)
@@ -246,7 +246,7 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
 
 
 def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
-    """Bytes of keys, values and their scales; `count_keys(True)` is the number where sequences share one cache."""
+    """Bytes of keys, values and their scales. `count_keys(True)` counts keys for sequences that share one cache."""
     total, key, value = 0, inputs.key, inputs.value
     for cache, scale, is_own in ((key, inputs.k_scale, True), (value, inputs.v_scale, not shares_storage(key, value))):
         shared = inputs.page_table is None and len(cache) != len(inputs.query)
@@ -258,6 +258,6 @@ def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
 
 
 def _size(number: int) -> str:
-    """Bytes for people."""
+    """A number of bytes, in words for people."""
     power = max(0, min(3, (number.bit_length() - 1) // 10))
     return f"{number / (1 << 10 * power):.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -24,7 +24,7 @@ class Capture(NamedTuple):
     Attributes:
         name: as in the formula.
         value: as text.
-        role: `run-time argument`, `constant` (another value makes another kernel) or `tensor` (read at every call).
+        role: `run-time argument`, `constant` (another value needs another kernel) or `tensor` (read at every call).
     """
 
     name: str
@@ -38,8 +38,8 @@ class Load(NamedTuple):
     Attributes:
         text: the expression.
         checked: the indices that the kernel checks; none if all are proven.
-        by_mask: whether the proof holds for the keys that the mask lets attend, so that only these are read.
-        per_key: whether it is read for every key, or once per query row.
+        by_mask: whether the proof holds only for the keys where the mask is true, so that only these are read.
+        per_key: True if it is read for every key, False if once per query row.
     """
 
     text: str
@@ -64,7 +64,7 @@ class ModReport:
         full: intervals in which the mask is proven true, so that it is not evaluated; empty for a score_mod.
         solved: whether anything is known of the live or full keys.
         guarded: whether `live` and `full` hold only for captured integers up to 2**40.
-        reads_dead_keys: whether keys within `live` that the mod rules out are read, so that they have to be finite.
+        reads_dead_keys: whether keys within `live` are read although the mod rules them out. They must be finite.
     """
 
     kind: str

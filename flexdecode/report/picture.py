@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_ROWS, MAX_COLUMNS = 64, 512  # cells of the map; where there are more items or blocks, a cell stands for several
+MAX_ROWS, MAX_COLUMNS = 64, 512  # cells of the map; if there are more items or blocks, a cell stands for several
 MAX_SHARES = 40  # splits whose numbers are written
 
-# Of a block by its state; where it is read, by whether its split is even or odd, so that neighbours differ.
+# The colours of a block, by its state. Blocks of even and odd splits have different shades, so neighbours differ.
 COLOURS = {
     UNUSED: ("#ffffff", "#ffffff"),
     DEAD: ("#e1e4e8", "#e1e4e8"),
@@ -29,15 +29,15 @@ _INK, _FAINT = "#22262a", "#9aa1a8"
 
 
 def count(number: int, noun: str) -> str:
-    """How many things there are, in words."""
+    """A number of things, in words."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def draw(step: Step, title: str, path: Path) -> None:
     """Draws a step in the format that the suffix of the path names.
 
-    Above is a map with a row per item and a column per block, below the work of one item in the order in which its
-    splits take it.
+    The upper part is a map with a row per item and a column per block. The lower part shows the work of one item in the
+    order in which its splits take it.
 
     Args:
         step: what is read.
@@ -67,10 +67,10 @@ def draw(step: Step, title: str, path: Path) -> None:
 
 
 def cells(step: Step) -> tuple[torch.Tensor, int, int]:
-    """The map, and how many items are in a row and blocks in a column of it.
+    """The map, the number of items per row, and the number of blocks per column.
 
-    A cell is `2 * state + (1 if the split is odd)`, int64. One that stands for several blocks shows a full one if there
-    is any, else a partial one, else a dead one.
+    A cell is `2 * state + (1 if the split is odd)`, int64. A cell that stands for several blocks shows a full block if
+    there is one, else a partial block, else a dead one.
     """
     items, blocks = _items_per_row(step), max(1, -(-step.num_blocks // MAX_COLUMNS))
     shape = max(1, -(-step.num_items // items)), max(1, -(-step.num_blocks // blocks))
@@ -79,7 +79,7 @@ def cells(step: Step) -> tuple[torch.Tensor, int, int]:
         states, splits = step.blocks(item)
         codes = 2 * states + (splits % 2) * (splits >= 0)
         codes = pad(codes, (0, shape[1] * blocks - len(codes)), value=2 * UNUSED).view(-1, blocks)
-        # Of equal states the first block decides the shade.
+        # Among blocks of the same state, the first one decides the shade.
         chosen = codes.gather(1, (codes // 2).argmax(1, keepdim=True))[:, 0]
         row = found[item // items]
         found[item // items] = torch.where(chosen // 2 > row // 2, chosen, row)
@@ -87,7 +87,7 @@ def cells(step: Step) -> tuple[torch.Tensor, int, int]:
 
 
 def _items_per_row(step: Step) -> int:
-    """A part of the items of one sequence, or those of several whole sequences."""
+    """How many items share a row: a part of the items of one sequence, or those of several whole sequences."""
     per_sequence, batch = step.num_kv_heads * step.num_tiles, len(step.kv_lens)
     for items in range(1, per_sequence + 1):
         if per_sequence % items == 0 and step.num_items // items <= MAX_ROWS:
@@ -121,7 +121,7 @@ def _draw_map(axes: Axes, step: Step) -> None:
 
 
 def _draw_work(axes: Axes, step: Step) -> None:
-    """The work of the item that has most of it, in the order of the kernel."""
+    """Draws the work of the item with the most work, in the order of the kernel."""
     item = int(step.work.argmax())
     states, splits = step.blocks(item)
     order = torch.cat([(states == FULL).nonzero()[:, 0], (states == PARTIAL).nonzero()[:, 0]])

@@ -1,4 +1,4 @@
-"""What `DecodeOptions(debug=True)` finds: a mod that computes something else than when it was traced."""
+"""Part of `DecodeOptions(debug=True)`: finds a mod that no longer computes what it computed when it was traced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_again(kind: str, mod: Mod, device: torch.device) -> None:
     """Traces a mod again and compares.
 
     Raises:
-        TraceError: it gives another graph than the one that the call runs; the message shows the first difference.
+        TraceError: its graph differs from the graph that the call runs; the message shows the first difference.
     """
     before = known_graph(kind, mod, device)
     if mod.function is None or before is None:
@@ -45,13 +45,13 @@ def _difference(graphs: tuple[Graph, Graph], names: tuple[Names, Names]) -> str:
         before, now = pairs.pop()
         if before == now:
             continue
-        # Operands that both have may stand in another order, as `a * b` is `b * a`.
+        # Common operands may stand in another order: `a * b` is `b * a`.
         old = [operand for operand in before.args if operand not in now.args]
         new = [operand for operand in now.args if operand not in before.args]
         alike = (before.op, before.attr, before.dtype) == (now.op, now.attr, now.dtype)
         if not alike or not old or len(old) != len(new):
             texts = formula(before, names[0]), formula(now, names[1])
-            if texts[0] == texts[1] and before.is_const and now.is_const:  # as float32 they are one number
+            if texts[0] == texts[1] and before.is_const and now.is_const:  # they are equal as float32
                 texts = repr(before.attr), repr(now.attr)
             return f"`{texts[0]}` became `{texts[1]}`"
         pairs += reversed([*zip(old, new, strict=True)])

@@ -1,6 +1,6 @@
 """The torch backend: runs a traced graph in PyTorch operations, over chunks of the KV cache.
 
-It gives the results and the errors of the generated kernel on any device, with memory for one chunk of scores.
+It gives the same results as the generated kernel, on any device. It needs memory for one chunk of scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import IndexRangeError
 from ..frontend.graph import Graph, Node, changing, loops_around, topological
 from ..frontend.ops import FLOAT8, HALF, OPS
 
-CHUNK_ELEMENTS = 1 << 21  # scores held at a time
+CHUNK_ELEMENTS = 1 << 21  # scores in memory at one time
 
 
 def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
@@ -26,8 +26,8 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     Args:
         call: checked; its `out` and `lse` are written.
         graphs: of the score_mod and the mask_mod.
-        check_indices: raise where the result of an attending pair depends on a read out of range of a captured tensor,
-            and where an entry of the page table names no page; on a CPU the latter always raises.
+        check_indices: raise if the result of an attending pair depends on a read out of range of a captured tensor, or
+            if an entry of the page table names no page. On a CPU, such an entry always raises.
 
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
@@ -41,7 +41,7 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     first = lens - tokens
     if inputs.q_offset is not None:
         first = torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
-    # Tokens past q_lens stand where the last one stands, so that mods see positions of the sequence.
+    # Tokens past q_lens get the position of the last token, so that mods see only positions of the sequence.
     token = torch.arange(num_queries, device=device).minimum(tokens.clamp(min=1)[:, None] - 1)
     b, h = (torch.arange(size, device=device) for size in (batch, num_q_heads))
     q_idx = (first[:, None] + token).view(batch, 1, -1, 1)
@@ -62,7 +62,7 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
         live = (kv < lens[:, None]).view(batch, 1, 1, -1) & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
-        # Keys that no row of their head attends to may hold anything, and their page entries lead anywhere.
+        # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
         read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
         gather = inputs.format.gather(inputs.key, inputs.page_table, kv, read, check_indices)
         k = _read(inputs.key, inputs.k_scale, gather, read)
@@ -80,7 +80,7 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
         acc = acc * alpha[..., None] + partial
         m_i = m_new
     result = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-    call.out.copy_(torch.where(row_live[..., None], result, 0.0))  # a weight of 0 does not hide NaN
+    call.out.copy_(torch.where(row_live[..., None], result, 0.0))  # 0 * NaN would be NaN
     if lse is not None:
         lse.copy_(torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i)))
 
@@ -92,7 +92,7 @@ def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor)
 
 
 def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor) -> torch.Tensor:
-    """Rows of keys or values, float32 [B, Hkv, n, D]; 0 where they are not to be `read` [B, Hkv, n]."""
+    """Rows of keys or values, float32 [B, Hkv, n, D]; 0 where `read` [B, Hkv, n] is false."""
     rows = gather(cache).float()
     if isinstance(scale, torch.Tensor):
         per_token = scale.dim() == 3
@@ -107,7 +107,7 @@ def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gathe
 def evaluate(
     outputs: Sequence[Node], graph: Graph, leaves: list, indices: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Computes nodes in the captures of a graph, such as the bounds of a mask, on index tensors that broadcast."""
+    """Computes nodes of a graph or of its captures, such as the bounds of a mask, on index tensors that broadcast."""
     anywhere = torch.ones((), dtype=torch.bool, device=indices["b"].device)
     return _Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
 
@@ -127,7 +127,7 @@ class _Evaluation:
         assert graph is not None
         self.graph = graph
         self.device = self.live.device
-        # With `check_indices`: where each load is out of range, and where a value depends on such a load.
+        # Only with `check_indices`: where each load is out of range, and where a value depends on such a load.
         self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
 
@@ -160,7 +160,7 @@ class _Evaluation:
                     self._follow(node, values)
 
     def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
-        """Notes where a value depends on a read out of range. Where one operand decides, the others do not count."""
+        """Notes where a value depends on a read out of range. If one operand decides the value, others do not count."""
         none = torch.zeros((), dtype=torch.bool, device=self.device)
         unknown = [self.unknown.get(a, none) for a in node.args]
         if node.op in ("logical_and", "logical_or"):
@@ -193,7 +193,7 @@ class _Evaluation:
             return self.score
         if node.op == "index":
             return self.indices[node.attr]
-        # Half types are rounded values held in float32, as in the kernel: a Python number joins them unrounded.
+        # As in the kernel, values of half types are rounded and held in float32. A Python number is not rounded.
         dtype = torch.float32 if node.dtype in HALF else node.dtype
         if node.op == "const":
             return torch.tensor(node.attr, dtype=dtype, device=self.device)
@@ -218,7 +218,7 @@ class _Evaluation:
         return self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
 
     def _load(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        """Reads a captured tensor; negative indices count from the end, and out of range reads 0."""
+        """Reads a captured tensor. Negative indices count from the end; an index out of range reads 0."""
         tensor = self._tensor(node)
         inside = torch.ones((), dtype=torch.bool, device=self.device)
         places = []
@@ -227,11 +227,11 @@ class _Evaluation:
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
         if self.check_indices and (self.live & ~inside).any():
-            first, wrong = self.wrong.get(node, (args, ~inside))  # another step of a loop may have made an entry
+            first, wrong = self.wrong.get(node, (args, ~inside))  # an earlier step of a loop may have made an entry
             self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
-        if tensor.dtype in FLOAT8:  # which PyTorch does not index everywhere
+        if tensor.dtype in FLOAT8:  # PyTorch cannot index these on every device
             found = tensor.view(torch.uint8)[tuple(places)].view(tensor.dtype)
         else:
             found = tensor[tuple(places)]

@@ -1,4 +1,4 @@
-"""Which graph a mod stands for. A mod is traced once. Later it is recognised by what its callable consists of."""
+"""Finds the graph of a mod. A mod is traced once. Later it is recognised by what its callable consists of."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mod(NamedTuple):
         leaves: what it captures.
         proof_values: sizes and numbers that proofs about its indices use. A change of them needs new proofs.
         place: the part of the identity that does not depend on the values of captured numbers.
-        followed: what it reads of large containers and by computed names; the leaves have it, too.
+        followed: what it reads of large containers and by computed names; the leaves include it.
     """
 
     function: Callable | None
@@ -42,7 +42,7 @@ class Mod(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """Host values that matter beside the code of a mod.
+    """Host values that a mod's graph or proofs depend on.
 
     Attributes:
         constants: captured numbers whose value is part of the identity.
@@ -61,7 +61,7 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     """Reads what a mod captures now.
 
     Raises:
-        TypeError: it is not callable.
+        TypeError: the mod is not callable.
     """
     if mod is None:
         return _NO_MOD
@@ -82,7 +82,7 @@ def identify(kind: str, mod: Callable | None) -> Mod:
 
 
 def _with_values(known: _Sources | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
-    """A mod with the values of the leaves that are constants, and of those on which proofs depend."""
+    """Makes a mod with the values of its constants, and with the values on which proofs depend."""
     constants, checked = known or _NO_SOURCES
     identity = (place, *[source.read(leaves) for source in constants]) if constants else place
     return Mod(function, identity, leaves, tuple([source.read(leaves) for source in checked]), place, followed)
@@ -97,7 +97,7 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     if mod.function is None:
         return None, mod
     found = _graphs.get((kind, device, mod.identity))
-    if found is not None:  # traced by another thread, perhaps, or its sources were forgotten
+    if found is not None:  # another thread may have traced it, or its sources were forgotten
         return found[0], add_sources(kind, mod, proof_sources(found[0]))
     with lock:
         function = mod.function
@@ -109,7 +109,7 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
 
 
 def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tuple[Graph, Mod]:
-    """Traces a mod, again each time that it was seen to read more than its code tells."""
+    """Traces a mod. Traces it again each time that it read something that its code does not show."""
     changes, problem = 0, "reads something else each time that it is run"
     for _ in range(_MAX_ROUNDS):
         reads = Reads(kind, mod.followed)
@@ -120,7 +120,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
             if not reads.pending:
                 raise
         now = add_sources(kind, mod, (), traced.constants if traced is not None else ())
-        if now.place != mod.place:  # the mod itself changed something, or imported a module
+        if now.place != mod.place:  # the mod changed something that it captures, or imported a module
             changes += 1
             if changes == _MAX_CHANGES:
                 problem = "changes what it captures"
@@ -145,7 +145,7 @@ def _trace(kind: str, function: Callable, mod: Mod, device: torch.device) -> tup
 
 
 def known_graph(kind: str, mod: Mod, device: torch.device) -> Graph | None:
-    """The graph of a mod, if it was traced."""
+    """The graph of a mod; None if it was not traced."""
     found = None if mod.function is None else _graphs.get((kind, device, mod.identity))
     return None if found is None else found[0]
 
@@ -155,7 +155,7 @@ def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: 
 
     Args:
         kind: `score_mod` or `mask_mod`.
-        mod: a mod that was traced, or none.
+        mod: a traced mod, or none.
         sources: what proofs about its indices depend on.
         constants: what its graph depends on.
     """

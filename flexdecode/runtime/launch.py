@@ -1,4 +1,4 @@
-"""Launches a compiled kernel: workspace, captured values and as little host work as possible."""
+"""Launches a compiled kernel with its workspace and captured values. The host does as little as possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..frontend.ops import FLOAT8
 
 
 class _Workspaces(threading.local):
-    """Memory of each thread by device and stream."""
+    """The workspaces of each thread, by device and stream."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -63,8 +63,8 @@ class LaunchForm:
     """What launches of one kernel have in common: which arguments there are, and how they are read.
 
     Attributes:
-        at: gives what the kernel takes for a tensor: its address, or in the interpreter the tensor.
-        tensors, values: places and rows of the arguments that are read at each call.
+        at: gives what the kernel takes for a tensor: its address; in the interpreter, the tensor itself.
+        tensors, values: the arguments that are read at each call: their places, and the functions that read them.
         absent: a list of arguments with None or an empty tuple in each place.
         read_score, read_mask: read what the mods capture.
     """
@@ -111,7 +111,7 @@ class TritonLauncher:
         places = 2 * chosen.num_programs * tiles.block_m if tiles.balanced else num_rows * chosen.num_splits
         self.places = places if tiles.split else 0
         self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
-        # Largest scores, sums, parts of items and outputs, each from a multiple of 16 bytes on.
+        # The workspace has largest scores, sums, parts of items and outputs. Each starts at a multiple of 16 bytes.
         self.sums_at = -(-self.places // 4) * 4
         self.parts_at = 2 * self.sums_at
         self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
@@ -153,7 +153,7 @@ class TritonLauncher:
             self.kernel.combine(self.combine_grid, stream, second)
 
     def _descriptors(self, inputs: Inputs) -> tuple:
-        """Launch arguments of the tensor descriptors of both caches, several of each; the last ones are kept."""
+        """The launch arguments for the descriptors of both caches. Those of the last addresses are kept."""
         assert self.matrices is not None
         key = inputs.key.data_ptr()
         addresses = key, key if self.latent else inputs.value.data_ptr()
@@ -167,10 +167,10 @@ class TritonLauncher:
         return self.described[1]
 
     def _workspace(self, stream: int) -> tuple:
-        """Memory of the partials, kept for the next call on the same stream: outputs, maxima, sums, parts of items.
+        """Memory of the partial results: outputs, maxima, sums, parts of items. The next call on the stream reuses it.
 
-        Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured the
-        memory comes from the graph's pool instead: it must live as long as the graph.
+        Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured, the
+        memory comes from the graph's pool, because it must live as long as the graph.
         """
         capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
         kept = None if capturing else _workspaces.kept.get((self.device, stream))

@@ -1,4 +1,4 @@
-"""A planned call: outputs, the last checks, and who computes it."""
+"""A planned call: its outputs, the last checks, and the launcher that computes it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .identity import Mod, constants_of
 if TYPE_CHECKING:
     from ..analysis.printing import Names
 
-MAX_APART = 256  # distances that a plan remembers
+MAX_APART = 256  # entries of `Plan.apart`
 
 
 def layout(tensor: object) -> object:
-    """What a plan depends on in a tensor: all but its contents."""
+    """Everything of a tensor that a plan depends on; its contents are not part of it."""
     if tensor is None:
         return None
     if not isinstance(tensor, torch.Tensor):
@@ -39,16 +39,16 @@ def layout(tensor: object) -> object:
 
 
 def any_length(key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, kv_lens: int | None) -> tuple | None:
-    """What a `Prepared` depends on in key, value, page table and scales: their layout without N and multiples of it.
+    """What a `Prepared` depends on in key, value, page table and scales: their layout, without N and multiples of N.
 
-    None where that cannot be said: wrong arguments, and caches without a key.
+    None if the arguments are wrong or the caches hold no key.
 
     Args:
-        key: its `layout`, like all that follows except `kv_lens`.
-        value: of the values.
-        table: of the page table.
-        k_scale: of the scales of keys.
-        v_scale: of the scales of values.
+        key: the `layout` of the keys.
+        value: the `layout` of the values.
+        table: the `layout` of the page table.
+        k_scale: the `layout` of the scales of keys.
+        v_scale: the `layout` of the scales of values.
         kv_lens: the length of all sequences, if it is a number.
     """
     if not (key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
@@ -72,19 +72,19 @@ def _without_length(layout: tuple) -> tuple:
     return batch, heads, width, gcd(b, 16), gcd(h, 16), gcd(n, 16), d == 1 or gcd(d, 16), *rest
 
 
-Launcher = Callable[[Call], None]  # writes `out` of a call, and its `lse` unless that is None
+Launcher = Callable[[Call], None]  # writes `out` of a call, and `lse` unless it is None
 
 
 class EagerLauncher:
     """Runs the traced graphs in PyTorch operations."""
 
     def __init__(self, graphs: tuple[Graph | None, Graph | None], names: tuple[Names | None, ...] | None) -> None:
-        """Names of what the graphs capture are given where indices shall be checked."""
+        """`names` of what the graphs capture are given if indices shall be checked."""
         self.graphs = graphs
         self.names = names
 
     def __call__(self, call: Call) -> None:
-        """Computes the call; the mask says all that lists say."""
+        """Computes the call. It ignores the lists of a BlockMask, because the mask contains them."""
         try:
             with without_autocast():
                 eager.decode(call, self.graphs, self.names is not None)
@@ -92,7 +92,7 @@ class EagerLauncher:
             raise FlexDecodeError(self._named(error)) from None
 
     def _named(self, error: IndexRangeError) -> str:
-        """An index out of range in the user's own names."""
+        """The message for an index out of range, with the user's own names."""
         from ..analysis.printing import formula
 
         kind = "score_mod" if error.graph is self.graphs[0] else "mask_mod"
@@ -103,7 +103,7 @@ class EagerLauncher:
 
 
 def name_graphs(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]) -> tuple[Names | None, ...]:
-    """What the graphs capture, in the user's names: strings, so that nothing is kept alive."""
+    """The user's names of what the graphs capture. They are strings, so nothing is kept alive."""
     from ..analysis.printing import name_captures
 
     return tuple(
@@ -128,7 +128,7 @@ class Plan:
         self.checks_lens = options.debug or inputs.query.device.type == "cpu"
         self.options = options
         self.empty = 0 in self.out_shape
-        self.loose = [  # what the kernels want contiguous
+        self.loose = [  # tensors that have to be made contiguous for the kernels
             name
             for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
@@ -146,7 +146,7 @@ class Plan:
         return other
 
     def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:
-        """Refuses an `out` that is written over what is read.
+        """Refuses an `out` that would overwrite an input.
 
         Raises:
             ValueError: it shares memory with an input.
@@ -193,7 +193,7 @@ class Plan:
 
 
 def check_captured_out(out: torch.Tensor, score_leaves: list, mask_leaves: list) -> None:
-    """Refuses an `out` that is written over a tensor that a mod captures.
+    """Refuses an `out` that would overwrite a tensor that a mod captures.
 
     Raises:
         ValueError: it shares memory with one.

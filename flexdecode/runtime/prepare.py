@@ -50,7 +50,7 @@ class Traced:
         Args:
             mods: what they capture now.
             sizes: of the call.
-            has_sources: whether the mask_mod already gives all numbers that proofs of the score_mod use.
+            has_sources: whether the mask_mod already includes all numbers that proofs of the score_mod use.
 
         Returns:
             What the loads of both mods have to check, and the mask_mod with these numbers.
@@ -92,7 +92,7 @@ def trace_call(
         return_lse: whether the call returns the log-sum-exp.
         options: how to execute it.
         listed: whether the lists of a BlockMask say which blocks are visited.
-        device: where captured tensors are read, if they may be anywhere; by default all are where the query is.
+        device: where captured tensors are read, if they may be on any device; by default all are on the query's device.
 
     Returns:
         The call, and both mods with the identities that tracing found.
@@ -133,10 +133,10 @@ def prepare(
 
 
 class Prepared:
-    """A traced call with a cache of any length: calls that differ in nothing else share it.
+    """A traced call with a cache of any length. Calls that differ only in the length share it.
 
-    A cache that grows by `torch.cat` has another N, and with it other strides, for every token. `plan` does what
-    depends on them: which indices are in range, the numbers of the schedule, and what is launched.
+    A cache that grows by `torch.cat` has another N and other strides for every token. `plan` does what depends on
+    them: it finds which indices are in range, the numbers of the schedule, and what is launched.
     """
 
     def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, return_lse: bool) -> None:
@@ -150,17 +150,17 @@ class Prepared:
         if traced.signature.backend == "triton" and 0 not in inputs.out_shape:
             self.facts = device_facts(traced.signature.device)
             _check_device(traced.signature, self.facts)
-        self.loaded: dict[tuple, _Loaded] = {}  # by what the loads of both mods check
+        self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
-        # The values that the last proofs used, what they gave, and from which length to which.
+        # The values that the last proofs used, their result, and the shortest and the longest length it holds for.
         self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
-        self.num_proof_values = -1  # numbers of the mask_mod, where proofs of the score_mod use them, too
+        self.num_proof_values = -1  # numbers of the mask_mod if proofs of the score_mod also use them
 
     def plan(self, inputs: Inputs, mods: Mods) -> tuple[Plan, Mod]:
         """Plans a call.
 
         Args:
-            inputs: checked, and of the layout that this was made for, apart from lengths.
+            inputs: checked; they have the layout that this was made for, except lengths.
             mods: the score_mod and the mask_mod as they are now.
 
         Returns:
@@ -176,20 +176,20 @@ class Prepared:
         return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options)), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
-        """Proves what can be proven of a call, and notes up to which length it stays so."""
+        """Proves what can be proven of a call, and notes up to which length the result holds."""
         score, mask = mods
         repeated = self.last[0] == (score.proof_values, mask.proof_values)
         loaded, mask = self._load(mods, sizes)
         end = sizes.max_kv_len if self.is_proof_of_length else MAX_KV_LEN
         if repeated and end == sizes.max_kv_len:
-            # What is proven, and what is not, for a longer sequence as well as for this one is so for all between.
+            # If a longer sequence gives the same result, all lengths between the two give it as well.
             further = next_power_of_2(end)
             end = further if self._load((score, mask), sizes._replace(max_kv_len=further))[0] is loaded else end
         self.last = (score.proof_values, mask.proof_values), loaded, sizes.max_kv_len, end
         return loaded, mask
 
     def _load(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
-        """Proves what can be proven of a call, and finds the kernels that leave it out."""
+        """Proves what can be proven of a call, and finds the kernels without the checks that this makes needless."""
         assert self.facts is not None
         score_checks, mask_checks, mask = self.traced.checks(
             mods, sizes, len(mods[1].proof_values) == self.num_proof_values
@@ -205,7 +205,7 @@ class Prepared:
 
 
 class _Loaded:
-    """The kernels of a proven, by their tiles."""
+    """The kernels of one `ProvenMods`, by their tiles."""
 
     def __init__(
         self, proven: ProvenMods, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
@@ -214,12 +214,12 @@ class _Loaded:
         self.out_strides = out_strides
         self.signature = signature
         self.facts = facts
-        self.forms: dict[Tiles, LaunchForm] = {}  # by tiles; a kernel may have smaller ones in their place
+        self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
 
     def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
         """Chooses a schedule and finds the kernel.
 
-        Triton calls Gluon experimental: where a release does not compile the kernel for latents, the general one runs.
+        Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         proven, signature, facts = self.proven, self.signature, self.facts
         chosen, matrices = choose_schedule(signature, sizes, inputs, proven, facts, options)
@@ -236,7 +236,7 @@ class _Loaded:
         return TritonLauncher(form, sizes, chosen, strides, matrices)
 
     def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
-        """Finds the kernel for some tiles, or for smaller ones where that is too large for the device."""
+        """Finds the kernel for some tiles, or for smaller tiles if that kernel is too large for the device."""
         proven, tiles = self.proven, wanted
         while True:
             spec = KernelSpec(
@@ -259,11 +259,11 @@ class _Loaded:
                 tiles = replace(tiles, block_n=tiles.block_n // 2)
 
 
-_refusals: list[str] = []  # of the kernel for latents: it is not tried again
+_refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
 
 
 def _refuse_latents(error: CompileError) -> None:
-    """Goes on without the kernel for latents, and says so once."""
+    """Makes later calls use the general kernel instead of the one for latents, and warns once."""
     _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
     text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -274,16 +274,17 @@ def choose_schedule(
 ) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
     """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors.
 
-    The kernel for latents sees the keys through two descriptors.
+    The kernel for latents reads the keys through two descriptors.
     """
     owners, matrices, loads = inputs.format.owners(sizes.batch, inputs.key), None, Loads.POINTERS
-    # Whether there are matrices may depend on the batch, and with it the tiles. The blocks of lists may all be partial.
+    # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids this.
+    # With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
     if facts.has_descriptors and inputs.format.has_matrices and not (options.batch_invariant or proven.block_lists):
         if has_latent_kernel(signature, facts, options) and not _refusals:
             latents = as_matrix(inputs.key, owners)
             matrices = None if latents is None else (latents, latents)
             loads = Loads.LATENTS
-        # Where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
+        # In blocks where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
         if matrices is None and proven.num_full > 0:
             seen = in_pairs(inputs) if is_paired(signature, facts, options) else inputs
             matrices = as_matrices(seen.key, seen.value, owners)
@@ -294,7 +295,7 @@ def choose_schedule(
 
 
 def _check_device(signature: Signature, facts: DeviceFacts) -> None:
-    """Refuses what Triton has no type for on a device."""
+    """Refuses types that Triton does not have on a device."""
     if signature.kv_dtype == torch.float8_e4m3fn and not (facts.backend == "cpu" or facts.can_unpack):
         raise ValueError(
             f"float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got {facts.backend} "
@@ -303,7 +304,7 @@ def _check_device(signature: Signature, facts: DeviceFacts) -> None:
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:
-    """Refuses captured tensors that the kernel cannot read; they may be anywhere if `device` is None.
+    """Refuses captured tensors that the kernel cannot read. If `device` is None, they may be on any device.
 
     Raises:
         ValueError: one is on another device, not dense, or requires grad while grad mode is on.

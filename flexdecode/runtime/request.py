@@ -1,4 +1,4 @@
-"""A call as it arrives: its arguments in one form each, what its mods capture, and the lists of its BlockMask."""
+"""A call as it arrives: its arguments in one common form, what its mods capture, and the lists of its BlockMask."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .identity import Mod, identify
 
 
 class Request(NamedTuple):
-    """What `flex_decode` was asked for.
+    """The call that `flex_decode` was asked to compute.
 
     Attributes:
-        inputs: tensors and numbers; checked only where there is a BlockMask.
-        score, mask: both mods. The mask says all that a BlockMask says.
-        lists: those of the BlockMask, or None.
-        listed: whether these say which blocks are visited.
+        inputs: tensors and numbers; checked only if there is a BlockMask.
+        score, mask: both mods. The mask includes the mask of a BlockMask.
+        lists: the lists of the BlockMask, or None.
+        listed: whether these lists say which blocks are visited.
     """
 
     inputs: Inputs

@@ -1,4 +1,4 @@
-"""What a mod captures, read afresh at every call in a few microseconds.
+"""Reads what a mod captures. Every call does this again; it takes a few microseconds.
 
 A callable goes in. A *key* and a list of *leaves* come out. The leaves are the captured tensors and finite numbers.
 Everything else that the code can read goes into the key. Equal keys mean equal behaviour as a function of the leaves.
@@ -14,7 +14,7 @@ modules. Of a container with over 64 entries it visits only those that the mod w
 holds for attributes that the mod reads by a computed name, `getattr(cfg, name)`. `copy_for_trace` makes a copy of the
 callable that notes such reads. The copy refuses the use of what cannot be followed (generators, large arrays).
 
-Not seen: what C code and the outside world hold (`os.environ`, files, clocks, random numbers).
+The walk does not see state of C code and of the outside world (`os.environ`, files, clocks, random numbers).
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ __all__ = [
 
 
 def walk(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list]:
-    """The key and the leaves of `read`."""
+    """The key and the leaves, as `read` gives them."""
     return read(fn, followed)[:2]

@@ -1,4 +1,4 @@
-"""What a class says about its instances."""
+"""Describes what a class defines for its instances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from .code import ABSENT, MAX_KNOWN
 
-HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: made by a class statement, and layout
+HEAP, _MANAGED_DICT, _MANAGED_WEAKREF = 1 << 9, 1 << 4, 1 << 3  # type flags: class statement, layout
 SEQUENCES, DICTS, SETS = (tuple, torch.Size, list, deque), (dict, OrderedDict, defaultdict), (set, frozenset)
 CONTAINERS = (*SEQUENCES, *DICTS, *SETS)
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -23,7 +23,7 @@ _POINTER = struct.calcsize("P")
 _INDEXED = (
     torch.nn.ParameterList, torch.nn.ParameterDict, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential,
 )  # fmt: skip
-# Methods that neither an operator nor a call inside a mod runs.
+# Methods that no operator and no call inside a mod runs.
 _NOT_OPERATORS = {
     *CONSTRUCTORS,
     *("__del__", "__repr__", "__str__", "__format__", "__init_subclass__", "__class_getitem__", "__subclasshook__"),
@@ -31,11 +31,11 @@ _NOT_OPERATORS = {
     *("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__", "__replace__", "__getnewargs__", "__dir__"),
     *("__sizeof__", "__annotate__", "__annotate_func__"),
 }
-_GENERATED = {"__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"}  # by dataclasses: they name all fields
+_GENERATED = {"__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"}  # dataclasses make these with all fields
 
 
 class Class(NamedTuple):
-    """What a class says about its instances; what its attributes *are* is looked up in `dicts` each time.
+    """What a class defines for its instances. The values of its attributes are looked up in `dicts` each time.
 
     Attributes:
         dicts: live namespaces of the classes in which named attributes are looked up.
@@ -44,8 +44,8 @@ class Class(NamedTuple):
         slots: the slots of an instance.
         solid: the built-in class that determines the layout.
         is_module: whether it is an `nn.Module`.
-        is_indexed: whether it is one that is indexed, so that the code does not name what it holds.
-        transparent: whether an instance is its `__dict__`, slots and items.
+        is_indexed: whether code reads its content by index, so that the code does not name what it reads.
+        transparent: whether an instance has no state except its `__dict__`, slots and items.
     """
 
     dicts: tuple[Mapping[str, Any], ...]
@@ -66,9 +66,9 @@ def layout(kind: type) -> Any:
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
 def class_of(mro: tuple[type, ...]) -> Class:
-    """Describes a class, given by its `__mro__`, which a user may change."""
+    """Describes a class. It is given by its `__mro__`, because a user may change that."""
     kind = mro[0]
-    library = (torch.nn.Module, Generic, Protocol)  # their methods read nothing of the user's that is not walked
+    library = (torch.nn.Module, Generic, Protocol)  # their methods read only what the walk visits
     dicts = [vars(base) for base in mro if base.__flags__ & HEAP and base not in library]
     solid = layout(kind)
     is_module = issubclass(kind, torch.nn.Module)
@@ -81,7 +81,7 @@ def class_of(mro: tuple[type, ...]) -> Class:
     slots = [(name, value) for name, value in items if isinstance(value, MemberDescriptorType)]
     in_dict = bool(kind.__dictoffset__) and not solid.__dictoffset__ and not kind.__flags__ & _MANAGED_DICT
     weak = bool(kind.__weakrefoffset__) and not solid.__weakrefoffset__ and not kind.__flags__ & _MANAGED_WEAKREF
-    # Bytes that neither slots nor a `__dict__` explain are state that only C code can see.
+    # Bytes beyond the slots and the `__dict__` are state that only C code can see.
     hidden = kind.__basicsize__ - solid.__basicsize__ - _POINTER * (len(slots) + in_dict + weak)
     return Class(
         dicts=tuple(dicts),
@@ -96,14 +96,14 @@ def class_of(mro: tuple[type, ...]) -> Class:
 
 
 def state_of(obj: Any) -> dict[str, Any]:
-    """The `__dict__` of an object, read without code of the user's; empty if it has none."""
+    """The `__dict__` of an object; empty if it has none. The read runs no code of the user's."""
     if isinstance(obj, threading.local):
         return vars(obj)  # of this thread
     return object.__getattribute__(obj, "__dict__") if type(obj).__dictoffset__ else {}
 
 
 def read_slot(slot: MemberDescriptorType, obj: Any) -> Any:
-    """The value of a slot, `ABSENT` if it is not set."""
+    """The value of a slot; `ABSENT` if it is not set."""
     try:
         return slot.__get__(obj)
     except AttributeError:
@@ -111,12 +111,12 @@ def read_slot(slot: MemberDescriptorType, obj: Any) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a class attribute is data or takes `self`, not a static or class method or a descriptor of the user's."""
+    """Whether a class attribute is data or takes `self`. Static and class methods and user descriptors do not count."""
     return isinstance(value, (FunctionType, property, functools.cached_property)) or not hasattr(type(value), "__get__")
 
 
 def plain(value: Any) -> Any:
-    """Returns what runs when a class attribute is read: the function in a property, static or class method."""
+    """Returns the function in a property, static or class method, which runs when the class attribute is read."""
     if isinstance(value, property):
         return value.fget
     if isinstance(value, (staticmethod, classmethod)):

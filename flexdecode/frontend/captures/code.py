@@ -1,4 +1,4 @@
-"""What the code of a function reads, and the words that all modules of the package use."""
+"""Finds what the code of a function reads. Also has the types and limits that all modules of the package use."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from ...memos import Bounded
 
-MAX_ITEMS = 64  # entries of a container that are followed without a look at what the mod reads
-MAX_WHOLE = 1024  # entries of a container that a mod may read all of
-MAX_DEPTH = 64  # keeps far away from Python's recursion limit
-MAX_OBJECTS = 1024  # a mod that reaches more has run into some framework's internals
-MAX_KNOWN = 4096  # code objects and classes whose description is remembered
+MAX_ITEMS = 64  # a container with at most this many entries is followed as a whole
+MAX_WHOLE = 1024  # a mod may read all entries of a container with at most this many
+MAX_DEPTH = 64  # far below Python's recursion limit
+MAX_OBJECTS = 1024  # a mod that reaches more objects reaches the internals of some framework
+MAX_KNOWN = 4096  # this many descriptions of code objects and classes are remembered
 
 At = tuple[str, Any]  # how a child is reached from its owner: ("cell", "W"), ("attr", "slope"), ("index", 0), ...
-Edge = tuple[At, Any]  # a child, after how it is reached
+Edge = tuple[At, Any]  # how a child is reached, and the child
 Parts = tuple[Sequence, Iterable[Edge]]  # what a value with children adds to the key, and its children
 
 
 class Absent:
-    """Stands for an empty closure cell, an unset slot, and a global that is not there (a builtin)."""
+    """Stands for an empty closure cell, an unset slot, and a global that does not exist (a builtin)."""
 
 
 ABSENT = Absent()
@@ -34,14 +34,14 @@ _PADDING = {"CACHE", "EXTENDED_ARG"}
 _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
 _WHOLE = {"vars()", "__dict__", "__getattribute__", "asdict", "asdict()", "astuple", "astuple()"}  # all attributes
 _REFLECTION = {"getattr()", *_WHOLE}
-_BY_NAME = {"getattr()", "hasattr()", "attrgetter", "attrgetter()", "globals()", *_WHOLE}  # names are strings there
-_HIDING = {"getattr", "hasattr", "globals", "eval", "exec"}  # builtins that read what their argument says
+_BY_NAME = {"getattr()", "hasattr()", "attrgetter", "attrgetter()", "globals()", *_WHOLE}  # these take names as strings
+_HIDING = {"getattr", "hasattr", "globals", "eval", "exec"}  # builtins whose arguments decide what they read
 _OPAQUE = sys.stdlib_module_names | {"builtins", "torch", "numpy", "triton"}
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
 def opaque(module: str | None) -> bool:
-    """Whether a module, by its name, is one that users do not change."""
+    """Whether a module with this name is one that users do not change."""
     return module is not None and module.partition(".")[0] in _OPAQUE
 
 
@@ -50,14 +50,14 @@ class Code:
     """What a code object and the code nested in it read.
 
     Attributes:
-        code: the code object, kept alive because this description is found by its id.
+        code: the code object. It is kept alive because this description is found by its id.
         global_names: the globals that it reads.
-        names: attributes that it reads, as `slope`, and variables and attributes of which it uses more than an
-            attribute (calls, indexes or passes them on), as `slope()`.
+        names: `slope` for an attribute that it reads. `slope()` for a variable or attribute that it calls, indexes or
+            passes on, so that it may use more than an attribute of it.
         uses_self: whether it uses more than attributes of its first parameter.
         where: how each closure cell and global is reached.
         imports: the modules that it imports, with the number of dots before their names.
-        hides: whether it may read what none of these tell, through `getattr` and the like.
+        hides: whether it may read more than these fields say, through `getattr` and similar functions.
     """
 
     code: CodeType
@@ -69,7 +69,7 @@ class Code:
     hides: bool
 
 
-CODES = Bounded(limit=MAX_KNOWN)  # by id of the code object, whose hash and comparison take long
+CODES = Bounded(limit=MAX_KNOWN)  # by id of the code object, because its hash and comparison are slow
 
 
 def code_of(fn: FunctionType) -> Code:
@@ -78,7 +78,7 @@ def code_of(fn: FunctionType) -> Code:
 
 
 def _read_code(code: CodeType) -> Code:
-    global_names: dict[str, None] = {}  # a dict for its order
+    global_names: dict[str, None] = {}  # a dict keeps the order
     names: set[str] = set()
     uses_self = False
     imports: dict[tuple[str, int], None] = {}
@@ -91,7 +91,7 @@ def _read_code(code: CodeType) -> Code:
         steps = [step for step in dis.get_instructions(inner) if step.opname not in _PADDING]
         for place, (step, after) in enumerate(pairwise(steps)):
             operation, name, bare = step.opname, step.argval, after.opname not in _ATTRIBUTE
-            if operation == "IMPORT_NAME":  # after its number of dots and its list of names
+            if operation == "IMPORT_NAME":  # the number of dots and the list of names come before it
                 imports[name, steps[place - 2].argval or 0] = None
                 names |= set(name.split(".")[1:])
             elif operation == "IMPORT_FROM":
@@ -126,7 +126,7 @@ class View:
 
     Attributes:
         attributes: the attributes among them.
-        reflective: whether the code may read attributes whose names it does not tell.
+        reflective: whether the code may read attributes that it does not name.
         whole: whether it may read all attributes of an object.
         uses_super: whether it calls `super()`.
         uses_class: whether it reads the class of an object.
@@ -149,7 +149,7 @@ def view(names: frozenset[str]) -> View:
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
 def union(names: frozenset[str], more: frozenset[str]) -> frozenset[str]:
-    """Both sets of names, as one object for equal arguments."""
+    """The union of both sets of names. Equal arguments give the same object."""
     return names | more
 
 

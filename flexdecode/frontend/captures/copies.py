@@ -1,4 +1,4 @@
-"""The slow path over the same traversal: names of the leaves for people, and copies with leaves replaced."""
+"""Slower uses of the same traversal: names of the leaves for people, and copies of a callable with leaves replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reads import Reads, recording_type
 from .scan import NOTHING, Followed, Scan, run
 
 _VARIABLES = {"cell", "global", "default", "kwdefault", "argument", "keyword", "import"}
-_UNSPOKEN = {"call", "proxy", "func"}  # what runs when the owner is used
+_UNSPOKEN = {"call", "proxy", "func"}  # these run when the owner is used, so a name does not mention them
 _SUFFIXES = {"get()": ".get()", "index": "[{!r}]", "item": "[{!r}]", "factory": "", "key": ""}
 _ON_CLASS = {"class", "descriptor"}
 _FIXED = {
@@ -27,7 +27,7 @@ _FIXED = {
 
 
 class CannotRebuild(Exception):
-    """A captured number that cannot be replaced; the caller treats it as a constant.
+    """A captured number cannot be replaced. The caller treats it as a constant.
 
     Attributes:
         index: position of the number among the leaves.
@@ -46,7 +46,7 @@ class _Node:
         owner: what was visited.
         path: how the owner is reached, for people.
         special: what a copy for tracing puts in its place, see `Scan.special`.
-        edges: its children; after each, for a leaf its place among the leaves, for what was visited its node.
+        edges: its children: how each is reached, the child, and its place among the leaves or its node.
     """
 
     owner: Any
@@ -59,7 +59,7 @@ _Change = tuple[str, Any, Any, "int | _Node | None", int]  # see `_Rebuilder.cha
 
 
 class _Recorder(Scan):
-    """The same traversal, which also keeps what it visited."""
+    """The same traversal. It also keeps what it visited."""
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__(names)
@@ -86,7 +86,7 @@ class _Recorder(Scan):
 
 
 def _spell(path: tuple[str, str], owner: Any, at: At) -> tuple[str, str]:
-    """Extends an access path, a pair of `cfg.window` and the functions in which that stands."""
+    """Extends an access path: a pair of text like `cfg.window` and the functions that contain it."""
     how, name = at
     base, inside = path
     if how in _VARIABLES:
@@ -110,9 +110,9 @@ def leaf_names(fn: Callable, followed: Followed = NOTHING) -> list[str]:
 
 
 def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Reads) -> Callable:
-    """Copies `fn` with some leaves replaced, and with what notes or refuses reads that the walk does not follow.
+    """Copies `fn` with some leaves replaced. The copy also notes or refuses reads that the walk does not follow.
 
-    `fn` itself stays as it is. Parts in which nothing is replaced are shared.
+    `fn` itself stays as it is. The copy shares the parts in which nothing is replaced.
 
     Args:
         fn: the callable.
@@ -120,7 +120,7 @@ def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Read
         reads: takes the notes.
 
     Raises:
-        CannotRebuild: a replacement is not possible where that leaf is held.
+        CannotRebuild: the object that holds a leaf cannot be copied.
     """
     record = run(fn, _Recorder, reads.followed)
     reads.too_far = record.too_far
@@ -139,9 +139,9 @@ def copy_for_trace(fn: Callable, replacements: Mapping[int, object], reads: Read
 
 
 class _Rebuilder:
-    """Copies the nodes from which a replaced leaf, or something that a trace shall not see, can be reached.
+    """Copies the nodes that lead to a replaced leaf, or to a node that a copy for tracing replaces.
 
-    Such things count as leaf -1 - n, where n is the position of their node.
+    A node that is replaced counts as leaf -1 - n, where n is its position.
     """
 
     def __init__(self, nodes: list[_Node], replacements: Mapping[int, object], reads: Reads) -> None:
@@ -150,7 +150,7 @@ class _Rebuilder:
         self.done: dict[int, Any] = {}
         special = [i for i, node in enumerate(nodes) if node.special is not None and i not in reads.kept]
         self.special = {id(nodes[i]): nodes[i].special for i in special}
-        self.below = {id(nodes[i]): -1 - i for i in special}  # by id of a node, a replaced leaf in it
+        self.below = {id(nodes[i]): -1 - i for i in special}  # id of a node -> a replaced leaf in it
         size = -1
         while size != len(self.below):  # cycles need more than one round
             size = len(self.below)
@@ -164,12 +164,12 @@ class _Rebuilder:
         return self.below.get(id(ref))
 
     def changes(self, node: _Node) -> list[_Change]:
-        """Lists the children that change: how each is reached (two items), it, its ref, and a replaced leaf in it."""
+        """Lists the children that change: how each is reached (two items), the child, its ref, a replaced leaf."""
         found = [(*at, child, ref, self.leaf_below(ref)) for at, child, ref in node.edges]
         return [(how, name, child, ref, leaf) for how, name, child, ref, leaf in found if leaf is not None]
 
     def build(self, original: Any, ref: int | _Node | None) -> Any:
-        """Returns the copy of a child, or itself if nothing in it changes."""
+        """Returns the copy of a child, or the child itself if nothing in it changes."""
         leaf = self.leaf_below(ref)
         if leaf is None:
             return original
@@ -213,7 +213,7 @@ class _Rebuilder:
         if hides:
             self.reads.plant_builtins(scope, code_of(fn))
         new = FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells.values()))
-        self.done[id(node)] = new  # before its children: it may call itself
+        self.done[id(node)] = new  # before its children, because it may call itself
         new.__qualname__ = fn.__qualname__
         vars(new).update(vars(fn))
         defaults, keywords = list(fn.__defaults__ or ()), dict(fn.__kwdefaults__ or {})
@@ -228,7 +228,7 @@ class _Rebuilder:
         return new
 
     def copy_object(self, node: _Node, owner: Any, changes: list[_Change], leaf: int) -> Any:
-        """Copies an object, container or module, without code of the user's; a large container notes what is read."""
+        """Copies an object, container or module, and runs no code of the user's. A large container notes its reads."""
         obj, view = owner, type(owner)
         if view in VIEWS or view is MappingProxyType:
             obj = {**(owner.mapping if view in VIEWS else owner)}
@@ -238,7 +238,7 @@ class _Rebuilder:
         known, number = class_of(kind.__mro__), self.special.get(id(node))
         if isinstance(number, int):
             kind = recording_type(kind)
-        elif not (known.transparent or kind is ModuleType) or hasattr(kind, "__del__"):  # the copy would run it, too
+        elif not (known.transparent or kind is ModuleType) or hasattr(kind, "__del__"):  # the copy would also run it
             raise CannotRebuild(leaf, f"a {kind.__name__} cannot be copied")
         if any(how in _ON_CLASS for how, *_ in changes):
             kind = _subclass(kind, leaf)  # operators and properties are looked up on the class
@@ -282,7 +282,7 @@ class _Rebuilder:
 
 
 def _maker(owner: Any) -> Callable[[list], Any] | None:
-    """What makes a copy of something from the copies of all its children; None for what may contain itself."""
+    """A function that makes a copy from the copies of all children; None for an owner that may contain itself."""
     holder = holder_of(type(owner))
     if uncompiled(owner) is not None:
         return lambda values: values[0]
@@ -304,7 +304,7 @@ def _partial_of(call: functools.partial, values: list) -> functools.partial:
 
 
 def _subclass(kind: type, leaf: int) -> type:
-    """Makes a subclass that can hold changed class attributes, where that runs no code of the user's."""
+    """Makes a subclass that can hold changed class attributes. Refuses if this would run code of the user's."""
     hook = getattr(kind.__init_subclass__, "__func__", None)
     if type(kind).__module__ not in ("builtins", "abc", "typing") or getattr(hook, "__module__", "typing") != "typing":
         raise CannotRebuild(leaf, f"class {kind.__name__} watches its subclasses")
@@ -313,7 +313,7 @@ def _subclass(kind: type, leaf: int) -> type:
 
 
 def _set_on_class(kind: type, name: str, value: Any) -> None:
-    """Sets a class attribute to something of the kind that it is: a property, a static or class method, or itself."""
+    """Sets a class attribute and keeps its kind: a property, a static method, a class method, or a plain value."""
     old = next(vars(base)[name] for base in kind.__mro__ if name in vars(base))
     if isinstance(old, (property, functools.cached_property)):
         value = property(value)

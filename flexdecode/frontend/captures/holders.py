@@ -1,4 +1,4 @@
-"""What Python's library holds values in: containers, holders of one value, and data that counts by its bytes."""
+"""Types of Python's library that hold values: containers, holders of one value, and data that is compared by bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SPELLED = {*_PLAIN_KEYS, bool, bytes, type(None)}
 
 
 def contents(container: Any) -> Parts:
-    """A container with all its entries. Keys are part of the key of the mod, in their order, as a mod may iterate."""
+    """A container with all its entries. Its keys, in order, are part of the mod's key, because a mod may iterate."""
     kind: type = type(container)
     solid = layout(kind)
     if solid in SEQUENCES:
@@ -47,7 +47,7 @@ def contents(container: Any) -> Parts:
 
 
 def _spell(key: Any) -> Any:
-    """What tells one key of a dict from others; None for objects, which are visited themselves."""
+    """What identifies a key of a dict; None for objects, because these are visited themselves."""
     kind = type(key)
     if kind is tuple:
         parts = (*map(_spell, key),)
@@ -56,7 +56,7 @@ def _spell(key: Any) -> Any:
 
 
 def part_of(container: Any, at: At) -> Parts:
-    """What a mod reads of a large container: an entry, its length, whether it has a member, or all."""
+    """The part of a large container that a mod reads: an entry, the length, the presence of a member, or all."""
     how, name = at
     if how == "len":
         return (len(container),), ()
@@ -75,7 +75,7 @@ def part_of(container: Any, at: At) -> Parts:
 
 
 def filled(kind: type, like: Any) -> Any:
-    """Makes an instance of a class, with the items of another instance of its layout; `__init__` does not run."""
+    """Makes an instance of a class with the items of another instance of the same layout. `__init__` does not run."""
     solid = layout(kind)
     if issubclass(solid, (tuple, frozenset)):
         return solid.__new__(kind, like)
@@ -98,7 +98,7 @@ class Holder(NamedTuple):
     Attributes:
         at: how the value in a holder is reached.
         read: gives that value.
-        copy: makes a holder of another value, from a holder and the value.
+        copy: takes a holder and another value, and makes a holder of that value.
     """
 
     at: At
@@ -129,12 +129,12 @@ HOLDERS: dict[type, Holder] = {
 
 
 def holder_of(kind: type) -> Holder | None:
-    """How values of a type are followed, if it is a holder."""
+    """How values of a type are followed; None if the type is not a holder."""
     return HOLDERS.get(weakref.ref if issubclass(kind, weakref.ref) else kind)
 
 
 def is_bound(builtin: Any) -> bool:
-    """Whether a builtin is a method of an object, which may change."""
+    """Whether a builtin is a method of an object. Such an object may change."""
     owner = builtin.__self__
     return owner is not None and not isinstance(owner, (ModuleType, type))
 
@@ -145,12 +145,12 @@ CTYPES = (ctypes._SimpleCData, ctypes.Structure, ctypes.Union, ctypes.Array, cty
 
 
 def is_numpy_array(kind: type) -> bool:
-    """Whether a type is that of NumPy's arrays; NumPy itself is not needed."""
+    """Whether a type is the type of NumPy's arrays. This does not import NumPy."""
     return any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in kind.__mro__)
 
 
 def bytes_of(value: Any) -> tuple | None:
-    """What tells an array, a buffer or a value of ctypes from others; None if it is too large or holds pointers."""
+    """What identifies an array, a buffer or a value of ctypes; None if it is too large or holds pointers."""
     if is_numpy_array(type(value)):
         small = value.size <= MAX_WHOLE and not value.dtype.hasobject
         return (value.shape, value.dtype, value.tobytes()) if small else None
@@ -161,7 +161,7 @@ def bytes_of(value: Any) -> tuple | None:
 
 
 def _holds_pointers(kind: Any) -> bool:
-    """Whether a type of ctypes holds pointers, whose targets its bytes do not tell."""
+    """Whether a type of ctypes holds pointers. Its bytes do not show their targets."""
     if issubclass(kind, ctypes.Array):
         return _holds_pointers(kind._type_)
     if issubclass(kind, (ctypes.Structure, ctypes.Union)):
@@ -173,4 +173,4 @@ def objects_of(array: Any, values: list) -> Any:
     """An array of the same shape that holds other values."""
     import numpy as np
 
-    return np.fromiter(values, dtype=object, count=len(values)).reshape(array.shape)  # does not look into symbols
+    return np.fromiter(values, dtype=object, count=len(values)).reshape(array.shape)  # np.array would look into symbols

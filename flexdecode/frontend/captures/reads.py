@@ -1,4 +1,4 @@
-"""What a mod reads while it is traced that its code does not tell: entries of large containers, computed names."""
+"""Notes reads that a mod's code does not show: entries of large containers, attributes with computed names."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Reads:
 
     Attributes:
         kind: `score_mod` or `mask_mod`.
-        followed: what was known before.
+        followed: what the walk already follows.
         kept: positions of nodes that cannot be replaced in a copy.
         known: the attribute names that the walk looks up.
-        too_far: the first thing that the walk did not follow because it was too deep, or one object too many.
+        too_far: the first object that the walk did not follow because it was too deep or beyond the limit of objects.
     """
 
     def __init__(self, kind: str, followed: Followed = NOTHING) -> None:
@@ -43,12 +43,12 @@ class Reads:
 
     @property
     def pending(self) -> bool:
-        """Whether the mod read something that is not followed."""
+        """Whether the mod read something that the walk does not follow yet."""
         return bool(self.names or self.entries)
 
     def more(self) -> Followed:
-        """What to follow from now on."""
-        if self.names:  # with them the walk finds other containers
+        """What the walk shall follow from now on."""
+        if self.names:  # new names change which containers the walk finds
             return Followed(self.followed.names | self.names)
         return Followed(self.followed.names, (*self.followed.reads, *self.entries))
 
@@ -57,18 +57,18 @@ class Reads:
         if (number, at) not in self.followed.reads and (number, _ALL) not in self.followed.reads:
             self.entries[number, at] = None
 
-    # --- What stands in a copy for tracing ---------------------------------------------------------------------------
+    # --- Stand-ins in a copy for tracing -----------------------------------------------------------------------------
 
     def refused(self, value: Any, name: str) -> Any:
-        """Stands for something that cannot be followed: any use of it in the mod is an error."""
+        """A stand-in for an object that cannot be followed. Any use of it in the mod is an error."""
         return _Refused(f"the {self.kind} reads `{name}`, a {type(value).__name__}, {_UNSEEN}")
 
     def record(self, container: Any, number: int, name: str) -> None:
-        """Lets a container of a `recording_type` note what is read of it from now on."""
+        """Makes a container of a `recording_type` note its reads from now on."""
         object.__setattr__(container, _MARK, (self, number, name, len(container)))
 
     def plant_builtins(self, scope: dict[str, Any], code: Code) -> None:
-        """Replaces builtins that read what their argument says, in the globals of a copied function."""
+        """Replaces, in the globals of a copied function, the builtins whose arguments decide what they read."""
         planted: dict[str, Any] = {
             "getattr": functools.partial(self._attribute, getattr),
             "hasattr": functools.partial(self._attribute, hasattr),
@@ -94,7 +94,7 @@ class Reads:
 
 
 class _Scope(dict):
-    """What `globals()` gives in a mod: the variables whose names are in its code."""
+    """The result of `globals()` in a mod: the variables whose names are in its code."""
 
     def __init__(self, reads: Reads, given: dict[str, Any]) -> None:
         super().__init__(given)
@@ -116,7 +116,7 @@ def _refuse(self: _Refused, *_: Any, **__: Any) -> NoReturn:
 
 
 class _Refused:
-    """Something that a mod must not use; its other methods are added below."""
+    """An object that a mod must not use. Its other methods are added below."""
 
     def __init__(self, problem: str) -> None:
         object.__setattr__(self, "problem", problem)
@@ -143,7 +143,7 @@ _UNRECORDED = {
 
 @functools.lru_cache(maxsize=256)
 def recording_type(kind: type) -> type:
-    """A subclass of a container class whose methods note what they read, once `Reads.record` says for whom."""
+    """A subclass of a container class. Its methods note what they read, after `Reads.record` has set the `Reads`."""
     methods: dict[str, Any] = {}
     for base in reversed(kind.__mro__[:-1]):  # also `__getattr__ = dict.__getitem__`
         found = [
@@ -154,12 +154,12 @@ def recording_type(kind: type) -> type:
 
 
 def _recorded(original: Any, method: Any) -> Callable:
-    """A method that notes what it reads: all, if it is the user's and not the builtin `method`."""
+    """A method that notes what it reads. If it is the user's and not the builtin `method`, it notes all entries."""
 
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
         try:
             reads, number, spoken, length = object.__getattribute__(self, _MARK)
-        except AttributeError:  # it is being made
+        except AttributeError:  # the container is still being made
             return method(self, *args, **keywords)
         for at in _what(method.__name__, self, args) if original is method and not keywords else [_ALL]:
             if at == _ALL and length > MAX_WHOLE:
@@ -175,7 +175,7 @@ def _recorded(original: Any, method: Any) -> Callable:
 
 
 def _what(name: str, container: Any, args: tuple) -> list[At]:
-    """What a method of a builtin container reads."""
+    """The parts that a method of a builtin container reads."""
     if name == "__len__":
         return [("len", None)]
     if isinstance(container, SEQUENCES):
@@ -187,7 +187,7 @@ def _what(name: str, container: Any, args: tuple) -> list[At]:
         return [("index", i) for i in found] if len(found) <= MAX_ITEMS else [_ALL]
     try:
         hash(args[0] if args else container)
-    except TypeError:  # the method itself will say so
+    except TypeError:  # the method itself will raise
         return []
     if name == "__contains__":
         return [("in", args[0])]

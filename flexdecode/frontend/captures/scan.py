@@ -29,15 +29,15 @@ _CONSTANTS = {bool, str, bytes, type(None), type(...), code.Absent, torch.dtype,
 _LIBRARY: dict[int, ModuleType] = {}  # modules known to be opaque, kept alive
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _contents = operator.attrgetter("cell_contents")
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter  # looked up for each captured value
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter  # module variables are faster than attributes
 
 
 class Followed(NamedTuple):
-    """What a mod was seen to read that its code does not tell.
+    """Reads of a mod that its code does not show and that a trace found.
 
     Attributes:
         names: attributes that it reads by a computed name.
-        reads: what it reads of large containers: the container's place among them, and an entry, its length or all.
+        reads: reads of large containers: the number of the container, and what is read: an entry, its length or all.
     """
 
     names: frozenset[str] = _NO_NAMES
@@ -50,23 +50,24 @@ NOTHING = Followed()
 class Scan:
     """One traversal.
 
-    What is visited appends a marker and then a number of items that the marker determines, so that no two structures
-    make the same key. `visit` and `each` return the position of the last visited thing with children (a function,
-    container or object) in the order of first visits, None for leaves and constants.
+    Each visited value appends a marker to the key, and then a number of items that the marker determines. So different
+    structures never make the same key. `visit` and `each` return the position of the last visited value with children
+    (a function, container or object) in the order of first visits; None for leaves and constants.
 
     Attributes:
-        names: the names that the code visited so far tells, see `Code.names`.
-        key: what is not a leaf.
+        names: the names in the code that was visited so far, see `Code.names`.
+        key: everything that is not a leaf.
         leaves: tensors and finite numbers.
         pins: the objects whose ids are in the key.
-        seen: positions of what was visited, by id.
-        special: by position, what a copy for tracing replaces: the place of a large container in `long`, or a word.
+        seen: positions of the visited values, by id.
+        special: by position, the values that a copy for tracing replaces: the place of a large container in `long`, or
+            a word.
         long: large containers and their positions.
-        depth: of the traversal.
+        depth: depth of the traversal.
         looked: whether attributes were looked up with `names`.
-        stale: whether `names` grew after that: what was visited may have more attributes to visit.
-        too_far: the first thing that was too deep, or one object too many.
-        path: how the thing that is visited is reached, for people; only a `Recorder` keeps it.
+        stale: whether `names` grew after that. Visited objects may then have more attributes to visit.
+        too_far: the first object that was too deep or beyond the limit of objects.
+        path: how the current value is reached, for people; only a `_Recorder` keeps it.
     """
 
     depth = 0
@@ -84,14 +85,14 @@ class Scan:
         self.long: list[tuple[Any, int]] = []
 
     def each(self, owner: Any, edges: Iterable[Edge], position: int) -> int | None:
-        """Visits the children of `owner`, which has this position; a `Recorder` notes them there."""
+        """Visits the children of `owner`, which has this position. A `_Recorder` notes them there."""
         key, leaves, last = self.key, self.leaves, None
         for at, child in edges:
             kind = type(child)
             if kind is _Tensor or kind is _Parameter:
                 key += (child.dtype, child.ndim, child.device, child.requires_grad, child.layout)
                 leaves.append(child)
-            elif kind is int or (kind is float and child - child == 0.0):  # not for inf and nan
+            elif kind is int or (kind is float and child - child == 0.0):  # false for inf and nan
                 key.append(kind)
                 leaves.append(child)
             elif kind is ModuleType and id(child) in _LIBRARY:
@@ -106,7 +107,7 @@ class Scan:
         """Visits a value that may have children."""
         describe = _choose(kind)
         called = (describe is not _object and describe is not _class) or self.is_called(at)
-        # One object is two things: used as a whole, and as a holder of attributes (an odd mark, as ids are even).
+        # An object has two marks: one if the code uses it as a whole, one if only its attributes (odd: ids are even).
         mark = id(value) if called else id(value) + 1
         position = self.seen.get(mark)
         if position is not None:
@@ -127,20 +128,20 @@ class Scan:
         return position
 
     def mark(self, how: int | str) -> None:
-        """Notes that a copy for tracing puts something else in the place of what is described now."""
+        """Notes that a copy for tracing replaces the value that is described now."""
         self.special[len(self.seen)] = how
 
     def extend(self, number: int, at: At) -> None:
-        """Visits what the mod reads of a large container."""
+        """Visits the part of a large container that the mod reads."""
         container, position = self.long[number]
         header, edges = holders.part_of(container, at)
         self.key += header
         self.each(container, edges, position)
 
     def is_called(self, at: At) -> bool:
-        """Whether the code may use more of a thing than attributes that it names: call it, index it, compute with it.
+        """Whether the code may do more with a value than read attributes by name: call it, index it, compute with it.
 
-        Otherwise `forward` of a whole model would be walked because a mod reads `self.window`.
+        Without this check, a mod that reads `self.window` would lead into `forward` of a whole model.
         """
         how, name = at
         return name if how == "self" else how not in _NAMED or f"{name}()" in self.names
@@ -153,13 +154,13 @@ class Scan:
 
 
 def run(fn: Callable, make: Any, followed: Followed) -> Any:
-    """Traverses `fn` with a scan from `make`, again while its code names attributes of what was visited before."""
+    """Traverses `fn` with a scan from `make`. Repeats this while its code names attributes of values visited before."""
     kind: type = type(fn)
     describe: Any = _function if kind is FunctionType else _choose(kind)  # saves a call
     scan = make(followed.names)
     while True:
         parts = describe(scan, fn, FUNC, True)
-        if parts is not None:  # as in `visit`, without what matters only further down
+        if parts is not None:  # as in `visit`, without the checks that only deeper levels need
             scan.key += parts[0]
             scan.seen[id(fn)] = 0
             scan.each(fn, parts[1], 0)
@@ -175,15 +176,15 @@ def read(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list, bool]
     """Reads what `fn` captures.
 
     Returns:
-        The key, a hashable tuple, and the leaves: captured tensors and finite numbers in a deterministic order. The key
-        holds ids: whoever stores it also stores `pins(fn)`, so that no id is used again. And whether `fn` may read more
-        than can be told before it runs, see `Followed`.
+        The key, the leaves, and whether `fn` may read more than its code shows, see `Followed`. The key is a hashable
+        tuple. The leaves are captured tensors and finite numbers in a deterministic order. The key holds ids: code that
+        stores it must also store `pins(fn)`, so that no id is used again.
     """
     scan = run(fn, Scan, followed)
     leaves = scan.leaves
     if len(leaves) > 1 and len(set(map(id, leaves))) < len(leaves):
-        # Two names of one tensor are one value to the tracer, and may be two tensors at the next call.
-        # Equal numbers, which may be one object too, stay apart.
+        # Two names of one tensor are one value to the tracer, but may be two tensors at the next call. So the key
+        # depends on it. Equal numbers may also be one object, but they stay separate.
         ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
         if len(set(ids)) < len(ids):
             scan.key += ("alias", *map(ids.index, ids))
@@ -196,8 +197,8 @@ def pins(fn: Callable, followed: Followed = NOTHING) -> list:
 
 
 # --- Descriptions ----------------------------------------------------------------------------------------------------
-# Each describes a value by its part of the key and its children. For a value without children it writes to the scan and
-# returns None.
+# Each function describes a value by its part of the key and its children. For a value without children it writes to
+# the scan and returns None.
 
 _Describe = Callable[[Scan, Any, At, bool], "Parts | None"]
 
@@ -209,14 +210,14 @@ def _identity(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
 
 
 def _refused(scan: Scan, value: Any, at: At, called: bool) -> Parts:
-    """What changes in ways that cannot be followed: a mod that uses it is refused."""
+    """Describes a value whose changes cannot be followed. A mod that uses it is refused."""
     scan.mark("refused")
     scan.pins.append(value)
     return ("refused", id(value)), ()
 
 
 def _representation(scan: Scan, value: Any, at: At, called: bool) -> None:
-    """Writes a value for which `==` is not enough: inf and nan, complex numbers, ranges."""
+    """Writes a value that `==` alone does not identify: inf and nan, complex numbers, ranges."""
     scan.key += (type(value), "repr", repr(value))
 
 
@@ -242,21 +243,21 @@ def _container(scan: Scan, container: Any, at: At, called: bool) -> Parts:
 
 
 def _long(scan: Scan, container: Any) -> Parts:
-    """A container of which only those entries are followed that the mod reads, see `Followed`."""
+    """Describes a large container. Only the entries that the mod reads are followed, see `Followed`."""
     scan.mark(len(scan.long))
     scan.long.append((container, len(scan.seen)))
     return ("long", type(container)), ()
 
 
 def _holder(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
-    kind = type(value)  # a weak proxy has the attributes of what it stands for
+    kind = type(value)  # a weak proxy shows the attributes of its target
     is_builtin = kind in holders.BUILTINS
     if is_builtin and not holders.is_bound(value):
         return _identity(scan, value, at, called)
     if kind is MEMO:
         if at[0] in ("global", "module") and opaque(value.__module__):
             return _identity(scan, value, at, called)
-        scan.mark("memo")  # what it remembers may be older than what its function reads
+        scan.mark("memo")  # its remembered values may be older than the values that its function reads
     holder = holders.holder_of(kind)
     assert holder is not None
     return (kind, value.__name__ if is_builtin else None), ((holder.at, holder.read(value)),)
@@ -275,7 +276,7 @@ def _data(scan: Scan, value: Any, at: At, called: bool) -> Parts | None:
 
 
 def _getter(scan: Scan, getter: Any, at: At, called: bool) -> None:
-    """An `operator.attrgetter` or `methodcaller` names attributes."""
+    """Describes an `operator.attrgetter` or `methodcaller`, which names attributes."""
     names = {part for name in getter.__reduce__()[1] if isinstance(name, str) for part in name.split(".")}
     scan.learn(frozenset(names | {f"{name}()" for name in names}))
     _identity(scan, getter, at, called)
@@ -288,7 +289,7 @@ def _function(scan: Scan, fn: FunctionType, at: At, called: bool) -> Parts | Non
         at is not FUNC
         and at[0] in ("global", "module")
         and opaque(fn.__module__)
-        # What torch's own `and_masks` returns lives in torch and holds the user's mods.
+        # The function that torch's own `and_masks` returns belongs to torch, but holds the user's mods.
         and not (fn.__closure__ and fn.__module__.startswith("torch.nn.attention"))
     ):
         return _identity(scan, fn, at, called)
@@ -325,7 +326,7 @@ def _read_cell(cell: types.CellType) -> Any:
 
 
 def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
-    """The modules that an import inside a function reads: the one it names, and the one above, which it may bind."""
+    """The modules that an import inside a function reads: the named one, and its top package, which it may bind."""
     if dots:
         package = (fn.__globals__.get("__package__") or "").split(".")
         name = ".".join([*package[: len(package) - dots + 1], *filter(None, [name])])
@@ -333,7 +334,7 @@ def _import_names(fn: FunctionType, name: str, dots: int) -> tuple[str, ...]:
 
 
 def _compiled(scan: Scan, value: Any, at: At, called: bool) -> Parts:
-    """What `torch.compile` gives counts as what it was made of."""
+    """Describes the result of `torch.compile` by the function or module that it was made of."""
     return ("compiled",), ((FUNC, code.uncompiled(value)),)
 
 
@@ -362,7 +363,7 @@ def _module(scan: Scan, module: ModuleType, at: At, called: bool) -> Parts | Non
 
 
 def _class(scan: Scan, kind: type, at: At, called: bool) -> Parts | None:
-    # `super()` holds its class in a cell; what it reaches is found on the object.
+    # `super()` holds its class in a cell. The methods that it reaches are found on the object.
     is_super = at == ("cell", "__class__") and "super()" in scan.names
     if is_super or opaque(kind.__module__) or issubclass(kind, Enum):
         return _identity(scan, kind, at, called)
@@ -378,14 +379,14 @@ def _object(scan: Scan, obj: Any, at: At, called: bool) -> Parts:
 def _attributes(
     scan: Scan, obj: Any, kind: type, known: classes.Class, state: Mapping, extra: Sequence[str], called: bool
 ) -> Parts:
-    """Describes what the code names of an object or class, with what its methods name in turn."""
+    """Describes the attributes of an object or class that the code names, and those that its methods name."""
     while True:
         names, operators = scan.names, (*known.operators, *extra) if called else known.getters
         looked_up = view(names)
         edges = _members(obj, known, state, looked_up, operators)
         if looked_up.whole and (called or "__dict__" in names) and obj is not kind and not known.is_module:
             unnamed = [("attr", name) for name in state if name not in known.slots] + [("slot", n) for n in known.slots]
-            for how, name in unnamed:  # the code may read all attributes: `vars(cfg)`
+            for how, name in unnamed:  # the code may read all attributes, e.g. `vars(cfg)`
                 if name not in looked_up.attributes:
                     value = state[name] if how == "attr" else classes.read_slot(known.slots[name], obj)
                     edges.append(((how, name), value))
@@ -419,7 +420,7 @@ def _members(
         first = found[0] if found else ABSENT
         if isinstance(first, types.MemberDescriptorType) and not isinstance(obj, type):
             edges.append((("slot", name), classes.read_slot(first, obj)))
-        elif name in state and not (found and hasattr(type(first), "__set__")):  # properties go before the dict
+        elif name in state and not (found and hasattr(type(first), "__set__")):  # properties come before the dict
             edges.append((("attr", name), state[name]))
             if found:
                 hidden.append((("class", name), plain(first)))
@@ -435,7 +436,7 @@ def _members(
     return edges + hidden if uses_class else edges
 
 
-# --- Which type is described how -------------------------------------------------------------------------------------
+# --- How each type is described --------------------------------------------------------------------------------------
 
 _EXACT: dict[type, _Describe] = {
     FunctionType: _function,
