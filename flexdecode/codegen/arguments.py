@@ -92,8 +92,8 @@ class Argument(NamedTuple):
         name: of the template's parameter.
         type: Triton's type; a tuple has several; None if a call has no such argument.
         tensor: reads it from a `Call`; a kernel takes its address.
-        value: reads it from a launcher and a `Call`. The launcher fills in an argument that has neither: descriptors and
-            the workspace at each call, the rest once for all calls of one layout.
+        value: reads it from a launcher and a `Call`. The launcher fills in an argument that has neither: descriptors
+            and the workspace at each call, the rest once for all calls of one layout.
         divisor: a number that divides the argument, or each element of a tuple.
     """
 
@@ -218,7 +218,7 @@ ARGUMENTS = (
     *map(_stride, STRIDES[10:]),
     *(Argument(name, lambda s: "i32") for name in ("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight")),
 )
-_PLACES = {row.name: place for place, row in enumerate(ARGUMENTS)}
-DESCRIPTORS = slice(_PLACES["key_descriptor"], _PLACES["out"])  # a launch takes several values for each
-WORKSPACE = slice(_PLACES["partial_out"], _PLACES["kv_lens"])
-SAME = slice(_PLACES["stride_qb"], None)  # these stay the same in all calls of one layout
+PLACES = {row.name: place for place, row in enumerate(ARGUMENTS)}
+DESCRIPTORS = slice(PLACES["key_descriptor"], PLACES["out"])  # a launch takes several values for each
+WORKSPACE = slice(PLACES["partial_out"], PLACES["kv_lens"])
+SAME = slice(PLACES["stride_qb"], None)  # these stay the same in all calls of one layout

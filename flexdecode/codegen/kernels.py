@@ -14,7 +14,7 @@ from ..errors import CompileError
 from ..memos import counters, lock
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
-from .arguments import ARGUMENTS, KernelSpec
+from .arguments import PLACES, KernelSpec
 from .compile import combine_block_dv, compile_pass, constants
 from .lower import lower, lower_bounds
 from .template import generate, sources_digest, standalone
@@ -38,8 +38,7 @@ class Kernel:
         if spec.tiles.split:
             second = load_module(store.fixed_module(standalone("combine.py")))
             self.combine = self._pass(second, spec, combine=True)
-            names = [row.name for row in ARGUMENTS]
-            self.combined = itemgetter(*[names.index(n) for n in second.decode_combine.arg_names if not n.isupper()])
+            self.combined = itemgetter(*[PLACES[n] for n in second.decode_combine.arg_names if not n.isupper()])
         self.combine_block_dv = combine_block_dv(spec.tiles)
 
     def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Any:

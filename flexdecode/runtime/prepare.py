@@ -149,7 +149,12 @@ class Prepared:
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and 0 not in inputs.out_shape:
             self.facts = device_facts(traced.signature.device)
-            _check_device(traced.signature, self.facts)
+            has_type = self.facts.backend == "cpu" or self.facts.can_unpack
+            if traced.signature.kv_dtype == torch.float8_e4m3fn and not has_type:
+                raise ValueError(
+                    "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got "
+                    f"{self.facts.backend} {self.facts.arch}: use float8_e5m2 or int8"
+                )
         self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
         # The values that the last proofs used, their result, and the shortest and the longest length it holds for.
@@ -228,7 +233,9 @@ class _Loaded:
         except CompileError as error:
             if not chosen.tiles.latent:
                 raise
-            _refuse_latents(error)
+            _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
+            text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
             return self.launcher(inputs, sizes, options)
         if form.spec.tiles is not chosen.tiles:
             chosen = replace(chosen, tiles=form.spec.tiles)
@@ -262,13 +269,6 @@ class _Loaded:
 _refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
 
 
-def _refuse_latents(error: CompileError) -> None:
-    """Makes later calls use the general kernel instead of the one for latents, and warns once."""
-    _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
-    text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
 def choose_schedule(
     signature: Signature, sizes: Sizes, inputs: Inputs, proven: ProvenMods, facts: DeviceFacts, options: DecodeOptions
 ) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
@@ -292,15 +292,6 @@ def choose_schedule(
     loads = Loads.POINTERS if matrices is None else loads
     chosen = schedule(signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches)
     return chosen, matrices if chosen.tiles.descriptors else None
-
-
-def _check_device(signature: Signature, facts: DeviceFacts) -> None:
-    """Refuses types that Triton does not have on a device."""
-    if signature.kv_dtype == torch.float8_e4m3fn and not (facts.backend == "cpu" or facts.can_unpack):
-        raise ValueError(
-            f"float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got {facts.backend} "
-            f"{facts.arch}: use float8_e5m2 or int8"
-        )
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:
