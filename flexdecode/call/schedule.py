@@ -227,7 +227,7 @@ def _is_balanced(
     if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
         return options.schedule == "balanced"
     return (
-        signature.given.kv_lens is not None
+        signature.kind("kv_lens") is not None
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
@@ -323,7 +323,7 @@ def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeO
         and sizes == (True, 576, 512)
         and signature.group_size * signature.num_queries > 32
         and signature.kv_dtype == signature.dtype != torch.float32
-        and signature.given.k_scale is signature.given.v_scale is None
+        and signature.kind("k_scale") is signature.kind("v_scale") is None
         and signature.page_size % LATENT_BLOCK == 0
         and options.num_warps is None
         and options.num_stages is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,7 @@ UNIT = 0  # the class of a stride that is known to be 1
 Kind = tuple[torch.dtype | None, int] | None  # of an argument: dtype, None for a number, and rank; or absent
 NUMBER: Kind = (None, 0)
 
-
-# Kinds of the arguments that a call may lack, by their names in `Inputs`.
-Given = namedtuple("Given", "kv_lens q_lens q_offset page_table k_scale v_scale sinks")
+OPTIONAL = Inputs._fields[3:-2]  # what a call may lack, apart from `scale` and `out`
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Signature:
         dtype: type of query and output.
         kv_dtype: type of key and value.
         num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
-        given: kinds of the arguments that a call may lack.
+        kinds: of the arguments that a call may lack, in the order of `OPTIONAL`.
         format: how keys and values lie in memory.
         page_size: tokens of a page; 0 without a page table.
         shared_kv: whether each value is the first columns of its key, in the same memory.
@@ -49,7 +46,7 @@ class Signature:
     group_size: int
     head_dim: int
     v_head_dim: int
-    given: Given
+    kinds: tuple[Kind, ...]
     format: Contiguous
     page_size: int
     shared_kv: bool
@@ -58,15 +55,19 @@ class Signature:
     aligned: bool
     strides: tuple[int, ...]
 
+    def kind(self, name: str) -> Kind:
+        """The kind of an argument by its name in `Inputs`."""
+        return self.kinds[OPTIONAL.index(name)]
+
 
 def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
     """Makes the signature of checked inputs."""
     query, key, value, out = inputs.query, inputs.key, inputs.value, inputs.make_out()
     tensors = (query, key, value, out)
     strides = all_strides(inputs, out.stride())
-    given = Given(*(kind_of(getattr(inputs, name)) for name in Given._fields))
-    if given.kv_lens == NUMBER:  # it is the longest sequence, which a kernel always takes
-        given = given._replace(kv_lens=None)
+    kinds = {name: kind_of(getattr(inputs, name)) for name in OPTIONAL}
+    if kinds["kv_lens"] == NUMBER:  # it is the longest sequence, which a kernel always takes
+        kinds["kv_lens"] = None
     return Signature(
         backend=options.backend or ("triton" if query.device.type == "cuda" else "torch"),
         device=query.device,
@@ -76,7 +77,7 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         group_size=query.shape[1] // max(key.shape[1], 1),
         head_dim=query.shape[3],
         v_head_dim=value.shape[3],
-        given=given,
+        kinds=tuple(kinds.values()),
         format=inputs.format,
         page_size=inputs.format.page_size(key),
         shared_kv=shares_storage(key, value),

@@ -120,7 +120,7 @@ def _partial(name: str) -> Argument:
 
 def _input(name: str) -> Argument:
     """An optional tensor of a call."""
-    return Argument(name, lambda spec: _pointer(getattr(spec.signature.given, name)), attrgetter(f"inputs.{name}"))
+    return Argument(name, lambda spec: _pointer(spec.signature.kind(name)), attrgetter(f"inputs.{name}"))
 
 
 def _descriptor(name: str, columns: str) -> Argument:
@@ -140,7 +140,7 @@ def _scales(name: str, source: str) -> Argument:
     read = attrgetter(f"inputs.{source}")
 
     def types(spec: KernelSpec) -> tuple:
-        kind: Kind = getattr(spec.signature.given, source)
+        kind: Kind = spec.signature.kind(source)
         if kind is None:
             return ()
         pointer = _pointer(kind)
@@ -184,12 +184,12 @@ ARGUMENTS = (
     _input("q_lens"),
     Argument(
         "q_offset",
-        lambda s: "i64" if s.signature.given.q_offset == NUMBER else _pointer(s.signature.given.q_offset),
+        lambda s: "i64" if s.signature.kind("q_offset") == NUMBER else _pointer(s.signature.kind("q_offset")),
         value=lambda launch, call: launch.form.at(call.inputs.q_offset),
     ),
     Argument(
         "page_table",
-        lambda s: s.signature.format.types(_pointer(s.signature.given.page_table)),
+        lambda s: s.signature.format.types(_pointer(s.signature.kind("page_table"))),
         value=lambda launch, call: call.inputs.format.arguments(
             call.inputs.key, call.inputs.page_table, launch.form.at
         ),

@@ -56,7 +56,7 @@ class Traced:
             What the loads of both mods have to check, and the mask_mod with these numbers.
         """
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
-        q_idx_given = self.signature.given.q_offset is not None
+        q_idx_given = self.signature.kind("q_offset") is not None
         heads = sizes.num_kv_heads * self.signature.group_size
         bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len)
         mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
@@ -72,7 +72,7 @@ class Traced:
     def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
         return ProvenMods(
-            *self.graphs, self.signature.given.q_offset is not None, score_checks, mask_checks, self.listed
+            *self.graphs, self.signature.kind("q_offset") is not None, score_checks, mask_checks, self.listed
         )
 
 
