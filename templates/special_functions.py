@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from elementwise import copysign, expm1, log1p, maximum, minimum, signbit
 
 # --- Trigonometric and hyperbolic functions ---------------------------------------------------------------------------
 
