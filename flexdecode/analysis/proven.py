@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from functools import cached_property
 
 from ..frontend.graph import Graph
@@ -12,7 +12,7 @@ from .bounds import Bounds, find_bounds
 from .proofs import Checks
 
 
-class Listed(Enum):
+class Listed(IntEnum):
     """Whether the lists of a BlockMask say which blocks a call visits.
 
     `ALONE`: its full blocks need no mask. `WITH_MASK`: there is a mask_mod as well, so no block is known to be full.

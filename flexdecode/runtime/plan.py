@@ -30,8 +30,8 @@ MAX_APART = 256  # entries of `Plan.apart`
 
 def layout(tensor: object) -> object:
     """Everything of a tensor that a plan depends on; its contents are not part of it."""
-    if tensor is None:
-        return None
+    if tensor is None or isinstance(tensor, bool):
+        return tensor
     if not isinstance(tensor, torch.Tensor):
         return type(tensor)
     place = tensor.data_ptr() & 15 if tensor.layout == torch.strided else None
@@ -133,8 +133,8 @@ class Plan:
             for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        scales = ("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)
-        self.number_scales = [n for n, x in scales if x is not None and not isinstance(x, torch.Tensor)]
+        others = ("kv_lens", "q_lens", "q_offset", "scale"), (torch.Tensor, bool, type(None))
+        self.numbers = [n for n, x in inputs._asdict().items() if n not in others[0] and not isinstance(x, others[1])]
 
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
         self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
@@ -179,10 +179,8 @@ class Plan:
             check_all_lens(inputs, self.options)
         if not self.empty:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
-            if self.number_scales:
-                numbers: dict[str, Any] = {
-                    name: checked_scale(getattr(inputs, name), name) for name in self.number_scales
-                }
+            if self.numbers:
+                numbers: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}
                 inputs = inputs._replace(**numbers)
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})

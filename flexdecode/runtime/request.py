@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
 
 def read_request(
-    inputs: Inputs,
+    inputs: Any,
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     block_mask: Any = None,
@@ -39,19 +39,27 @@ def read_request(
 ) -> Request:
     """Reads the arguments of `flex_decode`, which are not checked yet.
 
+    Args:
+        inputs: an `Inputs` of what the caller gave.
+        score_mod: as in `flex_decode`, like all that follows.
+        mask_mod: likewise.
+        block_mask: likewise.
+        cache: likewise.
+        options: likewise.
+
     Raises:
         TypeError, ValueError: they do not say what to attend to.
     """
     if cache is not None:
         inputs = read_cache(cache, inputs)
-    given: Any = inputs
-    query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, *others = given
+    query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, *others = inputs
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
-    inputs = Inputs(
-        query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
-        page_table, as_scale(k_scale, query), as_scale(v_scale, query), *others,
-    )  # fmt: skip
+    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is None):
+        inputs = Inputs(
+            query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
+            page_table, as_scale(k_scale, query), as_scale(v_scale, query), *others,
+        )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:
         check_inputs(inputs.only_shapes(), options or DEFAULT_OPTIONS)
