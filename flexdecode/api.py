@@ -112,7 +112,7 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
         arguments: those of `flex_decode`, by place.
         device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
         keywords: those of `flex_decode`, by name. Which blocks a `block_mask` lists is not reported, and the contents
-            of a `page_table` do not matter.
+            of a `page_table` do not matter, like `return_lse`.
 
     Returns:
         The parts of the report as fields; its text by `str`, a picture by `save_picture`.
@@ -129,6 +129,11 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
     inputs = Inputs(**{name: asked[name] for name in Inputs._fields})
     others = (asked[name] for name in ("score_mod", "mask_mod", "block_mask", "cache", "options"))
     return explain_request(read_request(inputs, *others), asked["options"], device)
+
+
+# What `help` and notebooks show.
+_SHOWN = [*inspect.signature(flex_decode).parameters.values(), inspect.signature(explain).parameters["device"]]
+explain.__signature__ = inspect.Signature(_SHOWN)  # type: ignore[attr-defined]
 
 
 def cache_info() -> CacheInfo:

@@ -388,3 +388,10 @@ def test_a_prepared_call_keeps_no_captured_tensor_alive(debug):
     del table
     gc.collect()
     assert alive() is None
+
+
+def test_explain_shows_the_parameters_of_a_call():
+    shown = inspect.signature(flexdecode.explain).parameters
+    assert [*shown] == [*inspect.signature(flexdecode.flex_decode).parameters, "device"]
+    with pytest.raises(TypeError, match=r"explain\(\) got an unexpected keyword argument 'sink'"):
+        flexdecode.explain(torch.zeros(1, 1, 1, 16), sink=None)
