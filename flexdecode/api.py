@@ -131,7 +131,7 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
     return explain_request(read_request(inputs, *others), asked["options"], device)
 
 
-# What `help` and notebooks show.
+# What `help` and notebooks show; the types of functions do not know the attribute.
 _SHOWN = [*inspect.signature(flex_decode).parameters.values(), inspect.signature(explain).parameters["device"]]
 explain.__signature__ = inspect.Signature(_SHOWN)  # type: ignore[attr-defined]
 

@@ -111,7 +111,8 @@ class Inputs(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
         """[B, Hq, Q, Dv]."""
-        return *self.query.shape[:3], self.value.shape[3]  # type: ignore[return-value]
+        batch, num_q_heads, num_queries, _ = self.query.shape
+        return batch, num_q_heads, num_queries, self.value.shape[3]
 
     @property
     def sizes(self) -> Sizes:
@@ -119,14 +120,14 @@ class Inputs(NamedTuple):
         return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len)
 
     def only_shapes(self) -> Inputs:
-        """The same where the query has no values: tensors that may then be anywhere on its device, the meta device.
+        """If the query is on the meta device, the same with all tensors there: then they may have been anywhere.
 
         Query, key and value stay as they are, because key and value may share memory.
         """
         if not getattr(self.query, "is_meta", False):
             return self
         moved = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in self[3:])
-        return Inputs(*self[:3], *moved)  # type: ignore[arg-type]
+        return Inputs._make([*self[:3], *moved])
 
     def make_out(self) -> torch.Tensor:
         """The tensor that the output is written to."""
@@ -252,7 +253,7 @@ def _check_page_table(table: torch.Tensor, inputs: Inputs) -> None:
         raise ValueError(f"`page_table` must have shape {expected}, got {list(table.shape)}")
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`page_table` must be int32 or int64, got {table.dtype}")
-    _check_place("page_table", table, query)
+    check_place("page_table", table, query)
     if page_size == 0:
         raise ValueError("`key` must have pages of at least one token, got page_size = 0")
     if inputs.kv_lens is None:
@@ -269,18 +270,24 @@ def _check_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor, dtypes: 
     if tensor.dtype not in dtypes:
         hint = "; a quantised cache is float8_e4m3fn, float8_e5m2 or int8" if len(dtypes) > 1 else ""
         raise ValueError(f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}{hint}")
-    _check_place(name, tensor, query)
+    check_place(name, tensor, query)
 
 
-def _check_place(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
-    """Refuses other devices, sparse tensors, and gradients."""
-    if tensor.device != query.device:
-        raise ValueError(f"`{name}` must be on the device of `query`, {query.device}, got {tensor.device}")
+def check_place(
+    name: str, tensor: torch.Tensor, first: torch.Tensor, owner: str = "query", function: str = "flex_decode"
+) -> None:
+    """Refuses other devices than that of a `first` tensor, sparse tensors, and gradients.
+
+    Raises:
+        ValueError: with the names of the tensor, of the `owner` of the device, and of the called function.
+    """
+    if tensor.device != first.device:
+        raise ValueError(f"`{name}` must be on the device of `{owner}`, {first.device}, got {tensor.device}")
     if tensor.layout != torch.strided:
         raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"`{name}` requires grad, but flex_decode is forward only: call it under torch.no_grad() or detach `{name}`"
+            f"`{name}` requires grad, but {function} is forward only: call it under torch.no_grad() or detach `{name}`"
         )
 
 
@@ -317,7 +324,7 @@ def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Ten
         raise ValueError(f"`{name}` must have shape [B] = [{query.shape[0]}], got {list(tensor.shape)}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
-    _check_place(name, tensor, query)
+    check_place(name, tensor, query)
 
 
 def checked_scale(scale: object, name: str = "scale") -> float:
@@ -393,7 +400,7 @@ def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
         raise ValueError(f"`{name}` must be a number or have shape {form} = {expected}, got {list(scale.shape)}")
     if scale.dtype not in DTYPES:
         raise ValueError(f"`{name}` must be float32, float16 or bfloat16, got {scale.dtype}")
-    _check_place(name, scale, query)
+    check_place(name, scale, query)
 
 
 def _check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
@@ -403,7 +410,7 @@ def _check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
         raise ValueError(f"`sinks` must have shape [Hq] = [{query.shape[1]}] (from query), got {list(sinks.shape)}")
     if sinks.dtype not in DTYPES:
         raise ValueError(f"`sinks` must be float32, float16 or bfloat16, got {sinks.dtype}")
-    _check_place("sinks", sinks, query)
+    check_place("sinks", sinks, query)
 
 
 def _check_out(out: torch.Tensor, inputs: Inputs) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..call.device import interpreting, without_autocast
-from ..call.inputs import DTYPES
+from ..call.inputs import DTYPES, check_place
 from ..codegen.template import template_folder
 from ..triton_api import standalone_kernel
 
@@ -82,7 +82,7 @@ def _check(outs: Parts, lses: Parts) -> None:
         raise ValueError(f"`outs` and `lses` must have as many parts, got {len(outs)} and {len(lses)}")
     if not outs:
         raise ValueError("`outs` must have at least one part, got none")
-    shape, dtype, device = outs[0].shape, outs[0].dtype, outs[0].device
+    shape, dtype = outs[0].shape, outs[0].dtype
     if len(shape) != 4:
         raise ValueError(f"`outs[0]` must have shape [B, Hq, Q, Dv], got {list(shape)}")
     if dtype not in DTYPES:
@@ -98,15 +98,7 @@ def _check(outs: Parts, lses: Parts) -> None:
                 )
             if part.dtype != want_dtype:
                 raise ValueError(f"`{name}[{i}]` must be {want_dtype}{source}, got {part.dtype}")
-            if part.device != device:
-                raise ValueError(f"`{name}[{i}]` must be on the device of `outs[0]`, {device}, got {part.device}")
-            if part.layout != torch.strided:
-                raise ValueError(f"`{name}[{i}]` must be a dense tensor, got layout {part.layout}")
-            if part.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"`{name}[{i}]` requires grad, but merge_attention is forward only: call it under torch.no_grad() "
-                    f"or detach `{name}[{i}]`"
-                )
+            check_place(f"{name}[{i}]", part, outs[0], "outs[0]", "merge_attention")
 
 
 @without_autocast()

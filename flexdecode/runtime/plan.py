@@ -157,9 +157,10 @@ class Plan:
         start = out.data_ptr()
         end = start + self.extents[-1][1]
         for place, size in self.extents[:-1]:
-            at = inputs[place].data_ptr()  # type: ignore[union-attr]
+            tensor: Any = inputs[place]
+            at = tensor.data_ptr()
             if at < end and start < at + size and (place, at - start) not in self.apart:
-                if share_memory(out, inputs[place]):  # type: ignore[arg-type]
+                if share_memory(out, tensor):
                     name = inputs._fields[place]
                     raise ValueError(f"`out` must not share memory with `{name}`: it is written while `{name}` is read")
                 if len(self.apart) >= MAX_APART:
