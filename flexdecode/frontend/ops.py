@@ -78,6 +78,12 @@ def _zero_by_zero(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     return divide
 
 
+def _lcm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """torch.lcm. For the smallest integer and -1 PyTorch's own divides by -1, which ends the process on a CPU."""
+    divisor = torch.gcd(a, b).abs()
+    return (torch.floor_divide(a, torch.where(divisor == 0, torch.ones_like(divisor), divisor)) * b).abs()
+
+
 def _ndtr(x: torch.Tensor) -> torch.Tensor:
     """ndtr, also in the lower tail. There torch.special.ndtr gives 0, because it computes 1 + erf."""
     return 0.5 * torch.erfc(x * -(0.5**0.5))
@@ -125,7 +131,7 @@ _TABLE: dict[str, tuple[Op, ...]] = {
         _row("copysign", 2, "float", "copysign({0}, {1})"),
         _row("nextafter", 2, "float", "nextafter({0}, {1})"),
         _row("gcd", 2, "integer", "gcd({0}, {1})", commutative=True),
-        _row("lcm", 2, "integer", "lcm({0}, {1})", commutative=True),
+        _row("lcm", 2, "integer", "lcm({0}, {1})", torch=_lcm, commutative=True),
     ),
     "Comparison and choice": (  # `gt` and `ge` become `lt` and `le` with the operands exchanged
         _row("lt", 2, "compare", "{0} < {1}", python=operator.lt, names=("less",)),

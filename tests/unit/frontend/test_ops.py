@@ -294,3 +294,10 @@ def test_ranges_contain_the_results(name, data):
 def test_dtypes():
     assert len(DTYPES) == len(set(DTYPES)) == len(INT_LIMITS) + len(FLOATS)
     assert INT_LIMITS[torch.bool] == (0, 1) and INT_LIMITS[torch.uint8] == (0, 255)
+
+
+def test_lcm_of_the_smallest_integer():
+    """PyTorch's own ends the process there."""
+    values = torch.tensor([-(1 << 63), -(1 << 63) + 1, -12, -1, 0, 1, 18, (1 << 63) - 1])
+    assert OPS["lcm"].torch(values[:, None], values).shape == (8, 8)
+    assert torch.equal(OPS["lcm"].torch(values[2:7, None], values[2:7]), torch.lcm(values[2:7, None], values[2:7]))
