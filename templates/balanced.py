@@ -1,16 +1,28 @@
 """A balanced schedule: this `attend_items` takes the place of the one in `decode.py`.
 
-The blocks of all sequences and KV heads form one line of slots. Each row tile has the same line, so the tiles of a head
-read the same keys at the same time. Each worker takes an equal run of the line: the end of one item, some whole items,
-the beginning of another one. It has two places for partial results: one for an item that it continues, one for an item
-that it begins. `item_parts` [batch, num_kv_heads, 2] tells the second pass which worker begins an item and how many
-workers take part. A sequence has at most `max_weight` slots per head, so that the number of all slots fits into 32
-bits. MANY: the slots are counted in chunks of BLOCK_B sequences, not all at once. Grid: (workers, row tiles).
+The blocks of all sequences, KV heads and row tiles form one line of slots. The tiles of a head follow one another. Each
+worker takes an equal run of the line: the end of one item, some whole items, the beginning of another one. It has two
+places for partial results: one for an item that it continues, one for an item that it begins. `item_parts` [tiles of
+all sequences, num_kv_heads, 2] tells the second pass which worker begins an item and how many workers take part. An
+item has at most `max_weight` slots, so that the number of all slots fits into 32 bits. MANY: the slots are counted in
+chunks of BLOCK_B sequences, not all at once. Grid: (workers,).
 """
 
 import triton
 import triton.language as tl
-from decode import Item, attend_run, first_position, gdc_launch_dependents, gdc_wait, kv_bounds, read_length
+from decode import (
+    Item,
+    attend_run,
+    first_position,
+    gdc_launch_dependents,
+    gdc_wait,
+    kv_bounds,
+    read_length,
+    read_tokens,
+    takes_part,
+    tile_index,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -27,14 +39,15 @@ def _sums_before(weights):
 
 @triton.jit
 def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.constexpr):
-    """Estimates how many blocks an item of each sequence visits, int32; 0 only for one without keys or query tokens.
+    """Estimates how many blocks the tiles of each sequence visit per KV head, int32; 0 for one that takes no part.
 
     The estimate uses the newest token and the first and last query head. It decides which worker visits a block. It
     does not decide whether a block is visited.
     """
-    b = tl.minimum(sequences, schedule.batch - 1)
+    tokens = lengths.tokens
+    b = tl.minimum(sequences, tokens.batch - 1)
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
-    q_len = read_length(lengths.q_lens, b, C.NUM_QUERIES)
+    q_len = read_tokens(tokens, b).used
     num_tokens = tl.maximum(q_len, 1)
     newest = first_position(lengths.q_offset, b, kv_len, num_tokens) + num_tokens - 1
     h = (tl.arange(0, 2) * last_head)[None, :]
@@ -46,13 +59,17 @@ def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.c
         lo = tl.minimum(tl.maximum(lo, 0), 1 << 30).to(tl.int32)
         hi = tl.maximum(tl.minimum(hi, end), 0).to(tl.int32)
         weight += tl.where(lo < hi, (hi + C.BLOCK_N - 1) // C.BLOCK_N - lo // C.BLOCK_N, 0)
-    busy = (sequences < schedule.batch) & (kv_len > 0) & (q_len > 0)
-    return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), schedule.max_weight), 0)
+    rows = C.GROUP_SIZE * (q_len + tl.zeros_like(b))
+    busy = (sequences < tokens.batch) & (kv_len > 0) & (rows > 0)
+    if tokens.cu_seqlens_q is not None:
+        busy = busy & takes_part(tokens, b, rows)
+    weight = tl.minimum(tl.maximum(tl.max(weight, 1), 1), schedule.max_weight)
+    return tl.where(busy, weight * tiles_of(rows, C.BLOCK_M), 0)
 
 
 @triton.jit
 def _find_slot(slot, sequences, starts, weights):
-    """The sequence among `sequences` that holds a slot, its first slot and its weight; zeros if none does."""
+    """The sequence among `sequences` that holds a slot, its first slot and its slots; zeros if none does."""
     here = (starts <= slot) & (slot < starts + weights)
     found = tl.sum(tl.where(here, sequences, 0), 0)
     return found, tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, weights, 0), 0)
@@ -63,7 +80,7 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
     """As _find_slot, but among all sequences; also gives the number of all slots."""
     zero = tl.zeros((), tl.int32)
     found, first, weight, total = zero, zero, zero, zero
-    for chunk in tl.range(0, schedule.batch, C.BLOCK_B):
+    for chunk in tl.range(0, lengths.tokens.batch, C.BLOCK_B):
         sequences = chunk + _numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
         starts = total + _sums_before(weights)
@@ -83,9 +100,9 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
         gdc_wait()
         gdc_launch_dependents()
     num_kv_heads = call.outputs.num_kv_heads
+    tokens = call.lengths.tokens
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)
-    tile = tl.program_id(1)
     if C.MANY:
         _, _, _, total = _find_in_chunks(-1, call.lengths, call.captures, last_head, schedule, C)
     else:
@@ -101,29 +118,36 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     stop = slot + share + tl.where(worker < extra, 1, 0)
     b = tl.zeros((), tl.int32)
     weight = tl.full((), 1, tl.int32)
+    num_tiles = tl.full((), 1, tl.int32)
     first = slot
     past = slot
     while slot < stop:
         if slot == past:
             if C.MANY:
                 sequence = slot // num_kv_heads
-                b, first, weight, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
+                b, first, slots, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
             else:
-                b, first, weight = _find_slot(slot // num_kv_heads, sequences, starts, weights)
+                b, first, slots = _find_slot(slot // num_kv_heads, sequences, starts, weights)
+            num_tiles = tiles_of(C.GROUP_SIZE * read_tokens(tokens, b).used, C.BLOCK_M)
+            weight = slots // num_tiles
             first *= num_kv_heads
-            past = first + num_kv_heads * weight
-        kv_head = (slot - first) // weight
-        start = slot - first - kv_head * weight
+            past = first + num_kv_heads * slots
+        span = read_tokens(tokens, b)
+        item_of_b = (slot - first) // weight
+        kv_head = item_of_b // num_tiles
+        tile = item_of_b % num_tiles
+        start = slot - first - item_of_b * weight
         end = tl.minimum(weight, start + stop - slot)
         if start == 0:
-            shared_out = schedule.item_parts + 2 * (b.to(tl.int64) * num_kv_heads + kv_head)
+            index = tile_index(tokens, b, span.first, tile, C.GROUP_SIZE, C.BLOCK_M)
+            shared_out = schedule.item_parts + 2 * (index.to(tl.int64) * num_kv_heads + kv_head)
             last_slot = slot + weight - 1
             final = last_slot // (share + 1)
             if final >= extra:
                 final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
             tl.store(shared_out, worker)
             tl.store(shared_out + 1, final - worker + 1)
-        place = 2 * worker + tl.where(start == 0, 1, 0)
-        item = Item(b, kv_head, tile, start, end, weight, place, (start == 0) & (end == weight))
+        place = schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)
+        item = Item(b, kv_head, tile, span, start, end, weight, place, (start == 0) & (end == weight))
         attend_run(item, keys, values, call, C)
         slot += end - start

@@ -9,8 +9,15 @@ run of KV blocks. With one split it writes the output. With more it writes a par
 the sum of weights of each row. `decode_combine`, in combine.py, merges the partial results of a row. Both use
 programmatic dependent launch if the target has it, so every program waits (`gdc_wait`) before it touches global memory.
 
-Rows: the `GROUP_SIZE * NUM_QUERIES` query rows that share a KV head are packed. Row `r` is query head
-`r // NUM_QUERIES` of the group and query token `r % NUM_QUERIES`.
+Rows: the query rows of a sequence that share a KV head are packed. Row `r` is query token `r // GROUP_SIZE` and query
+head `r % GROUP_SIZE` of the group. The number of tokens is a run-time value; ONE_TOKEN kernels are for calls in which
+every sequence has one.
+
+Tiles: BLOCK_M rows each. All tiles of a call are numbered (`tile_index`). If the queries are padded to
+[B, Hq, Q, D], each sequence has the same number of tiles. If they are packed to [T, Hq, D], tile 0 of sequence `b` has
+number `b`. The other tiles of `b` have numbers from `batch + GROUP_SIZE * first // BLOCK_M` on, where `first` is its first
+token: rounding down leaves room for all of them. The tokens that no sequence has count as one more sequence, number
+`batch`, without keys.
 
 Which keys are read: a tile of rows has up to four *spans*, one for each interval of `kv_bounds`. A span goes from the
 first to the last key that the interval has in any row of the tile. A block that meets no span is not visited. In a
@@ -35,7 +42,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 # What a kernel is compiled for. The docstring of `decode_split` says what each field is.
 Constants = namedtuple(
     "Constants",
-    "GROUP_SIZE NUM_QUERIES HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
+    "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
     "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT PRECISION PDL",
 )
 # Query rows: the address of the first one, and strides in elements.
@@ -47,19 +54,24 @@ Outputs = namedtuple(
     "Outputs",
     "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
-# Lengths of all sequences, their numbers of query tokens, positions of their first query tokens, the greatest length.
-Lengths = namedtuple("Lengths", "kv_lens q_lens q_offset max_kv_len")
-# The number of sequences, the splits of an item, and two fields that balanced.py uses and describes.
-Schedule = namedtuple("Schedule", "batch num_splits item_parts max_weight")
+# Lengths of all sequences, positions of their first query tokens, the greatest length, and the tokens.
+Lengths = namedtuple("Lengths", "kv_lens q_offset max_kv_len tokens")
+# Query tokens: of padded queries, the tokens in use of each sequence or None; of packed queries, where each sequence
+# starts, else None; the tokens Q or T; the sequences; and which of the sequences take part, see `takes_part`.
+Tokens = namedtuple("Tokens", "q_lens cu_seqlens_q num_queries batch row_range")
+# The splits of an item, where partial results of this pass start, and two fields that balanced.py uses and describes.
+Schedule = namedtuple("Schedule", "num_splits first_place item_parts max_weight")
 # What the mods capture.
 Captures = namedtuple("Captures", "score mask")
 # What items are computed from, except keys and values, and where their results go.
 Call = namedtuple("Call", "queries outputs lengths captures page_table block_lists scale")
 # A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. A `whole` item writes the
 # output. Another item writes a partial result at `place`.
-Item = namedtuple("Item", "b kv_head tile start end parts place whole")
-# The rows of a tile [BLOCK_M]: lanes, row numbers, whether the row exists, its query head and token.
-Rows = namedtuple("Rows", "lanes rows valid head token")
+Item = namedtuple("Item", "b kv_head tile span start end parts place whole")
+# The tokens of a sequence: where the first one lies in the query, how many there are, and how many are in use.
+TokenSpan = namedtuple("TokenSpan", "first count used")
+# The rows of a tile [BLOCK_M]: lanes, whether the row exists, its query head, its token in the sequence and in the query.
+Rows = namedtuple("Rows", "lanes valid head token place")
 # What mods see of a tile, and what they computed for its rows.
 Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row")
 # Blocks `start .. end`, of which `full_start .. full_end` are full.
@@ -391,6 +403,83 @@ def read_length(lengths, b, limit):
 
 
 @triton.jit
+def read_tokens(tokens, b):
+    """The tokens (first, count, used) of sequences `b`. Sequence `batch` has the tokens that no sequence has."""
+    if tokens.cu_seqlens_q is not None:
+        cu_seqlens_q, batch, limit = tokens.cu_seqlens_q, tokens.batch, tokens.num_queries
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + b), 0), limit)
+        first = tl.where(b > 0, first, 0)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + tl.minimum(b + 1, batch)), first), limit)
+        count = tl.where(b < batch, end, limit) - first
+        return TokenSpan(first, count, tl.where(b < batch, count, 0))
+    else:
+        return TokenSpan(0, tokens.num_queries, read_length(tokens.q_lens, b, tokens.num_queries))
+
+
+@triton.jit
+def takes_part(tokens, b, rows):
+    """Whether this pass computes sequences `b`, which have so many rows: those within `row_range`.
+
+    Few rows get small tiles, many rows large tiles. Each pass has one size. The pass with the larger tiles has no upper
+    limit, and it writes the rows that no sequence has.
+    """
+    fewest, most = tokens.row_range
+    return ((rows >= fewest) & (rows <= most)) | ((b >= tokens.batch) & (most == 0x7FFFFFFF))
+
+
+@triton.jit
+def tiles_of(rows, BLOCK_M: tl.constexpr):
+    """The number of tiles of some rows."""
+    return (rows + BLOCK_M - 1) // BLOCK_M
+
+
+@triton.jit
+def tile_index(tokens, b, first, tile, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The number of a tile among all tiles of the call; `first` is the first token of its sequence."""
+    if tokens.cu_seqlens_q is not None:
+        later = tokens.batch + GROUP_SIZE * first // BLOCK_M + tile - tl.where(b < tokens.batch, 1, 0)
+        return tl.where((tile == 0) & (b < tokens.batch), b, later)
+    else:
+        return b * tiles_of(GROUP_SIZE * tokens.num_queries, BLOCK_M) + tile
+
+
+@triton.jit
+def find_sequence(tokens, number, FACTOR: tl.constexpr, DIVISOR: tl.constexpr):
+    """The last sequence that starts at or before a number; a start counts as `FACTOR * start // DIVISOR`."""
+    CHUNK: tl.constexpr = 256
+    found = tl.zeros((), tl.int32)
+    for chunk in tl.range(0, tokens.batch, CHUNK):
+        b = chunk + 1 + tl.arange(0, CHUNK)
+        start = tl.load(tokens.cu_seqlens_q + b, mask=b <= tokens.batch, other=0x7FFFFFFF)
+        start = tl.minimum(tl.maximum(start, 0), tokens.num_queries)
+        found += tl.sum(((b <= tokens.batch) & (FACTOR * start // DIVISOR <= number)).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
+def find_tile(tokens, number, C: tl.constexpr):
+    """The tile (sequence, tile of the sequence, index) that the programs with this number compute.
+
+    Late tiles of a sequence come first, because under a causal mask they see the most keys.
+    """
+    if tokens.cu_seqlens_q is not None:
+        b = number
+        tile = tl.zeros((), tl.int32)
+        if number >= tokens.batch:
+            later = C.GROUP_SIZE * tokens.num_queries // C.BLOCK_M - (number - tokens.batch)
+            number = tokens.batch + later
+            b = find_sequence(tokens, later, C.GROUP_SIZE, C.BLOCK_M)
+            first = read_tokens(tokens, b).first
+            tile = later - C.GROUP_SIZE * first // C.BLOCK_M + tl.where(b < tokens.batch, 1, 0)
+        return b, tile, number
+    else:
+        num_tiles = tiles_of(C.GROUP_SIZE * tokens.num_queries, C.BLOCK_M)
+        b = number // num_tiles
+        tile = num_tiles - 1 - number % num_tiles
+        return b, tile, b * num_tiles + tile
+
+
+@triton.jit
 def first_position(q_offset, b, kv_len, q_len):
     """Position of the first query token: int64 from the caller, else such that the last query token is the last key."""
     if q_offset is not None:
@@ -568,11 +657,12 @@ def across(x):
 
 
 @triton.jit
-def finish_rows(acc, m_i, l_i, sinks, head, token, num_tokens, q_lens):
+def finish_rows(acc, m_i, l_i, sinks, head, used):
     """The output and the log-sum-exp of rows, from all keys that they attend to.
 
-    A sink adds a weight to the softmax, but no value. Rows past `num_tokens`, and rows with neither a live key nor a
-    sink, have output 0 and log-sum-exp -inf. A score of +inf makes the log-sum-exp +inf and the output NaN.
+    A sink adds a weight to the softmax, but no value. Rows that are not `used` (None: all are), and rows with neither a
+    live key nor a sink, have output 0 and log-sum-exp -inf. A score of +inf makes the log-sum-exp +inf and the output
+    NaN.
     """
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32)
@@ -584,48 +674,52 @@ def finish_rows(acc, m_i, l_i, sinks, head, token, num_tokens, q_lens):
         acc = acc * across(alpha)
     result = acc / across(tl.where(l_i == 0.0, 1.0, l_i))
     lse = tl.where(m_i == float("inf"), m_i, m_i + tl.log2(l_i) * LN2)
-    if q_lens is not None:
-        result = tl.where(across(token < num_tokens), result, 0.0)
-        lse = tl.where(token < num_tokens, lse, float("-inf"))
+    if used is not None:
+        result = tl.where(across(used), result, 0.0)
+        lse = tl.where(used, lse, float("-inf"))
     return result, lse
 
 
 @triton.jit
-def query_rows(start, lanes, kv_head, C: tl.constexpr):
-    """The rows of a tile from `start` on, one per lane. A lane without a row computes what the last row computes."""
-    NUM_ROWS: tl.constexpr = C.GROUP_SIZE * C.NUM_QUERIES
-    rows = start + lanes
-    valid = rows < NUM_ROWS
+def query_rows(item, lanes, C: tl.constexpr):
+    """The rows of the tile of an item, one per lane. A lane without a row computes what the last row computes."""
+    rows = item.tile * C.BLOCK_M + lanes
+    num_rows = C.GROUP_SIZE if C.ONE_TOKEN else C.GROUP_SIZE * item.span.count
+    valid = rows < num_rows
     # All lanes now have valid rows, so what is proven of valid rows holds for all lanes.
-    rows = tl.minimum(rows, NUM_ROWS - 1)
-    return Rows(lanes, rows, valid, kv_head * C.GROUP_SIZE + rows // C.NUM_QUERIES, rows % C.NUM_QUERIES)
+    rows = tl.minimum(rows, num_rows - 1)
+    first_head = item.kv_head * C.GROUP_SIZE
+    if C.ONE_TOKEN:
+        return Rows(lanes, valid, first_head + rows, tl.zeros_like(rows), tl.zeros_like(rows))
+    else:
+        token = rows // C.GROUP_SIZE
+        return Rows(lanes, valid, first_head + rows % C.GROUP_SIZE, token, item.span.first + token)
 
 
 @triton.jit
 def make_tile(item, rows, lengths, captures, C: tl.constexpr):
-    """What mods see of a tile, and the number of query tokens of its sequence."""
-    b, h = item.b, rows.head[:, None]
+    """What mods see of a tile."""
+    b, h, tokens = item.b, rows.head[:, None], lengths.tokens
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
     # With one query token the whole tile has one position. It is a scalar, so bounds need no reduction over rows.
-    offset = rows.token[:, None] if C.NUM_QUERIES > 1 else 0
-    num_tokens = read_length(lengths.q_lens, b, C.NUM_QUERIES)
-    counted = num_tokens
-    if lengths.q_lens is not None:
-        counted = tl.maximum(num_tokens, 1)
+    offset = 0 if C.ONE_TOKEN else rows.token[:, None]
+    counted = item.span.used
+    if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+        counted = tl.maximum(counted, 1)
         offset = tl.minimum(offset, counted - 1)
     q_idx = first_position(lengths.q_offset, b, kv_len, counted) + offset
     score_values = score_row(b, h, q_idx, captures.score)
     mask_values = mask_row(b, h, q_idx, captures.mask)
-    return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values), num_tokens
+    return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values)
 
 
 @triton.jit
-def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
+def share_of(item, runs, tokens, C: tl.constexpr):
     """The numbers (first, last) of the blocks in an item's share. Full blocks have lower numbers than partial ones."""
     first = 0
     last = runs.num_full + runs.num_partial
-    if q_lens is not None:
-        last = tl.where(num_tokens > 0, last, 0)
+    if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+        last = tl.where(item.tile * C.BLOCK_M < C.GROUP_SIZE * item.span.used, last, 0)
     if C.BALANCED:
         if last == item.parts:
             first, last = item.start, item.end
@@ -642,36 +736,45 @@ def share_of(item, runs, num_tokens, q_lens, C: tl.constexpr):
 
 
 @triton.jit
-def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C: tl.constexpr):
+def lse_place(tokens, b, rows, num_q_heads):
+    """Where the log-sum-exps of rows lie: [B, Hq, Q], or [T, Hq] if the queries are packed."""
+    if tokens.cu_seqlens_q is not None:
+        return rows.place.to(tl.int64) * num_q_heads + rows.head
+    else:
+        return (b.to(tl.int64) * num_q_heads + rows.head) * tokens.num_queries + rows.place
+
+
+@triton.jit
+def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C: tl.constexpr):
     """Writes columns `offs_dv` of a partial result, or of the output of a whole item, with `lse` unless it is None."""
-    outputs, q_lens = call.outputs, call.lengths.q_lens
+    outputs, tokens = call.outputs, call.lengths.tokens
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
-    flat_row = (item.b.to(tl.int64) * outputs.num_kv_heads + item.kv_head) * (C.GROUP_SIZE * C.NUM_QUERIES) + rows.rows
     if C.SPLIT:
-        if C.BALANCED:
-            partial_row = (item.place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * C.BLOCK_M + rows.lanes
-        else:
-            partial_row = flat_row * item.parts + item.place
+        partial_row = item.place.to(tl.int64) * C.BLOCK_M + rows.lanes
         if not item.whole:
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
             tl.store(outputs.partial_out + partial_row[:, None] * C.V_HEAD_DIM + offs_dv[None, :], acc, mask=store)
     if C.BALANCED or not C.SPLIT:  # in Triton 3.6, `whole` is not a constant in a group of warps
         if item.whole:
-            result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, rows.token, num_tokens, q_lens)
+            used = None
+            if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+                used = rows.token < item.span.used
+            result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, used)
             out_row = row_start(outputs.out, outputs, item.b, rows)
             # A stride of 1 in a record is no constant in a group of warps.
             pointers = out_row[:, None] + offs_dv[None, :] * (1 if C.UNIT_OUT else outputs.stride_d)
             tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
             if lse is not None:
-                tl.store(lse + flat_row, row_lse, mask=rows.valid)
+                places = lse_place(tokens, item.b, rows, outputs.num_kv_heads * C.GROUP_SIZE)
+                tl.store(lse + places, row_lse, mask=rows.valid)
 
 
 @triton.jit
 def row_start(base, strides, b, rows):
-    """The addresses of rows, of the query or of the output."""
+    """The addresses of rows, of the query or of the output. Packed queries have stride_b 0."""
     row = base + b.to(tl.int64) * strides.stride_b + rows.head.to(tl.int64) * strides.stride_h
-    return row + rows.token.to(tl.int64) * strides.stride_m
+    return row + rows.place.to(tl.int64) * strides.stride_m
 
 
 @triton.jit
@@ -705,22 +808,22 @@ def load_query(row, queries, C: tl.constexpr):
 def attend_run(item, keys, values, call, C: tl.constexpr):
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
-    rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
+    rows = query_rows(item, lanes, C)
     row = row_start(call.queries.start, call.queries, item.b, rows)
     start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
     start = kv_start(values.start, item.b, item.kv_head, values.steps)
     values = Cache(start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
-    if C.PDL and not C.BALANCED:
+    if C.PDL and not C.BALANCED and call.lengths.tokens.cu_seqlens_q is None:
         gdc_wait()
         gdc_launch_dependents()
 
-    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    tile = make_tile(item, rows, call.lengths, call.captures, C)
     scale = call.scale * item_scale(keys.scales, item.b, item.kv_head)
     q, q_rest, unit = load_query(row, call.queries, C)
     scale = scale * unit
     runs, spans = block_runs(tile, call.block_lists, call.captures, C)
-    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    first, last = share_of(item, runs, call.lengths.tokens, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
@@ -749,30 +852,41 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
         acc = acc * state.v_unit[:, None]
     else:
         acc = acc * item_scale(values.scales, item.b, item.kv_head)
-    store_run(acc, state.m_i, state.l_i, rows, tl.arange(0, C.BLOCK_DV), call.outputs.lse, item, num_tokens, call, C)
+    store_run(acc, state.m_i, state.l_i, rows, tl.arange(0, C.BLOCK_DV), call.outputs.lse, item, call, C)
 
 
 @triton.jit
 def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """Attends the share of one program: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
-    NUM_TILES: tl.constexpr = (C.GROUP_SIZE * C.NUM_QUERIES + C.BLOCK_M - 1) // C.BLOCK_M
-    head = tl.program_id(0) // NUM_TILES
+    tokens = call.lengths.tokens
+    if C.PDL and tokens.cu_seqlens_q is not None:
+        gdc_wait()
+        gdc_launch_dependents()
     num_kv_heads = call.outputs.num_kv_heads
-    item = Item(
-        head // num_kv_heads, head % num_kv_heads, tl.program_id(0) % NUM_TILES, tl.program_id(1),
-        tl.program_id(1) + 1, schedule.num_splits, tl.program_id(1), not C.SPLIT,
-    )  # fmt: skip
-    attend_run(item, keys, values, call, C)
+    kv_head = tl.program_id(0) % num_kv_heads
+    b, tile, index = find_tile(tokens, tl.program_id(0) // num_kv_heads, C)
+    span = read_tokens(tokens, b)
+    part = tl.program_id(1)
+    place = schedule.first_place + (index * num_kv_heads + kv_head) * schedule.num_splits + part
+    if tokens.cu_seqlens_q is not None:
+        rows = C.GROUP_SIZE * span.count
+        if takes_part(tokens, b, rows) & (tile * C.BLOCK_M < rows):
+            b = tl.minimum(b, tokens.batch - 1)
+            item = Item(b, kv_head, tile, span, part, part + 1, schedule.num_splits, place, not C.SPLIT)
+            attend_run(item, keys, values, call, C)
+    else:
+        item = Item(b, kv_head, tile, span, part, part + 1, schedule.num_splits, place, not C.SPLIT)
+        attend_run(item, keys, values, call, C)
 
 
 @triton.jit
 def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, item_parts,
-    kv_lens, q_lens, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
+    kv_lens, q_lens, cu_seqlens_q, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
     scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn,
-    stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_splits, max_weight,
-    GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range,
+    num_splits, first_place, max_weight, GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
@@ -792,7 +906,7 @@ def decode_split(
     BLOCK_B and MANY are.
     """
     C: tl.constexpr = Constants(
-        GROUP_SIZE, NUM_QUERIES, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
+        GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
         PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, PRECISION, PDL,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
@@ -801,8 +915,9 @@ def decode_split(
     outputs = Outputs(
         out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
     )
-    lengths = Lengths(kv_lens, q_lens, q_offset, max_kv_len)
+    tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
+    lengths = Lengths(kv_lens, q_offset, max_kv_len, tokens)
     captures = Captures(score_captures, mask_captures)
-    schedule = Schedule(batch, num_splits, item_parts, max_weight)
+    schedule = Schedule(num_splits, first_place, item_parts, max_weight)
     call = Call(queries, outputs, lengths, captures, page_table, block_lists, scale)
     attend_items(keys, values, call, schedule, C)

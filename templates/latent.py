@@ -221,7 +221,7 @@ def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.co
 
 
 @gluon.jit
-def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.constexpr):
+def _attend_right(memory, visit, item, call, C: gl.constexpr, L: gl.constexpr):
     """Computes and writes the right half of the result of a run."""
     latents, factors = memory.latents[1], memory.factors
     COLUMNS: gl.constexpr = latents.shape[2]
@@ -242,24 +242,24 @@ def _attend_right(memory, visit, item, num_tokens, call, C: gl.constexpr, L: gl.
     mbarrier.wait(memory.ready, (visit.last - visit.first) % 2)
     m_i = factors.load(gl.SliceLayout(1, L.OUTPUT))
     l_i = memory.sums.load(gl.SliceLayout(1, L.OUTPUT))
-    _store_half(acc, m_i, l_i, COLUMNS, item, num_tokens, call, C)
+    _store_half(acc, m_i, l_i, COLUMNS, item, call, C)
 
 
 @gluon.jit
-def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, num_tokens, call, C: gl.constexpr):
+def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, call, C: gl.constexpr):
     """Writes the columns of a result from `COLUMN` on; the left half (COLUMN 0) also writes the log-sum-exp."""
     OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
-    rows = query_rows(item.tile * C.BLOCK_M, lanes, item.kv_head, C)
+    rows = query_rows(item, lanes, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
     lse = call.outputs.lse if COLUMN == 0 else None
-    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, num_tokens, call, C)
+    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C)
 
 
 @gluon.jit
 def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
     """Loads WIDTH columns from COLUMN on of the query rows of a tile into shared memory, with the sign of the scale."""
-    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), item.kv_head, C)
+    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), C)
     offs_d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     row = row_start(queries.start, queries, item.b, rows)
     q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
@@ -329,14 +329,14 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     L: gl.constexpr = Layouts(SCORES, OUTPUT)
-    if C.PDL and not C.BALANCED:
+    if C.PDL and not C.BALANCED and call.lengths.tokens.cu_seqlens_q is None:
         gdc_wait()
         gdc_launch_dependents()
 
-    rows = query_rows(item.tile * C.BLOCK_M, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), item.kv_head, C)
-    tile, num_tokens = make_tile(item, rows, call.lengths, call.captures, C)
+    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), C)
+    tile = make_tile(item, rows, call.lengths, call.captures, C)
     runs, spans = block_runs(tile, call.block_lists, call.captures, C)
-    first, last = share_of(item, runs, num_tokens, call.lengths.q_lens, C)
+    first, last = share_of(item, runs, call.lengths.tokens, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
     q_left = _load_query(call.queries, item, call.scale, 0, HALF, C, ROWS)
@@ -350,11 +350,11 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     acc, m_i, l_i = gl.warp_specialize(
         [
             (_attend_left, (memory, visit, scale, tile, call.captures, C, L)),
-            (_attend_right, (memory, visit, item, num_tokens, call, C, L)),
+            (_attend_right, (memory, visit, item, call, C, L)),
             (_copy_blocks, (keys.descriptor, values.descriptor, start, keys.steps, memory, visit, item.b, C)),
         ],
         [4, 1],
         [216, 40],
     )  # fmt: skip
     _end_barriers(memory)
-    _store_half(acc, m_i, l_i, 0, item, num_tokens, call, C)
+    _store_half(acc, m_i, l_i, 0, item, call, C)

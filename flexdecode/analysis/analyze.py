@@ -14,7 +14,8 @@ from ..frontend.ranges import IntRange
 from ..memos import Bounded
 
 MAX_KV_LEN = 1 << 30  # tokens; longer caches are refused, so positions and their differences fit into int32
-_INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-(1 << 20), MAX_KV_LEN)}
+MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
+_INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-MAX_QUERIES, MAX_KV_LEN)}
 _INT32 = INT_LIMITS[torch.int32]
 
 

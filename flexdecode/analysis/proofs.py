@@ -17,7 +17,7 @@ from ..frontend.graph import Graph, Node, Source, const, loops_around, rewrite, 
 from ..frontend.ops import INT_LIMITS
 from ..frontend.ranges import IntRange
 from ..memos import Bounded
-from .analyze import MAX_KV_LEN, Analysis, Rule, analyze, analyze_graph, find_ranges, rules_of
+from .analyze import MAX_KV_LEN, MAX_QUERIES, Analysis, Rule, analyze, analyze_graph, find_ranges, rules_of
 from .intervals import at_most, find_extent
 
 
@@ -44,11 +44,11 @@ Checks = tuple[LoadCheck, ...]  # for the loads of a graph, in the order of `Gra
 
 
 class CallSizes(NamedTuple):
-    """Sizes of a call that bound its indices: sequences, query heads, query tokens and keys."""
+    """Sizes of a call that bound its indices: sequences, query heads, keys, and whether there is one query token."""
 
     batch: int
     num_q_heads: int
-    num_queries: int
+    one_token: bool
     max_kv_len: int
 
 
@@ -157,7 +157,7 @@ def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) ->
     last = max(0, sizes.max_kv_len - 1)  # a range must not be empty
     ranges = {
         "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (0, last),
-        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-max(1, sizes.num_queries), last),
+        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-1 if sizes.one_token else -MAX_QUERIES, last),
     }  # fmt: skip
     return {node: ranges[node.attr] for node in nodes if node.op == "index"}
 

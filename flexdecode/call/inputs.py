@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.analyze import MAX_KV_LEN
+from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from .formats import CONTIGUOUS, PAGED, Contiguous
 from .overlap import overlaps_itself
 
@@ -18,7 +18,6 @@ QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 576, 512
 MAX_HEADS = 1 << 20
 MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
-MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ class Inputs(NamedTuple):
     k_scale: float | torch.Tensor | None = None
     v_scale: float | torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
     scale: float | None = None
     out: torch.Tensor | None = None
 
@@ -117,7 +117,7 @@ class Inputs(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         """Run-time sizes, which change without a new kernel."""
-        return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len)
+        return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len, self.query.shape[2])
 
     def only_shapes(self) -> Inputs:
         """If the query is on the meta device, the same with all tensors there: then they may have been anywhere.
@@ -140,6 +140,8 @@ class Sizes(NamedTuple):
     batch: int
     num_kv_heads: int
     max_kv_len: int
+    num_queries: int = 1
+    max_q_len: int | None = None
 
 
 def same_for_all(numbers: Any, query: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..triton_api import has_gluon
-from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
+from .inputs import DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
@@ -19,6 +19,10 @@ BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
+ALL_ROWS = (1 << 31) - 1
+SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
+INVARIANT_TOKENS = 8  # with `batch_invariant`, sequences with up to so many tokens get small tiles
+MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may need for one launch
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -120,36 +124,98 @@ class Tiles:
         return self.block_dv // 2 if self.paired else self.block_dv
 
 
+class Part(NamedTuple):
+    """The sequences that one launch of the first pass computes, and their row tiles.
+
+    Packed queries may need two launches: short and long sequences get tiles of different sizes. The host does not know
+    which sequences are short, so `num_tiles` is an upper limit, and programs without a tile end at once.
+
+    Attributes:
+        block_m: query rows of a tile.
+        num_tiles: tiles of all sequences, for each KV head.
+        busy_tiles: how many of them have rows, as far as the host can guess.
+        row_range: the fewest and the most query rows per KV head of the sequences.
+    """
+
+    block_m: int
+    num_tiles: int
+    busy_tiles: int
+    row_range: tuple[int, int] = (0, ALL_ROWS)
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Tiles and grid of a call.
+    """Tiles and grid of one launch of the first pass.
 
     Attributes:
         tiles: compile-time sizes.
-        num_items: (sequence, KV head, row tile) triples.
-        num_splits: programs per item; if balanced, the number of workers that share the items of each row tile.
-        num_tiles: row tiles of a KV head.
+        num_items: (row tile of a sequence, KV head) pairs.
+        num_splits: programs per item; if balanced, the number of workers that share all items.
+        row_range: the fewest and the most query rows per KV head of the sequences that take part.
     """
 
     tiles: Tiles
     num_items: int
     num_splits: int
-    num_tiles: int = 1
+    row_range: tuple[int, int] = (0, ALL_ROWS)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Programs of the first pass."""
-        return (self.num_splits, self.num_tiles) if self.tiles.balanced else (self.num_items, self.num_splits)
+        return (self.num_splits, 1) if self.tiles.balanced else (self.num_items, self.num_splits)
 
     @property
     def num_programs(self) -> int:
         """The number of all programs of the first pass."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def num_places(self) -> int:
+        """Tiles of partial results. A balanced worker has two: of an item that it continues, and one that it begins."""
+        if not self.tiles.split:
+            return 0
+        return 2 * self.num_splits if self.tiles.balanced else self.num_programs
+
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def find_parts(signature: Signature, sizes: Sizes, options: DecodeOptions, latent: bool = False) -> tuple[Part, ...]:
+    """Divides the sequences of a call into one or two launches.
+
+    Padded queries and packed queries of similar lengths need one. A sequence of packed queries gets small tiles if it
+    fits into one, unless the caller's `max_q_len` or the number of tokens shows that small tiles suit all sequences.
+    """
+    group, tokens = signature.group_size, sizes.num_queries
+    most = _most_rows(signature, latent)
+    if not signature.packed:
+        block_m = min(max(16, next_power_of_2(group * tokens)), most)
+        num_tiles = sizes.batch * -(-group * tokens // block_m)
+        return (Part(block_m, num_tiles, num_tiles),)
+    longest = min(tokens, tokens if sizes.max_q_len is None else sizes.max_q_len)
+    if sizes.max_q_len is None and tokens <= sizes.batch:
+        longest = 1  # one token for each sequence, most likely
+    alone = min(max(16, next_power_of_2(group * longest)), SMALL_ROWS, most)
+    busy = -(-group * tokens // most)
+    if not options.batch_invariant and (latent or alone >= min(group * longest, most)):
+        block_m = most if latent else alone
+        return (Part(block_m, sizes.batch + group * tokens // block_m + 1, max(min(sizes.batch, tokens), busy)),)
+    # `batch_invariant`: the sizes of the tiles may not depend on the other sequences.
+    typical = INVARIANT_TOKENS if options.batch_invariant else -(-tokens // max(sizes.batch, 1))
+    small = min(max(16, next_power_of_2(group * typical)), SMALL_ROWS, most // 2)
+    return (
+        Part(small, sizes.batch, min(sizes.batch, tokens), (0, small)),
+        Part(most, sizes.batch + group * tokens // most + 1, busy, (small + 1, ALL_ROWS)),
+    )
+
+
+def _most_rows(signature: Signature, latent: bool) -> int:
+    """Rows of the largest tile. Float32 products and wide values need many registers."""
+    if signature.dtype == torch.float32:
+        return 32
+    return LARGE_ROWS if _columns(signature).block_dv <= 128 and not latent else SMALL_ROWS
 
 
 def schedule(
@@ -160,44 +226,53 @@ def schedule(
     loads: Loads = Loads.POINTERS,
     is_bounded: bool = False,
     fetches: bool = False,
+    part: Part | None = None,
 ) -> Schedule:
     """Chooses tiles and splits for the longest sequence that the cache can hold.
 
     Args:
         signature: what the kernel is specialised to.
-        sizes: batch, heads, longest sequence.
+        sizes: batch, heads, longest sequence, query tokens.
         facts: of the device.
         options: choices of the caller.
         loads: how the caches can be loaded.
         is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
         fetches: whether the score_mod reads captured tensors for every key. A second program on each multiprocessor
             then works while the first one waits for these reads.
+        part: the sequences of the launch; by default there is one launch.
     """
-    shape, num_sms, latent = _tile_shape(signature), facts.num_sms, loads is Loads.LATENTS
-    items_per_sequence = sizes.num_kv_heads * shape.num_tiles
-    num_items = sizes.batch * items_per_sequence
-    total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
+    columns, num_sms, latent = _columns(signature), facts.num_sms, loads is Loads.LATENTS
+    part = part or find_parts(signature, sizes, options, latent)[0]
+    num_items = part.num_tiles * sizes.num_kv_heads
+    busy_items = part.busy_tiles * sizes.num_kv_heads
+    total_bytes = busy_items * sizes.max_kv_len * columns.kv_bytes
     longest = -(-sizes.max_kv_len // (options.block_n or 64))
-    balanced = _is_balanced(signature, shape, sizes, facts, options, total_bytes, is_bounded)
+    balanced = _is_balanced(signature, part, sizes, facts, options, total_bytes, is_bounded)
     if options.num_splits:
         num_splits = options.num_splits
     elif balanced:
-        workers = (1 if latent else 2) * num_sms // shape.num_tiles
-        num_splits = max(1, min(workers, num_items // shape.num_tiles * longest))
+        num_splits = max(1, min((1 if latent else 2) * num_sms, busy_items * longest))
     elif options.batch_invariant:
-        num_splits = max(1, num_sms // items_per_sequence)
+        tiles_of_one = 1 if signature.packed else part.num_tiles // max(sizes.batch, 1)
+        num_splits = 1 if part.row_range[0] > 0 else max(1, num_sms // max(sizes.num_kv_heads * tiles_of_one, 1))
     else:
-        per_sm, fit = 2 if fetches and not is_bounded else 1, 1 if latent else 2
-        num_splits = _num_splits(num_items, longest, total_bytes, num_sms, per_sm, fit)
-    crowded = balanced or (not options.batch_invariant and num_items * num_splits > num_sms)
+        per_sm, fit = 2 if fetches and not is_bounded else 1, 1 if latent or part.block_m > SMALL_ROWS else 2
+        num_splits = _num_splits(busy_items, longest, total_bytes, num_sms, per_sm, fit)
+        if num_splits > 1:
+            bytes_of_split = num_items * part.block_m * (signature.v_head_dim + 2) * 4
+            num_splits = max(1, min(num_splits, MAX_WORKSPACE // bytes_of_split))
+    crowded = balanced or (not options.batch_invariant and busy_items * num_splits > num_sms)
     # A latent cache has many query rows. Each row is wide and usually has few partial results.
     block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
     block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
-    wanted = (signature, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s, block_b)
+    wanted = (
+        signature, part.block_m, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s,
+        block_b,
+    )  # fmt: skip
     tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
     if tiles.loads is Loads.DESCRIPTORS and signature.page_size % tiles.block_n:
         tiles = _tiles(Loads.POINTERS, *wanted, many=balanced and sizes.batch > 256)
-    return Schedule(tiles, num_items, num_splits, shape.num_tiles)
+    return Schedule(tiles, num_items, num_splits, part.row_range)
 
 
 def _at_least(number: int, choices: tuple[int, ...]) -> int:
@@ -207,7 +282,7 @@ def _at_least(number: int, choices: tuple[int, ...]) -> int:
 
 def _is_balanced(
     signature: Signature,
-    shape: _TileShape,
+    part: Part,
     sizes: Sizes,
     facts: DeviceFacts,
     options: DecodeOptions,
@@ -216,14 +291,10 @@ def _is_balanced(
 ) -> bool:
     """Whether all work is divided into equal runs. The caller can say so; by default it is if lengths may differ much.
 
-    Raises:
-        ValueError: the caller says so, but there are too many tiles of query rows.
+    A second launch, for long sequences, has enough tiles to fill the device by itself.
     """
-    if options.schedule == "balanced" and shape.num_tiles > MAX_PROGRAMS:
-        raise ValueError(
-            f'`options.schedule="balanced"` takes at most {MAX_PROGRAMS} tiles of {shape.block_m} query rows, '
-            f'got {shape.num_tiles} for each KV head: use "split"'
-        )
+    if part.row_range[0] > 0:
+        return False
     if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
         return options.schedule == "balanced"
     return (
@@ -231,37 +302,34 @@ def _is_balanced(
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH
-        and 8 * shape.num_tiles <= facts.num_sms
+        and 8 * part.busy_tiles <= facts.num_sms * sizes.batch
     )
 
 
-class _TileShape(NamedTuple):
-    """What a signature says about tiles: rows, columns, row tiles of a KV head, bytes of one key and its value."""
+class _Columns(NamedTuple):
+    """What a signature says about tiles: columns, and bytes of one key and its value."""
 
-    block_m: int
     block_d: int
     block_r: int
     block_dv: int
     shared: bool
-    num_tiles: int
     kv_bytes: int
 
 
 @functools.lru_cache(maxsize=512)
-def _tile_shape(signature: Signature) -> _TileShape:
-    rows = signature.group_size * signature.num_queries
-    block_m = min(max(16, next_power_of_2(rows)), 32 if signature.dtype == torch.float32 else 64)
+def _columns(signature: Signature) -> _Columns:
     block_d, block_r = _head_dim_blocks(signature.head_dim)
     block_dv = max(16, next_power_of_2(signature.v_head_dim))
     shared = signature.shared_kv and block_dv == block_d
     kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
-    return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes)
+    return _Columns(block_d, block_r, block_dv, shared, kv_bytes)
 
 
 @functools.lru_cache(maxsize=512)
 def _tiles(
     loads: Loads,
     signature: Signature,
+    block_m: int,
     facts: DeviceFacts,
     options: DecodeOptions,
     is_bounded: bool,
@@ -274,7 +342,7 @@ def _tiles(
 ) -> Tiles:
     """The tiles of a call. Calls of many lengths share them. `crowded`: more programs than multiprocessors."""
     is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
-    block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
+    block_d, block_r, block_dv, shared, kv_bytes = _columns(signature)
     # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
@@ -310,18 +378,18 @@ def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) 
     if not signature.pairable or not facts.can_unpack or options.batch_invariant:
         return False
     # A product takes at least 16 columns. A paired tile has two products of half the columns each.
-    shape = _tile_shape(signature)
-    return shape.block_r == 0 and shape.block_d >= 32
+    columns = _columns(signature)
+    return columns.block_r == 0 and columns.block_d >= 32
 
 
-def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+def has_latent_kernel(signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether `templates/latent.py` can compute a call: latents of 512 + 64 columns, many query rows per KV head."""
     sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
     return (
         facts.has_warpgroups
         and has_gluon()
         and sizes == (True, 576, 512)
-        and signature.group_size * signature.num_queries > 32
+        and (signature.packed or signature.group_size * sizes.num_queries > 32)
         and signature.kv_dtype == signature.dtype != torch.float32
         and signature.kind("k_scale") is signature.kind("v_scale") is None
         and signature.page_size % LATENT_BLOCK == 0
@@ -410,7 +478,7 @@ def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
 
 def forget_schedules() -> None:
     """Forgets the choices so far."""
-    for choice in (_tile_shape, _tiles, _best_split):
+    for choice in (_columns, _tiles, _best_split):
         choice.cache_clear()
 
 

@@ -26,7 +26,8 @@ class Signature:
         device: device of all tensors.
         dtype: type of query and output.
         kv_dtype: type of key and value.
-        num_queries, group_size, head_dim, v_head_dim: sizes known at compile time.
+        one_token: whether every sequence has one query token, so that all rows of a tile have one position.
+        group_size, head_dim, v_head_dim: sizes known at compile time.
         kinds: of the arguments that a call may lack, in the order of `OPTIONAL`.
         format: how keys and values lie in memory.
         page_size: tokens of a page; 0 without a page table.
@@ -42,7 +43,7 @@ class Signature:
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    num_queries: int
+    one_token: bool
     group_size: int
     head_dim: int
     v_head_dim: int
@@ -54,6 +55,11 @@ class Signature:
     return_lse: bool
     aligned: bool
     strides: tuple[int, ...]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the query tokens of all sequences follow one another."""
+        return self.kind("cu_seqlens_q") is not None
 
     def kind(self, name: str) -> Kind:
         """The kind of an argument by its name in `Inputs`."""
@@ -73,7 +79,7 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         device=query.device,
         dtype=query.dtype,
         kv_dtype=key.dtype,
-        num_queries=query.shape[2],
+        one_token=inputs.cu_seqlens_q is None and query.shape[2] == 1,
         group_size=query.shape[1] // max(key.shape[1], 1),
         head_dim=query.shape[3],
         v_head_dim=value.shape[3],

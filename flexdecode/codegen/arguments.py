@@ -40,6 +40,7 @@ class KernelSpec:
         fp_fusion: whether a product and a sum may become one operation. It is False if a mod rounds to half precision,
             because LLVM would drop the rounding between them.
         block_lists: whether the blocks to visit come from lists.
+        large_m: for a second pass, the query rows of the tiles of another launch of the first pass; 0 if there is none.
     """
 
     signature: Signature
@@ -50,6 +51,7 @@ class KernelSpec:
     num_full: int
     fp_fusion: bool = True
     block_lists: bool = False
+    large_m: int = 0
 
     @property
     def cache_type(self) -> str:
@@ -170,6 +172,11 @@ def _steps(name: str, tensor: str) -> Argument:
     return Argument(name, lambda spec: ("i32",) * 4 if spec.tiles.descriptors else ("i64",) * 2, divisor=divisors)
 
 
+def _number(name: str) -> Argument:
+    """A number that the launcher knows."""
+    return Argument(name, lambda spec: "i32")
+
+
 ARGUMENTS = (
     Argument("query", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("inputs.query"), divisor=_aligned),
     Argument("key", lambda s: "*" + s.cache_type, attrgetter("inputs.key"), divisor=_aligned),
@@ -182,6 +189,7 @@ ARGUMENTS = (
     Argument("item_parts", lambda s: "*i32" if s.tiles.balanced else None),
     _input("kv_lens"),
     _input("q_lens"),
+    _input("cu_seqlens_q"),
     Argument(
         "q_offset",
         lambda s: "i64" if s.signature.kind("q_offset") == NUMBER else _pointer(s.signature.kind("q_offset")),
@@ -216,8 +224,11 @@ ARGUMENTS = (
     *map(_stride, STRIDES[6:8]),
     _steps("value_steps", "v"),
     *map(_stride, STRIDES[10:]),
-    *(Argument(name, lambda s: "i32") for name in ("batch", "num_kv_heads", "max_kv_len", "num_splits", "max_weight")),
+    *map(_number, ("batch", "num_kv_heads", "max_kv_len", "num_queries")),
+    Argument("row_range", lambda s: ("i32", "i32") if s.signature.packed else ()),
+    *map(_number, ("num_splits", "first_place", "max_weight")),
 )
+SECOND_ARGUMENTS = (_number("large_splits"),)  # what only the second pass takes, after some of those above
 PLACES = {row.name: place for place, row in enumerate(ARGUMENTS)}
 DESCRIPTORS = slice(PLACES["key_descriptor"], PLACES["out"])  # a launch takes several values for each
 WORKSPACE = slice(PLACES["partial_out"], PLACES["kv_lens"])

@@ -16,10 +16,10 @@ from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8, HALF
 from ..triton_api import compile_ahead
-from .arguments import ARGUMENTS, TYPE_NAMES, CaptureTypes, KernelSpec
+from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, KernelSpec
 from .lower import CaptureLayout, number_dtypes
 
-ROWS = {row.name: row for row in ARGUMENTS}
+ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 
@@ -57,14 +57,14 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
     signature, tiles = spec.signature, spec.tiles
     known = {
         "GROUP_SIZE": signature.group_size,
-        "NUM_QUERIES": signature.num_queries,
+        "ONE_TOKEN": signature.one_token,
         "V_HEAD_DIM": signature.v_head_dim,
         "BLOCK_M": tiles.block_m,
         "BALANCED": tiles.balanced,
         "PDL": facts.has_pdl,
     }
     if combine:
-        return known | {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s}
+        return known | {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s, "LARGE_M": spec.large_m}
     return known | {
         "HEAD_DIM": signature.head_dim,
         "BLOCK_N": tiles.block_n,

@@ -15,43 +15,56 @@ from ..memos import counters, lock
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
-from .compile import combine_block_dv, compile_pass, constants
+from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
 from .lower import lower, lower_bounds
 from .template import generate, sources_digest, standalone
 
 
 class Kernel:
-    """The two compiled kernels of one spec.
+    """The compiled first pass of one spec.
 
     Attributes:
         path: the generated module.
-        split, combine: run one pass, `run(grid, stream, arguments)`. Each is a `Launch`, except in the interpreter.
-        combined: picks the arguments of the second pass from those of the first pass.
-        combine_block_dv: output columns per program of the combine pass.
+        run: `run(grid, stream, arguments)`; a `Launch`, except in the interpreter.
     """
 
     def __init__(self, module: ModuleType, path: Path, spec: KernelSpec, facts: DeviceFacts) -> None:
         self.path = path
-        self.facts = facts
-        self.split = self._pass(module, spec, combine=False)
-        self.combine: Any = None
-        if spec.tiles.split:
-            second = load_module(store.fixed_module(standalone("combine.py")))
-            self.combine = self._pass(second, spec, combine=True)
-            self.combined = itemgetter(*[PLACES[n] for n in second.decode_combine.arg_names if not n.isupper()])
-        self.combine_block_dv = combine_block_dv(spec.tiles)
-
-    def _pass(self, module: ModuleType, spec: KernelSpec, combine: bool) -> Any:
-        known = constants(spec, self.facts, combine)
-        if self.facts.backend == "cpu":
-            function = module.decode_combine if combine else module.decode_split
-            return lambda grid, _, arguments: function[grid](*arguments, **known)
-        descriptors = 2 if spec.tiles.descriptors and not combine else 0
-        return Launch(compile_pass(module, spec, self.facts, combine), len(known), descriptors)
+        self.run = _pass(module, spec, facts, combine=False)
 
 
-# This memo has no limit: a CUDA graph may launch any of these kernels, and Triton unloads a kernel that is collected.
+class Combine:
+    """The compiled second pass for some partial results.
+
+    Attributes:
+        run: as in `Kernel`.
+        pick: picks its arguments from those of a first pass, except `SECOND_ARGUMENTS`.
+        block_dv: output columns per program.
+    """
+
+    def __init__(self, spec: KernelSpec, facts: DeviceFacts) -> None:
+        module = _second_module()
+        self.run = _pass(module, spec, facts, combine=True)
+        self.pick = itemgetter(*[PLACES[n] for n in module.decode_combine.arg_names if n in PLACES])
+        self.block_dv = combine_block_dv(spec.tiles)
+
+
+def _second_module() -> ModuleType:
+    return load_module(store.fixed_module(standalone("combine.py")))
+
+
+def _pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
+    known = constants(spec, facts, combine)
+    if facts.backend == "cpu":
+        function = module.decode_combine if combine else module.decode_split
+        return lambda grid, _, arguments: function[grid](*arguments, **known)
+    descriptors = 2 if spec.tiles.descriptors and not combine else 0
+    return Launch(compile_pass(module, spec, facts, combine), len(known), descriptors)
+
+
+# These memos have no limit: a CUDA graph may launch any of these kernels, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
+_combines: dict[tuple, Combine] = {}
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
@@ -67,6 +80,17 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
             _kernels[key] = Kernel(module, path, spec, facts)
             counters.compilations += 1
         return _kernels[key]
+
+
+def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
+    """The second pass for the partial results of a spec. Specs that differ in other things share it."""
+    types = argument_types(spec, _second_module().decode_combine.arg_names)
+    given = attributes(spec, types)
+    key = *constants(spec, facts, combine=True).items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
+    with lock:
+        if key not in _combines:
+            _combines[key] = Combine(spec, facts)
+        return _combines[key]
 
 
 def template_files(proven: ProvenMods, signature: Signature, tiles: Tiles) -> tuple[str, ...]:
@@ -97,4 +121,5 @@ def generate_module(proven: ProvenMods, files: tuple[str, ...] = ()) -> str:
 def forget_kernels() -> None:
     """Drops every kernel in memory, also those for `append` and `merge_attention`."""
     _kernels.clear()
+    _combines.clear()
     standalone_kernel.cache_clear()

@@ -171,25 +171,36 @@ def _digest(files: tuple[str, ...]) -> str:
 
 @functools.cache
 def standalone(name: str) -> str:
-    """The module of a template file that no mod changes, with the functions and constants it imports of `decode.py`.
+    """The module of a template file that no mod changes, with what it imports of `decode.py`.
 
     Raises:
         ValueError: it imports something else of that file.
     """
     tree = ast.parse(read_template(name))
     wanted = {a.name for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "decode" for a in n.names}
-    texts = [f'"""{ast.get_docstring(tree)}"""', "import triton\nimport triton.language as tl"]
+    imports = "from collections import namedtuple\n\nimport triton\nimport triton.language as tl"
+    texts = [f'"""{ast.get_docstring(tree)}"""', imports]
+    functions = _called(wanted, ["decode.py"]).rstrip()
+    used = {n.id for n in ast.walk(ast.parse(functions)) if isinstance(n, ast.Name)} | wanted
     for node in ast.parse(read_template("decode.py")).body:
         if isinstance(node, ast.If):  # imports that not every Triton has
             texts.append(ast.unparse(node))
             wanted -= {a.name for n in node.body if isinstance(n, ast.ImportFrom) for a in n.names}
-        elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):
-            texts.append(ast.unparse(node))
-            wanted.discard(ast.unparse(node.targets[0]))
+        elif isinstance(node, ast.Assign):
+            target = ast.unparse(node.targets[0])
+            if target in used or "constexpr" in ast.unparse(node.value):
+                texts.append(ast.unparse(node))
+            wanted.discard(target)
     if wanted - _functions("decode.py").keys():
         raise ValueError(f"{name} imports {sorted(wanted - _functions('decode.py').keys())}, which cannot be copied")
-    texts.append(_called(wanted, ["decode.py"]).rstrip())
-    return "\n\n".join([*texts, *(_source(name, node) for node in _definitions(name))])
+    texts.append(functions)
+    texts += [_source(name, node) for node in _definitions(name)]
+    kernel = list(_functions(name).values())[-1]
+    # As in `generate`, the digest of the records is part of the kernel's text.
+    start, _ = _lines_of(kernel)
+    lines = texts[-1].splitlines(keepends=True)
+    lines.insert(kernel.body[1].lineno - 1 - start, f"    # records {_digest(('decode.py', name))}\n")
+    return "\n\n".join([*texts[:-1], "".join(lines)])
 
 
 def elementwise_functions(called: Iterable[str]) -> str:

@@ -34,13 +34,14 @@ class Step:
 
     Attributes:
         block_n: keys in a block.
-        num_splits: programs per item; if balanced, workers for each row tile.
+        num_splits: programs per item; if balanced, workers that share all items.
         num_kv_heads: KV heads.
         num_tiles: tiles of query rows per KV head.
         kv_lens: keys in use, int64 [B].
         live: disjoint ascending half-open ranges of blocks that are read, int64 [items, 4, 2]. Items are ordered by
             sequence, then KV head, then tile.
         full: the proven-full part of each range, int64 [items, 4, 2].
+        in_use: whether each item has a query token in use, bool [items].
         balanced: whether the work of all items is divided into equal runs.
     """
 
@@ -51,6 +52,7 @@ class Step:
     kv_lens: torch.Tensor
     live: torch.Tensor
     full: torch.Tensor
+    in_use: torch.Tensor
     balanced: bool = False
 
     @property
@@ -110,16 +112,16 @@ class Step:
         if not self.balanced:
             return _shares(self.work[:, None], self.num_splits).flatten()
         programs = [self._programs(item, int(work)) for item, work in enumerate(self.work)]
-        return torch.bincount(torch.cat(programs), minlength=self.num_splits * self.num_tiles)
+        return torch.bincount(torch.cat(programs), minlength=self.num_splits)
 
     @cached_property
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slots of each KV head of each sequence, and the worker of each slot. All row tiles have the same.
+        """The slots of each item, and the worker of each slot.
 
-        A head has as many slots as the largest item of its sequence has blocks.
+        An item has as many slots as the largest item of its sequence has blocks; none if it has no query token.
         """
         weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > 0).long())
-        weights = weights.repeat_interleave(self.num_kv_heads)
+        weights = weights.repeat_interleave(self.num_kv_heads * self.num_tiles) * self.in_use
         return weights, _share_out(weights.sum(), self.num_splits)
 
     def _programs(self, item: int, work: int) -> torch.Tensor:
@@ -131,10 +133,9 @@ class Step:
         if not self.balanced:
             return _share_out(torch.tensor(work, device="cpu"), self.num_splits)
         weights, workers = self._slots
-        head, tile = divmod(item, self.num_tiles)
-        start, weight = int(weights[:head].sum()), int(weights[head])
+        start, weight = int(weights[:item].sum()), int(weights[item])
         ends = torch.arange(weight + 1, device="cpu") * work // max(weight, 1)
-        return (workers[start : start + weight] + tile * self.num_splits).repeat_interleave(ends.diff())
+        return workers[start : start + weight].repeat_interleave(ends.diff())
 
 
 def _shares(work: torch.Tensor, num_programs: int) -> torch.Tensor:
@@ -173,15 +174,16 @@ def find_step(
         The step. If a bound needs a captured tensor without values (meta device), the name of that tensor.
     """
     device, tiles, block_n = kv_lens.device, schedule.tiles, schedule.tiles.block_n
-    num_rows = signature.group_size * signature.num_queries
+    group = signature.group_size
+    num_rows = group * sizes.num_queries
     num_tiles = -(-num_rows // tiles.block_m)
     rows = torch.arange(num_tiles * tiles.block_m, device=device).clamp(max=num_rows - 1)
-    heads = torch.arange(sizes.num_kv_heads, device=device)[:, None] * signature.group_size
+    heads = torch.arange(sizes.num_kv_heads, device=device)[:, None] * group
     shape = (sizes.batch, sizes.num_kv_heads, num_tiles, tiles.block_m)
-    token = (rows % signature.num_queries).minimum(num_tokens.clamp(min=1)[:, None] - 1)
+    token = (rows // group).minimum(num_tokens.clamp(min=1)[:, None] - 1)
     indices = {
         "b": torch.arange(sizes.batch, device=device).view(-1, 1, 1, 1),
-        "h": (heads + rows // signature.num_queries).view(1, *shape[1:]),
+        "h": (heads + rows % group).view(1, *shape[1:]),
         "q_idx": (first_token[:, None] + token).view(shape[0], 1, *shape[2:]),
     }
     bounds = proven.bounds
@@ -207,11 +209,12 @@ def find_step(
     else:  # if there is a mask, the score has at most one interval
         lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
     lens = kv_lens.view(-1, 1, 1, 1, 1)
-    live = _disjoint(_live_blocks(lo, hi, lens, block_n))
+    in_use = (rows[:: tiles.block_m] < group * num_tokens[:, None])[:, None].expand(shape[:3])
+    live = _disjoint(_live_blocks(lo, hi, lens, block_n)) * in_use[..., None, None]
     full = _full_parts(live, _full_blocks(full_lo, full_hi, lens, block_n))
     return Step(
         block_n, schedule.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), live.flatten(0, 2).cpu(),
-        full.flatten(0, 2).cpu(), tiles.balanced,
+        full.flatten(0, 2).cpu(), in_use.flatten().cpu(), tiles.balanced,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ..call.schedule import BYTES_PER_US, DeviceFacts, Schedule
 from ..call.signature import Signature, shares_storage
 from ..codegen.kernels import module_path, template_files
 from ..runtime.identity import Mod
-from ..runtime.prepare import choose_schedule, trace_call
+from ..runtime.prepare import choose_schedules, trace_call
 from ..runtime.request import Request
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .mod_report import ModReport, report_mod
@@ -34,6 +34,7 @@ class Explanation:
         score_mod, mask_mod: what is known of each mod; None if the call has none.
         device: what the call runs on, in words.
         signature: what the kernel is specialised to.
+        num_queries: query tokens of a sequence.
         schedule: tiles and programs; None if no kernel is launched.
         step: the blocks that one decode step reads; None if they are not known.
         unknown: why `step` is None, else empty.
@@ -49,6 +50,7 @@ class Explanation:
     mask_mod: ModReport | None
     device: str
     signature: Signature
+    num_queries: int
     schedule: Schedule | None
     step: Step | None
     unknown: str
@@ -85,7 +87,7 @@ class Explanation:
         if self.schedule is None:
             return f"schedule\n  device    {self.device}"
         schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
-        heads, tokens = signature.group_size, signature.num_queries
+        heads, tokens = signature.group_size, self.num_queries
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
         programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
         if tiles.balanced:
@@ -196,7 +198,8 @@ def _report(call: _Call, target: Target) -> Explanation:
     is_empty = 0 in inputs.out_shape
     schedule, source = None, None
     if target.facts is not None and not is_empty:
-        schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
+        chosen = choose_schedules(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
+        schedule = chosen[0][0]
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
     found = _find_step(call, schedule)
     step, unknown = (None, found) if isinstance(found, str) else (found, "")
@@ -216,6 +219,7 @@ def _report(call: _Call, target: Target) -> Explanation:
         mask_mod=report_mod("mask_mod", call.proven, call.mods[1]),
         device=target.name,
         signature=call.signature,
+        num_queries=inputs.sizes.num_queries,
         schedule=schedule,
         step=step,
         unknown=unknown,

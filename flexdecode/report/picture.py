@@ -115,7 +115,7 @@ def _draw_map(axes: Axes, step: Step) -> None:
     used, read = sum(counts.values()), counts[FULL] + counts[PARTIAL]
     programs = f"{count(step.num_items, 'item')} x {count(step.num_splits, 'split')}"
     if step.balanced:
-        programs = f"{count(step.num_items, 'item')} shared by {count(step.num_splits * step.num_tiles, 'worker')}"
+        programs = f"{count(step.num_items, 'item')} shared by {count(step.num_splits, 'worker')}"
     title = f"{read:,} of {used:,} blocks in use are read ({100 * read / max(used, 1):.1f}%), by {programs}"
     axes.set_title(title, loc="left", fontsize=10)
 

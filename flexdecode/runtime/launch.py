@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from ..analysis.proven import ProvenMods
 from ..call.descriptor import Matrix, make_descriptor
 from ..call.inputs import Inputs, Sizes
 from ..call.schedule import Schedule
-from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
+from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, PLACES, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
 from ..codegen.compile import capture_types
-from ..codegen.kernels import Kernel
+from ..codegen.kernels import Combine, Kernel
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8
 
@@ -84,8 +85,15 @@ class LaunchForm:
         self.values = [(i, row.value) for i, row in asked if row.value is not None]
 
 
-class TritonLauncher:
-    """Launches a call on tensors of one layout: everything but addresses and captured values is prepared."""
+class FirstPass:
+    """One launch of the first pass on tensors of one layout: everything but addresses and captured values is prepared.
+
+    Attributes:
+        form: of its kernel.
+        chosen: its schedule.
+        arguments: in the order of `ARGUMENTS`; what a call gives is still missing.
+        listed: what `BlockLists.arguments` needs.
+    """
 
     def __init__(
         self,
@@ -96,64 +104,43 @@ class TritonLauncher:
         matrices: tuple[Matrix, Matrix] | None,
     ) -> None:
         self.form = form
-        self.kernel = form.kernel
-        self.on_gpu = form.on_gpu
-        signature, tiles = form.spec.signature, form.spec.tiles
-        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, self.on_gpu)
+        self.chosen = chosen
+        tiles = chosen.tiles
+        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, form.on_gpu)
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
-        self.dtype = torch.int16 if tiles.paired else signature.kv_dtype
+        self.dtype = torch.int16 if tiles.paired else form.spec.signature.kv_dtype
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
-        num_q_heads = signature.group_size * sizes.num_kv_heads
-        num_rows = sizes.batch * num_q_heads * signature.num_queries
-        # A balanced worker has two places for partial results of a tile of rows.
-        places = 2 * chosen.num_programs * tiles.block_m if tiles.balanced else num_rows * chosen.num_splits
-        self.places = places if tiles.split else 0
-        self.parts_size = 2 * sizes.batch * sizes.num_kv_heads if tiles.balanced else 0
-        # The workspace has largest scores, sums, parts of items and outputs. Each starts at a multiple of 16 bytes.
-        self.sums_at = -(-self.places // 4) * 4
-        self.parts_at = 2 * self.sums_at
-        self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
-        self.workspace_size = self.outs_at + self.places * signature.v_head_dim
-        self.device = signature.device
-        self.grid = chosen.grid
-        self.combine_grid = (num_rows, -(-signature.v_head_dim // self.kernel.combine_block_dv))
         steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
         max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
+        row_range = chosen.row_range if form.spec.signature.packed else ()
         self.arguments = form.absent.copy()
         self.arguments[SAME] = [
-            *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes, chosen.num_splits, max_weight
+            *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes[:4], row_range, chosen.num_splits, 0,
+            max_weight,
         ]  # fmt: skip
 
-    def __call__(self, call: Call) -> None:
-        """Launches both passes on the current stream; returns at once."""
-        if self.on_gpu and torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                self._launch(call)
-        else:
-            self._launch(call)
-
-    def _launch(self, call: Call) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
+    def launch(self, call: Call, stream: int, workspace: tuple | None) -> list:
+        """Launches the pass and returns its arguments."""
+        form = self.form
         arguments = self.arguments.copy()
-        if self.workspace_size:
-            arguments[WORKSPACE] = self._workspace(stream)
+        if workspace is not None:
+            arguments[WORKSPACE] = workspace
         # The launcher takes addresses as numbers without asking the driver about them.
-        for place, read in self.form.tensors:
+        for place, read in form.tensors:
             tensor = read(call)
-            arguments[place] = tensor.data_ptr() if self.on_gpu else tensor
-        for place, value in self.form.values:
+            arguments[place] = tensor.data_ptr() if form.on_gpu else tensor
+        for place, value in form.values:
             arguments[place] = value(self, call)
-        second = None if self.kernel.combine is None else self.kernel.combined(arguments)
-        if self.matrices is not None and self.on_gpu:
-            arguments[DESCRIPTORS] = self._descriptors(call.inputs)
-        self.kernel.split(self.grid, stream, arguments)
-        if second is not None:
-            self.kernel.combine(self.combine_grid, stream, second)
+        if self.matrices is not None and form.on_gpu:
+            form.kernel.run(self.chosen.grid, stream, self._with_descriptors(arguments, call.inputs))
+        else:
+            form.kernel.run(self.chosen.grid, stream, arguments)
+        return arguments
 
-    def _descriptors(self, inputs: Inputs) -> tuple:
-        """The launch arguments for the descriptors of both caches. Those of the last addresses are kept."""
+    def _with_descriptors(self, arguments: list, inputs: Inputs) -> list:
+        """The launch arguments with descriptors of both caches. Those of the last addresses are kept."""
         assert self.matrices is not None
         key = inputs.key.data_ptr()
         addresses = key, key if self.latent else inputs.value.data_ptr()
@@ -163,8 +150,55 @@ class TritonLauncher:
                 make_descriptor(address, matrix, [block_n, width], self.dtype)
                 for address, matrix, width in zip(addresses, self.matrices, widths, strict=True)
             ]
-            self.described = addresses, self.kernel.split.encode_descriptors(*made)
-        return self.described[1]
+            self.described = addresses, self.form.kernel.run.encode_descriptors(*made)
+        arguments = arguments.copy()
+        arguments[DESCRIPTORS] = self.described[1]
+        return arguments
+
+
+class TritonLauncher:
+    """Launches a call: its first passes, and the second pass if one of them has partial results."""
+
+    def __init__(self, passes: Sequence[FirstPass], combine: Combine | None, sizes: Sizes) -> None:
+        """`passes`: one, or two of which the second one has the larger tiles."""
+        self.passes = passes
+        self.combine = combine
+        first, last = passes[0], passes[-1]
+        signature = first.form.spec.signature
+        self.on_gpu = first.form.on_gpu
+        self.device = signature.device
+        self.large_splits = last.chosen.num_splits
+        rows = [one.chosen.num_places * one.chosen.tiles.block_m for one in passes]
+        self.num_rows = sum(rows)
+        # Those of the larger tiles come first, so that all of them start at a whole number of tiles.
+        first.arguments[PLACES["first_place"]] = (self.num_rows - rows[0]) // first.chosen.tiles.block_m
+        self.parts_size = 2 * first.chosen.num_items if first.chosen.tiles.balanced else 0
+        # The workspace has largest scores, sums, parts of items and outputs. Each starts at a multiple of 16 bytes.
+        self.sums_at = -(-self.num_rows // 4) * 4
+        self.parts_at = 2 * self.sums_at
+        self.outs_at = self.parts_at + -(-self.parts_size // 4) * 4
+        self.workspace_size = self.outs_at + self.num_rows * signature.v_head_dim if combine else 0
+        num_q_heads = signature.group_size * sizes.num_kv_heads
+        if combine is not None:
+            batch = 1 if signature.packed else sizes.batch
+            self.grid = (batch * sizes.num_queries * num_q_heads, -(-signature.v_head_dim // combine.block_dv))
+
+    def __call__(self, call: Call) -> None:
+        """Launches all passes on the current stream; returns at once."""
+        if self.on_gpu and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                self._launch(call)
+        else:
+            self._launch(call)
+
+    def _launch(self, call: Call) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
+        workspace = self._workspace(stream) if self.workspace_size else None
+        arguments = self.passes[0].launch(call, stream, workspace)
+        for larger in self.passes[1:]:
+            larger.launch(call, stream, workspace)
+        if self.combine is not None:
+            self.combine.run(self.grid, stream, (*self.combine.pick(arguments), self.large_splits))
 
     def _workspace(self, stream: int) -> tuple:
         """Memory of the partial results: outputs, maxima, sums, parts of items. The next call on the stream reuses it.

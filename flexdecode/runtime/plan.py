@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..analysis.analyze import MAX_KV_LEN
+from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
 from ..call.device import without_autocast
 from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale
@@ -38,33 +38,60 @@ def layout(tensor: object) -> object:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
 
 
-def any_length(key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, kv_lens: int | None) -> tuple | None:
-    """What a `Prepared` depends on in key, value, page table and scales: their layout, without N and multiples of N.
+def any_length(
+    query: Any, key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, out: Any, kv_lens: int | None
+) -> tuple | None:
+    """What a `Prepared` depends on in some arguments: their layout, without query tokens, N and multiples of these.
 
-    None if the arguments are wrong or the caches hold no key.
+    None if the arguments are wrong, or if there is no query or no key.
 
     Args:
+        query: the `layout` of the queries.
         key: the `layout` of the keys.
         value: the `layout` of the values.
         table: the `layout` of the page table.
         k_scale: the `layout` of the scales of keys.
         v_scale: the `layout` of the scales of values.
+        out: the `layout` of the output.
         kv_lens: the length of all sequences, if it is a number.
     """
-    if not (key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
+    if not (query.__class__ is key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
         return None
+    tokens = _any_tokens(query, value[0][3], out)
     shape, steps, place = key[0], key[1], key[4]
     capacity = shape[2]
     if table is not None:
         capacity *= table[0][1] if table.__class__ is tuple and len(table[0]) == 2 else 0
     if not 0 < (capacity if kv_lens is None else kv_lens) <= capacity < MAX_KV_LEN or None in (place, value[4]):
         return None
+    if tokens is None:
+        return None
     if table is not None:
-        return (table[0][0], table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
+        return *tokens, (table[0][0], table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
     # Scales per token have the shape of the keys.
     scales = [(x[0] == shape[:3], x[2:]) if x.__class__ is tuple and len(x[0]) == 3 else x for x in (k_scale, v_scale)]
     same = shape[2] == value[0][2], steps == value[1]
-    return *_without_length(key), *_without_length(value), *same, *scales
+    return *tokens, *_without_length(key), *_without_length(value), *same, *scales
+
+
+def _any_tokens(query: tuple, v_head_dim: int, out: Any) -> tuple | None:
+    """The part of query and output in `any_length`: one token is not any number of them."""
+    shape = query[0]
+    if len(shape) not in (3, 4) or query[4] is None or 0 in shape:
+        return None
+    if shape[-2 if len(shape) == 4 else 0] > MAX_QUERIES or math.prod(shape[:-1]) >= 1 << 31:
+        return None
+    if out is not None:
+        strides = [1]
+        for size in (v_head_dim, *shape[-2:0:-1]):
+            strides.insert(0, strides[0] * size)
+        if out.__class__ is not tuple or out[0] != (*shape[:-1], v_head_dim) or out[1] != tuple(strides):
+            return None  # another `out` is checked
+        out = out[2:]
+    if len(shape) == 3:
+        (_, heads, width), (t, h, d) = query[:2]
+        return heads, width, gcd(t, 16), gcd(h, 16), d == 1 or gcd(d, 16), *query[2:], out
+    return *_without_length(query), shape[2] == 1, out
 
 
 def _without_length(layout: tuple) -> tuple:
@@ -139,10 +166,10 @@ class Plan:
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
         self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
 
-    def launched_by(self, launcher: Launcher) -> Plan:
-        """The same plan for another length."""
+    def launched_by(self, launcher: Launcher, inputs: Inputs) -> Plan:
+        """The same plan for another length, or another number of query tokens."""
         other = copy.copy(self)
-        other.launcher, other.extents, other.apart = launcher, [], set()
+        other.launcher, other.out_shape, other.extents, other.apart = launcher, inputs.out_shape, [], set()
         return other
 
     def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:

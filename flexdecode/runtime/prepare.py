@@ -13,16 +13,26 @@ from ..analysis.proven import Listed, ProvenMods
 from ..call.descriptor import Matrix, as_matrices, as_matrix
 from ..call.device import device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
-from ..call.schedule import DeviceFacts, Loads, Schedule, Tiles, has_latent_kernel, is_paired, next_power_of_2, schedule
+from ..call.schedule import (
+    DeviceFacts,
+    Loads,
+    Schedule,
+    Tiles,
+    find_parts,
+    has_latent_kernel,
+    is_paired,
+    next_power_of_2,
+    schedule,
+)
 from ..call.signature import Signature, all_strides, describe, in_pairs
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
-from ..codegen.kernels import find_kernel
+from ..codegen.kernels import Combine, find_combine, find_kernel
 from ..errors import CompileError, SharedMemoryError
 from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph
 from .identity import Mod, add_sources, graph_of
-from .launch import LaunchForm, TritonLauncher
+from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 
 Mods = tuple[Mod, Mod]  # the score_mod and the mask_mod
@@ -58,7 +68,7 @@ class Traced:
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
         q_idx_given = self.signature.kind("q_offset") is not None
         heads = sizes.num_kv_heads * self.signature.group_size
-        bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len)
+        bounded = CallSizes(sizes.batch, heads, self.signature.one_token, sizes.max_kv_len)
         mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
         score_checks = None
         if score is not None:
@@ -133,7 +143,7 @@ def prepare(
 
 
 class Prepared:
-    """A traced call with a cache of any length. Calls that differ only in the length share it.
+    """A traced call with a cache of any length and any number of query tokens. Calls that differ only in these share it.
 
     A cache that grows by `torch.cat` has another N and other strides for every token. `plan` does what depends on
     them: it finds which indices are in range, the numbers of the schedule, and what is launched.
@@ -141,7 +151,6 @@ class Prepared:
 
     def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, return_lse: bool) -> None:
         self.traced = traced
-        self.out_strides = inputs.make_out().stride()
         options = traced.options
         names = name_graphs(traced.graphs, mods) if options.debug else None
         self.eager = EagerLauncher(traced.graphs, names)
@@ -172,13 +181,13 @@ class Prepared:
             The plan, and the mask_mod with the numbers that the proofs use.
         """
         if self.facts is None:
-            return self.plan_of_any if inputs.out is None else self.plan_of_any.launched_by(self.eager), mods[1]
+            return self.plan_of_any.launched_by(self.eager, inputs), mods[1]
         sizes = inputs.sizes
         score, mask = mods
         values, loaded, first, end = self.last
         if loaded is None or not first <= sizes.max_kv_len <= end or values != (score.proof_values, mask.proof_values):
             loaded, mask = self._reach(mods, sizes)
-        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options)), mask
+        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options), inputs), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and notes up to which length the result holds."""
@@ -204,7 +213,7 @@ class Prepared:
             self.num_proof_values = len(mask.proof_values)
         loaded = self.loaded.get(key)
         if loaded is None:
-            loaded = _Loaded(self.traced.proven(*key), self.traced.signature, self.facts, self.out_strides)
+            loaded = _Loaded(self.traced.proven(*key), self.traced.signature, self.facts)
             self.loaded[key] = loaded
         return loaded, mask
 
@@ -212,35 +221,48 @@ class Prepared:
 class _Loaded:
     """The kernels of one `ProvenMods`, by their tiles."""
 
-    def __init__(
-        self, proven: ProvenMods, signature: Signature, facts: DeviceFacts, out_strides: tuple[int, ...]
-    ) -> None:
+    def __init__(self, proven: ProvenMods, signature: Signature, facts: DeviceFacts) -> None:
         self.proven = proven
-        self.out_strides = out_strides
         self.signature = signature
         self.facts = facts
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
+        self.combines: dict[KernelSpec, Combine] = {}
 
     def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
-        """Chooses a schedule and finds the kernel.
+        """Chooses schedules and finds the kernels.
 
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         proven, signature, facts = self.proven, self.signature, self.facts
-        chosen, matrices = choose_schedule(signature, sizes, inputs, proven, facts, options)
-        try:
-            form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
-        except CompileError as error:
-            if not chosen.tiles.latent:
-                raise
-            _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
-            text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return self.launcher(inputs, sizes, options)
-        if form.spec.tiles is not chosen.tiles:
-            chosen = replace(chosen, tiles=form.spec.tiles)
-        strides = all_strides(in_pairs(inputs) if chosen.tiles.paired else inputs, self.out_strides)
-        return TritonLauncher(form, sizes, chosen, strides, matrices)
+        passes = []
+        for chosen, matrices in choose_schedules(signature, sizes, inputs, proven, facts, options):
+            try:
+                form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
+            except CompileError as error:
+                if not chosen.tiles.latent:
+                    raise
+                _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
+                text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                return self.launcher(inputs, sizes, options)
+            if form.spec.tiles is not chosen.tiles:
+                chosen = replace(chosen, tiles=form.spec.tiles)
+            strides = all_strides(in_pairs(inputs) if chosen.tiles.paired else inputs, inputs.make_out().stride())
+            passes.append(FirstPass(form, sizes, chosen, strides, matrices))
+        return TritonLauncher(passes, self._combine(passes), sizes)
+
+    def _combine(self, passes: list[FirstPass]) -> Combine | None:
+        """The second pass for the partial results of the first passes; None if there are none."""
+        all_tiles = [one.chosen.tiles for one in passes]
+        if not any(tiles.split for tiles in all_tiles):
+            return None
+        block_s, large_m = max(tiles.block_s for tiles in all_tiles), 0 if len(passes) == 1 else all_tiles[-1].block_m
+        tiles = replace(all_tiles[0], split=True, block_s=block_s)
+        spec = replace(passes[0].form.spec, tiles=tiles, large_m=large_m)
+        found = self.combines.get(spec)
+        if found is None:
+            found = self.combines[spec] = find_combine(spec, self.facts)
+        return found
 
     def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller tiles if that kernel is too large for the device."""
@@ -269,10 +291,10 @@ class _Loaded:
 _refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
 
 
-def choose_schedule(
+def choose_schedules(
     signature: Signature, sizes: Sizes, inputs: Inputs, proven: ProvenMods, facts: DeviceFacts, options: DecodeOptions
-) -> tuple[Schedule, tuple[Matrix, Matrix] | None]:
-    """Chooses the schedule of a call, and the matrices of its caches if it loads them through descriptors.
+) -> list[tuple[Schedule, tuple[Matrix, Matrix] | None]]:
+    """Chooses the launches of the first pass, with the matrices of the caches for one that loads through descriptors.
 
     The kernel for latents reads the keys through two descriptors.
     """
@@ -280,7 +302,7 @@ def choose_schedule(
     # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids this.
     # With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
     if facts.has_descriptors and inputs.format.has_matrices and not (options.batch_invariant or proven.block_lists):
-        if has_latent_kernel(signature, facts, options) and not _refusals:
+        if has_latent_kernel(signature, sizes, facts, options) and not _refusals:
             latents = as_matrix(inputs.key, owners)
             matrices = None if latents is None else (latents, latents)
             loads = Loads.LATENTS
@@ -290,8 +312,13 @@ def choose_schedule(
             matrices = as_matrices(seen.key, seen.value, owners)
             loads = Loads.DESCRIPTORS
     loads = Loads.POINTERS if matrices is None else loads
-    chosen = schedule(signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches)
-    return chosen, matrices if chosen.tiles.descriptors else None
+    found = []
+    for part in find_parts(signature, sizes, options, loads is Loads.LATENTS):
+        chosen = schedule(
+            signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches, part
+        )  # fmt: skip
+        found.append((chosen, matrices if chosen.tiles.descriptors else None))
+    return found
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:

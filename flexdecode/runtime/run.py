@@ -15,20 +15,20 @@ from .plan import Plan, any_length, layout
 from .prepare import prepare
 from .request import Request
 
-_calls = Bounded.memo(limit=512)  # all that identifies a call but the length of its cache -> its `_Lengths`
+_calls = Bounded.memo(limit=512)  # all that identifies a call but its numbers of keys and query tokens -> `_Lengths`
 
-# The arguments whose layouts change with the length of a cache, in the order of `any_length`, and the others.
-_CACHES = ("key", "value", "page_table", "k_scale", "v_scale")
-_caches = itemgetter(*[Inputs._fields.index(name) for name in _CACHES])
-_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in _CACHES])
+# The arguments whose layouts change with these numbers, in the order of `any_length`, and the others.
+_LONG = ("query", "key", "value", "page_table", "k_scale", "v_scale", "out")
+_long = itemgetter(*[Inputs._fields.index(name) for name in _LONG])
+_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in _LONG])
 
 
 class _Lengths:
-    """The plans of a call by the length of its cache.
+    """The plans of a call by the length of its cache and its number of query tokens.
 
     Attributes:
-        plans: by layouts of the caches, and by the values that proofs about indices use.
-        prepared: what plans share, by the same without N and its multiples.
+        plans: by layouts of query, caches and output, and by the values that proofs about indices use.
+        prepared: what plans share, by the same without these numbers and their multiples.
         kept: the objects whose ids are in the key of the call.
     """
 
@@ -52,7 +52,7 @@ def run_request(
         options, torch.is_grad_enabled(), listed,
     )  # fmt: skip
     length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
-    lengths = (score.proof_values, mask.proof_values, *map(layout, _caches(inputs)), length)
+    lengths = (score.proof_values, mask.proof_values, *map(layout, _long(inputs)), length)
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     known = _calls.get(call)

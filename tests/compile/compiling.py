@@ -69,18 +69,20 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
     """Prepares a call as `flex_decode` does, for a device of `DEVICES`, and compiles its kernels."""
     found = {}
 
-    def compile_only(kernel, module, spec, combine):
-        key = kernel.path, spec, kernel.facts, combine
+    def compile_only(module, spec, facts, combine):
+        key = module.__file__, spec, facts, combine
         if key not in _compiled:
-            _compiled[key] = compile_pass(module, spec, kernel.facts, combine)
-        found["spec"], found["path"], found[combine] = spec, kernel.path, _compiled[key]
+            _compiled[key] = compile_pass(module, spec, facts, combine)
+        found[combine] = _compiled[key]
+        if not combine:
+            found["spec"], found["path"] = spec, Path(module.__file__)
 
     compiled.forget_kernels()
     return_lse = arguments.pop("return_lse", True)
     listed = arguments.pop("listed", Listed.NO)
     with (
         mock.patch.object(prepare, "device_facts", lambda _: DEVICES[device]),
-        mock.patch.object(compiled.Kernel, "_pass", compile_only),
+        mock.patch.object(compiled, "_pass", compile_only),
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
         options = options or DecodeOptions(backend="triton")

@@ -10,7 +10,7 @@ from support import trace_mod
 from unit import gather_graphs
 
 from flexdecode import mods
-from flexdecode.analysis.analyze import analyze
+from flexdecode.analysis.analyze import MAX_QUERIES, analyze
 from flexdecode.analysis.proofs import (
     CallSizes,
     IndexCheck,
@@ -24,7 +24,7 @@ from flexdecode.frontend.graph import Graph, Node
 from flexdecode.runtime import eager
 
 B, HQ, Q, N = 2, 6, 2, 20
-SIZES = CallSizes(B, HQ, Q, N)
+SIZES = CallSizes(B, HQ, True, N)
 
 WORDS = {(False, False): "proven", (True, False): "wraps", (False, True): "beyond", (True, True): "unknown"}
 
@@ -72,15 +72,21 @@ def test_keys():
     assert indexed(lambda b, h, q, k: k + 1, N) == "beyond"
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
-def test_queries_are_negative_where_the_sequence_is_shorter(num_queries):
+def test_queries_are_negative_where_the_sequence_is_shorter():
     """Also with one query: an empty sequence has its query at -1."""
-    sizes = SIZES._replace(num_queries=num_queries)
-    assert indexed(lambda b, h, q, k: q, N, sizes=sizes) == "wraps"
-    assert indexed(lambda b, h, q, k: q, N - 1, sizes=sizes) == "unknown"
-    assert indexed(lambda b, h, q, k: q + num_queries, N + num_queries, sizes=sizes) == "proven"
-    assert indexed(lambda b, h, q, k: q + num_queries - 1, N + num_queries, sizes=sizes) == "wraps"
-    assert indexed(lambda b, h, q, k: q + num_queries, N + num_queries - 1, sizes=sizes) == "beyond"
+    assert indexed(lambda b, h, q, k: q, N) == "wraps"
+    assert indexed(lambda b, h, q, k: q, N - 1) == "unknown"
+    assert indexed(lambda b, h, q, k: q + 1, N + 1) == "proven"
+    assert indexed(lambda b, h, q, k: q + 1, N) == "beyond"
+    assert indexed(lambda b, h, q, k: q.clamp(min=0), N) == "proven"
+
+
+def test_the_number_of_queries_is_not_part_of_a_proof():
+    """It is a run-time value, so a position may be as negative as the longest query allows."""
+    sizes = SIZES._replace(one_token=False)
+    assert indexed(lambda b, h, q, k: q, N, sizes=sizes) == "unknown"
+    assert indexed(lambda b, h, q, k: q + MAX_QUERIES - 1, N + MAX_QUERIES, sizes=sizes) == "wraps"
+    assert indexed(lambda b, h, q, k: q + MAX_QUERIES, N + MAX_QUERIES, sizes=sizes) == "proven"
     assert indexed(lambda b, h, q, k: q.clamp(min=0), N, sizes=sizes) == "proven"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
 from flexdecode.call.schedule import DeviceFacts
-from flexdecode.codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, WORKSPACE
+from flexdecode.codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, SECOND_ARGUMENTS, WORKSPACE
 from flexdecode.codegen.template import read_template
 from flexdecode.runtime import prepare
 
@@ -37,26 +37,31 @@ class _Pass:
 
 
 class _Kernel:
-    combine_block_dv = 16
-
     def __init__(self, spec, facts, proven):
-        self.split = _Pass(parameters("decode.py", "decode_split"))
-        second = parameters("combine.py", "decode_combine")
-        self.combine = _Pass(second) if spec.tiles.split else None
-        self.combined = itemgetter(*map(self.split.names.index, second))
+        self.run = _Pass(parameters("decode.py", "decode_split"))
+
+
+class _Combine:
+    block_dv = 16
+
+    def __init__(self, spec, facts):
+        names = parameters("combine.py", "decode_combine")
+        self.run = _Pass(names)
+        places = {row.name: i for i, row in enumerate(ARGUMENTS)}
+        self.pick = itemgetter(*[places[name] for name in names if name in places])
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels of the calls, which go the way of a GPU up to the launch."""
+    """The passes of the calls, which go the way of a GPU up to the launch."""
     made = []
 
-    def find(*of):
-        made.append(_Kernel(*of))
-        return made[-1]
+    def find(kind):
+        return lambda *of: made.append(kind(*of)) or made[-1]
 
     monkeypatch.setattr(prepare, "device_facts", lambda _: FACTS)
-    monkeypatch.setattr(prepare, "find_kernel", find)
+    monkeypatch.setattr(prepare, "find_kernel", find(_Kernel))
+    monkeypatch.setattr(prepare, "find_combine", find(_Combine))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with contextlib.ExitStack() as stack:
@@ -69,7 +74,9 @@ def test_the_rows_have_the_order_of_the_template():
     assert [row.name for row in ARGUMENTS[DESCRIPTORS]] == ["key_descriptor", "value_descriptor"]
     assert [row.name for row in ARGUMENTS[WORKSPACE]] == ["partial_out", "partial_max", "partial_sum", "item_parts"]
     assert all(row.tensor is row.value is None for row in ARGUMENTS[SAME]) and ARGUMENTS[SAME][0].name == "stride_qb"
-    assert {*parameters("combine.py", "decode_combine")} <= {row.name for row in ARGUMENTS}
+    second = parameters("combine.py", "decode_combine")
+    assert {*second} <= {row.name for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
+    assert second[-len(SECOND_ARGUMENTS) :] == [row.name for row in SECOND_ARGUMENTS]
 
 
 def test_every_argument_lies_in_its_place(kernels):
@@ -84,8 +91,8 @@ def test_every_argument_lies_in_its_place(kernels):
         q_lens=q_lens, q_offset=offset, sinks=sinks, k_scale=k_scale, v_scale=0.5, scale=0.25, return_lse=True,
         out=out, options=DecodeOptions(backend="triton", num_splits=2),
     )  # fmt: skip
-    (kernel,) = kernels
-    seen = kernel.split.seen
+    kernel, _ = kernels
+    seen = kernel.run.seen
     tensors = {
         "query": query, "key": key, "value": value, "out": out, "lse": lse, "kv_lens": kv_lens, "q_lens": q_lens,
         "q_offset": offset, "sinks": sinks,
@@ -98,7 +105,7 @@ def test_every_argument_lies_in_its_place(kernels):
     assert seen["key_scales"] == (k_scale.data_ptr(), *k_scale.stride()) and seen["value_scales"] == (0.5,)
     assert slopes.data_ptr() in seen["score_captures"] and seen["mask_captures"] == (9,)
     assert seen["scale"] == 0.25 and seen["key_descriptor"] is seen["value_descriptor"] is None
-    sizes = {"batch": B, "num_kv_heads": HKV, "max_kv_len": N, "num_splits": 2}
+    sizes = {"batch": B, "num_kv_heads": HKV, "max_kv_len": N, "num_queries": Q, "num_splits": 2, "first_place": 0}
     assert {name: seen[name] for name in sizes} == sizes
     partials = [seen[name] for name in ("partial_out", "partial_max", "partial_sum")]
     assert len(set(partials)) == 3 and all(place % 16 == 0 for place in partials) and seen["item_parts"] is None
@@ -109,10 +116,9 @@ def test_both_passes_share_what_they_share(kernels):
         torch.randn(B, HQ, Q, D), torch.randn(B, HKV, N, D), torch.randn(B, HKV, N, DV), kv_lens=torch.tensor([9, N]),
         options=DecodeOptions(backend="triton", schedule="balanced"),
     )  # fmt: skip
-    (kernel,) = kernels
-    split, combine = kernel.split.seen, kernel.combine.seen
-    assert combine == {name: split[name] for name in combine}
-    assert split["item_parts"] is not None and kernel.combine.grid == (B * HQ * Q, 1)
+    split, combine = (one.run for one in kernels)
+    assert combine.seen == {name: split.seen.get(name, combine.seen["num_splits"]) for name in combine.seen}
+    assert split.seen["item_parts"] is not None and combine.grid == (B * HQ * Q, 1)
 
 
 def test_a_plan_that_is_forgotten_leaves_no_kernel_behind(kernels):
