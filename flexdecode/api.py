@@ -94,7 +94,7 @@ def flex_decode(
     counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
-    given: Any = (query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
+    given: Any = (query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, None, scale, out)
     return run_request(
         read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
     )
