@@ -172,8 +172,7 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
         inputs.only_shapes(), (request.score, request.mask), False, options, request.listed, captured
     )
     place, sizes = captured or query.device, inputs.sizes
-    lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
-    tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)
+    lens, tokens = (_known(given, sizes.batch, place) for given in (inputs.given_kv_lens, inputs.given_q_lens))
     first = None if lens is None or tokens is None else lens - tokens
     if inputs.q_offset is not None:
         first = _known(inputs.q_offset, sizes.batch, place)
@@ -193,9 +192,8 @@ def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.
 def _report(call: _Call, target: Target) -> Explanation:
     """What is known of a checked call on a device."""
     inputs, signature = call.inputs, call.signature
-    is_empty = 0 in inputs.out_shape
     schedule, source = None, None
-    if target.facts is not None and not is_empty:
+    if target.facts is not None and not inputs.is_empty:
         schedule, _ = choose_schedule(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
     found = _find_step(call, schedule)
@@ -208,8 +206,9 @@ def _report(call: _Call, target: Target) -> Explanation:
     if step is not None:
         read = _bytes(inputs, step.keys_read)
     elif schedule is None:
-        read = 0 if is_empty else used
-    shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
+        read = 0 if inputs.is_empty else used
+    caches = (f"{name} {inputs.format.shown_shape(getattr(inputs, name))}" for name in ("key", "value"))
+    shapes = ", ".join([f"query {list(inputs.query.shape)}", *caches])
     return Explanation(
         shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
         score_mod=report_mod("score_mod", call.proven, call.mods[0]),
@@ -249,11 +248,10 @@ def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
     """Bytes of keys, values and their scales. `count_keys(True)` counts keys for sequences that share one cache."""
     total, key, value = 0, inputs.key, inputs.value
     for cache, scale, is_own in ((key, inputs.k_scale, True), (value, inputs.v_scale, not shares_storage(key, value))):
-        shared = inputs.page_table is None and len(cache) != len(inputs.query)
         per_key = cache.shape[3] * cache.element_size() if is_own else 0
         if isinstance(scale, torch.Tensor) and scale.dim() == 3:
             per_key += scale.element_size()
-        total += count_keys(shared) * per_key
+        total += count_keys(inputs.shares_keys) * per_key
     return total
 
 
