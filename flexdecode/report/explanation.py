@@ -35,7 +35,7 @@ class Explanation:
         device: what the call runs on, in words.
         signature: what the kernel is specialised to.
         schedule: tiles and programs; None if no kernel is launched.
-        step: the blocks that one decode step reads; None if they are not known.
+        step: the blocks that one decode step reads; None if they are not known, or if the query is packed.
         unknown: why `step` is None, else empty.
         cache_bytes: bytes of all keys and values of the cache.
         used_bytes: bytes of the keys within `kv_lens` and their values; None if the lengths are not known.
@@ -85,11 +85,12 @@ class Explanation:
         if self.schedule is None:
             return f"schedule\n  device    {self.device}"
         schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
-        heads, tokens = signature.group_size, signature.num_queries
+        heads, tokens, packed = signature.group_size, signature.num_queries, signature.kind("cu_seqlens_q") is not None
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
         programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
         if tiles.balanced:
             programs = f"{schedule.num_programs} workers share {schedule.num_items} ({item}) in equal runs of blocks"
+        programs = f"at most {programs}" if packed else programs  # the device finds out how many have work
         if self.step is not None:
             work = self.step.work_of_programs
             busy = int((work > 0).sum())
@@ -100,7 +101,7 @@ class Explanation:
             loads += f", from pages of {signature.page_size}"
         if signature.kv_dtype != signature.dtype:
             loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
-        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
+        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}{' of all sequences' if packed else ''}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
             ("device", self.device),
@@ -205,6 +206,8 @@ def _report(call: _Call, target: Target) -> Explanation:
         used = _bytes(inputs, lambda shared: longest if shared else total)
     if step is not None:
         read = _bytes(inputs, step.keys_read)
+        if inputs.packed:
+            step, unknown = None, "the device divides packed tokens into tiles, so blocks are not counted"
     elif schedule is None:
         read = 0 if inputs.is_empty else used
     caches = (f"{name} {inputs.format.shown_shape(getattr(inputs, name))}" for name in ("key", "value"))
@@ -236,11 +239,14 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         return "the lists of `block_mask` say which blocks are read"
     lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
     if lens is None or tokens is None or first is None:
-        name = "kv_lens" if lens is None else "q_lens" if tokens is None else "q_offset"
-        return f"`{name}` is on the meta device"
+        keys = "kv_lens" if call.inputs.cu_seqlens_k is None else "cu_seqlens_k"
+        queries = "cu_seqlens_q" if call.inputs.packed else "q_lens"
+        return f"`{keys if lens is None else queries if tokens is None else 'q_offset'}` is on the meta device"
     # A sequence without a query token reads nothing.
-    lens = lens.where(tokens > 0, 0)
-    step = find_step(call.proven, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
+    lens, signature = lens.where(tokens > 0, 0), call.signature
+    if call.inputs.packed:  # what is read does not depend on how the tokens of a sequence are divided
+        signature = replace(signature, num_queries=max(1, int(tokens.max())))
+    step = find_step(call.proven, call.mods, lens, first, tokens, signature, call.inputs.sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from packed_cases import draw, totals
 
-from flexdecode import DecodeOptions, KVCache, PagedKVCache, explain, flex_decode
-from flexdecode.call.inputs import Inputs, check_all_lens
+from flexdecode import KVCache, PagedKVCache, explain, flex_decode
 
 CALL = draw([2, 0, 3], [5, 4, 7], Hq=4, Hkv=2)  # T = 7
 PAGED, KEYS = draw([2, 0, 3], [5, 4, 7], "paged"), draw([2, 0, 3], [5, 4, 7], "keys")
@@ -96,15 +95,6 @@ def test_totals_must_ascend(name, most):
     ):
         starts.copy_(torch.tensor(wrong))
         refused(ValueError, f"`{name}` must {message}", KEYS, **{name: starts})
-
-
-def test_totals_are_read_on_a_gpu_only_for_debug():
-    """A meta tensor stands for one on a GPU: reading it fails."""
-    meta = Inputs(*(x.to("meta") for x in (CALL.query, CALL.arguments["key"], CALL.arguments["value"])))
-    meta = meta._replace(cu_seqlens_q=STARTS.to("meta"))
-    check_all_lens(meta, DecodeOptions())
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        check_all_lens(meta, DecodeOptions(debug=True))
 
 
 # --- What has B entries -----------------------------------------------------------------------------------------------
