@@ -9,7 +9,7 @@ from cache_cases import Pages, fill_with_nan, position_score, quantise, spoil
 from support import MODS, assert_close, make_inputs, pytorch_decode
 
 from flexdecode import flex_decode, merge_attention, mods
-from flexdecode.reference import reference_decode
+from flexdecode.reference import evaluate_mod, reference_decode
 
 FAMILIES = {family.name: family for family in MODS}
 KINDS = ["contiguous", "shared", "paged", "int8", "paged_e4m3", "latent", "paged_latent", "keys", "keys_int8"]
@@ -348,6 +348,37 @@ def check_cascade(lengths, heads, cap, device="cpu", options=None, dtype=torch.f
 
 
 # --- Single properties ------------------------------------------------------------------------------------------------
+
+
+DEAD_MASKS = {
+    "window": mods.sliding_window(9),
+    "sinks_and_window": mods.streaming(2, 9),
+    "a_window_for_each_sequence": lambda b, h, q, k: (k <= q) & (q - k < 4 + 9 * b),
+    "nothing": lambda b, h, q, k: k > q,
+}
+
+
+def check_dead_keys(mask, kind, device="cpu", options=None):
+    """Keys that no token attends to hold NaN, and their pages are gone. These masks are solved, so none is read."""
+    mask_mod, q_lens, kv_lens = DEAD_MASKS[mask], [1, 5, 0, 2], [70, 61, 40, 23]
+    call = draw(q_lens, kv_lens, kind, device=device, Hkv=1 if "latent" in kind else 2)
+    finite = check(call, None, mask_mod, options=options)
+    for b, (q, kv) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        grid = torch.tensor([b]), torch.arange(1), kv - q + torch.arange(q), torch.arange(kv)
+        dead = ~evaluate_mod(mask_mod, grid)[0].flatten(0, 1).any(0).to(device)
+        if "page_table" in call.arguments:
+            whole = dead[: kv // 4 * 4].view(-1, 4).all(1)
+            call.arguments["page_table"][b, : len(whole)][whole] = -1
+        for name in ("key", "value"):
+            cache = call.arguments[name]
+            if kind.startswith("keys"):
+                rows = cache[int(call.arguments["cu_seqlens_k"][b]) :][:kv]
+                rows[dead] = fill_with_nan(rows[dead])
+            elif "page_table" not in call.arguments:
+                cache[b, :, :kv][:, dead] = fill_with_nan(cache[b, :, :kv][:, dead])
+    spoiled = check(call, None, mask_mod, options=options)
+    for one, other in zip(finite, spoiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def check_packed_is_padded(kind, device="cpu", options=None):

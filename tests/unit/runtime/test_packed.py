@@ -69,6 +69,12 @@ def test_packed_is_padded(kind):
     cases.check_packed_is_padded(kind)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged_e4m3", "paged_latent", "keys", "keys_int8"])
+@pytest.mark.parametrize("mask", cases.DEAD_MASKS)
+def test_dead_keys(mask, kind):
+    cases.check_dead_keys(mask, kind)
+
+
 def test_out():
     cases.check_out()
 
