@@ -38,6 +38,9 @@ def flex_decode(
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_q_len: int | None = None,
     cache: KVCache | PagedKVCache | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
@@ -50,7 +53,8 @@ def flex_decode(
         >>> out = flex_decode(query, key, value, score_mod=alibi)
 
     Args:
-        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 576.
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 576. Packed, with
+            `cu_seqlens_q`: `[T, Hq, D]`.
         key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence. In the dtype of
             the query, or float8_e4m3fn, float8_e5m2 or int8 with scales.
         value: `[B, Hkv, N, Dv]`. Where it is a view of the first columns of `key` (MLA), memory is read once.
@@ -77,14 +81,23 @@ def flex_decode(
         v_scale: the same for values.
         sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
             value.
+        cu_seqlens_q: where the tokens of each sequence begin in a packed query, int32 `[B + 1]`, on the device of the
+            query: sequence b has rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1`, and its `q_len` is their number,
+            which may be 0. Rows of no sequence give 0 with a log-sum-exp of -inf. Everything else is as with a padded
+            query; `kv_lens`, `q_offset` and the caches have B entries. It takes the place of `q_lens`.
+        cu_seqlens_k: the same for packed keys, which need no cache (cross attention, encoders). Then `key` is
+            `[Tk, Hkv, D]` and `value` `[Tk, Hkv, Dv]`, and the keys of each sequence count from position 0. It needs
+            `cu_seqlens_q`, and takes the place of `kv_lens`, `page_table` and `cache`. Scales are a number or `[Hkv]`.
+        max_q_len: a hint for packed queries: no sequence has more tokens. It may make a call faster; the result never
+            depends on it.
         cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
-        return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
-        out: tensor `[B, Hq, Q, Dv]` to write to, any strides; it shares no memory with an input.
+        return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`, packed `[T, Hq]`.
+        out: tensor `[B, Hq, Q, Dv]`, packed `[T, Hq, Dv]`, to write to, any strides; it shares no memory with an input.
         options: how to execute the call.
 
     Returns:
-        `[B, Hq, Q, Dv]` in the dtype of `query`, and the log-sum-exp if asked for. A row without a live key is 0 with
-        a log-sum-exp of -inf, or of its sink.
+        `[B, Hq, Q, Dv]`, packed `[T, Hq, Dv]`, in the dtype of `query`, and the log-sum-exp if asked for. A row
+        without a live key is 0 with a log-sum-exp of -inf, or of its sink.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together.
@@ -94,7 +107,10 @@ def flex_decode(
     counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
-    given: Any = (query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, None, scale, out)
+    given: Any = (
+        query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
+        max_q_len, scale, out,
+    )  # fmt: skip
     return run_request(
         read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
     )

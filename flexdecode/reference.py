@@ -40,12 +40,14 @@ def reference_decode(
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes `softmax(mask(score_mod(query @ key^T * scale))) @ value` over the live keys.
 
     Args:
-        query: `[B, Hq, Q, D]`, any floating dtype and device.
+        query: `[B, Hq, Q, D]`, any floating dtype and device. With `cu_seqlens_q`: `[T, Hq, D]`.
         key: `[B or 1, Hkv, N, D]`, any dtype; query head `h` reads head `h // (Hq // Hkv)`.
         value: `[B or 1, Hkv, N, Dv]`.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`; natural-log units, absolute positions.
@@ -65,12 +67,17 @@ def reference_decode(
         v_scale: the same for the values.
         sinks: `[Hq]` logits, natural-log units, after scale and mods: the softmax denominator of head `h` gains
             `exp(sinks[h])`.
+        cu_seqlens_q: `[B + 1]` integers c. The tokens of sequence `b` are rows `c[b] .. c[b + 1] - 1` of a packed
+            query; what of them lies outside the query, or before `c[b]`, does not count.
+        cu_seqlens_k: `[B + 1]` integers. Then key is `[Tk, Hkv, D]` and value `[Tk, Hkv, Dv]`, and the keys of sequence
+            `b` are rows of them in the same way. It needs `cu_seqlens_q` and excludes `kv_lens` and `page_table`.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
-        The output `[B, Hq, Q, Dv]` and, if asked for, lse `[B, Hq, Q]`; float64 on the CPU. A row without a live key is
-        0 with lse `-inf`, or `sinks[h]`; one past `q_lens[b]` is 0 with lse `-inf`. A row with a NaN score at a live
-        position is NaN. Keys that the mask rules out for every row that shares them may hold anything.
+        The output `[B, Hq, Q, Dv]` and, if asked for, lse `[B, Hq, Q]`; of a packed query `[T, Hq, Dv]` and `[T, Hq]`;
+        float64 on the CPU. A row without a live key is 0 with lse `-inf`, or `sinks[h]`; one past `q_lens[b]`, or of no
+        sequence, is 0 with lse `-inf`. A row with a NaN score at a live position is NaN. Keys that the mask rules out
+        for every row that shares them may hold anything.
 
     Raises:
         ValueError: a `page_table` without `kv_lens`.
@@ -78,45 +85,93 @@ def reference_decode(
     """
     if page_table is not None and kv_lens is None:
         raise ValueError("`page_table` needs `kv_lens`")
-    (B, Hq, Q, D), (_, Hkv, N, Dv) = query.shape, value.shape
+    packed = cu_seqlens_q is not None
+    B = len(query) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    T, N = query.shape[0 if packed else 2], value.shape[0 if cu_seqlens_k is not None else 2]
     N *= 1 if page_table is None else page_table.shape[1]
-    rows = Hq // Hkv * Q  # The query rows that share a key head.
-    scale = D**-0.5 if scale is None else scale
     lens = _per_sequence(N if kv_lens is None else kv_lens, B).clamp(0, N)
-    tokens = _per_sequence(Q if q_lens is None else q_lens, B).clamp(0, Q)
-    first = lens - tokens if q_offset is None else _per_sequence(q_offset, B)
+    tokens = _per_sequence(T if q_lens is None else q_lens, B).clamp(0, T)
+    positions = None if q_offset is None else _per_sequence(q_offset, B)
+    mods, factor = (score_mod, mask_mod), query.shape[-1] ** -0.5 if scale is None else scale
 
-    out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
-    lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
+    out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
+    lse = torch.full(query.shape[:-1], -torch.inf, dtype=torch.float64)
     for batch in range(B):
         # Nothing below can see what lies past these lengths.
         n, m = int(lens[batch]), int(tokens[batch])
-        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
-        live = torch.ones(Hq, Q, n, dtype=torch.bool)
-        if mask_mod is not None:
-            live = evaluate_mod(mask_mod, grid)[0]
-        read = live[:, :m].reshape(Hkv, Hq // Hkv * m, n).any(1)  # What no row attends to is not read: it may be NaN.
-        q = query[batch].to("cpu", torch.float64).reshape(Hkv, rows, D)
-        k = dequantized_rows(key, k_scale, batch, n, page_table, read=read)
-        v = dequantized_rows(value, v_scale, batch, n, page_table, read=read)
-
-        score = (q @ k.mT).reshape(Hq, Q, n) * scale
-        if score_mod is not None:
-            score = evaluate_mod(score_mod, grid, score[None])[0]
-        score = score.where(live, -torch.inf)
-        # The sink is one more score, without a value.
-        sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.to("cpu")
-        score = torch.cat([score, sink.double()[:, None, None].expand(Hq, Q, 1)], dim=-1)
-        # Relative to the largest score: beside 1e30 even float64 has no digits left for the logarithm of a sum.
-        largest = score.amax(dim=-1)
-        # A row without a live key keeps finite arithmetic: exp(-inf - 0) = 0.
-        weight = (score - largest.where(largest != -torch.inf, 0.0)[..., None]).exp()
-        total = weight.sum(dim=-1)
-        values = (weight[..., :n].reshape(Hkv, rows, n) @ v).reshape(Hq, Q, Dv)
-        out[batch] = values / total.where(total != 0, 1.0)[..., None]
-        lse[batch] = (largest + total.log()).where(largest != torch.inf, torch.inf)
-        out[batch, :, m:], lse[batch, :, m:] = 0.0, -torch.inf
+        k, v = key, value
+        if cu_seqlens_k is not None:
+            first, end = _rows_of(cu_seqlens_k, batch, N)
+            n, k, v = end - first, key[None, first:end].transpose(1, 2), value[None, first:end].transpose(1, 2)
+        if cu_seqlens_q is None:
+            q = query[batch, :, :m]
+        else:
+            first, end = _rows_of(cu_seqlens_q, batch, T)
+            m, q = end - first, query[first:end].transpose(0, 1)
+        start = n - m if positions is None else int(positions[batch])
+        grid = torch.tensor([batch]), torch.arange(query.shape[1]), start + torch.arange(m), torch.arange(n)
+        rows = functools.partial(dequantized_rows, batch=batch, length=n, page_table=page_table)
+        caches = functools.partial(rows, k, k_scale), functools.partial(rows, v, v_scale)
+        result, total = _attend(q.to("cpu", torch.float64), key.shape[1], caches, mods, grid, factor, sinks)
+        if packed:
+            out[first:end], lse[first:end] = result.transpose(0, 1), total.transpose(0, 1)
+        else:
+            out[batch, :, :m], lse[batch, :, :m] = result, total
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    query: torch.Tensor,
+    Hkv: int,
+    caches: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]],
+    mods: tuple[Callable[..., Any] | None, Callable[..., Any] | None],
+    grid: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention of one sequence.
+
+    Args:
+        query: its tokens, float64 `[Hq, m, D]`.
+        Hkv: heads of its keys.
+        caches: give its keys `[Hkv, n, D]` and values `[Hkv, n, Dv]`; `read` `[Hkv, n]` says which rows to read.
+        mods: the score_mod and the mask_mod.
+        grid: the values of `b` [1], `h` [Hq], `q_idx` [m] and `kv_idx` [n].
+        scale: factor on the dot products.
+        sinks: `[Hq]` logits.
+
+    Returns:
+        Output `[Hq, m, Dv]` and lse `[Hq, m]`.
+    """
+    (score_mod, mask_mod), (_, Hq, m, n) = mods, map(len, grid)
+    rows = Hq // Hkv * m  # The query rows that share a key head.
+    live = torch.ones(Hq, m, n, dtype=torch.bool)
+    if mask_mod is not None:
+        live = evaluate_mod(mask_mod, grid)[0]
+    read = live.reshape(Hkv, rows, n).any(1)  # What no row attends to is not read: it may be NaN.
+    k, v = (cache(read=read) for cache in caches)
+
+    score = (query.reshape(Hkv, rows, query.shape[-1]) @ k.mT).reshape(Hq, m, n) * scale
+    if score_mod is not None:
+        score = evaluate_mod(score_mod, grid, score[None])[0]
+    score = score.where(live, -torch.inf)
+    # The sink is one more score, without a value.
+    sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.to("cpu")
+    score = torch.cat([score, sink.double()[:, None, None].expand(Hq, m, 1)], dim=-1)
+    # Relative to the largest score: beside 1e30 even float64 has no digits left for the logarithm of a sum.
+    largest = score.amax(dim=-1)
+    # A row without a live key keeps finite arithmetic: exp(-inf - 0) = 0.
+    weight = (score - largest.where(largest != -torch.inf, 0.0)[..., None]).exp()
+    total = weight.sum(dim=-1)
+    values = (weight[..., :n].reshape(Hkv, rows, n) @ v).reshape(Hq, m, v.shape[-1])
+    lse = (largest + total.log()).where(largest != torch.inf, torch.inf)
+    return values / total.where(total != 0, 1.0)[..., None], lse
+
+
+def _rows_of(cu_seqlens: torch.Tensor, batch: int, most: int) -> tuple[int, int]:
+    """The first row of a sequence and the row after its last one, within `most` rows."""
+    first = min(max(int(cu_seqlens[batch]), 0), most)
+    return first, min(max(int(cu_seqlens[batch + 1]), first), most)
 
 
 def _per_sequence(numbers: Any, batch: int) -> torch.Tensor:

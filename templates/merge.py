@@ -23,7 +23,8 @@ def merge_parts(
     """Merges the first NUM_PARTS of `out_i` [B, Hq, Q, Dv] and `lse_i` [B, Hq, Q] into contiguous tensors.
 
     Log-sum-exps are float32, natural-log units. All `out_i` have the same strides, in units of STRIDE_UNIT elements,
-    and the last is 1; all `lse_i` have the same strides. num_rows is B * Hq * Q.
+    and the last is 1; all `lse_i` have the same strides. num_rows is B * Hq * Q. Rows [T, Hq] of packed queries come as
+    B = T sequences with Q = 1.
     Grid: (cdiv(num_rows, BLOCK_M), cdiv(Dv, BLOCK_DV)).
     """
     outs = (out_0, out_1, out_2, out_3, out_4, out_5, out_6, out_7)

@@ -88,19 +88,17 @@ class BlockLists:
         Raises:
             ValueError: a position is outside.
         """
-        num_queries, max_kv_len = inputs.query.shape[2], inputs.max_kv_len
-        kv_lens, q_offset = inputs.kv_lens, inputs.q_offset
-        if kv_lens is None and max_kv_len > self.num_kv:
-            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {max_kv_len}")
-        tokens = num_queries if inputs.q_lens is None else inputs.q_lens
-        start = (max_kv_len if kv_lens is None else kv_lens) - tokens if q_offset is None else q_offset
+        lens, tokens, q_offset = inputs.given_kv_lens, inputs.given_q_lens, inputs.q_offset
+        if inputs.kv_lens is None and isinstance(lens, int) and lens > self.num_kv:
+            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {lens}")
+        start = lens - tokens if q_offset is None else q_offset
         ends = start + tokens
         if any(isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel()) for x in (start, ends)):
             return
         start, ends = (torch.as_tensor(x, device="cpu") for x in (start, ends))
         first, last = int(start.min()), int(ends.max()) - 1
         # Without `q_offset`, a sequence shorter than the query has tokens at negative positions, which attend nowhere.
-        if num_queries and (last >= self.num_q or (first < 0 and q_offset is not None)):
+        if inputs.num_tokens and (last >= self.num_q or (first < 0 and q_offset is not None)):
             raise ValueError(
                 f"`block_mask` covers query positions 0 to {self.num_q - 1}, but the call has {first} to {last}: make "
                 "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
@@ -144,8 +142,8 @@ class BlockLists:
         return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n)
 
 
-def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
-    """Joins a BlockMask and a mask_mod.
+def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
+    """Joins a BlockMask and a mask_mod, for a checked call.
 
     Returns:
         A mask_mod that is true where both are, and the lists of blocks.
@@ -165,11 +163,12 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, mask_mod: Callable | N
             "one whose `b` and `h` count from the start of the part"
         )
     versions = [_version(getattr(block_mask, name)) for name in _LISTS]
-    key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, query.shape[:2], query.device)
+    sizes = inputs.batch, inputs.num_q_heads, inputs.query.device
+    key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, *sizes)
     made = _known.get(block_mask) or _known.setdefault(block_mask, Bounded(limit=8))
     found = made.get(key)
     if found is None:
-        found = BlockLists(block_mask, query.shape[0], query.shape[1], query.device)
+        found = BlockLists(block_mask, *sizes)
         made.add(key, found)
     return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
 

@@ -1,7 +1,8 @@
 """How keys and values lie in memory: one object for each kind of cache.
 
 A kind says which shapes it takes, how long a sequence may be, which templates its kernels need, and how PyTorch
-operations read it. A call with a page table is `PAGED`.
+operations read it. A call with a page table is `PAGED`, one with `cu_seqlens_k` is `PACKED`. Each of these tensors is
+the table of its kind.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .packing import rows_of_sequences
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,6 +47,10 @@ class Contiguous:
         """Tokens of a page; 0 if there are no pages."""
         return 0
 
+    def shown_shape(self, tensor: torch.Tensor) -> list[int]:
+        """The shape of keys or values as the caller knows it."""
+        return list(tensor.shape)
+
     def types(self, pointer: Any) -> tuple:
         """Triton types of the kernels' argument `page_table`; `pointer` is the type of the table's address."""
         return ()
@@ -53,21 +60,33 @@ class Contiguous:
         return ()
 
     def gather(
-        self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
+        self,
+        key: torch.Tensor,
+        table: torch.Tensor | None,
+        kv: torch.Tensor,
+        read: torch.Tensor,
+        check: bool,
+        owner: torch.Tensor | None = None,
     ) -> Gather:
         """Makes a function that takes `key`, `value` or scales per token and gives the rows of some positions.
 
         Args:
             key: of the call.
-            table: pages of each sequence.
+            table: what says where the keys of each sequence lie.
             kv: ascending positions [n] without a gap.
-            read: bool [B, Hkv, n], which of them are read.
+            read: bool [R, Hkv, n], which of them are read.
             check: whether to refuse tables that lead out of the cache; on a CPU they are always refused.
+            owner: the sequence that each of the R results is for, int64 [R]. By default each sequence has one.
 
         Returns:
-            The function; it gives rows [B or 1, Hkv, n, ...].
+            The function; it gives rows [R or 1, Hkv, n, ...].
         """
-        return lambda tensor: tensor[:, :, int(kv[0]) : int(kv[-1]) + 1] if len(kv) else tensor[:, :, :0]
+
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            found = tensor[:, :, int(kv[0]) : int(kv[-1]) + 1] if len(kv) else tensor[:, :, :0]
+            return found if owner is None or len(found) == 1 else found[owner]
+
+        return rows
 
 
 class Paged(Contiguous):
@@ -103,10 +122,17 @@ class Paged(Contiguous):
         return (at(table), table.stride(0), key.shape[0])
 
     def gather(
-        self, key: torch.Tensor, table: torch.Tensor | None, kv: torch.Tensor, read: torch.Tensor, check: bool
+        self,
+        key: torch.Tensor,
+        table: torch.Tensor | None,
+        kv: torch.Tensor,
+        read: torch.Tensor,
+        check: bool,
+        owner: torch.Tensor | None = None,
     ) -> Gather:
         """As for a contiguous cache."""
         assert table is not None
+        table = table if owner is None else table[owner]
         page_size, num_pages = key.shape[2], key.shape[0]
         pages = torch.where(read.any(1), table[:, kv // page_size], 0).long()
         wrong = (pages < 0) | (pages >= num_pages)
@@ -117,4 +143,49 @@ class Paged(Contiguous):
         return lambda tensor: tensor[pages, :, kv % page_size].transpose(1, 2)
 
 
-CONTIGUOUS, PAGED = Contiguous(), Paged()
+class Packed(Contiguous):
+    """`[Tk, Hkv, D]`: the keys of all sequences one after another. The table is `cu_seqlens_k`.
+
+    Everything below the checks sees the view `[1, Hkv, Tk, D]`: one cache, in which each sequence has a part.
+    """
+
+    form = "[Tk, Hkv, {}]"
+    sizes = "Hkv = {1} and Tk = {2} (from key)"
+    capacity_form = "Tk = {} (from key)"
+    has_matrices = False
+
+    def owners(self, batch: int, key: torch.Tensor) -> int:
+        """0: no sequence has an index of its own in the view, so its stride counts as 0."""
+        return 0
+
+    def shown_shape(self, tensor: torch.Tensor) -> list[int]:
+        """[Tk, Hkv, D]."""
+        _, heads, rows, width = tensor.shape
+        return [rows, heads, width]
+
+    def types(self, pointer: Any) -> tuple:
+        """Type of the address of `cu_seqlens_k`. Its entries are clamped to the capacity, which kernels always take."""
+        return (pointer,)
+
+    def arguments(self, key: torch.Tensor, table: torch.Tensor | None, at: Callable) -> tuple:
+        """As `types` says."""
+        return (at(table),)
+
+    def gather(
+        self,
+        key: torch.Tensor,
+        table: torch.Tensor | None,
+        kv: torch.Tensor,
+        read: torch.Tensor,
+        check: bool,
+        owner: torch.Tensor | None = None,
+    ) -> Gather:
+        """As for a contiguous cache; there are no scales per token."""
+        assert table is not None and owner is not None
+        start, _ = rows_of_sequences(table, key.shape[2])
+        # What is not read may lie past the last key.
+        places = torch.where(read.any(1), start[owner][:, None] + kv, 0)
+        return lambda tensor: tensor[0].transpose(0, 1)[places].transpose(1, 2)
+
+
+CONTIGUOUS, PAGED, PACKED = Contiguous(), Paged(), Packed()

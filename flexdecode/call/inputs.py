@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
-from .formats import CONTIGUOUS, PAGED, Contiguous
+from .formats import CONTIGUOUS, PACKED, PAGED, Contiguous
 from .overlap import overlaps_itself
+from .packing import check_ascending, rows_of_sequences
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -90,13 +91,22 @@ class Inputs(NamedTuple):
     v_scale: float | torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_q_len: int | None = None
     scale: float | None = None
     out: torch.Tensor | None = None
 
     @property
     def format(self) -> Contiguous:
         """How keys and values lie in memory."""
+        if self.cu_seqlens_k is not None:
+            return PACKED
         return CONTIGUOUS if self.page_table is None else PAGED
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """What says where the keys of a sequence lie: `page_table`, `cu_seqlens_k` or nothing."""
+        return self.page_table if self.cu_seqlens_k is None else self.cu_seqlens_k
 
     @property
     def capacity(self) -> int:
@@ -109,15 +119,63 @@ class Inputs(NamedTuple):
         return self.kv_lens if isinstance(self.kv_lens, int) else self.capacity
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        """[B, Hq, Q, Dv]."""
-        batch, num_q_heads, num_queries, _ = self.query.shape
-        return batch, num_q_heads, num_queries, self.value.shape[3]
+    def packed(self) -> bool:
+        """Whether the query is `[T, Hq, D]`, the tokens of all sequences one after another."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the call."""
+        return len(self.query) if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+
+    @property
+    def num_q_heads(self) -> int:
+        """Query heads. They are the second dimension of both forms of a query."""
+        return self.query.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """The most query tokens that a sequence can have: Q, or T of a packed query."""
+        return self.query.shape[0 if self.packed else 2]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.query.shape[-1]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, Hq, Q, Dv], or [T, Hq, Dv] of a packed query. The log-sum-exp has the same without Dv."""
+        return *self.query.shape[:-1], self.value.shape[3]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no element of the output, or no sequence that has one."""
+        return 0 in self.out_shape or self.batch == 0
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether all sequences have one contiguous cache."""
+        return self.table is None and len(self.key) != self.batch
+
+    @property
+    def given_kv_lens(self) -> int | torch.Tensor:
+        """Keys of the sequences, as the call says it: a number for all, or [B], which may exceed the capacity."""
+        if self.cu_seqlens_k is not None:
+            return rows_of_sequences(self.cu_seqlens_k, self.capacity)[1]
+        return self.max_kv_len if self.kv_lens is None else self.kv_lens
+
+    @property
+    def given_q_lens(self) -> int | torch.Tensor:
+        """Query tokens of the sequences, as the call says it: a number for all, or [B]."""
+        if self.cu_seqlens_q is not None:
+            return rows_of_sequences(self.cu_seqlens_q, self.num_tokens)[1]
+        return self.num_tokens if self.q_lens is None else self.q_lens
 
     @property
     def sizes(self) -> Sizes:
         """Run-time sizes, which change without a new kernel."""
-        return Sizes(self.query.shape[0], self.key.shape[1], self.max_kv_len, self.query.shape[2])
+        return Sizes(self.batch, self.key.shape[1], self.max_kv_len, self.num_tokens, self.max_q_len)
 
     def only_shapes(self) -> Inputs:
         """If the query is on the meta device, the same with all tensors there: then they may have been anywhere.
@@ -144,7 +202,7 @@ class Sizes(NamedTuple):
     max_q_len: int | None = None
 
 
-def same_for_all(numbers: Any, query: torch.Tensor) -> Any:
+def same_for_all(numbers: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
     """Lengths or positions, possibly one for all sequences: a number becomes an int, a 0-d tensor a tensor [B].
 
     A 0-d tensor on the CPU is read as a number. Anything else stays as it is and is checked later.
@@ -156,24 +214,69 @@ def same_for_all(numbers: Any, query: torch.Tensor) -> Any:
             return numbers
         if numbers.device.type == "cpu":
             return int(numbers)
-        batch = _batch(query)
+        batch = _batch(query, cu_seqlens_q)
         return numbers.view(1) if batch == 1 else numbers.expand(batch)
     is_integer = isinstance(numbers, Integral) and not isinstance(numbers, bool)
     return int(numbers) if is_integer else numbers
 
 
-def per_sequence(lengths: Any, query: torch.Tensor) -> Any:
+def per_sequence(lengths: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
     """As `same_for_all`, but a number also becomes a tensor [B]."""
-    lengths = same_for_all(lengths, query)
+    lengths = same_for_all(lengths, query, cu_seqlens_q)
     if type(lengths) is int and isinstance(query, torch.Tensor):
         place = "cpu" if query.is_meta else query.device  # `explain` reads the lengths
-        return torch.full((_batch(query),), lengths, dtype=torch.int64, device=place)
+        return torch.full((_batch(query, cu_seqlens_q),), lengths, dtype=torch.int64, device=place)
     return lengths
 
 
-def _batch(query: object) -> int:
+def _batch(query: object, cu_seqlens_q: object) -> int:
     """Sequences of a query that is not checked yet."""
+    if isinstance(cu_seqlens_q, torch.Tensor):
+        return max(cu_seqlens_q.numel() - 1, 0)
     return len(query) if isinstance(query, torch.Tensor) and query.dim() else 1
+
+
+def as_hint(max_q_len: Any) -> int | None:
+    """`max_q_len` as an int. A call that is known already does not check it again, so it is checked here.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than 1.
+    """
+    if max_q_len is None:
+        return None
+    if isinstance(max_q_len, bool) or not isinstance(max_q_len, Integral):
+        raise TypeError(f"`max_q_len` must be an integer or None, got {type(max_q_len).__name__}")
+    if max_q_len < 1:
+        raise ValueError(f"`max_q_len` must be at least 1, got {max_q_len}")
+    return int(max_q_len)
+
+
+def with_packed_keys(inputs: Inputs) -> Inputs:
+    """The call with its packed keys and values as views `[1, Hkv, Tk, D]`: a cache in which each sequence has a part.
+
+    Raises:
+        ValueError: `cu_seqlens_k` is given with what it excludes, or the keys are not packed.
+    """
+    for name in ("kv_lens", "page_table"):
+        if getattr(inputs, name) is not None:
+            raise ValueError(
+                f"`{name}` and `cu_seqlens_k` exclude one another: `cu_seqlens_k` says where the keys of a sequence lie"
+            )
+    if inputs.cu_seqlens_q is None:
+        raise ValueError("`cu_seqlens_k` needs `cu_seqlens_q`, which says where the query tokens of a sequence lie")
+    views: dict[str, Any] = {}
+    for name, form in (("key", "D"), ("value", "Dv")):
+        tensor = getattr(inputs, name)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"`{name}` must have shape {PACKED.form.format(form)} beside `cu_seqlens_k`, got {list(tensor.shape)}; "
+                "a cache [B, Hkv, N, D] takes `kv_lens` instead"
+            )
+        views[name] = tensor.transpose(0, 1)[None]
+    return inputs._replace(**views)
 
 
 def as_scale(scale: Any, query: torch.Tensor) -> Any:
@@ -193,23 +296,23 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     query, key, value = inputs.query, inputs.key, inputs.value
     if not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    _check_tensor("query", query, query, DTYPES)
+    _check_query(inputs)
     for name, cache in (("key", key), ("value", value)):
-        _check_tensor(name, cache, query, (query.dtype, *QUANTISED))
+        also = "; packed keys [Tk, Hkv, D] need `cu_seqlens_k`" if getattr(cache, "ndim", 0) == 3 else ""
+        _check_tensor(name, cache, query, (query.dtype, *QUANTISED), also=also)
     if value.dtype != key.dtype:
         raise ValueError(f"`value` must have the dtype of `key`, {key.dtype}, got {value.dtype}")
     _check_caches(inputs)
-    batch, num_q_heads, num_queries, _ = query.shape
-    if num_q_heads > MAX_HEADS:
-        raise ValueError(f"`query` must have at most {MAX_HEADS} heads, got Hq = {num_q_heads}")
-    if num_queries > MAX_QUERIES:
-        raise ValueError(f"`query` must have at most {MAX_QUERIES} tokens, got Q = {num_queries}")
-    if batch * num_q_heads * num_queries >= 1 << 31:
+    if inputs.num_q_heads > MAX_HEADS:
+        raise ValueError(f"`query` must have at most {MAX_HEADS} heads, got Hq = {inputs.num_q_heads}")
+    if inputs.num_tokens > MAX_QUERIES:
+        raise ValueError(f"`query` must have at most {MAX_QUERIES} tokens, got {_tokens(inputs)}")
+    if math.prod(query.shape[:-1]) >= 1 << 31:
         raise ValueError(f"`query` must have fewer than 2**31 rows, got {tuple(query.shape)}")
     _check_kv_lens(inputs)
-    _check_per_sequence("q_lens", inputs.q_lens, query, "an integer or ")
+    _check_per_sequence("q_lens", inputs.q_lens, inputs, "an integer or ")
     check_all_lens(inputs, options)
-    _check_q_offset(inputs.q_offset, query)
+    _check_q_offset(inputs.q_offset, inputs)
     if inputs.scale is not None:
         checked_scale(inputs.scale)
     for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
@@ -220,15 +323,60 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
         _check_out(inputs.out, inputs)
 
 
+def _check_query(inputs: Inputs) -> None:
+    """Checks the query, and what says where its tokens lie if it is packed."""
+    query, dim = inputs.query, getattr(inputs.query, "ndim", 0)
+    if inputs.cu_seqlens_q is None:
+        if inputs.max_q_len is not None:
+            raise ValueError("`max_q_len` is for a packed query: it needs `cu_seqlens_q`")
+        also = "; a packed query [T, Hq, D] needs `cu_seqlens_q`"
+        _check_tensor("query", query, query, DTYPES, also=also if dim == 3 else "")
+        return
+    also = "; `query.transpose(1, 2).flatten(0, 1)` packs [B, Hq, Q, D], and without `cu_seqlens_q` it passes as it is"
+    form = "3 dimensions [T, Hq, D] beside `cu_seqlens_q`"
+    _check_tensor("query", query, query, DTYPES, form, also if dim == 4 else "")
+    if inputs.q_lens is not None:
+        raise ValueError(
+            "`q_lens` and `cu_seqlens_q` exclude one another: `cu_seqlens_q` says which tokens a sequence has"
+        )
+    _check_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, query)
+    if inputs.cu_seqlens_k is not None:
+        _check_cu_seqlens("cu_seqlens_k", inputs.cu_seqlens_k, query)
+        if inputs.cu_seqlens_k.shape != inputs.cu_seqlens_q.shape:
+            expected = f"[B + 1] = {list(inputs.cu_seqlens_q.shape)} (from cu_seqlens_q)"
+            raise ValueError(f"`cu_seqlens_k` must have shape {expected}, got {list(inputs.cu_seqlens_k.shape)}")
+
+
+def _check_cu_seqlens(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    """Checks where the rows of packed sequences begin, without reading it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"`{name}` must be an int32 tensor [B + 1], got {type(tensor).__name__}")
+    if tensor.dim() != 1 or not len(tensor):
+        raise ValueError(f"`{name}` must have shape [B + 1], at least one entry, got {list(tensor.shape)}")
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"`{name}` must be int32, got {tensor.dtype}: convert it, `{name}.to(torch.int32)`")
+    check_place(name, tensor, query)
+
+
+def _tokens(inputs: Inputs) -> str:
+    """The number of query tokens, in words."""
+    return f"{'T' if inputs.packed else 'Q'} = {inputs.num_tokens}"
+
+
+def _batch_source(inputs: Inputs) -> str:
+    """The argument that says how many sequences there are."""
+    return "cu_seqlens_q" if inputs.packed else "query"
+
+
 def _check_caches(inputs: Inputs) -> None:
     """Checks the shapes of key and value, and the page table."""
-    query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.format.form
-    batch, num_q_heads, _, head_dim = query.shape
-    caches = batch if inputs.page_table is None else None
-    _check_shape("key", key, (caches, None, None, head_dim), form.format("D"), f"D = {head_dim} (from query)")
+    key, value, form = inputs.key, inputs.value, inputs.format.form
+    num_q_heads, head_dim = inputs.num_q_heads, inputs.head_dim
+    caches = inputs.batch if inputs.table is None else None
+    _check_shape("key", inputs, (caches, None, None, head_dim), form.format("D"), f"D = {head_dim} (from query)")
     num_caches, num_kv_heads, rows, _ = key.shape
     source = inputs.format.sizes.format(*key.shape)
-    _check_shape("value", value, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
+    _check_shape("value", inputs, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
     if caches is None and len(value) != num_caches:
         raise ValueError(f"`value` must have as many pages as `key`, {num_caches}, got {len(value)}")
     for name, size, most in (("query", head_dim, MAX_HEAD_DIM), ("value", value.shape[3], MAX_V_HEAD_DIM)):
@@ -247,26 +395,34 @@ def _check_caches(inputs: Inputs) -> None:
 
 
 def _check_page_table(table: torch.Tensor, inputs: Inputs) -> None:
-    query, page_size = inputs.query, inputs.key.shape[2]
+    page_size = inputs.key.shape[2]
     if not isinstance(table, torch.Tensor):
         raise TypeError(f"`page_table` must be an int32 or int64 tensor [B, max_pages], got {type(table).__name__}")
-    if table.dim() != 2 or table.shape[0] != query.shape[0]:
-        expected = f"[B, max_pages] with B = {query.shape[0]} (from query)"
+    if table.dim() != 2 or table.shape[0] != inputs.batch:
+        expected = f"[B, max_pages] with B = {inputs.batch} (from {_batch_source(inputs)})"
         raise ValueError(f"`page_table` must have shape {expected}, got {list(table.shape)}")
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`page_table` must be int32 or int64, got {table.dtype}")
-    check_place("page_table", table, query)
+    check_place("page_table", table, inputs.query)
     if page_size == 0:
         raise ValueError("`key` must have pages of at least one token, got page_size = 0")
     if inputs.kv_lens is None:
         raise ValueError("`page_table` needs `kv_lens`: the pages of a sequence do not say where it ends")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    query: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    form: str = "4 dimensions [B, H, tokens, head_dim]",
+    also: str = "",
+) -> None:
+    """Checks the type and the dtype of a tensor, and that it has as many dimensions as its `form` says."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dim() != 4:
-        raise ValueError(f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got shape {list(tensor.shape)}")
+    if tensor.dim() != int(form[0]):
+        raise ValueError(f"`{name}` must have {form}, got shape {list(tensor.shape)}{also}")
     if query.dtype not in DTYPES:
         raise ValueError(f"`query` must be float16, bfloat16 or float32, got {query.dtype}")
     if tensor.dtype not in dtypes:
@@ -293,21 +449,24 @@ def check_place(
         )
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple, form: str, source: str) -> None:
-    batch, *rest = expected
+def _check_shape(name: str, inputs: Inputs, expected: tuple, form: str, source: str) -> None:
+    """Checks the shape of key or value; None among the `expected` sizes stands for any size."""
+    tensor, (batch, *rest) = getattr(inputs, name), expected
+    found = inputs.format.shown_shape(tensor)
     fits = all(want is None or want == got for want, got in zip(rest, tensor.shape[1:], strict=True))
     if not fits:
-        raise ValueError(f"`{name}` must have shape {form} with {source}, got {list(tensor.shape)}")
+        raise ValueError(f"`{name}` must have shape {form} with {source}, got {found}")
     if batch is not None and tensor.shape[0] not in (batch, 1):
+        owner = _batch_source(inputs)
         raise ValueError(
-            f"`{name}` must have shape {form} with B = {batch} (from query) or 1 to broadcast, got {list(tensor.shape)}"
+            f"`{name}` must have shape {form} with B = {batch} (from {owner}) or 1 to broadcast, got {found}"
         )
 
 
 def _check_kv_lens(inputs: Inputs) -> None:
     length: Any = inputs.kv_lens
     if type(length) is not int:
-        _check_per_sequence("kv_lens", length, inputs.query, "an integer or ")
+        _check_per_sequence("kv_lens", length, inputs, "an integer or ")
     elif not 0 <= length <= inputs.capacity:
         raise ValueError(f"`kv_lens` must lie between 0 and {_capacity(inputs)[1]}, got {length}")
 
@@ -317,16 +476,16 @@ def _capacity(inputs: Inputs) -> tuple[int, str]:
     return inputs.capacity, inputs.format.capacity_form.format(inputs.capacity)
 
 
-def _check_per_sequence(name: str, tensor: torch.Tensor | None, query: torch.Tensor, also: str = "") -> None:
+def _check_per_sequence(name: str, tensor: torch.Tensor | None, inputs: Inputs, also: str = "") -> None:
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be {also}an int32 or int64 tensor [B], got {type(tensor).__name__}")
-    if tensor.dim() and tensor.shape != query.shape[:1]:
-        raise ValueError(f"`{name}` must have shape [B] = [{query.shape[0]}], got {list(tensor.shape)}")
+    if tensor.dim() and list(tensor.shape) != [inputs.batch]:
+        raise ValueError(f"`{name}` must have shape [B] = [{inputs.batch}], got {list(tensor.shape)}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`{name}` must be int32 or int64, got {tensor.dtype}")
-    check_place(name, tensor, query)
+    check_place(name, tensor, inputs.query)
 
 
 def checked_scale(scale: object, name: str = "scale") -> float:
@@ -349,17 +508,26 @@ def checked_scale(scale: object, name: str = "scale") -> float:
 
 
 def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
-    """Checks `kv_lens` and `q_lens` if they are on the CPU or if `options.debug` is set, which waits for a GPU.
+    """Checks lengths if they are on the CPU or if `options.debug` is set, which waits for a GPU.
 
     Raises:
-        ValueError: a length is negative or too large.
+        ValueError: a length is negative or too large, or `cu_seqlens_q` or `cu_seqlens_k` does not ascend.
     """
     kv_lens, q_lens = inputs.kv_lens, inputs.q_lens
     if isinstance(kv_lens, torch.Tensor) and (kv_lens.device.type == "cpu" or options.debug):
         check_lens("kv_lens", kv_lens, *_capacity(inputs))
     if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
-        most = inputs.query.shape[2]
-        check_lens("q_lens", q_lens, most, f"Q = {most} (from query)")
+        check_lens("q_lens", q_lens, inputs.num_tokens, f"{_tokens(inputs)} (from query)")
+    for name, most, limit in (
+        ("cu_seqlens_q", inputs.num_tokens, f"{_tokens(inputs)} (from query)"),
+        ("cu_seqlens_k", *_capacity(inputs)),
+    ):
+        cu_seqlens = getattr(inputs, name)
+        if cu_seqlens is None or cu_seqlens.is_meta:  # `explain` knows shapes only
+            continue
+        if cu_seqlens.device.type == "cpu" or options.debug:
+            check_lens(name, cu_seqlens, most, limit)
+            check_ascending(name, cu_seqlens)
 
 
 def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
@@ -373,18 +541,18 @@ def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
         raise ValueError(f"`{name}` must lie between 0 and {limit}, got {found}")
 
 
-def _check_q_offset(q_offset: object, query: torch.Tensor) -> None:
+def _check_q_offset(q_offset: object, inputs: Inputs) -> None:
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.Tensor, type(None))):
         raise TypeError(f"`q_offset` must be an integer or an integer tensor [B], got {type(q_offset).__name__}")
     if isinstance(q_offset, torch.Tensor):
-        _check_per_sequence("q_offset", q_offset, query)
+        _check_per_sequence("q_offset", q_offset, inputs)
     elif q_offset is not None and not -(1 << 63) <= q_offset < 1 << 63:
         raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
 
 
 def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
     """Checks `k_scale` or `v_scale`."""
-    key, query = inputs.key, inputs.query
+    key = inputs.key
     if key.dtype not in QUANTISED:
         if scale is not None:
             raise ValueError(f"`{name}` is for caches in float8 or int8, but `key` and `value` are {key.dtype}")
@@ -395,14 +563,15 @@ def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
         checked_scale(scale, name)
         return
     heads = key.shape[1]
-    shapes = [[heads], [len(query), heads], list(key.shape[:3])]
-    form = f"[Hkv], [B, Hkv] or {inputs.format.scale_form}"
+    shapes = [[heads], [inputs.batch, heads], list(key.shape[:3])]
+    form, expected = f"[Hkv], [B, Hkv] or {inputs.format.scale_form}", f"{shapes[0]}, {shapes[1]} or {shapes[2]}"
+    if inputs.cu_seqlens_k is not None:
+        shapes, form, expected = shapes[:1], "[Hkv]", f"{shapes[0]}"
     if scale.dim() and list(scale.shape) not in shapes:
-        expected = f"{shapes[0]}, {shapes[1]} or {shapes[2]}"
         raise ValueError(f"`{name}` must be a number or have shape {form} = {expected}, got {list(scale.shape)}")
     if scale.dtype not in DTYPES:
         raise ValueError(f"`{name}` must be float32, float16 or bfloat16, got {scale.dtype}")
-    check_place(name, scale, query)
+    check_place(name, scale, inputs.query)
 
 
 def _check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
@@ -416,9 +585,11 @@ def _check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
 
 
 def _check_out(out: torch.Tensor, inputs: Inputs) -> None:
-    _check_tensor("out", out, inputs.query, (inputs.query.dtype,))
+    form = "[T, Hq, Dv]" if inputs.packed else "[B, Hq, Q, Dv]"
+    dimensions = f"3 dimensions {form}" if inputs.packed else "4 dimensions [B, H, tokens, head_dim]"
+    _check_tensor("out", out, inputs.query, (inputs.query.dtype,), dimensions)
     if out.shape != inputs.out_shape:
-        raise ValueError(f"`out` must have shape [B, Hq, Q, Dv] = {list(inputs.out_shape)}, got {list(out.shape)}")
+        raise ValueError(f"`out` must have shape {form} = {list(inputs.out_shape)}, got {list(out.shape)}")
     if overlaps_itself(out):
         found = f"strides {list(out.stride())} for shape {list(out.shape)}"
         raise ValueError(f"`out` must have a place of its own for each element, got {found}")

@@ -14,7 +14,7 @@ UNIT = 0  # the class of a stride that is known to be 1
 Kind = tuple[torch.dtype | None, int] | None  # of an argument: dtype, None for a number, and rank; or absent
 NUMBER: Kind = (None, 0)
 
-OPTIONAL = Inputs._fields[3:-2]  # what a call may lack, apart from `scale` and `out`
+OPTIONAL = Inputs._fields[3:-3]  # what a call may lack, apart from `scale`, `out` and the hint `max_q_len`
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         device=query.device,
         dtype=query.dtype,
         kv_dtype=key.dtype,
-        one_token=inputs.cu_seqlens_q is None and query.shape[2] == 1,
-        group_size=query.shape[1] // max(key.shape[1], 1),
-        head_dim=query.shape[3],
+        one_token=inputs.cu_seqlens_q is None and inputs.num_tokens == 1,
+        group_size=inputs.num_q_heads // max(key.shape[1], 1),
+        head_dim=inputs.head_dim,
         v_head_dim=value.shape[3],
         kinds=tuple(kinds.values()),
         format=inputs.format,
@@ -95,11 +95,16 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
 
 
 def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The 16 strides of query, key, value and output, as the kernels take them."""
-    batch = inputs.query.shape[0]
-    caches = inputs.format.owners(batch, inputs.key)
+    """The 16 strides of query, key, value and output, as the kernels take them.
+
+    A packed query and its output have stride 0 over sequences.
+    """
+    caches = inputs.format.owners(inputs.batch, inputs.key)
+    query_strides = inputs.query.stride()
+    if inputs.packed:
+        query_strides, out_strides = ((0, h, t, d) for t, h, d in (query_strides, out_strides))
     return (
-        *kernel_strides(inputs.query, batch),
+        *query_strides,
         *kernel_strides(inputs.key, caches),
         *kernel_strides(inputs.value, caches),
         *out_strides,

@@ -198,9 +198,7 @@ ARGUMENTS = (
     Argument(
         "page_table",
         lambda s: s.signature.format.types(_pointer(s.signature.kind("page_table"))),
-        value=lambda launch, call: call.inputs.format.arguments(
-            call.inputs.key, call.inputs.page_table, launch.form.at
-        ),
+        value=lambda launch, call: call.inputs.format.arguments(call.inputs.key, call.inputs.table, launch.form.at),
     ),
     Argument(
         "block_lists",

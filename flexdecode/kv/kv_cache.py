@@ -548,22 +548,29 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
     """
     if not isinstance(cache, _Cache):
         raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    if inputs.cu_seqlens_k is not None:
+        raise ValueError("`cu_seqlens_k` and `cache` exclude one another: `cu_seqlens_k` is for keys without a cache")
     names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
     for name in names:
         if getattr(inputs, name) is not None:
             raise ValueError(f"`{name}` is given twice: `cache` has it already")
     query: object = inputs.query
-    if isinstance(query, torch.Tensor) and query.dim() == 4:
-        _check_query(cache, query)
+    if isinstance(query, torch.Tensor) and query.dim() == (3 if inputs.packed else 4):
+        _check_query(cache, inputs)
     return inputs._replace(**{name: getattr(cache, name) for name in names})
 
 
-def _check_query(cache: _Cache, query: torch.Tensor) -> None:
+def _check_query(cache: _Cache, inputs: Inputs) -> None:
     """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
     batch, (_, heads, _, width) = len(cache._lengths), cache.key.shape
-    B, num_q_heads, _, head_dim = query.shape
-    if (B, head_dim) != (batch, width) or num_q_heads % heads:
-        form = f"[B, Hq, Q, D] with B = {batch}, Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
+    query, cu_seqlens = inputs.query, inputs.cu_seqlens_q
+    if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.shape != (batch + 1,):
+        form = f"[B + 1] = [{batch + 1}] (from cache)"
+        raise ValueError(f"`cu_seqlens_q` must have shape {form}, got {list(cu_seqlens.shape)}")
+    is_of_batch = inputs.packed or len(query) == batch
+    if not is_of_batch or inputs.head_dim != width or inputs.num_q_heads % heads:
+        first = "[T, Hq, D] with" if inputs.packed else f"[B, Hq, Q, D] with B = {batch},"
+        form = f"{first} Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
         raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
     dtype = cache.key.dtype
     if dtype not in QUANTISED and query.dtype in DTYPES and query.dtype != dtype:

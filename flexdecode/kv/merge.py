@@ -32,12 +32,13 @@ def merge_attention(
     attention sinks to one part only.
 
     Args:
-        outs: the output of each part, `[B, Hq, Q, Dv]` of one dtype (float16, bfloat16 or float32), any strides; or all
-            stacked, `[S, B, Hq, Q, Dv]`. Parts in the same memory layout are read in place.
-        lses: their log-sum-exps, float32 `[B, Hq, Q]`, natural-log units; or all stacked, `[S, B, Hq, Q]`.
+        outs: the output of each part, `[B, Hq, Q, Dv]`, or `[T, Hq, Dv]` of packed queries, of one dtype (float16,
+            bfloat16 or float32), any strides; or all stacked, `[S, B, Hq, Q, Dv]` or `[S, T, Hq, Dv]`. Parts in the
+            same memory layout are read in place.
+        lses: their log-sum-exps, float32 `[B, Hq, Q]` or `[T, Hq]`, natural-log units; or all stacked.
 
     Returns:
-        The output `[B, Hq, Q, Dv]` in the dtype of `outs`, and its log-sum-exp, float32 `[B, Hq, Q]`, both contiguous.
+        The output in the shape of a part and the dtype of `outs`, and its log-sum-exp, float32, both contiguous.
         A part with lse -inf adds nothing, even if its output is NaN. If all parts have -inf, the output is 0 and lse
         -inf. A NaN of any other part makes its row NaN.
         A part with lse +inf makes its row NaN, with lse +inf.
@@ -51,7 +52,10 @@ def merge_attention(
 
     Source: FlashInfer (Ye et al., arXiv:2501.01005), section 2.2; float32 arithmetic.
     """
-    parts = _parts("outs", outs, "[S, B, Hq, Q, Dv]"), _parts("lses", lses, "[S, B, Hq, Q]")
+    parts = (
+        _parts("outs", outs, "[S, B, Hq, Q, Dv] or [S, T, Hq, Dv]", (5, 4)),
+        _parts("lses", lses, "[S, B, Hq, Q] or [S, T, Hq]", (4, 3)),
+    )
     _check(*parts)
     first = parts[0][0]
     if not first.numel() or not (first.is_cuda or interpreting()):
@@ -62,10 +66,10 @@ def merge_attention(
     return _merge_in_rounds(*parts)
 
 
-def _parts(name: str, parts: object, form: str) -> Parts:
-    """The tensors of all parts; `form` is the shape of a stacked tensor."""
+def _parts(name: str, parts: object, form: str, dims: tuple[int, ...]) -> Parts:
+    """The tensors of all parts; `form` is the shape of a stacked tensor, `dims` how many dimensions it may have."""
     if isinstance(parts, torch.Tensor):
-        if parts.dim() != form.count(",") + 1:
+        if parts.dim() not in dims:
             raise ValueError(f"`{name}` must be a list of tensors or have shape {form}, got {list(parts.shape)}")
         return parts.unbind(0)
     if not isinstance(parts, (list, tuple)):
@@ -83,13 +87,14 @@ def _check(outs: Parts, lses: Parts) -> None:
     if not outs:
         raise ValueError("`outs` must have at least one part, got none")
     shape, dtype = outs[0].shape, outs[0].dtype
-    if len(shape) != 4:
-        raise ValueError(f"`outs[0]` must have shape [B, Hq, Q, Dv], got {list(shape)}")
+    if len(shape) not in (3, 4):
+        raise ValueError(f"`outs[0]` must have shape [B, Hq, Q, Dv] or [T, Hq, Dv], got {list(shape)}")
+    rows = "B, Hq, Q" if len(shape) == 4 else "T, Hq"
     if dtype not in DTYPES:
         raise ValueError(f"`outs[0]` must be float16, bfloat16 or float32, got {dtype}")
     for name, parts, form, want, want_dtype, source in (
-        ("outs", outs, "[B, Hq, Q, Dv]", shape, dtype, " (from `outs[0]`)"),
-        ("lses", lses, "[B, Hq, Q]", shape[:3], torch.float32, ""),
+        ("outs", outs, f"[{rows}, Dv]", shape, dtype, " (from `outs[0]`)"),
+        ("lses", lses, f"[{rows}]", shape[:-1], torch.float32, ""),
     ):
         for i, part in enumerate(parts):
             if part.shape != want:
@@ -127,21 +132,23 @@ def _merge_in_rounds(outs: Parts, lses: Parts) -> tuple[torch.Tensor, torch.Tens
 
 def _launch(outs: Parts, lses: Parts, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges up to MAX_PARTS parts on the current stream; returns at once."""
-    B, num_q_heads, num_queries, v_head_dim = outs[0].shape
-    num_rows = B * num_q_heads * num_queries
-    outs, out_strides = _same_strides(outs, rows=True)
+    *sizes, v_head_dim = outs[0].shape
+    outs, (*out_strides, _) = _same_strides(outs, rows=True)
     lses, lse_strides = _same_strides(lses, rows=False)
+    if len(sizes) == 2:  # for the kernel, a row of a packed output is a sequence with one token
+        sizes, out_strides, lse_strides = [*sizes, 1], [*out_strides, 0], (*lse_strides, 0)
     # If strides are multiples of 8 elements, the kernel can read 16 bytes at a time.
-    unit = 1 if any(stride % 8 for stride in out_strides[:3]) else 8
+    unit = 1 if any(stride % 8 for stride in out_strides) else 8
     merged_out = outs[0].new_empty(outs[0].shape, dtype=dtype)
-    merged_lse = lses[0].new_empty(outs[0].shape[:3])
+    merged_lse = lses[0].new_empty(lses[0].shape)
     absent = MAX_PARTS - len(outs)  # the first part takes their place and is not read again
     block_dv = min(MAX_BLOCK_DV, 1 << (v_head_dim - 1).bit_length())
     kernel = standalone_kernel(template_folder() / "merge.py", "merge_parts")
+    num_rows = math.prod(sizes)
     kernel[-(-num_rows // BLOCK_M), -(-v_head_dim // block_dv)](
         merged_out, merged_lse, *outs, *outs[:1] * absent, *lses, *lses[:1] * absent,
-        *[stride // unit for stride in out_strides[:3]], *lse_strides, num_rows, num_q_heads, num_queries, len(outs),
-        v_head_dim, BLOCK_M, block_dv, unit, num_warps=BLOCK_M, enable_fp_fusion=True,
+        *[stride // unit for stride in out_strides], *lse_strides, num_rows, *sizes[1:], len(outs), v_head_dim,
+        BLOCK_M, block_dv, unit, num_warps=BLOCK_M, enable_fp_fusion=True,
     )  # fmt: skip
     return merged_out, merged_lse
 

@@ -36,7 +36,7 @@ class Explanation:
         signature: what the kernel is specialised to.
         num_queries: query tokens of a sequence.
         schedule: tiles and programs; None if no kernel is launched.
-        step: the blocks that one decode step reads; None if they are not known.
+        step: the blocks that one decode step reads; None if they are not known, or if the query is packed.
         unknown: why `step` is None, else empty.
         cache_bytes: bytes of all keys and values of the cache.
         used_bytes: bytes of the keys within `kv_lens` and their values; None if the lengths are not known.
@@ -87,11 +87,12 @@ class Explanation:
         if self.schedule is None:
             return f"schedule\n  device    {self.device}"
         schedule, tiles, signature = self.schedule, self.schedule.tiles, self.signature
-        heads, tokens = signature.group_size, self.num_queries
+        heads, tokens, packed = signature.group_size, self.num_queries, signature.packed
         item = "sequence, KV head" + (", row tile" if heads * tokens > tiles.block_m else "")
         programs = f"{schedule.num_items} ({item}) x {schedule.num_splits} splits = {schedule.num_programs}"
         if tiles.balanced:
             programs = f"{schedule.num_programs} workers share {schedule.num_items} ({item}) in equal runs of blocks"
+        programs = f"at most {programs}" if packed else programs  # the device finds out how many have work
         if self.step is not None:
             work = self.step.work_of_programs
             busy = int((work > 0).sum())
@@ -102,7 +103,7 @@ class Explanation:
             loads += f", from pages of {signature.page_size}"
         if signature.kv_dtype != signature.dtype:
             loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
-        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}"
+        used = f"{count(heads, 'query head')} x {count(tokens, 'token')}{' of all sequences' if packed else ''}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [
             ("device", self.device),
@@ -174,8 +175,7 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
         inputs.only_shapes(), (request.score, request.mask), False, options, request.listed, captured
     )
     place, sizes = captured or query.device, inputs.sizes
-    lens = _known(sizes.max_kv_len if inputs.kv_lens is None else inputs.kv_lens, sizes.batch, place)
-    tokens = _known(query.shape[2] if inputs.q_lens is None else inputs.q_lens, sizes.batch, place)
+    lens, tokens = (_known(given, sizes.batch, place) for given in (inputs.given_kv_lens, inputs.given_q_lens))
     first = None if lens is None or tokens is None else lens - tokens
     if inputs.q_offset is not None:
         first = _known(inputs.q_offset, sizes.batch, place)
@@ -195,9 +195,8 @@ def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.
 def _report(call: _Call, target: Target) -> Explanation:
     """What is known of a checked call on a device."""
     inputs, signature = call.inputs, call.signature
-    is_empty = 0 in inputs.out_shape
     schedule, source = None, None
-    if target.facts is not None and not is_empty:
+    if target.facts is not None and not inputs.is_empty:
         chosen = choose_schedules(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
         schedule = chosen[0][0]
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
@@ -210,9 +209,12 @@ def _report(call: _Call, target: Target) -> Explanation:
         used = _bytes(inputs, lambda shared: longest if shared else total)
     if step is not None:
         read = _bytes(inputs, step.keys_read)
+        if inputs.packed:
+            step, unknown = None, "the device divides packed tokens into tiles, so blocks are not counted"
     elif schedule is None:
-        read = 0 if is_empty else used
-    shapes = ", ".join(f"{name} {list(getattr(inputs, name).shape)}" for name in ("query", "key", "value"))
+        read = 0 if inputs.is_empty else used
+    caches = (f"{name} {inputs.format.shown_shape(getattr(inputs, name))}" for name in ("key", "value"))
+    shapes = ", ".join([f"query {list(inputs.query.shape)}", *caches])
     return Explanation(
         shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
         score_mod=report_mod("score_mod", call.proven, call.mods[0]),
@@ -241,11 +243,14 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         return "the lists of `block_mask` say which blocks are read"
     lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
     if lens is None or tokens is None or first is None:
-        name = "kv_lens" if lens is None else "q_lens" if tokens is None else "q_offset"
-        return f"`{name}` is on the meta device"
+        keys = "kv_lens" if call.inputs.cu_seqlens_k is None else "cu_seqlens_k"
+        queries = "cu_seqlens_q" if call.inputs.packed else "q_lens"
+        return f"`{keys if lens is None else queries if tokens is None else 'q_offset'}` is on the meta device"
     # A sequence without a query token reads nothing.
-    lens = lens.where(tokens > 0, 0)
-    step = find_step(call.proven, call.mods, lens, first, tokens, call.signature, call.inputs.sizes, schedule)
+    lens, signature = lens.where(tokens > 0, 0), call.signature
+    if call.inputs.packed:  # what is read does not depend on how the tokens of a sequence are divided
+        signature = replace(signature, num_queries=max(1, int(tokens.max())))
+    step = find_step(call.proven, call.mods, lens, first, tokens, signature, call.inputs.sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 
@@ -253,11 +258,10 @@ def _bytes(inputs: Inputs, count_keys: Callable[[bool], int]) -> int:
     """Bytes of keys, values and their scales. `count_keys(True)` counts keys for sequences that share one cache."""
     total, key, value = 0, inputs.key, inputs.value
     for cache, scale, is_own in ((key, inputs.k_scale, True), (value, inputs.v_scale, not shares_storage(key, value))):
-        shared = inputs.page_table is None and len(cache) != len(inputs.query)
         per_key = cache.shape[3] * cache.element_size() if is_own else 0
         if isinstance(scale, torch.Tensor) and scale.dim() == 3:
             per_key += scale.element_size()
-        total += count_keys(shared) * per_key
+        total += count_keys(inputs.shares_keys) * per_key
     return total
 
 

@@ -6,12 +6,16 @@ It gives the same results as the generated kernel, on any device. It needs memor
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..call.formats import Gather
+from ..call.inputs import Inputs
+from ..call.packing import rows_of_sequences
 from ..codegen.arguments import Call
 from ..errors import IndexRangeError
 from ..frontend.graph import Graph, Node, changing, loops_around, topological
@@ -32,69 +36,189 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     Raises:
         IndexRangeError: `check_indices` found an index out of range.
     """
-    inputs, lse, score, mask = call.inputs, call.lse, (graphs[0], call.score_leaves), (graphs[1], call.mask_leaves)
-    query, max_kv_len = inputs.query, inputs.max_kv_len
-    batch, num_q_heads, num_queries, head_dim = query.shape
-    device = query.device
-    lens = _lengths(inputs.kv_lens, max_kv_len, query)
-    tokens = _lengths(inputs.q_lens, num_queries, query)
-    first = lens - tokens
-    if inputs.q_offset is not None:
-        first = torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
-    # Tokens past q_lens get the position of the last token, so that mods see only positions of the sequence.
-    token = torch.arange(num_queries, device=device).minimum(tokens.clamp(min=1)[:, None] - 1)
-    b, h = (torch.arange(size, device=device) for size in (batch, num_q_heads))
-    q_idx = (first[:, None] + token).view(batch, 1, -1, 1)
-    indices = {"b": b.view(-1, 1, 1, 1), "h": h.view(1, -1, 1, 1), "q_idx": q_idx}
-    grouped = (query.float() * call.scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
-    rows = (batch, num_q_heads, num_queries)
-    row_live = (torch.arange(num_queries, device=device) < tokens[:, None]).view(batch, 1, -1).expand(rows)
-    m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
-    l_i = torch.zeros(rows, dtype=torch.float32, device=device)
-    acc = torch.zeros(*rows, inputs.value.shape[3], dtype=torch.float32, device=device)
-    if inputs.sinks is not None:
-        m_i = m_i.where(~row_live, inputs.sinks.float().view(1, -1, 1))
-        l_i = (m_i != -torch.inf).float()
-    end = int(lens.max()) if device.type == "cpu" else max_kv_len
-    step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
+    inputs = call.inputs
+    batch = _packed_rows(inputs) if inputs.packed else _padded_rows(inputs)
+    if batch.place is None:
+        query = inputs.query
+    else:
+        query = inputs.query[batch.place.clamp(max=inputs.num_tokens - 1)].transpose(1, 2)
+    out, lse = _attend(call, graphs, query, batch, check_indices)
+    if batch.place is not None:
+        # One row more than the output takes what belongs to no token.
+        spread = inputs.num_tokens + 1, inputs.num_q_heads
+        everything = out.new_zeros(*spread, out.shape[-1]), lse.new_full(spread, -torch.inf)
+        out, lse = (
+            whole.index_copy(0, batch.place.flatten(), part.transpose(1, 2).flatten(0, 1))[:-1]
+            for whole, part in zip(everything, (out, lse), strict=True)
+        )
+    call.out.copy_(out)
+    if call.lse is not None:
+        call.lse.copy_(lse)
+
+
+class _Rows(NamedTuple):
+    """Query tokens as a batch of R rows of W tokens: the padded form, or pieces of the sequences of a packed query.
+
+    Attributes:
+        owner: the sequence of each row, int64 [R]; None if each sequence has one row.
+        lens: keys of each row, int64 [R].
+        q_idx: position of each token, int64 [R, W]. A token past the last one of its sequence has the position of that
+            one, so that mods see only positions of the sequence.
+        live: which tokens there are, bool [R, W].
+        place: row of the packed query and its output for each token, int64 [R, W]; T where there is no token. None if
+            the query is padded.
+    """
+
+    owner: torch.Tensor | None
+    lens: torch.Tensor
+    q_idx: torch.Tensor
+    live: torch.Tensor
+    place: torch.Tensor | None = None
+
+
+def _sequences(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, query tokens and position of the first token of each sequence, int64 [B]."""
+    batch, device = inputs.batch, inputs.query.device
+    lens, tokens = (
+        torch.as_tensor(given, device=device).long().expand(batch).clamp(0, most)
+        for given, most in ((inputs.given_kv_lens, inputs.max_kv_len), (inputs.given_q_lens, inputs.num_tokens))
+    )
+    if inputs.q_offset is None:
+        return lens, tokens, lens - tokens
+    return lens, tokens, torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
+
+
+def _padded_rows(inputs: Inputs) -> _Rows:
+    """Each sequence is a row."""
+    lens, tokens, first = _sequences(inputs)
+    token = torch.arange(inputs.num_tokens, device=lens.device)
+    live = token < tokens[:, None]
+    return _Rows(None, lens, first[:, None] + token.minimum(tokens.clamp(min=1)[:, None] - 1), live)
+
+
+def _packed_rows(inputs: Inputs) -> _Rows:
+    """Cuts the sequences of a packed query into rows of about the mean of their tokens.
+
+    There are as many rows as any division of T tokens among B sequences needs. So nothing is read from a GPU.
+    """
+    assert inputs.cu_seqlens_q is not None
+    lens, tokens, first = _sequences(inputs)
+    start, _ = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
+    width = 1 << (-(-inputs.num_tokens // inputs.batch) - 1).bit_length()
+    rows = -(-tokens // width)
+    ends = rows.cumsum(0)
+    row = torch.arange(inputs.num_tokens // width + inputs.batch, device=lens.device)
+    owner = torch.searchsorted(ends, row, right=True).clamp(max=inputs.batch - 1)
+    token = (row - (ends - rows)[owner])[:, None] * width + torch.arange(width, device=lens.device)
+    live = token < tokens[owner][:, None]
+    place = torch.where(live, start[owner][:, None] + token, inputs.num_tokens)
+    token = token.minimum(tokens.clamp(min=1)[owner][:, None] - 1)
+    return _Rows(owner, lens[owner], first[owner][:, None] + token, live, place)
+
+
+def _attend(
+    call: Call,
+    graphs: tuple[Graph | None, Graph | None],
+    query: torch.Tensor,
+    batch: _Rows,
+    check_indices: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention of rows of query tokens.
+
+    Args:
+        call: checked.
+        graphs: of the score_mod and the mask_mod.
+        query: the tokens, [R, Hq, W, D].
+        batch: what they are.
+        check_indices: as for `decode`.
+
+    Returns:
+        Output [R, Hq, W, Dv] and log-sum-exp [R, Hq, W], float32.
+    """
+    inputs, device = call.inputs, query.device
+    score, mask = zip(graphs, (call.score_leaves, call.mask_leaves), strict=True)
+    rows = (*query.shape[:3],)
+    b = torch.arange(len(query), device=device) if batch.owner is None else batch.owner
+    indices = {
+        "b": b.view(-1, 1, 1, 1),
+        "h": torch.arange(rows[1], device=device).view(1, -1, 1, 1),
+        "q_idx": batch.q_idx[:, None, :, None],
+    }
+    shared = (rows[0], inputs.key.shape[1], -1)  # the rows of one KV head are together
+    grouped = (query.float() * call.scale).reshape(*shared, inputs.head_dim)
+    row_live = batch.live[:, None].expand(rows)
+    softmax = _Softmax.of(rows, inputs, row_live)
+    end = int(batch.lens.max()) if device.type == "cpu" else inputs.max_kv_len
+    step = max(16, CHUNK_ELEMENTS // max(1, math.prod(rows)))
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        live = (kv < lens[:, None]).view(batch, 1, 1, -1) & row_live[..., None]
+        live = (kv < batch.lens[:, None])[:, None, None] & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
-        read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
-        gather = inputs.format.gather(inputs.key, inputs.page_table, kv, read, check_indices)
-        k = _read(inputs.key, inputs.k_scale, gather, read)
+        read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)
+        gather = inputs.format.gather(inputs.key, inputs.table, kv, read, check_indices, batch.owner)
+        k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner)
         s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
             s = _Evaluation(score, indices, s, live, check_indices).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, gather, read)
-        m_new = torch.maximum(m_i, s.amax(-1))
+        v = _read(inputs.value, inputs.v_scale, gather, read, batch.owner)
+        softmax.add(s, v)
+    out, lse = softmax.result()
+    return torch.where(row_live[..., None], out, 0.0), lse  # 0 * NaN would be NaN
+
+
+@dataclass
+class _Softmax:
+    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv], float32."""
+
+    m_i: torch.Tensor
+    l_i: torch.Tensor
+    acc: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor) -> _Softmax:
+        """Before the first key. Rows that are `live` begin with the sink of their head."""
+        device = live.device
+        m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
+        l_i = torch.zeros(rows, dtype=torch.float32, device=device)
+        acc = torch.zeros(*rows, inputs.value.shape[3], dtype=torch.float32, device=device)
+        if inputs.sinks is not None:
+            m_i = m_i.where(~live, inputs.sinks.float().view(1, -1, 1))
+            l_i = (m_i != -torch.inf).float()
+        return cls(m_i, l_i, acc)
+
+    def add(self, s: torch.Tensor, v: torch.Tensor) -> None:
+        """Adds keys with scores [R, Hq, W, n] and values [R or 1, Hkv, n, Dv]."""
+        m_new = torch.maximum(self.m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
-        alpha = torch.exp(m_i - m_safe)
-        l_i = l_i * alpha + p.sum(-1)
-        partial = (p.reshape(batch, inputs.key.shape[1], -1, len(kv)) @ v).view_as(acc)
-        acc = acc * alpha[..., None] + partial
-        m_i = m_new
-    result = acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-    call.out.copy_(torch.where(row_live[..., None], result, 0.0))  # 0 * NaN would be NaN
-    if lse is not None:
-        lse.copy_(torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i)))
+        alpha = torch.exp(self.m_i - m_safe)
+        self.l_i = self.l_i * alpha + p.sum(-1)
+        partial = p.reshape(len(s), v.shape[1], -1, s.shape[-1]) @ v
+        self.acc = self.acc * alpha[..., None] + partial.view_as(self.acc)
+        self.m_i = m_new
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and its log-sum-exp. A row without a key is 0 and -inf."""
+        m_i, l_i = self.m_i, self.l_i
+        out = self.acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
+        return out, torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i))
 
 
-def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor) -> torch.Tensor:
-    if not isinstance(lengths, torch.Tensor):  # a number is the longest sequence
-        return torch.full(query.shape[:1], most, device=query.device)
-    return lengths.long().clamp(0, most)
-
-
-def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor) -> torch.Tensor:
-    """Rows of keys or values, float32 [B, Hkv, n, D]; 0 where `read` [B, Hkv, n] is false."""
+def _read(
+    cache: torch.Tensor,
+    scale: float | torch.Tensor | None,
+    gather: Gather,
+    read: torch.Tensor,
+    owner: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows of keys or values, float32 [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
     rows = gather(cache).float()
     if isinstance(scale, torch.Tensor):
+        if scale.dim() == 2 and owner is not None:
+            scale = scale[owner]
         per_token = scale.dim() == 3
         rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).float()
     elif scale is not None:
@@ -114,7 +238,7 @@ def evaluate(
 
 @dataclass
 class _Evaluation:
-    """One run of a graph over broadcast tensors [B, Hq, Q, n]."""
+    """One run of a graph over broadcast tensors [R, Hq, W, n]."""
 
     mod: tuple[Graph | None, list]
     indices: dict[str, torch.Tensor]

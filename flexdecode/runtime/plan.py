@@ -150,17 +150,17 @@ class Plan:
         self.launcher = launcher
         self.checker = checker
         self.out_shape = inputs.out_shape
-        self.default_scale = 1.0 / math.sqrt(inputs.query.shape[3])
+        self.default_scale = 1.0 / math.sqrt(inputs.head_dim)
         self.return_lse = return_lse
         self.checks_lens = options.debug or inputs.query.device.type == "cpu"
         self.options = options
-        self.empty = 0 in self.out_shape
+        self.empty = inputs.is_empty
         self.loose = [  # tensors that have to be made contiguous for the kernels
             name
-            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
+            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table", "cu_seqlens_q", "cu_seqlens_k")
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        others = ("kv_lens", "q_lens", "q_offset", "scale"), (torch.Tensor, bool, type(None))
+        others = ("kv_lens", "q_lens", "q_offset", "max_q_len", "scale"), (torch.Tensor, bool, type(None))
         self.numbers = [n for n, x in inputs._asdict().items() if n not in others[0] and not isinstance(x, others[1])]
 
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
@@ -199,13 +199,16 @@ class Plan:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs the call on tensors of the layout that the plan was made for."""
         out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
-        lse = inputs.query.new_empty(self.out_shape[:3], dtype=torch.float32) if self.return_lse else None
+        lse = inputs.query.new_empty(self.out_shape[:-1], dtype=torch.float32) if self.return_lse else None
         if inputs.out is not None:
             self.check_out(inputs, out)
             check_captured_out(out, score_leaves, mask_leaves)
         if self.checks_lens:
             check_all_lens(inputs, self.options)
-        if not self.empty:
+        if self.empty:  # the tokens of a packed query may belong to no sequence
+            out.zero_()
+            lse = None if lse is None else lse.fill_(-math.inf)
+        else:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
             if self.numbers:
                 numbers: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}

@@ -156,7 +156,7 @@ class Prepared:
         self.eager = EagerLauncher(traced.graphs, names)
         self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, return_lse, options)
         self.facts: DeviceFacts | None = None
-        if traced.signature.backend == "triton" and 0 not in inputs.out_shape:
+        if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device)
             has_type = self.facts.backend == "cpu" or self.facts.can_unpack
             if traced.signature.kv_dtype == torch.float8_e4m3fn and not has_type:

@@ -51,6 +51,7 @@ class Case:
         shared_pages: pages that all sequences begin with together.
         stored: type of a quantised cache, with the forms of its scales (see `cache_cases.SCALES`) and their type.
         kv_lens, q_lens, q_offset: with the type of their tensors; `q_offset` may be a number.
+        packed: the query is packed: rows of no sequence before and after the others, and `max_q_len` or None.
         index_layout: whether these, sinks, scales and the page table lie "contiguous" or "strided".
         sinks: type of the sinks.
         mask_mod, score_mod: a body, or an expression that begins with `mods.` and gives the mod.
@@ -94,6 +95,7 @@ class Case:
     kv_lens: tuple | None = None
     q_lens: tuple | None = None
     q_offset: int | tuple | None = None
+    packed: tuple | None = None
     index_dtype: str = "int32"
     index_layout: str = "contiguous"
     sinks: str | None = None

@@ -59,6 +59,7 @@ class _Result:
     """What the call and the reference give."""
 
     def __init__(self, case: Case):
+        self.case = case
         try:
             self.inputs = Inputs(case)
         except Exception as error:
@@ -69,6 +70,10 @@ class _Result:
         assert given is None or self.out is given, "the result is not `out`"
         try:
             self.expected = reference_decode(**self.inputs.reference, return_lse=True)
+            if case.packed is not None:  # of the call that was asked for, beside the one that it must equal
+                self.expected = tuple(map(self.inputs.pack, self.expected, (0.0, -torch.inf)))
+                direct = reference_decode(**self.inputs.packed_reference, return_lse=True)
+                torch.testing.assert_close(direct, self.expected, rtol=0, atol=1e-9, equal_nan=True)
         except Exception as error:
             raise InvalidCaseError(f"reference: {type(error).__name__}: {error}") from error
 
@@ -88,4 +93,5 @@ class _Result:
                 return flex_decode(*tensors, options=DecodeOptions(backend=case.backend, **rest), **call)
 
     def measure(self):
-        return pytorch_decode(**self.inputs.reference)
+        measure = pytorch_decode(**self.inputs.reference)
+        return measure if self.case.packed is None else tuple(map(self.inputs.pack, measure, (0.0, -torch.inf)))

@@ -9,8 +9,8 @@ from .check import check
 
 _PLAIN = Case()
 _FIRST = (
-    "mask_mod", "score_mod", "block_mask", "options", "stored", "cache", "page_size", "dead", "q_lens", "q_offset",
-    "sinks", "out_layout", "kv_lens",
+    "mask_mod", "score_mod", "block_mask", "options", "stored", "cache", "page_size", "dead", "packed", "q_lens",
+    "q_offset", "sinks", "out_layout", "kv_lens",
 )  # fmt: skip
 _KEPT = ("backend", "device", "data", "captures", "live", "return_lse", "dtype")
 

@@ -29,7 +29,8 @@ class Inputs:
 
     Attributes:
         call: arguments of `flex_decode`.
-        reference: arguments of `reference_decode`, by name.
+        reference: arguments of `reference_decode`, by name; those of the padded form if the query is packed.
+        packed_reference: those of a packed query.
     """
 
     def __init__(self, case: Case):
@@ -55,6 +56,8 @@ class Inputs:
         if case.out_layout is not None:
             out = torch.full((case.B, case.Hq, case.Q, case.Dv), torch.nan, dtype=getattr(torch, case.dtype))
             self.call["out"] = self._place(out, case.out_layout)
+        if case.packed is not None:
+            self._pack_query()
 
     # --- Making tensors -----------------------------------------------------------------------------------------------
 
@@ -128,6 +131,30 @@ class Inputs:
         if "queries" in case.dead:
             query = query.masked_fill(~self.rows[:, None, :, None], torch.nan)
         self.call["query"] = self._place(query, case.layout)
+
+    def _pack_query(self):
+        """Makes a packed query of the padded one, in both calls."""
+        case, tokens = self.case, self.rows.sum(1)
+        before, after, max_q_len = case.packed
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), tokens.cumsum(0)]).to(torch.int32) + before
+        self.num_rows = int(starts[-1]) + after
+        self.packed_reference = {name: x for name, x in self.reference.items() if name != "q_lens"}
+        self.packed_reference |= {"query": self.pack(self.reference["query"], 0.5), "cu_seqlens_q": starts}
+        self.call.pop("q_lens", None)
+        self.call |= {"cu_seqlens_q": self._indices(starts), "max_q_len": max_q_len}
+        # `place` takes [B, H, tokens, D].
+        rows = self.pack(self.call["query"], torch.nan if "queries" in case.dead else 0.5)
+        self.call["query"] = place(rows.transpose(0, 1)[None], case.layout)[0].transpose(0, 1)
+        if "out" in self.call:
+            out = torch.full((1, case.Hq, self.num_rows, case.Dv), torch.nan, dtype=getattr(torch, case.dtype))
+            self.call["out"] = self._place(out, case.out_layout)[0].transpose(0, 1)
+
+    def pack(self, padded, fill):
+        """`[B, Hq, Q, ...]` as rows `[T, Hq, ...]`; those of no sequence hold `fill`."""
+        rows = padded.new_full((self.num_rows, self.case.Hq, *padded.shape[3:]), fill)
+        found = padded.transpose(1, 2)[self.rows.to(padded.device)]
+        rows[self.case.packed[0] :][: len(found)] = found
+        return rows
 
     def _add_mods(self):
         """Spoils what no attending pair reads of the captures."""

@@ -8,7 +8,6 @@ import os
 from dataclasses import replace
 
 import pytest
-import torch
 
 from flexdecode.runtime import eager
 from fuzz.case import Captured, Case
@@ -52,10 +51,11 @@ def test_a_case_is_its_own_program(backend):
 def test_a_defect_is_found_and_made_small(monkeypatch):
     """A torch backend that takes every length for one more is wrong, and few arguments show it."""
 
-    def longer(lengths, most, query):
-        return torch.full(query.shape[:1], most) if lengths is None else (lengths.long() + 1).clamp(0, most)
+    def longer(inputs, sequences=eager._sequences):
+        lens, tokens, first = sequences(inputs)
+        return (lens if inputs.kv_lens is None else (lens + 1).clamp(max=inputs.max_kv_len)), tokens, first
 
-    monkeypatch.setattr(eager, "_lengths", longer)
+    monkeypatch.setattr(eager, "_sequences", longer)
     kinds = {r["kind"] for r in run_cases("torch", range(60))}
     assert "AssertionError: out is NaN in the wrong places" in kinds
     case = Case(

@@ -4,12 +4,15 @@ import functools
 import math
 import warnings
 
+import packed_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cache_cases import position_score
 from support import MODS, assert_close_to_reference, make_inputs, paged, pytorch_decode
 from torch.nn.attention import flex_attention as flex
 
+from flexdecode import mods
 from flexdecode.reference import evaluate_mod, reference_decode
 
 
@@ -372,6 +375,47 @@ def test_nan_reaches_its_row_past_a_sink():
     nan_mod = lambda s, b, h, q, k: torch.where(h == 1, torch.nan, s)
     out, lse = reference_decode(*inputs, nan_mod, sinks=torch.tensor([9.0, 9.0]), return_lse=True)
     assert out[0, 1].isnan().all() and lse[0, 1].isnan().all() and out[0, 0].isfinite().all()
+
+
+# --- Packed queries and keys ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", packed_cases.KINDS)
+@pytest.mark.parametrize("offset", [None, [4, 0, 1, 9]])
+def test_a_packed_call_is_the_padded_one(kind, offset):
+    call = packed_cases.draw([2, 0, 5, 1], [7, 3, 4, 0], kind, before=1, Hkv=1 if "latent" in kind else 2)
+    more = {"score_mod": position_score, "mask_mod": mods.causal(), "return_lse": True}
+    more |= {"sinks": torch.tensor([0.0, -1.0, 2.0, 1.0]), "q_offset": offset and torch.tensor(offset)}
+    out, lse = reference_decode(call.query, **call.arguments, **more)
+    padded, padded_lse = reference_decode(**call.padded(), **more)
+    torch.testing.assert_close(out, call.pack(padded, 0.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, call.pack(padded_lse, -math.inf), rtol=0, atol=1e-12)
+
+
+def test_packed_keys_by_hand():
+    """Sequence 0 has the last two keys of four, sequence 1 has none; a row of no sequence is 0."""
+    key, value = torch.zeros(4, 1, 2), torch.tensor([1.0, 2.0, 3.0, 5.0])[:, None, None]
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([2, 4, 4], dtype=torch.int32)
+    arguments = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "return_lse": True}
+    out, lse = reference_decode(torch.ones(3, 1, 2), key, value, **arguments)
+    assert out.flatten().tolist() == [4.0, 0.0, 0.0]
+    assert lse.flatten().tolist() == [pytest.approx(math.log(2)), -math.inf, -math.inf]
+    out, _ = reference_decode(torch.ones(3, 1, 2), key, value, None, lambda b, h, q, k: k == q, **arguments)
+    assert out.flatten().tolist() == [5.0, 0.0, 0.0], "the token is at the last key, and keys count from 0"
+
+
+@pytest.mark.parametrize("starts", [[0, 5, 3, 9], [-3, 2, 2, 100], [9, 12, 1, 4]])
+def test_where_sequences_begin_is_clamped(starts):
+    """start = min(max(c[b], 0), T), end = min(max(c[b + 1], start), T)."""
+    query, key, value = torch.randn(7, 2, 4), torch.randn(3, 1, 6, 4), torch.randn(3, 1, 6, 4)
+    out = reference_decode(query, key, value, cu_seqlens_q=torch.tensor(starts))
+    expected = torch.zeros_like(out)
+    for b in range(3):
+        start = min(max(starts[b], 0), 7)
+        end = min(max(starts[b + 1], start), 7)
+        one = reference_decode(query[start:end].transpose(0, 1)[None], key[b : b + 1], value[b : b + 1])
+        expected[start:end] = one[0].transpose(0, 1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
 # --- How a mod is called ----------------------------------------------------------------------------------------------

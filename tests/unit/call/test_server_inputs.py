@@ -296,7 +296,8 @@ def test_a_cache_that_does_not_fit(paged):
         "`query` must have the dtype of `cache`, torch.float32, got torch.float16": QUERY.half(),
         "`query` must be on the device of `cache`, cpu, got meta": QUERY.to("meta"),
         "`query` must be float16, bfloat16 or float32, got torch.float64": QUERY.double(),
-        "`query` must have 4 dimensions [B, H, tokens, head_dim], got shape [4, 3, 16]": QUERY[0],
+        "`query` must have 4 dimensions [B, H, tokens, head_dim], got shape [4, 3, 16]; a packed query [T, Hq, D] "
+        "needs `cu_seqlens_q`": QUERY[0],
     }
     for message, query in wrong.items():
         for function in (flex_decode, explain):

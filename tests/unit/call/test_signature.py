@@ -36,9 +36,13 @@ def test_tensors(name):
     refused(TypeError, f"`{name}` must be a torch.Tensor, got list", **{name: good.tolist()})
     refused(TypeError, f"`{name}` must be a torch.Tensor, got ndarray", **{name: good.numpy()})
     shape = list(good.shape[1:])
-    refused(
-        ValueError, f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got shape {shape}", **{name: good[0]}
-    )
+    packed = "a packed query [T, Hq, D] needs `cu_seqlens_q`"
+    packed = packed if name == "query" else "packed keys [Tk, Hkv, D] need `cu_seqlens_k`"
+    message = f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got shape {shape}; {packed}"
+    refused(ValueError, message, **{name: good[0]})
+    shape = list(good[0, 0].shape)
+    message = f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got shape {shape}"
+    refused(ValueError, message, **{name: good[0, 0]})
     refused(ValueError, f"`{name}` must be a dense tensor, got layout torch.sparse_coo", **{name: good.to_sparse()})
     refused(
         ValueError,

@@ -72,9 +72,9 @@ def random_parts(num_parts, shape, dtype=torch.float32, device="cpu"):
     """Stacked outputs `[S, *shape]` and lses, of which a quarter are -inf beside NaN outputs; row 0 has no live key."""
     generator = torch.Generator().manual_seed(0)
     outs = torch.randn(num_parts, *shape, generator=generator).to(dtype)
-    lses = 3 * torch.randn(num_parts, *shape[:3], generator=generator)
+    lses = 3 * torch.randn(num_parts, *shape[:-1], generator=generator)
     lses[torch.rand(lses.shape, generator=generator) < 0.25] = -math.inf
-    lses[:, 0, 0, 0] = -math.inf
+    lses.flatten(1)[:, 0] = -math.inf
     outs[lses == -math.inf] = math.nan
     return outs.to(device), lses.to(device)
 
@@ -126,6 +126,26 @@ def check_numbers(num_parts, v_head_dim, dtype, device):
 def check_layouts(layout, num_parts, device):
     outs, lses = (in_layout(x.unbind(0), layout) for x in random_parts(num_parts, (2, 4, 3, 16), device=device))
     assert_merged(*merge_attention(outs, lses), outs, lses)
+
+
+def check_packed(layout, num_parts, v_head_dim, dtype, device):
+    """Parts `[T, Hq, Dv]` of packed queries, also stacked, are those of T sequences with one token."""
+    outs, lses = random_parts(num_parts, (7, 3, v_head_dim), dtype, device)
+    swapped = {"thd": [0, 1, 2], "htd": [1, 0, 2]}.get(layout)
+    if swapped is not None:
+        outs = [x.permute(swapped).contiguous().permute(swapped) for x in outs]
+    if layout == "htd":
+        lses = [x.t().contiguous().t() for x in lses]
+    if layout == "strided":
+        outs = in_layout(outs.unbind(0), "strided")
+    out, lse = merge_attention(outs, lses)
+    assert out.shape == (7, 3, v_head_dim) and lse.shape == (7, 3)
+    assert_merged(out, lse, outs, lses)
+    padded = merge_attention([x[:, :, None] for x in outs], [x[:, :, None] for x in lses])
+    assert torch.equal(out, padded[0][:, :, 0]) and torch.equal(lse, padded[1][:, :, 0])
+
+
+PACKED = list(itertools.product(["stacked", "thd", "htd", "strided"], [1, 3, 10], [16, 20]))
 
 
 def check_special_values(device):
@@ -199,12 +219,17 @@ def test_lists_tuples_and_stacked_tensors_are_the_same():
         assert all(map(torch.equal, merge_attention(*pair), expected))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 1, 16), (2, 2, 0, 16), (2, 2, 1, 0)])
+@pytest.mark.parametrize(("layout", "num_parts", "v_head_dim"), PACKED)
+def test_packed(layout, num_parts, v_head_dim):
+    check_packed(layout, num_parts, v_head_dim, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 16), (2, 2, 0, 16), (2, 2, 1, 0), (0, 2, 16), (3, 0, 16), (3, 2, 0)])
 def test_empty_sizes(shape):
-    outs, lses = torch.zeros(2, *shape), torch.zeros(2, *shape[:3])
+    outs, lses = torch.zeros(2, *shape), torch.zeros(2, *shape[:-1])
     out, lse = merge_attention(outs, lses)
-    assert out.shape == shape and lse.shape == shape[:3]
-    torch.testing.assert_close(lse, torch.full(shape[:3], math.log(2)))
+    assert out.shape == shape and lse.shape == shape[:-1]
+    torch.testing.assert_close(lse, torch.full(shape[:-1], math.log(2)))
 
 
 def test_one_part_loses_what_has_no_live_key():
@@ -223,13 +248,46 @@ OUT, LSE = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1)
         ([], [], ValueError, "`outs` must have at least one part, got none"),
         (torch.zeros(0, 1, 2, 1, 16), torch.zeros(0, 1, 2, 1), ValueError, "`outs` must have at least one part"),
         ([OUT, OUT], [LSE], ValueError, "`outs` and `lses` must have as many parts, got 2 and 1"),
-        (OUT, [LSE], ValueError, "`outs` must be a list of tensors or have shape [S, B, Hq, Q, Dv], got [1, 2, 1, 16]"),
-        ([OUT], LSE, ValueError, "`lses` must be a list of tensors or have shape [S, B, Hq, Q], got [1, 2, 1]"),
-        (None, [LSE], TypeError, "`outs` must be a list of tensors or one tensor [S, B, Hq, Q, Dv], got NoneType"),
-        ([OUT], {1: LSE}, TypeError, "`lses` must be a list of tensors or one tensor [S, B, Hq, Q], got dict"),
+        (
+            OUT[0],
+            [LSE],
+            ValueError,
+            "`outs` must be a list of tensors or have shape [S, B, Hq, Q, Dv] or [S, T, Hq, Dv], got [2, 1, 16]",
+        ),
+        (
+            [OUT],
+            LSE[0],
+            ValueError,
+            "`lses` must be a list of tensors or have shape [S, B, Hq, Q] or [S, T, Hq], got [2, 1]",
+        ),
+        (OUT, [LSE], ValueError, "`lses[0]` must have shape [T, Hq] = [2, 1] (from `outs[0]`), got [1, 2, 1]"),
+        ([OUT], LSE, ValueError, "`lses[0]` must have shape [B, Hq, Q] = [1, 2, 1] (from `outs[0]`), got [2, 1]"),
+        (
+            None,
+            [LSE],
+            TypeError,
+            "`outs` must be a list of tensors or one tensor [S, B, Hq, Q, Dv] or [S, T, Hq, Dv], got NoneType",
+        ),
+        (
+            [OUT],
+            {1: LSE},
+            TypeError,
+            "`lses` must be a list of tensors or one tensor [S, B, Hq, Q] or [S, T, Hq], got dict",
+        ),
         ([OUT, 1.0], [LSE, LSE], TypeError, "`outs[1]` must be a torch.Tensor, got float"),
         ([OUT, OUT], [LSE, None], TypeError, "`lses[1]` must be a torch.Tensor, got NoneType"),
-        ([OUT[0]], [LSE], ValueError, "`outs[0]` must have shape [B, Hq, Q, Dv], got [2, 1, 16]"),
+        (
+            [OUT[0, 0]],
+            [LSE],
+            ValueError,
+            "`outs[0]` must have shape [B, Hq, Q, Dv] or [T, Hq, Dv], got [1, 16]",
+        ),
+        (
+            [OUT[0], OUT],
+            [LSE[0], LSE[0]],
+            ValueError,
+            "`outs[1]` must have shape [T, Hq, Dv] = [2, 1, 16] (from `outs[0]`), got [1, 2, 1, 16]",
+        ),
         (
             [OUT, OUT[..., :8]],
             [LSE, LSE],
