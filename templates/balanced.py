@@ -13,11 +13,11 @@ import triton.language as tl
 from decode import (
     Item,
     attend_run,
+    count_keys,
     first_position,
     gdc_launch_dependents,
     gdc_wait,
     kv_bounds,
-    read_length,
     read_tokens,
     takes_part,
     tile_index,
@@ -46,7 +46,7 @@ def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.c
     """
     tokens = lengths.tokens
     b = tl.minimum(sequences, tokens.batch - 1)
-    kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
+    kv_len = count_keys(lengths.kv_lens, lengths.cu_seqlens_k, b, lengths.max_kv_len)
     q_len = read_tokens(tokens, b).used
     num_tokens = tl.maximum(q_len, 1)
     newest = first_position(lengths.q_offset, b, kv_len, num_tokens) + num_tokens - 1

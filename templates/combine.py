@@ -5,12 +5,13 @@ import triton.language as tl
 from decode import (
     LOG2E,
     Tokens,
+    count_keys,
     find_sequence,
     finish_rows,
     gdc_launch_dependents,
     gdc_wait,
-    read_length,
     read_tokens,
+    read_total,
     takes_part,
     tile_index,
 )
@@ -18,8 +19,8 @@ from decode import (
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q, sinks, stride_ob,
-    stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place,
+    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, sinks,
+    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place,
     large_splits,
     GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     LARGE_M: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr, PDL: tl.constexpr,
@@ -43,7 +44,8 @@ def decode_combine(
         place = row // num_q_heads
         head = row % num_q_heads
         kv_head = head // GROUP_SIZE
-        number = find_sequence(tokens, place, 1, 1)
+        begin = read_total(cu_seqlens_q, 0, num_queries)
+        number = tl.where(place < begin, batch, find_sequence(tokens, place - begin, 1, 1))
         b = tl.minimum(number, batch - 1)
         lse_row = row.to(tl.int64)
         out_row = out
@@ -63,6 +65,8 @@ def decode_combine(
 
     span = read_tokens(tokens, number)
     token = place - span.first
+    if cu_seqlens_q is not None:
+        token = tl.where(token < 0, token + num_queries, token)
     row_of_b = token * GROUP_SIZE + head % GROUP_SIZE
     count = num_splits
     block_m = BLOCK_M
@@ -72,7 +76,7 @@ def decode_combine(
     if LARGE_M > 0:
         small = takes_part(tokens, number, GROUP_SIZE * span.count)
     if BALANCED:
-        busy = small & (read_length(kv_lens, b, max_kv_len) > 0) & (token < span.used)
+        busy = small & (count_keys(kv_lens, cu_seqlens_k, b, max_kv_len) > 0) & (token < span.used)
         parts = item_parts + 2 * item.to(tl.int64)
         count = tl.load(parts + 1, mask=busy, other=0)
         first = first_place + 2 * tl.load(parts, mask=busy, other=0).to(tl.int64)

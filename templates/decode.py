@@ -15,9 +15,9 @@ every sequence has one.
 
 Tiles: BLOCK_M rows each. All tiles of a call are numbered (`tile_index`). If the queries are padded to
 [B, Hq, Q, D], each sequence has the same number of tiles. If they are packed to [T, Hq, D], tile 0 of sequence `b` has
-number `b`. The other tiles of `b` have numbers from `batch + GROUP_SIZE * first // BLOCK_M` on, where `first` is its first
-token: rounding down leaves room for all of them. The tokens that no sequence has count as one more sequence, number
-`batch`, without keys.
+number `b`. The other tiles of `b` have numbers from `batch + GROUP_SIZE * first // BLOCK_M` on, where `first` counts the
+tokens of earlier sequences: rounding down leaves room for all of them. The tokens that no sequence has count as one more
+sequence, number `batch`, without keys: first those after the last sequence, then those before the first one.
 
 Which keys are read: a tile of rows has up to four *spans*, one for each interval of `kv_bounds`. A span goes from the
 first to the last key that the interval has in any row of the tile. A block that meets no span is not visited. In a
@@ -54,8 +54,9 @@ Outputs = namedtuple(
     "Outputs",
     "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
-# Lengths of all sequences, positions of their first query tokens, the greatest length, and the tokens.
-Lengths = namedtuple("Lengths", "kv_lens q_offset max_kv_len tokens")
+# Lengths of all sequences, or where each begins in packed keys; positions of their first query tokens; the greatest
+# length; and the tokens.
+Lengths = namedtuple("Lengths", "kv_lens cu_seqlens_k q_offset max_kv_len tokens")
 # Query tokens: of padded queries, the tokens in use of each sequence or None; of packed queries, where each sequence
 # starts, else None; the tokens Q or T; the sequences; and which of the sequences take part, see `takes_part`.
 Tokens = namedtuple("Tokens", "q_lens cu_seqlens_q num_queries batch row_range")
@@ -403,14 +404,29 @@ def read_length(lengths, b, limit):
 
 
 @triton.jit
+def count_keys(kv_lens, cu_seqlens_k, b, limit):
+    """The keys of sequences `b`."""
+    if cu_seqlens_k is not None:
+        first = read_total(cu_seqlens_k, b, limit)
+        return tl.maximum(read_total(cu_seqlens_k, b + 1, limit), first) - first
+    else:
+        return read_length(kv_lens, b, limit)
+
+
+@triton.jit
+def read_total(totals, b, limit):
+    """The rows before sequences `b`, from running totals."""
+    return tl.minimum(tl.maximum(tl.load(totals + b), 0), limit)
+
+
+@triton.jit
 def read_tokens(tokens, b):
     """The tokens (first, count, used) of sequences `b`. Sequence `batch` has the tokens that no sequence has."""
     if tokens.cu_seqlens_q is not None:
-        cu_seqlens_q, batch, limit = tokens.cu_seqlens_q, tokens.batch, tokens.num_queries
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + b), 0), limit)
-        first = tl.where(b > 0, first, 0)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + tl.minimum(b + 1, batch)), first), limit)
-        count = tl.where(b < batch, end, limit) - first
+        totals, batch, limit = tokens.cu_seqlens_q, tokens.batch, tokens.num_queries
+        first = read_total(totals, b, limit)
+        end = tl.maximum(read_total(totals, tl.minimum(b + 1, batch), limit), first)
+        count = tl.where(b < batch, end - first, limit - first + read_total(totals, 0, limit))
         return TokenSpan(first, count, tl.where(b < batch, count, 0))
     else:
         return TokenSpan(0, tokens.num_queries, read_length(tokens.q_lens, b, tokens.num_queries))
@@ -437,7 +453,8 @@ def tiles_of(rows, BLOCK_M: tl.constexpr):
 def tile_index(tokens, b, first, tile, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
     """The number of a tile among all tiles of the call; `first` is the first token of its sequence."""
     if tokens.cu_seqlens_q is not None:
-        later = tokens.batch + GROUP_SIZE * first // BLOCK_M + tile - tl.where(b < tokens.batch, 1, 0)
+        before = tl.maximum(first - read_total(tokens.cu_seqlens_q, 0, tokens.num_queries), 0)
+        later = tokens.batch + GROUP_SIZE * before // BLOCK_M + tile - tl.where(b < tokens.batch, 1, 0)
         return tl.where((tile == 0) & (b < tokens.batch), b, later)
     else:
         return b * tiles_of(GROUP_SIZE * tokens.num_queries, BLOCK_M) + tile
@@ -445,14 +462,14 @@ def tile_index(tokens, b, first, tile, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.con
 
 @triton.jit
 def find_sequence(tokens, number, FACTOR: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence that starts at or before a number; a start counts as `FACTOR * start // DIVISOR`."""
+    """The last sequence that starts at or before a number. The start is `FACTOR * tokens before it // DIVISOR`."""
     CHUNK: tl.constexpr = 256
+    begin = read_total(tokens.cu_seqlens_q, 0, tokens.num_queries)
     found = tl.zeros((), tl.int32)
     for chunk in tl.range(0, tokens.batch, CHUNK):
         b = chunk + 1 + tl.arange(0, CHUNK)
-        start = tl.load(tokens.cu_seqlens_q + b, mask=b <= tokens.batch, other=0x7FFFFFFF)
-        start = tl.minimum(tl.maximum(start, 0), tokens.num_queries)
-        found += tl.sum(((b <= tokens.batch) & (FACTOR * start // DIVISOR <= number)).to(tl.int32), 0)
+        before = read_total(tokens.cu_seqlens_q, tl.minimum(b, tokens.batch), tokens.num_queries) - begin
+        found += tl.sum(((b <= tokens.batch) & (FACTOR * before // DIVISOR <= number)).to(tl.int32), 0)
     return found
 
 
@@ -469,8 +486,7 @@ def find_tile(tokens, number, C: tl.constexpr):
             later = C.GROUP_SIZE * tokens.num_queries // C.BLOCK_M - (number - tokens.batch)
             number = tokens.batch + later
             b = find_sequence(tokens, later, C.GROUP_SIZE, C.BLOCK_M)
-            first = read_tokens(tokens, b).first
-            tile = later - C.GROUP_SIZE * first // C.BLOCK_M + tl.where(b < tokens.batch, 1, 0)
+            tile = number - tile_index(tokens, b, read_tokens(tokens, b).first, 1, C.GROUP_SIZE, C.BLOCK_M) + 1
         return b, tile, number
     else:
         num_tiles = tiles_of(C.GROUP_SIZE * tokens.num_queries, C.BLOCK_M)
@@ -681,7 +697,7 @@ def finish_rows(acc, m_i, l_i, sinks, head, used):
 
 
 @triton.jit
-def query_rows(item, lanes, C: tl.constexpr):
+def query_rows(item, lanes, tokens, C: tl.constexpr):
     """The rows of the tile of an item, one per lane. A lane without a row computes what the last row computes."""
     rows = item.tile * C.BLOCK_M + lanes
     num_rows = C.GROUP_SIZE if C.ONE_TOKEN else C.GROUP_SIZE * item.span.count
@@ -693,14 +709,17 @@ def query_rows(item, lanes, C: tl.constexpr):
         return Rows(lanes, valid, first_head + rows, tl.zeros_like(rows), tl.zeros_like(rows))
     else:
         token = rows // C.GROUP_SIZE
-        return Rows(lanes, valid, first_head + rows % C.GROUP_SIZE, token, item.span.first + token)
+        place = item.span.first + token
+        if tokens.cu_seqlens_q is not None:
+            place = tl.where(place < tokens.num_queries, place, place - tokens.num_queries)
+        return Rows(lanes, valid, first_head + rows % C.GROUP_SIZE, token, place)
 
 
 @triton.jit
 def make_tile(item, rows, lengths, captures, C: tl.constexpr):
     """What mods see of a tile."""
     b, h, tokens = item.b, rows.head[:, None], lengths.tokens
-    kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
+    kv_len = count_keys(lengths.kv_lens, lengths.cu_seqlens_k, b, lengths.max_kv_len)
     # With one query token the whole tile has one position. It is a scalar, so bounds need no reduction over rows.
     offset = 0 if C.ONE_TOKEN else rows.token[:, None]
     counted = item.span.used
@@ -808,7 +827,7 @@ def load_query(row, queries, C: tl.constexpr):
 def attend_run(item, keys, values, call, C: tl.constexpr):
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
-    rows = query_rows(item, lanes, C)
+    rows = query_rows(item, lanes, call.lengths.tokens, C)
     row = row_start(call.queries.start, call.queries, item.b, rows)
     start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
@@ -883,7 +902,7 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
 @triton.jit
 def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, item_parts,
-    kv_lens, q_lens, cu_seqlens_q, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
+    kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
     scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn,
     stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range,
     num_splits, first_place, max_weight, GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
@@ -916,7 +935,7 @@ def decode_split(
         out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
     )
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
-    lengths = Lengths(kv_lens, q_offset, max_kv_len, tokens)
+    lengths = Lengths(kv_lens, cu_seqlens_k, q_offset, max_kv_len, tokens)
     captures = Captures(score_captures, mask_captures)
     schedule = Schedule(num_splits, first_place, item_parts, max_weight)
     call = Call(queries, outputs, lengths, captures, page_table, block_lists, scale)

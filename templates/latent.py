@@ -250,20 +250,21 @@ def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, call, C: gl.constexpr
     """Writes the columns of a result from `COLUMN` on; the left half (COLUMN 0) also writes the log-sum-exp."""
     OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
-    rows = query_rows(item, lanes, C)
+    rows = query_rows(item, lanes, call.lengths.tokens, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
     lse = call.outputs.lse if COLUMN == 0 else None
     store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C)
 
 
 @gluon.jit
-def _load_query(queries, item, scale, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
+def _load_query(call, item, COLUMN: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
     """Loads WIDTH columns from COLUMN on of the query rows of a tile into shared memory, with the sign of the scale."""
-    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), C)
+    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, LAYOUT)), call.lengths.tokens, C)
     offs_d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    queries = call.queries
     row = row_start(queries.start, queries, item.b, rows)
     q = gl.load(row[:, None] + offs_d[None, :] * queries.stride_d)
-    q = gl.where(scale < 0, -q, q)
+    q = gl.where(call.scale < 0, -q, q)
     return gl.allocate_shared_memory(queries.start.dtype.element_ty, [C.BLOCK_M, WIDTH], LATENTS, q)
 
 
@@ -333,15 +334,15 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
         gdc_wait()
         gdc_launch_dependents()
 
-    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), C)
+    rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), call.lengths.tokens, C)
     tile = make_tile(item, rows, call.lengths, call.captures, C)
     runs, spans = block_runs(tile, call.block_lists, call.captures, C)
     first, last = share_of(item, runs, call.lengths.tokens, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
-    q_left = _load_query(call.queries, item, call.scale, 0, HALF, C, ROWS)
-    q_right = _load_query(call.queries, item, call.scale, HALF, HALF, C, ROWS)
-    q_rest = _load_query(call.queries, item, call.scale, 2 * HALF, C.BLOCK_R, C, NARROW)
+    q_left = _load_query(call, item, 0, HALF, C, ROWS)
+    q_right = _load_query(call, item, HALF, HALF, C, ROWS)
+    q_rest = _load_query(call, item, 2 * HALF, C.BLOCK_R, C, NARROW)
     scale = gl.abs(call.scale)
     memory = _share_memory((q_left, q_right, q_rest), C)
     fence_async_shared()

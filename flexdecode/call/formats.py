@@ -24,6 +24,7 @@ class Contiguous:
         form, scale_form: shapes of keys and values, and of scales per token, in words.
         sizes, capacity_form, limit: words for errors.
         templates: template files whose functions take the place of those of `decode.py`.
+        table: the argument that says where the keys of a sequence lie, if the call has it.
         has_matrices: whether tensor descriptors can show blocks of keys, by `rectangle` of the template.
     """
 
@@ -33,6 +34,7 @@ class Contiguous:
     capacity_form = "N = {} (from key)"
     limit = "`key` must have"
     templates: tuple[str, ...] = ()
+    table = "page_table"
     has_matrices = True
 
     def owners(self, batch: int, key: torch.Tensor) -> int:
@@ -152,7 +154,9 @@ class Packed(Contiguous):
     form = "[Tk, Hkv, {}]"
     sizes = "Hkv = {1} and Tk = {2} (from key)"
     capacity_form = "Tk = {} (from key)"
+    templates = ("kv_packed.py",)
     has_matrices = False
+    table = "cu_seqlens_k"
 
     def owners(self, batch: int, key: torch.Tensor) -> int:
         """0: no sequence has an index of its own in the view, so its stride counts as 0."""

@@ -190,6 +190,7 @@ ARGUMENTS = (
     _input("kv_lens"),
     _input("q_lens"),
     _input("cu_seqlens_q"),
+    _input("cu_seqlens_k"),
     Argument(
         "q_offset",
         lambda s: "i64" if s.signature.kind("q_offset") == NUMBER else _pointer(s.signature.kind("q_offset")),
@@ -197,7 +198,7 @@ ARGUMENTS = (
     ),
     Argument(
         "page_table",
-        lambda s: s.signature.format.types(_pointer(s.signature.kind("page_table"))),
+        lambda s: s.signature.format.types(_pointer(s.signature.kind(s.signature.format.table))),
         value=lambda launch, call: call.inputs.format.arguments(call.inputs.key, call.inputs.table, launch.form.at),
     ),
     Argument(

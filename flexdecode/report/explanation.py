@@ -247,10 +247,10 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         queries = "cu_seqlens_q" if call.inputs.packed else "q_lens"
         return f"`{keys if lens is None else queries if tokens is None else 'q_offset'}` is on the meta device"
     # A sequence without a query token reads nothing.
-    lens, signature = lens.where(tokens > 0, 0), call.signature
+    lens, sizes = lens.where(tokens > 0, 0), call.inputs.sizes
     if call.inputs.packed:  # what is read does not depend on how the tokens of a sequence are divided
-        signature = replace(signature, num_queries=max(1, int(tokens.max())))
-    step = find_step(call.proven, call.mods, lens, first, tokens, signature, call.inputs.sizes, schedule)
+        sizes = sizes._replace(num_queries=max(1, int(tokens.max())))
+    step = find_step(call.proven, call.mods, lens, first, tokens, call.signature, sizes, schedule)
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 
