@@ -147,7 +147,7 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
                 final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
             tl.store(shared_out, worker)
             tl.store(shared_out + 1, final - worker + 1)
-        place = schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)
-        item = Item(b, kv_head, tile, span, start, end, weight, place, (start == 0) & (end == weight))
+        place = (schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)).to(tl.int64) * C.BLOCK_M
+        item = Item(b, kv_head, tile, span, start, end, weight, place, 1, (start == 0) & (end == weight))
         attend_run(item, keys, values, call, C)
         slot += end - start

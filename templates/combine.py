@@ -68,10 +68,10 @@ def decode_combine(
     if cu_seqlens_q is not None:
         token = tl.where(token < 0, token + num_queries, token)
     row_of_b = token * GROUP_SIZE + head % GROUP_SIZE
-    count = num_splits
-    block_m = BLOCK_M
     item = tile_index(tokens, number, span.first, row_of_b // BLOCK_M, GROUP_SIZE, BLOCK_M) * num_kv_heads + kv_head
-    first = first_place + item.to(tl.int64) * num_splits
+    # The parts of a row lie side by side.
+    count = num_splits
+    first = (first_place + item.to(tl.int64) * num_splits) * BLOCK_M + row_of_b % BLOCK_M * num_splits
     small = tl.full((), True, tl.int1)
     if LARGE_M > 0:
         small = takes_part(tokens, number, GROUP_SIZE * span.count)
@@ -79,14 +79,14 @@ def decode_combine(
         busy = small & (count_keys(kv_lens, cu_seqlens_k, b, max_kv_len) > 0) & (token < span.used)
         parts = item_parts + 2 * item.to(tl.int64)
         count = tl.load(parts + 1, mask=busy, other=0)
-        first = first_place + 2 * tl.load(parts, mask=busy, other=0).to(tl.int64)
+        # A worker has two places. It begins an item in the second one, and continues one in the first one.
+        worker = tl.load(parts, mask=busy, other=0).to(tl.int64)
+        first = (first_place + 2 * worker) * BLOCK_M + row_of_b % BLOCK_M
     if LARGE_M > 0:
         index = tile_index(tokens, number, span.first, row_of_b // LARGE_M, GROUP_SIZE, LARGE_M)
-        in_large = (index * num_kv_heads + kv_head).to(tl.int64) * large_splits
+        in_large = ((index * num_kv_heads + kv_head).to(tl.int64) * LARGE_M + row_of_b % LARGE_M) * large_splits
         first = tl.where(small, first, in_large)
         count = tl.where(small, count, large_splits)
-        block_m = tl.where(small, BLOCK_M, LARGE_M)
-    lane = row_of_b % block_m
     if (not BALANCED and LARGE_M == 0) or count != 1:
         m_i = float("-inf")
         l_i = 0.0
@@ -94,9 +94,9 @@ def decode_combine(
         for start in tl.range(0, count, BLOCK_S):
             part = start + offs_s
             partial_row = first + part
-            if BALANCED:  # a worker has two places; it begins an item in the second one, and continues one in the first
-                partial_row = tl.where(small, first + 2 * part + tl.where(part == 0, 1, 0), partial_row)
-            partial_row = partial_row * block_m + lane
+            if BALANCED:
+                of_worker = first + (2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M
+                partial_row = tl.where(small, of_worker, partial_row)
             part_max = tl.load(partial_max + partial_row, mask=part < count, other=float("-inf"))
             part_sum = tl.load(partial_sum + partial_row, mask=part < count, other=0.0)
             partial = tl.load(

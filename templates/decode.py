@@ -67,8 +67,8 @@ Captures = namedtuple("Captures", "score mask")
 # What items are computed from, except keys and values, and where their results go.
 Call = namedtuple("Call", "queries outputs lengths captures page_table block_lists scale")
 # A tile of query rows of a KV head, and the share `start .. end` of `parts` of its KV blocks. A `whole` item writes the
-# output. Another item writes a partial result at `place`.
-Item = namedtuple("Item", "b kv_head tile span start end parts place whole")
+# output. Another item writes partial results: that of row `lane` at `place + lane * step`.
+Item = namedtuple("Item", "b kv_head tile span start end parts place step whole")
 # The tokens of a sequence: where the first one lies in the query, how many there are, and how many are in use.
 TokenSpan = namedtuple("TokenSpan", "first count used")
 # The rows of a tile [BLOCK_M]: lanes, whether the row exists, its query head, its token in the sequence and in the query.
@@ -558,7 +558,10 @@ def power_of_two(x):
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
-    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
+    # A descriptor never reads outside a cache, and the scores of dead keys do not count. So keys may hold anything there,
+    # unless they are values, too.
+    CHECKED_KEYS: tl.constexpr = CHECKED and (C.SHARED or keys.descriptor is None)
+    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED_KEYS, C)
     if C.PAIRED is not None:
         k_even, k_odd = unpack(k, C.PAIRED)
         score = tl.dot(q, tl.trans(k_even))
@@ -567,7 +570,7 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
         k = k.to(q.dtype)
         score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
     if C.BLOCK_R > 0:
-        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED, C)
+        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED_KEYS, C)
         score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=C.PRECISION)
     return score, k
 
@@ -769,7 +772,7 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C: tl.constexpr):
     outputs, tokens = call.outputs, call.lengths.tokens
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     if C.SPLIT:
-        partial_row = item.place.to(tl.int64) * C.BLOCK_M + rows.lanes
+        partial_row = item.place + rows.lanes.to(tl.int64) * item.step
         if not item.whole:
             tl.store(outputs.partial_max + partial_row, m_i, mask=rows.valid)
             tl.store(outputs.partial_sum + partial_row, l_i, mask=rows.valid)
@@ -886,16 +889,18 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     kv_head = tl.program_id(0) % num_kv_heads
     b, tile, index = find_tile(tokens, tl.program_id(0) // num_kv_heads, C)
     span = read_tokens(tokens, b)
-    part = tl.program_id(1)
-    place = schedule.first_place + (index * num_kv_heads + kv_head) * schedule.num_splits + part
+    part, parts = tl.program_id(1), schedule.num_splits
+    # All parts of a row lie side by side.
+    tile_of_call = (index * num_kv_heads + kv_head).to(tl.int64)
+    place = (schedule.first_place + tile_of_call * parts) * C.BLOCK_M + part
     if tokens.cu_seqlens_q is not None:
         rows = C.GROUP_SIZE * span.count
         if takes_part(tokens, b, rows) & (tile * C.BLOCK_M < rows):
             b = tl.minimum(b, tokens.batch - 1)
-            item = Item(b, kv_head, tile, span, part, part + 1, schedule.num_splits, place, not C.SPLIT)
+            item = Item(b, kv_head, tile, span, part, part + 1, parts, place, parts, not C.SPLIT)
             attend_run(item, keys, values, call, C)
     else:
-        item = Item(b, kv_head, tile, span, part, part + 1, schedule.num_splits, place, not C.SPLIT)
+        item = Item(b, kv_head, tile, span, part, part + 1, parts, place, parts, not C.SPLIT)
         attend_run(item, keys, values, call, C)
 
 

@@ -182,14 +182,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def find_parts(signature: Signature, sizes: Sizes, options: DecodeOptions, latent: bool = False) -> tuple[Part, ...]:
+def find_parts(
+    signature: Signature, sizes: Sizes, options: DecodeOptions, latent: bool = False, is_bounded: bool = False
+) -> tuple[Part, ...]:
     """Divides the sequences of a call into one or two launches.
 
     Padded queries and packed queries of similar lengths need one. A sequence of packed queries gets small tiles if it
     fits into one, unless the caller's `max_q_len` or the number of tokens shows that small tiles suit all sequences.
     """
     group, tokens = signature.group_size, sizes.num_queries
-    most = _most_rows(signature, latent)
+    most = _most_rows(signature, latent or is_bounded)
     if not signature.packed:
         block_m = min(max(16, next_power_of_2(group * tokens)), most)
         num_tiles = sizes.batch * -(-group * tokens // block_m)
@@ -197,7 +199,8 @@ def find_parts(signature: Signature, sizes: Sizes, options: DecodeOptions, laten
     longest = min(tokens, tokens if sizes.max_q_len is None else sizes.max_q_len)
     if sizes.max_q_len is None and tokens <= sizes.batch:
         longest = 1  # one token for each sequence, most likely
-    alone = min(max(16, next_power_of_2(group * longest)), SMALL_ROWS, most)
+    # The tokens of one sequence, or few tokens for each one, need one launch.
+    alone = min(max(16, next_power_of_2(group * longest)), most if sizes.batch == 1 else SMALL_ROWS)
     busy = -(-group * tokens // most)
     if not options.batch_invariant and (latent or alone >= min(group * longest, most)):
         block_m = most if latent else alone
@@ -211,11 +214,16 @@ def find_parts(signature: Signature, sizes: Sizes, options: DecodeOptions, laten
     )
 
 
-def _most_rows(signature: Signature, latent: bool) -> int:
-    """Rows of the largest tile. Float32 products and wide values need many registers."""
+def _most_rows(signature: Signature, small: bool) -> int:
+    """Rows of the largest tile. Float32 products and wide values need many registers.
+
+    Args:
+        signature: of the call.
+        small: whether large tiles do not pay. If few keys are live, those of a small tile are fewer.
+    """
     if signature.dtype == torch.float32:
         return 32
-    return LARGE_ROWS if _columns(signature).block_dv <= 128 and not latent else SMALL_ROWS
+    return LARGE_ROWS if _columns(signature).block_dv <= 128 and not small else SMALL_ROWS
 
 
 def schedule(
@@ -242,7 +250,7 @@ def schedule(
         part: the sequences of the launch; by default there is one launch.
     """
     columns, num_sms, latent = _columns(signature), facts.num_sms, loads is Loads.LATENTS
-    part = part or find_parts(signature, sizes, options, latent)[0]
+    part = part or find_parts(signature, sizes, options, latent, is_bounded)[0]
     num_items = part.num_tiles * sizes.num_kv_heads
     busy_items = part.busy_tiles * sizes.num_kv_heads
     total_bytes = busy_items * sizes.max_kv_len * columns.kv_bytes
@@ -267,7 +275,7 @@ def schedule(
     block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
     wanted = (
         signature, part.block_m, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s,
-        block_b,
+        block_b, part.block_m >= SMALL_ROWS and part.busy_tiles > sizes.batch,
     )  # fmt: skip
     tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
     if tiles.loads is Loads.DESCRIPTORS and signature.page_size % tiles.block_n:
@@ -338,9 +346,13 @@ def _tiles(
     split: bool,
     block_s: int,
     block_b: int,
+    prompt: bool,
     many: bool,
 ) -> Tiles:
-    """The tiles of a call. Calls of many lengths share them. `crowded`: more programs than multiprocessors."""
+    """The tiles of a call. Calls of many lengths share them.
+
+    `crowded`: more programs than multiprocessors. `prompt`: many query rows read the same keys.
+    """
     is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
     block_d, block_r, block_dv, shared, kv_bytes = _columns(signature)
     # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
@@ -348,6 +360,8 @@ def _tiles(
     paired = is_paired(signature, facts, options)
     if latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
+    elif prompt or block_m > SMALL_ROWS:
+        block_n, num_stages = _prompt_pipeline(block_m, signature, kv_bytes, facts)
     else:
         block_n, num_stages = _pipeline(
             block_m, kv_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
@@ -359,7 +373,7 @@ def _tiles(
         block_d,
         block_r,
         block_dv,
-        options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
+        options.num_warps or (8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4),
         options.num_stages or num_stages,
         split=split,
         loads=loads,
@@ -384,11 +398,11 @@ def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) 
 
 def has_latent_kernel(signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether `templates/latent.py` can compute a call: latents of 512 + 64 columns, many query rows per KV head."""
-    sizes = signature.shared_kv, signature.head_dim, signature.v_head_dim
+    widths = signature.shared_kv, signature.head_dim, signature.v_head_dim
     return (
         facts.has_warpgroups
         and has_gluon()
-        and sizes == (True, 576, 512)
+        and widths == (True, 576, 512)
         and (signature.packed or signature.group_size * sizes.num_queries > 32)
         and signature.kv_dtype == signature.dtype != torch.float32
         and signature.kind("k_scale") is signature.kind("v_scale") is None
@@ -448,6 +462,21 @@ def _pipeline(
             break
         if block_n == 64 and stages == 3:  # fewer stages rather than fewer keys: each step has a fixed cost
             stages, tiles_kept = 2, tiles_kept - 1
+        else:
+            block_n //= 2
+    return block_n, stages
+
+
+def _prompt_pipeline(block_m: int, signature: Signature, kv_bytes: int, facts: DeviceFacts) -> tuple[int, int]:
+    """Keys per step and pipeline depth for tiles of a prompt: two groups of four warps take long steps, one short ones.
+
+    Measured on an H200: three stages keep the tensor cores busier than two with more programs.
+    """
+    block_n, stages = 128 if block_m > SMALL_ROWS else 64, 2 if facts.backend == "hip" else 3
+    query_bytes = block_m * signature.head_dim * signature.dtype.itemsize
+    while block_n > 16 and query_bytes + stages * block_n * kv_bytes > facts.shared_memory:
+        if block_n <= 64 and stages > 2:
+            stages = 2
         else:
             block_n //= 2
     return block_n, stages

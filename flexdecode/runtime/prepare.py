@@ -313,7 +313,7 @@ def choose_schedules(
             loads = Loads.DESCRIPTORS
     loads = Loads.POINTERS if matrices is None else loads
     found = []
-    for part in find_parts(signature, sizes, options, loads is Loads.LATENTS):
+    for part in find_parts(signature, sizes, options, loads is Loads.LATENTS, proven.bounds.is_bounded):
         chosen = schedule(
             signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches, part
         )  # fmt: skip
