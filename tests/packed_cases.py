@@ -51,7 +51,7 @@ class Packed(NamedTuple):
         arguments["query"] = _padded(self.query, self.q_lens, self.before)
         arguments["q_lens"] = torch.tensor(self.q_lens, dtype=torch.long)
         if "cu_seqlens_k" in self.arguments:
-            start = int(self.arguments["cu_seqlens_k"][0])
+            start = max(int(self.arguments["cu_seqlens_k"][0]), 0)
             for name in ("key", "value"):
                 arguments[name] = _padded(arguments[name], self.kv_lens, start)
             arguments["kv_lens"] = torch.tensor(self.kv_lens, dtype=torch.long)
@@ -407,6 +407,20 @@ def check_hint(device="cpu", options=None):
     call = draw([1, 9, 0, 2], [20, 9, 4, 30], "paged", device=device)
     for hint in (None, 1, 2, 9, 1 << 40):
         check(call, None, mods.causal(), options=options, max_q_len=hint)
+
+
+def check_clamped(name, device="cpu", options=None):
+    """Totals outside of the rows that there are, where nothing checks them. Returns the call."""
+    call = draw([2, 0, 3], [5, 4, 7], "keys", device=device)
+    arguments = {n: x.nan_to_num(0.5) if x.is_floating_point() else x for n, x in call.arguments.items()}
+    call = call._replace(query=call.query.nan_to_num(0.5), arguments=arguments)
+    arguments[name].copy_(torch.tensor([-4, 3, 3, 99]))
+    if name == "cu_seqlens_q":
+        call = call._replace(q_lens=[3, 0, len(call.query) - 3])
+    else:
+        call = call._replace(kv_lens=[3, 0, len(arguments["key"]) - 3])
+    check(call, None, mods.causal(), options=options)
+    return call
 
 
 def check_other_splits(run, device="cpu"):

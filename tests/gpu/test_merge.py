@@ -33,6 +33,12 @@ def test_layouts(layout, num_parts):
     cases.check_layouts(layout, num_parts, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("layout", "num_parts", "v_head_dim"), cases.PACKED)
+def test_packed(layout, num_parts, v_head_dim, dtype):
+    cases.check_packed(layout, num_parts, v_head_dim, dtype, "cuda")
+
+
 def test_special_values():
     cases.check_special_values("cuda")
 

@@ -9,9 +9,10 @@ from packed_cases import draw
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, KVCache, PagedKVCache, cache_info, clear_cache, flex_decode, mods
+from flexdecode.call import inputs
 from flexdecode.call.inputs import Inputs
 from flexdecode.call.packing import rows_of_sequences
-from flexdecode.runtime import eager
+from flexdecode.runtime import eager, plan
 
 DEBUG = DecodeOptions(debug=True)
 
@@ -158,6 +159,14 @@ def test_where_sequences_begin_is_clamped():
         assert list(zip(start.tolist(), (start + lens).tolist(), strict=True)) == expected
 
 
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_totals_outside_are_clamped(name, monkeypatch):
+    """As on a GPU, where nobody reads them before the call."""
+    for module in (inputs, plan):
+        monkeypatch.setattr(module, "check_all_lens", lambda *_: None)
+    cases.check_clamped(name)
+
+
 # --- What else a call takes -------------------------------------------------------------------------------------------
 
 
@@ -246,12 +255,12 @@ def test_other_contents_are_a_known_call():
 def test_nothing_is_read_on_the_host(monkeypatch):
     """The cut of the query needs only shapes: the same operations run on a device that nobody may wait for."""
     call = draw([3, 0, 5], [9, 4, 6])
-    inputs = inputs_of(call)
+    given = inputs_of(call)
     monkeypatch.setattr(torch.Tensor, "item", None)
     monkeypatch.setattr(torch.Tensor, "__int__", None)
     monkeypatch.setattr(torch.Tensor, "__bool__", None)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
-    rows = eager._packed_rows(inputs)
+    rows = eager._packed_rows(given)
     monkeypatch.undo()
     assert int(rows.live.sum()) == 8
 
