@@ -38,6 +38,8 @@ def flex_decode(
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    kv_starts: int | torch.Tensor | None = None,
+    kv_offset: int | torch.Tensor | None = None,
     cache: KVCache | PagedKVCache | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
@@ -60,7 +62,7 @@ def flex_decode(
         kv_lens: live keys of each sequence, int32 or int64 `[B]`, or one number for all (an integer or a 0-d tensor);
             by default N.
         q_offset: position of the first query token, int32 or int64 `[B]`, or one number for all; by default
-            `kv_lens[b] - Q`, because the queries are the newest tokens.
+            `kv_offset[b] + kv_lens[b] - Q`, because the queries are the newest tokens.
         scale: factor of the dot product; by default `1 / sqrt(D)`.
         block_mask: PyTorch's BlockMask, for masks that only lists of blocks describe; holds beside `mask_mod`. Its
             rows are query positions as everywhere here: one for training fits as it is, one that was made for the
@@ -77,6 +79,12 @@ def flex_decode(
         v_scale: the same for values.
         sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
             value.
+        kv_starts: first live row of the cache of each sequence, int32 or int64 `[B]`, or one number for all; by default
+            0. Rows before it are padding on the left: they may hold anything, and are not read. It moves no position.
+            A sequence whose `kv_starts` reaches its `kv_lens` is empty.
+        kv_offset: position of row 0 of the cache of each sequence, int32 or int64 `[B]`, or one number for all, within
+            +-2**30; by default 0. It is for caches whose first rows were dropped. `kv_offset=-kv_starts` counts
+            positions from the first live row. `kv_lens` and `kv_starts` count rows, whatever the positions are.
         cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`.
         out: tensor `[B, Hq, Q, Dv]` to write to, any strides; it shares no memory with an input.
@@ -94,7 +102,10 @@ def flex_decode(
     counters.calls += 1
     if return_lse is not True and return_lse is not False:
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
-    given: Any = (query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, scale, out)
+    given: Any = (
+        query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, kv_starts, kv_offset, scale,
+        out,
+    )  # fmt: skip
     return run_request(
         read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
     )

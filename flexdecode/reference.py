@@ -40,6 +40,8 @@ def reference_decode(
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    kv_starts: int | torch.Tensor | None = None,
+    kv_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes `softmax(mask(score_mod(query @ key^T * scale))) @ value` over the live keys.
@@ -50,11 +52,12 @@ def reference_decode(
         value: `[B or 1, Hkv, N, Dv]`.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`; natural-log units, absolute positions.
         mask_mod: `(b, h, q_idx, kv_idx) -> bool`; where it is false the score becomes `-inf`.
-        kv_lens: `[B]` integers, or one for all; the live keys of sequence `b` are `0 .. min(kv_lens[b], N) - 1`.
-            Default: N.
-        q_offset: position of query row 0, `[B]` or one for all. Default: `min(kv_lens[b], N) - q_lens[b]`.
+        kv_lens: `[B]` integers, or one for all; the live keys of sequence `b` are rows `kv_starts[b] ..
+            min(kv_lens[b], N) - 1`. Default: N.
+        q_offset: position of query row 0, `[B]` or one for all. Default: the last token has the position of the last
+            key, `kv_offset[b] + min(kv_lens[b], N) - q_lens[b]`.
         scale: factor on the dot products. Default: `1 / sqrt(D)`.
-        page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; position
+        page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; row
             `n` of sequence `b` is row `n % page_size` of page `page_table[b, n // page_size]`, `N` is
             `max_pages * page_size`, and `kv_lens` is needed. Entries without a key that any row attends to are not
             read.
@@ -65,6 +68,9 @@ def reference_decode(
         v_scale: the same for the values.
         sinks: `[Hq]` logits, natural-log units, after scale and mods: the softmax denominator of head `h` gains
             `exp(sinks[h])`.
+        kv_starts: `[B]` integers, or one for all; keys before this row of the cache are not live. Default: 0.
+        kv_offset: `[B]` integers, or one for all; mods see row `n` of sequence `b` at position `n + kv_offset[b]`.
+            Default: 0.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
@@ -84,17 +90,20 @@ def reference_decode(
     scale = D**-0.5 if scale is None else scale
     lens = _per_sequence(N if kv_lens is None else kv_lens, B).clamp(0, N)
     tokens = _per_sequence(Q if q_lens is None else q_lens, B).clamp(0, Q)
-    first = lens - tokens if q_offset is None else _per_sequence(q_offset, B)
+    starts = _per_sequence(0 if kv_starts is None else kv_starts, B)
+    shift = _per_sequence(0 if kv_offset is None else kv_offset, B)
+    first = shift + lens - tokens if q_offset is None else _per_sequence(q_offset, B)
 
     out = torch.zeros(B, Hq, Q, Dv, dtype=torch.float64)
     lse = torch.full((B, Hq, Q), -torch.inf, dtype=torch.float64)
     for batch in range(B):
         # Nothing below can see what lies past these lengths.
         n, m = int(lens[batch]), int(tokens[batch])
-        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
-        live = torch.ones(Hq, Q, n, dtype=torch.bool)
+        slots = torch.arange(n)
+        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), shift[batch] + slots
+        live = (slots >= starts[batch]).expand(Hq, Q, n)
         if mask_mod is not None:
-            live = evaluate_mod(mask_mod, grid)[0]
+            live = live & evaluate_mod(mask_mod, grid)[0]
         read = live[:, :m].reshape(Hkv, Hq // Hkv * m, n).any(1)  # What no row attends to is not read: it may be NaN.
         q = query[batch].to("cpu", torch.float64).reshape(Hkv, rows, D)
         k = dequantized_rows(key, k_scale, batch, n, page_table, read=read)

@@ -10,7 +10,18 @@ bits. MANY: the slots are counted in chunks of BLOCK_B sequences, not all at onc
 
 import triton
 import triton.language as tl
-from decode import Item, attend_run, first_position, gdc_launch_dependents, gdc_wait, kv_bounds, read_length
+from decode import (
+    Item,
+    attend_run,
+    first_position,
+    gdc_launch_dependents,
+    gdc_wait,
+    kv_bounds,
+    live_slots,
+    read_length,
+    read_offset,
+    read_start,
+)
 
 
 @triton.jit
@@ -36,17 +47,21 @@ def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.c
     kv_len = read_length(lengths.kv_lens, b, lengths.max_kv_len)
     q_len = read_length(lengths.q_lens, b, C.NUM_QUERIES)
     num_tokens = tl.maximum(q_len, 1)
-    newest = first_position(lengths.q_offset, b, kv_len, num_tokens) + num_tokens - 1
+    kv_start = read_start(lengths.kv_starts, b, kv_len)
+    kv_offset = read_offset(lengths.kv_offset, b)
+    newest = first_position(lengths.q_offset, b, kv_len + kv_offset, num_tokens) + num_tokens - 1
     h = (tl.arange(0, 2) * last_head)[None, :]
     live, _ = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], captures.score, captures.mask)
     weight = tl.zeros([sequences.shape[0], 2], tl.int32)
     end = (kv_len + tl.zeros_like(b))[:, None]
+    begin = (kv_start + tl.zeros_like(b))[:, None]
+    shift = (kv_offset + tl.zeros_like(b))[:, None]
     for i in tl.static_range(C.NUM_LIVE):
-        lo, hi = live[i]
-        lo = tl.minimum(tl.maximum(lo, 0), 1 << 30).to(tl.int32)
-        hi = tl.maximum(tl.minimum(hi, end), 0).to(tl.int32)
+        lo, hi = live_slots(live[i], begin, end, shift, C)
+        lo = lo.to(tl.int32)
+        hi = tl.maximum(hi, 0).to(tl.int32)
         weight += tl.where(lo < hi, (hi + C.BLOCK_N - 1) // C.BLOCK_N - lo // C.BLOCK_N, 0)
-    busy = (sequences < schedule.batch) & (kv_len > 0) & (q_len > 0)
+    busy = (sequences < schedule.batch) & (kv_len > kv_start) & (q_len > 0)
     return tl.where(busy, tl.minimum(tl.maximum(tl.max(weight, 1), 1), schedule.max_weight), 0)
 
 

@@ -2,13 +2,13 @@
 
 import triton
 import triton.language as tl
-from decode import LOG2E, finish_rows, gdc_launch_dependents, gdc_wait, read_length
+from decode import LOG2E, finish_rows, gdc_launch_dependents, gdc_wait, read_length, read_start
 
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, sinks, stride_ob, stride_oh,
-    stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
+    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, kv_starts, sinks, stride_ob,
+    stride_oh, stride_om, stride_od, num_kv_heads, max_kv_len, num_splits,
     GROUP_SIZE: tl.constexpr, NUM_QUERIES: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,8 @@ def decode_combine(
     num_tokens = read_length(q_lens, b, NUM_QUERIES)
     if BALANCED:
         parts = item_parts + 2 * group.to(tl.int64)
-        busy = (read_length(kv_lens, b, max_kv_len) > 0) & (num_tokens > 0)
+        kv_len = read_length(kv_lens, b, max_kv_len)
+        busy = (kv_len > read_start(kv_starts, b, kv_len)) & (num_tokens > 0)
         count = tl.load(parts + 1, mask=busy, other=0)
         first = 2 * tl.load(parts, mask=busy, other=0).to(tl.int64)
     if (not BALANCED) or count != 1:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.analyze import MAX_KV_LEN
+from ..analysis.analyze import MAX_KV_LEN, MAX_KV_OFFSET
 from .formats import CONTIGUOUS, PAGED, Contiguous
 from .overlap import overlaps_itself
 
@@ -90,6 +90,8 @@ class Inputs(NamedTuple):
     k_scale: float | torch.Tensor | None = None
     v_scale: float | torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    kv_starts: torch.Tensor | None = None
+    kv_offset: int | torch.Tensor | None = None
     scale: float | None = None
     out: torch.Tensor | None = None
 
@@ -174,6 +176,24 @@ def _batch(query: object) -> int:
     return len(query) if isinstance(query, torch.Tensor) and query.dim() else 1
 
 
+def as_kv_starts(starts: Any, query: torch.Tensor) -> Any:
+    """As `per_sequence`. A number beyond all caches means the same as one at their ends."""
+    starts = same_for_all(starts, query)
+    return per_sequence(min(max(starts, 0), MAX_KV_LEN) if type(starts) is int else starts, query)
+
+
+def as_kv_offset(offset: Any, query: torch.Tensor) -> Any:
+    """As `same_for_all`. A number is checked here, because a plan does not depend on it.
+
+    Raises:
+        ValueError: a number is beyond +-MAX_KV_OFFSET.
+    """
+    offset = same_for_all(offset, query)
+    if type(offset) is int and abs(offset) > MAX_KV_OFFSET:
+        raise ValueError(f"`kv_offset` must lie between {-MAX_KV_OFFSET} and {MAX_KV_OFFSET}, got {offset}")
+    return offset
+
+
 def as_scale(scale: Any, query: torch.Tensor) -> Any:
     """`k_scale` or `v_scale`. If the query is not on the CPU, a 0-d tensor on the CPU is read as a number."""
     if scale is not None and isinstance(scale, torch.Tensor) and not scale.dim() and scale.device.type == "cpu":
@@ -206,8 +226,10 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
         raise ValueError(f"`query` must have fewer than 2**31 rows, got {tuple(query.shape)}")
     _check_kv_lens(inputs)
     _check_per_sequence("q_lens", inputs.q_lens, query, "an integer or ")
+    _check_per_sequence("kv_starts", inputs.kv_starts, query, "an integer or ")
+    _check_positions("q_offset", inputs.q_offset, query)
+    _check_positions("kv_offset", inputs.kv_offset, query)
     check_all_lens(inputs, options)
-    _check_q_offset(inputs.q_offset, query)
     if inputs.scale is not None:
         checked_scale(inputs.scale)
     for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
@@ -347,37 +369,39 @@ def checked_scale(scale: object, name: str = "scale") -> float:
 
 
 def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
-    """Checks `kv_lens` and `q_lens` if they are on the CPU or if `options.debug` is set, which waits for a GPU.
+    """Checks lengths and `kv_offset` if they are on the CPU or if `options.debug` is set, which waits for a GPU.
 
     Raises:
-        ValueError: a length is negative or too large.
+        ValueError: a length is negative or too large, or an offset is too large.
     """
-    kv_lens, q_lens = inputs.kv_lens, inputs.q_lens
+    kv_lens, q_lens, kv_offset = inputs.kv_lens, inputs.q_lens, inputs.kv_offset
     if isinstance(kv_lens, torch.Tensor) and (kv_lens.device.type == "cpu" or options.debug):
         check_lens("kv_lens", kv_lens, *_capacity(inputs))
     if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
         most = inputs.query.shape[2]
         check_lens("q_lens", q_lens, most, f"Q = {most} (from query)")
+    if isinstance(kv_offset, torch.Tensor) and (kv_offset.device.type == "cpu" or options.debug):
+        check_lens("kv_offset", kv_offset, MAX_KV_OFFSET, str(MAX_KV_OFFSET), least=-MAX_KV_OFFSET)
 
 
-def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
-    """Checks lengths.
+def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str, least: int = 0) -> None:
+    """Checks lengths or offsets.
 
     Raises:
-        ValueError: one is negative or greater than `most`. `limit` describes `most` in words.
+        ValueError: one is less than `least` or greater than `most`. `limit` describes `most` in words.
     """
-    if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < 0):
+    if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < least):
         found = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"`{name}` must lie between 0 and {limit}, got {found}")
+        raise ValueError(f"`{name}` must lie between {least} and {limit}, got {found}")
 
 
-def _check_q_offset(q_offset: object, query: torch.Tensor) -> None:
-    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.Tensor, type(None))):
-        raise TypeError(f"`q_offset` must be an integer or an integer tensor [B], got {type(q_offset).__name__}")
-    if isinstance(q_offset, torch.Tensor):
-        _check_per_sequence("q_offset", q_offset, query)
-    elif q_offset is not None and not -(1 << 63) <= q_offset < 1 << 63:
-        raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
+def _check_positions(name: str, positions: object, query: torch.Tensor) -> None:
+    if isinstance(positions, bool) or not isinstance(positions, (int, torch.Tensor, type(None))):
+        raise TypeError(f"`{name}` must be an integer or an integer tensor [B], got {type(positions).__name__}")
+    if isinstance(positions, torch.Tensor):
+        _check_per_sequence(name, positions, query)
+    elif positions is not None and not -(1 << 63) <= positions < 1 << 63:
+        raise ValueError(f"`{name}` must fit into int64, got {positions}")
 
 
 def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:

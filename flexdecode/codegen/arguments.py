@@ -187,6 +187,12 @@ ARGUMENTS = (
         lambda s: "i64" if s.signature.kind("q_offset") == NUMBER else _pointer(s.signature.kind("q_offset")),
         value=lambda launch, call: launch.form.at(call.inputs.q_offset),
     ),
+    _input("kv_starts"),
+    Argument(
+        "kv_offset",
+        lambda s: "i32" if s.signature.kind("kv_offset") == NUMBER else _pointer(s.signature.kind("kv_offset")),
+        value=lambda launch, call: launch.form.at(call.inputs.kv_offset),
+    ),
     Argument(
         "page_table",
         lambda s: s.signature.format.types(_pointer(s.signature.kind("page_table"))),

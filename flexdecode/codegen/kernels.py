@@ -90,7 +90,7 @@ def generate_module(proven: ProvenMods, files: tuple[str, ...] = ()) -> str:
         ("mask_mod", proven.mask, proven.mask_checks),
     ):
         if graph is not None:
-            hooks.append(lower(graph, kind, proven.q_idx_given, checks))
+            hooks.append(lower(graph, kind, proven.q_idx_given, checks, proven.shifted))
     return generate(hooks, files)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..analysis.analyze import MAX_KV_OFFSET
 from ..call.formats import Gather
 from ..codegen.arguments import Call
 from ..errors import IndexRangeError
@@ -38,9 +39,9 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     device = query.device
     lens = _lengths(inputs.kv_lens, max_kv_len, query)
     tokens = _lengths(inputs.q_lens, num_queries, query)
-    first = lens - tokens
-    if inputs.q_offset is not None:
-        first = torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
+    starts = inputs.kv_starts
+    shift = _positions(inputs.kv_offset, query).clamp(-MAX_KV_OFFSET, MAX_KV_OFFSET)  # a kernel cannot refuse them
+    first = shift + lens - tokens if inputs.q_offset is None else _positions(inputs.q_offset, query)
     # Tokens past q_lens get the position of the last token, so that mods see only positions of the sequence.
     token = torch.arange(num_queries, device=device).minimum(tokens.clamp(min=1)[:, None] - 1)
     b, h = (torch.arange(size, device=device) for size in (batch, num_q_heads))
@@ -59,8 +60,9 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
-        indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        live = (kv < lens[:, None]).view(batch, 1, 1, -1) & row_live[..., None]
+        indices["kv_idx"] = kv.view(1, 1, 1, -1) + (0 if inputs.kv_offset is None else shift.view(batch, 1, 1, 1))
+        inside = kv < lens[:, None] if starts is None else (kv < lens[:, None]) & (kv >= starts[:, None])
+        live = inside.view(batch, 1, 1, -1) & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
         read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
@@ -89,6 +91,11 @@ def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor)
     if not isinstance(lengths, torch.Tensor):  # a number is the longest sequence
         return torch.full(query.shape[:1], most, device=query.device)
     return lengths.long().clamp(0, most)
+
+
+def _positions(first: int | torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+    """Positions of sequences, int64 [B]; 0 by default."""
+    return torch.as_tensor(0 if first is None else first, device=query.device).long().expand(len(query))
 
 
 def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,8 @@ class TritonLauncher:
         self.kernel = form.kernel
         self.on_gpu = form.on_gpu
         signature, tiles = form.spec.signature, form.spec.tiles
-        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, self.on_gpu)
+        shifted = signature.kind("kv_offset") is not None
+        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, self.on_gpu, shifted)
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)

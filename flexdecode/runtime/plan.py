@@ -130,10 +130,10 @@ class Plan:
         self.empty = 0 in self.out_shape
         self.loose = [  # tensors that have to be made contiguous for the kernels
             name
-            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table")
+            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "kv_starts", "kv_offset", "page_table")
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        others = ("kv_lens", "q_lens", "q_offset", "scale"), (torch.Tensor, bool, type(None))
+        others = ("kv_lens", "q_lens", "q_offset", "kv_offset", "scale"), (torch.Tensor, bool, type(None))
         self.numbers = [n for n, x in inputs._asdict().items() if n not in others[0] and not isinstance(x, others[1])]
 
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read

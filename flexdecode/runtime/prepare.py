@@ -58,7 +58,8 @@ class Traced:
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
         q_idx_given = self.signature.kind("q_offset") is not None
         heads = sizes.num_kv_heads * self.signature.group_size
-        bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len)
+        shifted = self.signature.kind("kv_offset") is not None
+        bounded = CallSizes(sizes.batch, heads, self.signature.num_queries, sizes.max_kv_len, shifted)
         mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
         score_checks = None
         if score is not None:
@@ -71,9 +72,8 @@ class Traced:
 
     def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
-        return ProvenMods(
-            *self.graphs, self.signature.kind("q_offset") is not None, score_checks, mask_checks, self.listed
-        )
+        q_idx_given, shifted = (self.signature.kind(name) is not None for name in ("q_offset", "kv_offset"))
+        return ProvenMods(*self.graphs, q_idx_given, score_checks, mask_checks, self.listed, shifted)
 
 
 def trace_call(

@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 
 from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
-from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, as_scale, check_inputs, per_sequence, same_for_all
+from ..call.inputs import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    Inputs,
+    as_kv_offset,
+    as_kv_starts,
+    as_scale,
+    check_inputs,
+    per_sequence,
+    same_for_all,
+)
 from ..kv.kv_cache import KVCache, PagedKVCache, read_cache
 from .identity import Mod, identify
 
@@ -52,18 +62,21 @@ def read_request(
     """
     if cache is not None:
         inputs = read_cache(cache, inputs)
-    query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, *others = inputs
+    (
+        query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, kv_starts, kv_offset, *others
+    ) = inputs  # fmt: skip
     if key is None or value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")
-    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is None):
+    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
         inputs = Inputs(
             query, key, value, same_for_all(kv_lens, query), per_sequence(q_lens, query), same_for_all(q_offset, query),
-            page_table, as_scale(k_scale, query), as_scale(v_scale, query), *others,
+            page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, as_kv_starts(kv_starts, query),
+            as_kv_offset(kv_offset, query), *others,
         )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:
         check_inputs(inputs.only_shapes(), options or DEFAULT_OPTIONS)
         listed = Listed.ALONE if mask_mod is None else Listed.WITH_MASK
-        mask_mod, lists = read_block_mask(block_mask, query, mask_mod)
+        mask_mod, lists = read_block_mask(block_mask, query, mask_mod, inputs.kv_offset is not None)
         lists.check_positions(inputs)
     return Request(inputs, identify("score_mod", score_mod), identify("mask_mod", mask_mod), lists, listed)

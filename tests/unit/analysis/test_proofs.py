@@ -564,20 +564,25 @@ class _Evaluation(eager._Evaluation):
 
 def positions(call):
     """Every b, h, q_idx and kv_idx of a call, for every length of a sequence, and which of them are pairs of it."""
-    batch, heads, queries, length = call.sizes
+    batch, heads, queries, length, shifted = call.sizes
     lens = torch.arange(length + 1).repeat_interleave(queries)
     first = lens - queries
     if call.q_idx_given:
         lens = torch.full((13,), length)
         first = torch.tensor([-(2**63), -(2**40), -9, -2, -1, 0, 1, 3, 8, 17, 2**31, 2**62, 2**63 - 9])
+    offset = torch.zeros_like(lens)
+    if shifted:  # all of the above at each offset
+        offsets = torch.tensor([0, -1, 3, -5, 11, 2**30, -(2**30)])
+        offset = offsets.repeat_interleave(len(lens))
+        lens, first = lens.repeat(len(offsets)), first.repeat(len(offsets)) + (0 if call.q_idx_given else offset)
     token = torch.arange(len(lens)) % queries
     indices = {
         "b": torch.arange(batch).view(-1, 1, 1, 1),
         "h": torch.arange(heads).view(1, -1, 1, 1),
         "q_idx": (first + token).view(1, 1, -1, 1),
-        "kv_idx": torch.arange(length).view(1, 1, 1, -1),
+        "kv_idx": (torch.arange(length) + offset[:, None])[None, None],
     }
-    return indices, indices["kv_idx"] < lens.view(1, 1, -1, 1)
+    return indices, (torch.arange(length) < lens[:, None])[None, None]
 
 
 def check_proofs(call):
