@@ -24,8 +24,9 @@ BlockLists = namedtuple("BlockLists", "tables stride_b stride_h num_q q_block nu
 # the lists of this row hold. They start at `lists` and describe `num_blocks` blocks. `start` is the first block within
 # the bounds; `first_full` and `first_partial` count the blocks before those that are visited. The sequence ends in
 # `end_block`. If that block is listed as full, it is visited first among the partial blocks and `num_end` is 1, else
-# `num_end` is 0. `num_start` is the same for `start` if the sequence starts inside it; that block is visited before
-# `end_block`. All blocks are places; `shift` is the place of block 0 of the slots.
+# `num_end` is 0. If the call has starts (STARTED), `num_start` has one number, else none. The number is the same for
+# `start` if the sequence starts inside it; that block is visited before `end_block`. All blocks are places; `shift` is
+# the place of slot 0.
 Listed = namedtuple(
     "Listed",
     "num_full num_partial whole_row lists num_blocks first_full first_partial num_start num_end end_block start shift",
@@ -75,15 +76,17 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
     full_before = table.tables + lists
     partial_before = full_before + num_blocks + 1
     first_full = tl.load(full_before + start)
-    num_start = 0
+    num_start = ()
     if C.STARTED:
         inner = tl.load(full_before + tl.minimum(start + starts_inside.to(tl.int32), end_block))
-        num_start = inner - first_full
+        num_start = (inner - first_full,)
         first_full = inner
     num_full = tl.load(full_before + end_block) - first_full
     num_end = tl.load(full_before + end) - tl.load(full_before + end_block)
     first_partial = tl.load(partial_before + start)
-    num_partial = tl.load(partial_before + end) - first_partial + num_start + num_end
+    num_partial = tl.load(partial_before + end) - first_partial + num_end
+    if C.STARTED:
+        num_partial += num_start[0]
     num_full = tl.where(whole_row, num_full, 0)
     num_partial = tl.where(whole_row, num_partial, end - start)
     return Listed(
@@ -102,9 +105,12 @@ def full_block(runs, number):
 @triton.jit
 def partial_block(runs, number):
     """The partial block with this number. If `start` and `end_block` are listed as full, they may come first."""
-    num_cut = runs.num_start + runs.num_end
+    num_cut = runs.num_end
+    cut = runs.end_block
+    if len(runs.num_start) > 0:
+        num_cut += runs.num_start[0]
+        cut = tl.where(number < runs.num_start[0], runs.start, cut)
     in_list = runs.whole_row & (number >= num_cut) & (number < runs.num_partial)
     order = runs.lists + 3 * runs.num_blocks + 2
     block = tl.load(order + tl.where(in_list, runs.first_partial + number - num_cut, 0))
-    cut = tl.where(number < runs.num_start, runs.start, runs.end_block)
     return tl.where(in_list, block, tl.where(runs.whole_row, cut, runs.start + number)) - runs.shift

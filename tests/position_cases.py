@@ -90,7 +90,7 @@ def cache(starts, page_size=None, num_queries=1, ragged=False, width=D, dtype=to
     return (query.to(device), key.to(device), value.to(device)), moved
 
 
-def block_mask(mask_mod, size, length=160, device="cpu"):
+def block_mask(mask_mod, size, length=200, device="cpu"):
     """A BlockMask for positions 0 to `length`, and the mask that it stands for."""
     made = create_block_mask(mask_mod, None, HQ, length, length, device=device, BLOCK_SIZE=size)
     return made, lambda b, h, q, k: (q >= 0) & (q < length) & (k >= 0) & (k < length) & mask_mod(b, h, q, k)

@@ -92,6 +92,20 @@ def test_queries_may_be_anywhere_if_the_caller_says_where():
     assert indexed(lambda b, h, q, k: k, N, q_idx_given=True) == "proven"
 
 
+def test_positions_may_be_anywhere_if_the_caller_gives_an_offset():
+    shifted = SIZES._replace(shifted=True)
+    for index in (lambda b, h, q, k: k, lambda b, h, q, k: q):
+        assert indexed(index, N, sizes=shifted) == "unknown"
+        assert indexed(lambda b, h, q, k: index(b, h, q, k).clamp(min=0), N, sizes=shifted) == "beyond"
+        assert indexed(lambda b, h, q, k: index(b, h, q, k).clamp(0, N - 1), N, sizes=shifted) == "proven"
+    assert indexed(lambda b, h, q, k: q - k, N, mask_mod=mods.sliding_window(N), sizes=shifted) == "mask: proven"
+    inside = lambda b, h, q, k: (k >= 0) & (k < N)
+    assert indexed(lambda b, h, q, k: k, N, mask_mod=inside, sizes=shifted) == "mask: proven"
+    below = lambda b, h, q, k: k < N
+    assert indexed(lambda b, h, q, k: k, N, mask_mod=below, sizes=shifted) == "unknown"
+    assert indexed(lambda b, h, q, k: k, N - 1, mask_mod=lambda b, h, q, k: k < N - 1) == "mask: proven"
+
+
 def test_each_index_is_judged_by_its_own_size():
     index = lambda b, h, q, k: (b, h, k)
     assert indexed(index, B, HQ, N) == "proven proven proven"
