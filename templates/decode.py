@@ -516,7 +516,7 @@ def attend_block(
         live = in_spans(kv_idx, spans)
         kv_idx = tl.minimum(kv_idx, tile.kv_len - 1)
     if C.SHIFTED:
-        kv_idx = kv_idx + tile.kv_offset
+        kv_idx = kv_idx + tile.kv_offset  # mods see positions
     if CHECKED:
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
