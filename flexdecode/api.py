@@ -41,6 +41,8 @@ def flex_decode(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_q_len: int | None = None,
+    kv_starts: int | torch.Tensor | None = None,
+    kv_offset: int | torch.Tensor | None = None,
     cache: KVCache | PagedKVCache | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
@@ -64,7 +66,7 @@ def flex_decode(
         kv_lens: live keys of each sequence, int32 or int64 `[B]`, or one number for all (an integer or a 0-d tensor);
             by default N.
         q_offset: position of the first query token, int32 or int64 `[B]`, or one number for all; by default
-            `kv_lens[b] - Q`, because the queries are the newest tokens.
+            `kv_offset[b] + kv_lens[b] - Q`, because the queries are the newest tokens.
         scale: factor of the dot product; by default `1 / sqrt(D)`.
         block_mask: PyTorch's BlockMask, for masks that only lists of blocks describe; holds beside `mask_mod`. Its
             rows are query positions as everywhere here: one for training fits as it is, one that was made for the
@@ -87,9 +89,16 @@ def flex_decode(
             query; `kv_lens`, `q_offset` and the caches have B entries. It takes the place of `q_lens`.
         cu_seqlens_k: the same for packed keys, which need no cache (cross attention, encoders). Then `key` is
             `[Tk, Hkv, D]` and `value` `[Tk, Hkv, Dv]`, and the keys of each sequence count from position 0. It needs
-            `cu_seqlens_q`, and takes the place of `kv_lens`, `page_table` and `cache`. Scales are a number or `[Hkv]`.
+            `cu_seqlens_q`, and takes the place of `kv_lens`, `kv_starts`, `page_table` and `cache`. Scales are a number
+            or `[Hkv]`.
         max_q_len: a hint for packed queries: no sequence has more tokens. It may make a call faster; the result never
             depends on it.
+        kv_starts: first live row of the cache of each sequence, int32 or int64 `[B]`, or one number for all; by default
+            0. Rows before it are padding on the left: they may hold anything, and are not read. It moves no position.
+            A sequence whose `kv_starts` reaches its `kv_lens` is empty.
+        kv_offset: position of row 0 of the cache of each sequence, int32 or int64 `[B]`, or one number for all, within
+            +-2**30; by default 0. It is for caches whose first rows were dropped. `kv_offset=-kv_starts` counts
+            positions from the first live row. `kv_lens` and `kv_starts` count rows, whatever the positions are.
         cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`, packed `[T, Hq]`.
         out: tensor `[B, Hq, Q, Dv]`, packed `[T, Hq, Dv]`, to write to, any strides; it shares no memory with an input.
@@ -109,7 +118,7 @@ def flex_decode(
         raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     given: Any = (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
-        max_q_len, scale, out,
+        kv_starts, kv_offset, max_q_len, scale, out,
     )  # fmt: skip
     return run_request(
         read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options

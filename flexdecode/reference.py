@@ -42,6 +42,8 @@ def reference_decode(
     sinks: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    kv_starts: int | torch.Tensor | None = None,
+    kv_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes `softmax(mask(score_mod(query @ key^T * scale))) @ value` over the live keys.
@@ -52,11 +54,12 @@ def reference_decode(
         value: `[B or 1, Hkv, N, Dv]`.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`; natural-log units, absolute positions.
         mask_mod: `(b, h, q_idx, kv_idx) -> bool`; where it is false the score becomes `-inf`.
-        kv_lens: `[B]` integers, or one for all; the live keys of sequence `b` are `0 .. min(kv_lens[b], N) - 1`.
-            Default: N.
-        q_offset: position of query row 0, `[B]` or one for all. Default: `min(kv_lens[b], N) - q_lens[b]`.
+        kv_lens: `[B]` integers, or one for all; the live keys of sequence `b` are rows `kv_starts[b] ..
+            min(kv_lens[b], N) - 1`. Default: N.
+        q_offset: position of query row 0, `[B]` or one for all. Default: the last token has the position of the last
+            key, `kv_offset[b] + min(kv_lens[b], N) - q_lens[b]`.
         scale: factor on the dot products. Default: `1 / sqrt(D)`.
-        page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; position
+        page_table: `[B, max_pages]` integers. Then key is `[num_pages, Hkv, page_size, D]` and value likewise; row
             `n` of sequence `b` is row `n % page_size` of page `page_table[b, n // page_size]`, `N` is
             `max_pages * page_size`, and `kv_lens` is needed. Entries without a key that any row attends to are not
             read.
@@ -71,6 +74,9 @@ def reference_decode(
             query; what of them lies outside the query, or before `c[b]`, does not count.
         cu_seqlens_k: `[B + 1]` integers. Then key is `[Tk, Hkv, D]` and value `[Tk, Hkv, Dv]`, and the keys of sequence
             `b` are rows of them in the same way. It needs `cu_seqlens_q` and excludes `kv_lens` and `page_table`.
+        kv_starts: `[B]` integers, or one for all; keys before this row of the cache are not live. Default: 0.
+        kv_offset: `[B]` integers, or one for all; mods see row `n` of sequence `b` at position `n + kv_offset[b]`.
+            Default: 0.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
@@ -91,6 +97,8 @@ def reference_decode(
     N *= 1 if page_table is None else page_table.shape[1]
     lens = _per_sequence(N if kv_lens is None else kv_lens, B).clamp(0, N)
     tokens = _per_sequence(T if q_lens is None else q_lens, B).clamp(0, T)
+    starts = _per_sequence(0 if kv_starts is None else kv_starts, B)
+    shift = _per_sequence(0 if kv_offset is None else kv_offset, B)
     positions = None if q_offset is None else _per_sequence(q_offset, B)
     mods, factor = (score_mod, mask_mod), query.shape[-1] ** -0.5 if scale is None else scale
 
@@ -108,11 +116,13 @@ def reference_decode(
         else:
             first, end = _rows_of(cu_seqlens_q, batch, T)
             m, q = end - first, query[first:end].transpose(0, 1)
-        start = n - m if positions is None else int(positions[batch])
-        grid = torch.tensor([batch]), torch.arange(query.shape[1]), start + torch.arange(m), torch.arange(n)
+        start = shift[batch] + n - m if positions is None else positions[batch]
+        slots = torch.arange(n)
+        grid = torch.tensor([batch]), torch.arange(query.shape[1]), start + torch.arange(m), shift[batch] + slots
         rows = functools.partial(dequantized_rows, batch=batch, length=n, page_table=page_table)
         caches = functools.partial(rows, k, k_scale), functools.partial(rows, v, v_scale)
-        result, total = _attend(q.to("cpu", torch.float64), key.shape[1], caches, mods, grid, factor, sinks)
+        q, begun = q.to("cpu", torch.float64), slots >= starts[batch]
+        result, total = _attend(q, key.shape[1], caches, mods, grid, begun, factor, sinks)
         if packed:
             out[first:end], lse[first:end] = result.transpose(0, 1), total.transpose(0, 1)
         else:
@@ -126,6 +136,7 @@ def _attend(
     caches: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]],
     mods: tuple[Callable[..., Any] | None, Callable[..., Any] | None],
     grid: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    begun: torch.Tensor,
     scale: float,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,6 +148,7 @@ def _attend(
         caches: give its keys `[Hkv, n, D]` and values `[Hkv, n, Dv]`; `read` `[Hkv, n]` says which rows to read.
         mods: the score_mod and the mask_mod.
         grid: the values of `b` [1], `h` [Hq], `q_idx` [m] and `kv_idx` [n].
+        begun: which keys do not lie before the start of the sequence, bool [n].
         scale: factor on the dot products.
         sinks: `[Hq]` logits.
 
@@ -145,9 +157,9 @@ def _attend(
     """
     (score_mod, mask_mod), (_, Hq, m, n) = mods, map(len, grid)
     rows = Hq // Hkv * m  # The query rows that share a key head.
-    live = torch.ones(Hq, m, n, dtype=torch.bool)
+    live = begun.expand(Hq, m, n)
     if mask_mod is not None:
-        live = evaluate_mod(mask_mod, grid)[0]
+        live = live & evaluate_mod(mask_mod, grid)[0]
     read = live.reshape(Hkv, rows, n).any(1)  # What no row attends to is not read: it may be NaN.
     k, v = (cache(read=read) for cache in caches)
 

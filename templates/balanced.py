@@ -18,6 +18,9 @@ from decode import (
     gdc_launch_dependents,
     gdc_wait,
     kv_bounds,
+    live_slots,
+    read_offset,
+    read_start,
     read_tokens,
     takes_part,
     tile_index,
@@ -49,18 +52,22 @@ def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.c
     kv_len = count_keys(lengths.kv_lens, lengths.cu_seqlens_k, b, lengths.max_kv_len)
     q_len = read_tokens(tokens, b).used
     num_tokens = tl.maximum(q_len, 1)
-    newest = first_position(lengths.q_offset, b, kv_len, num_tokens) + num_tokens - 1
+    kv_start = read_start(lengths.kv_starts, b, kv_len)
+    kv_offset = read_offset(lengths.kv_offset, b)
+    newest = first_position(lengths.q_offset, b, kv_len + kv_offset, num_tokens) + num_tokens - 1
     h = (tl.arange(0, 2) * last_head)[None, :]
     live, _ = kv_bounds(b[:, None], h, (newest + tl.zeros_like(b))[:, None], captures.score, captures.mask)
     weight = tl.zeros([sequences.shape[0], 2], tl.int32)
     end = (kv_len + tl.zeros_like(b))[:, None]
+    begin = (kv_start + tl.zeros_like(b))[:, None]
+    shift = (kv_offset + tl.zeros_like(b))[:, None]
     for i in tl.static_range(C.NUM_LIVE):
-        lo, hi = live[i]
-        lo = tl.minimum(tl.maximum(lo, 0), 1 << 30).to(tl.int32)
-        hi = tl.maximum(tl.minimum(hi, end), 0).to(tl.int32)
+        lo, hi = live_slots(live[i], begin, end, shift, C)
+        lo = lo.to(tl.int32)
+        hi = tl.maximum(hi, 0).to(tl.int32)
         weight += tl.where(lo < hi, (hi + C.BLOCK_N - 1) // C.BLOCK_N - lo // C.BLOCK_N, 0)
     rows = C.GROUP_SIZE * (q_len + tl.zeros_like(b))
-    busy = (sequences < tokens.batch) & (kv_len > 0) & (rows > 0)
+    busy = (sequences < tokens.batch) & (kv_len > kv_start) & (rows > 0)
     if tokens.cu_seqlens_q is not None:
         busy = busy & takes_part(tokens, b, rows)
     weight = tl.minimum(tl.maximum(tl.max(weight, 1), 1), schedule.max_weight)
@@ -93,14 +100,22 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
 
 
 @triton.jit
+def _worker_of(slot, share, extra):
+    """The worker whose run has a slot. Runs have `share` slots; those of the first `extra` workers have one more."""
+    worker = slot // (share + 1)
+    if worker >= extra:
+        worker = extra + (slot - extra * (share + 1)) // tl.maximum(share, 1)
+    return worker
+
+
+@triton.jit
 def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """Attends the run of slots of one worker, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_kv_heads = call.outputs.num_kv_heads
-    tokens = call.lengths.tokens
+    num_kv_heads, tokens = call.outputs.num_kv_heads, call.lengths.tokens
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)
     if C.MANY:
@@ -118,9 +133,8 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     stop = slot + share + tl.where(worker < extra, 1, 0)
     b = tl.zeros((), tl.int32)
     weight = tl.full((), 1, tl.int32)
-    num_tiles = tl.full((), 1, tl.int32)
-    first = slot
-    past = slot
+    num_tiles = weight
+    first, past = slot, slot
     while slot < stop:
         if slot == past:
             if C.MANY:
@@ -141,12 +155,8 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
         if start == 0:
             index = tile_index(tokens, b, span.first, tile, C.GROUP_SIZE, C.BLOCK_M)
             shared_out = schedule.item_parts + 2 * (index.to(tl.int64) * num_kv_heads + kv_head)
-            last_slot = slot + weight - 1
-            final = last_slot // (share + 1)
-            if final >= extra:
-                final = extra + (last_slot - extra * (share + 1)) // tl.maximum(share, 1)
             tl.store(shared_out, worker)
-            tl.store(shared_out + 1, final - worker + 1)
+            tl.store(shared_out + 1, _worker_of(slot + weight - 1, share, extra) - worker + 1)
         place = (schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)).to(tl.int64) * C.BLOCK_M
         item = Item(b, kv_head, tile, span, start, end, weight, place, 1, (start == 0) & (end == weight))
         attend_run(item, keys, values, call, C)

@@ -1,5 +1,7 @@
 """The second pass: merges the partial results of a row. It calls no mod, so its text is the same for all mods."""
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 from decode import (
@@ -10,93 +12,141 @@ from decode import (
     finish_rows,
     gdc_launch_dependents,
     gdc_wait,
+    read_start,
     read_tokens,
     read_total,
     takes_part,
     tile_index,
 )
 
+# A row of the query: its sequence, its heads, its place among the tokens of the query, and its token of the sequence.
+Row = namedtuple("Row", "number kv_head head place token span")
+# The partial results of a row: how many there are, where the first one lies, whether they are those of a small tile.
+Parts = namedtuple("Parts", "count first small")
+
+
+@triton.jit
+def _packed_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, OF_SMALL: tl.constexpr):
+    """The row with this number among the rows [T, Hq] of packed queries, or [B, Hkv, BLOCK_M] if OF_SMALL."""
+    if OF_SMALL:
+        lane = row % BLOCK_M
+        number = row // BLOCK_M // num_kv_heads
+        kv_head = row // BLOCK_M % num_kv_heads
+        head = kv_head * GROUP_SIZE + lane % GROUP_SIZE
+        span = read_tokens(tokens, number)
+        token = lane // GROUP_SIZE
+        place = span.first + token
+    else:
+        place = row // (num_kv_heads * GROUP_SIZE)
+        head = row % (num_kv_heads * GROUP_SIZE)
+        kv_head = head // GROUP_SIZE
+        begin = read_total(tokens.cu_seqlens_q, 0, tokens.num_queries)
+        number = tl.where(place < begin, tokens.batch, find_sequence(tokens, place - begin, 1, 1))
+        span = read_tokens(tokens, number)
+        token = place - span.first
+        token = tl.where(token < 0, token + tokens.num_queries, token)
+    return Row(number, kv_head, head, place, token, span)
+
+
+@triton.jit
+def _padded_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr):
+    """The row with this number among the rows [B, Hkv, Q, GROUP_SIZE] of padded queries. It reads no memory."""
+    rows_of_head = GROUP_SIZE * tokens.num_queries
+    token = row % rows_of_head // GROUP_SIZE
+    kv_head = row // rows_of_head % num_kv_heads
+    head = kv_head * GROUP_SIZE + row % rows_of_head % GROUP_SIZE
+    return Row(row // rows_of_head // num_kv_heads, kv_head, head, token, token, token)
+
+
+@triton.jit
+def _find_parts(
+    row, tokens, item_parts, kv_lens, cu_seqlens_k, kv_starts, num_kv_heads, max_kv_len, num_splits, first_place,
+    large_splits, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, LARGE_M: tl.constexpr, OF_SMALL: tl.constexpr,
+    BALANCED: tl.constexpr,
+):  # fmt: skip
+    """The partial results of a row. It has one if the first pass has written its output."""
+    lane = row.token * GROUP_SIZE + row.head % GROUP_SIZE
+    item = tile_index(tokens, row.number, row.span.first, lane // BLOCK_M, GROUP_SIZE, BLOCK_M)
+    item = (item * num_kv_heads + row.kv_head).to(tl.int64)
+    # The parts of a row lie side by side.
+    count = num_splits
+    first = (first_place + item * num_splits) * BLOCK_M + lane % BLOCK_M * num_splits
+    small = tl.full((), True, tl.int1)
+    if LARGE_M > 0 or OF_SMALL:
+        small = takes_part(tokens, row.number, GROUP_SIZE * row.span.count)
+    if BALANCED:
+        b = tl.minimum(row.number, tokens.batch - 1)
+        kv_len = count_keys(kv_lens, cu_seqlens_k, b, max_kv_len)
+        busy = small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token < row.span.used)
+        count = tl.load(item_parts + 2 * item + 1, mask=busy, other=0)
+        # A worker has two places. It begins an item in the second one, and continues one in the first one.
+        worker = tl.load(item_parts + 2 * item, mask=busy, other=0).to(tl.int64)
+        first = (first_place + 2 * worker) * BLOCK_M + lane % BLOCK_M
+    if LARGE_M > 0:
+        index = tile_index(tokens, row.number, row.span.first, lane // LARGE_M, GROUP_SIZE, LARGE_M)
+        in_large = ((index * num_kv_heads + row.kv_head).to(tl.int64) * LARGE_M + lane % LARGE_M) * large_splits
+        first = tl.where(small, first, in_large)
+        count = tl.where(small, count, large_splits)
+    if OF_SMALL:
+        count = tl.where(small & (lane < GROUP_SIZE * row.span.count), count, 1)
+    return Parts(count, first, small)
+
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, sinks,
-    stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place,
-    large_splits,
+    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, kv_starts,
+    sinks, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range,
+    num_splits, first_place, large_splits,
     GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    LARGE_M: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr, PDL: tl.constexpr,
+    LARGE_M: tl.constexpr, OF_SMALL: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    BALANCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partial outputs of one row. Grid: (B * Hq * Q or T * Hq, cdiv(Dv, BLOCK_DV)).
+    """Merges the partial outputs of one row. Grid: (rows, cdiv(Dv, BLOCK_DV)).
 
     Rows are counted as [B, Hkv, Q, GROUP_SIZE], or as [T, Hq] if the queries are packed. If BALANCED, the pass skips
-    items that one worker computed alone, and writes the rows of sequences that no worker visits. LARGE_M: rows of the
-    tiles of a second launch of the first pass, which has `large_splits` and whose partial results start at place 0; it
-    is 0 if there was one launch. The other arguments are those of the first launch.
+    items that one worker computed alone, and writes the rows of sequences that no worker visits.
+
+    The first pass may have been two launches. The arguments are those of the launch with small tiles. If only that one
+    was split, OF_SMALL is true and rows are counted as [B, Hkv, BLOCK_M]: those of sequences that had a small tile.
+    Otherwise LARGE_M is the number of rows of the other tiles, which had `large_splits` and whose partial results start
+    at place 0. It is 0 if there was one launch.
     """
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
     num_q_heads = num_kv_heads * GROUP_SIZE
-    row = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    if PDL and cu_seqlens_q is not None:
-        gdc_wait()
-        gdc_launch_dependents()
     if cu_seqlens_q is not None:
-        place = row // num_q_heads
-        head = row % num_q_heads
-        kv_head = head // GROUP_SIZE
-        begin = read_total(cu_seqlens_q, 0, num_queries)
-        number = tl.where(place < begin, batch, find_sequence(tokens, place - begin, 1, 1))
-        b = tl.minimum(number, batch - 1)
-        lse_row = row.to(tl.int64)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        row = _packed_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE, BLOCK_M, OF_SMALL)
         out_row = out
+        lse_row = row.place.to(tl.int64) * num_q_heads + row.head
     else:
-        rows_of_head = GROUP_SIZE * (1 if ONE_TOKEN else num_queries)
-        place = row % rows_of_head // GROUP_SIZE
-        kv_head = row // rows_of_head % num_kv_heads
-        head = kv_head * GROUP_SIZE + row % rows_of_head % GROUP_SIZE
-        number = row // rows_of_head // num_kv_heads
-        b = number
-        lse_row = (b.to(tl.int64) * num_q_heads + head) * (1 if ONE_TOKEN else num_queries) + place
-        out_row = out + b.to(tl.int64) * stride_ob
-    out_row += head.to(tl.int64) * stride_oh + place.to(tl.int64) * stride_om
-    if PDL and cu_seqlens_q is None:
-        gdc_wait()
-        gdc_launch_dependents()
+        row = _padded_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE)
+        out_row = out + row.number.to(tl.int64) * stride_ob
+        lse_row = (row.number.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        row = Row(row.number, row.kv_head, row.head, row.place, row.token, read_tokens(tokens, row.number))
+    out_row += row.head.to(tl.int64) * stride_oh + row.place.to(tl.int64) * stride_om
 
-    span = read_tokens(tokens, number)
-    token = place - span.first
-    if cu_seqlens_q is not None:
-        token = tl.where(token < 0, token + num_queries, token)
-    row_of_b = token * GROUP_SIZE + head % GROUP_SIZE
-    item = tile_index(tokens, number, span.first, row_of_b // BLOCK_M, GROUP_SIZE, BLOCK_M) * num_kv_heads + kv_head
-    # The parts of a row lie side by side.
-    count = num_splits
-    first = (first_place + item.to(tl.int64) * num_splits) * BLOCK_M + row_of_b % BLOCK_M * num_splits
-    small = tl.full((), True, tl.int1)
-    if LARGE_M > 0:
-        small = takes_part(tokens, number, GROUP_SIZE * span.count)
-    if BALANCED:
-        busy = small & (count_keys(kv_lens, cu_seqlens_k, b, max_kv_len) > 0) & (token < span.used)
-        parts = item_parts + 2 * item.to(tl.int64)
-        count = tl.load(parts + 1, mask=busy, other=0)
-        # A worker has two places. It begins an item in the second one, and continues one in the first one.
-        worker = tl.load(parts, mask=busy, other=0).to(tl.int64)
-        first = (first_place + 2 * worker) * BLOCK_M + row_of_b % BLOCK_M
-    if LARGE_M > 0:
-        index = tile_index(tokens, number, span.first, row_of_b // LARGE_M, GROUP_SIZE, LARGE_M)
-        in_large = ((index * num_kv_heads + kv_head).to(tl.int64) * LARGE_M + row_of_b % LARGE_M) * large_splits
-        first = tl.where(small, first, in_large)
-        count = tl.where(small, count, large_splits)
-    if (not BALANCED and LARGE_M == 0) or count != 1:
+    parts = _find_parts(
+        row, tokens, item_parts, kv_lens, cu_seqlens_k, kv_starts, num_kv_heads, max_kv_len, num_splits, first_place,
+        large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL, BALANCED,
+    )  # fmt: skip
+    count = parts.count
+    if (not BALANCED and LARGE_M == 0 and not OF_SMALL) or count != 1:
         m_i = float("-inf")
         l_i = 0.0
         acc = tl.zeros([BLOCK_DV], tl.float32)
         for start in tl.range(0, count, BLOCK_S):
             part = start + offs_s
-            partial_row = first + part
+            partial_row = parts.first + part
             if BALANCED:
-                of_worker = first + (2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M
-                partial_row = tl.where(small, of_worker, partial_row)
+                of_worker = parts.first + (2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M
+                partial_row = tl.where(parts.small, of_worker, partial_row)
             part_max = tl.load(partial_max + partial_row, mask=part < count, other=float("-inf"))
             part_sum = tl.load(partial_sum + partial_row, mask=part < count, other=0.0)
             partial = tl.load(
@@ -114,8 +164,8 @@ def decode_combine(
 
         used = None
         if q_lens is not None or cu_seqlens_q is not None:
-            used = token < span.used
-        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, head, used)
+            used = row.token < row.span.used
+        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, row.head, used)
         tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
         if lse is not None:
             if tl.program_id(1) == 0:

@@ -15,9 +15,12 @@ every sequence has one.
 
 Tiles: BLOCK_M rows each. All tiles of a call are numbered (`tile_index`). If the queries are padded to
 [B, Hq, Q, D], each sequence has the same number of tiles. If they are packed to [T, Hq, D], tile 0 of sequence `b` has
-number `b`. The other tiles of `b` have numbers from `batch + GROUP_SIZE * first // BLOCK_M` on, where `first` counts the
-tokens of earlier sequences: rounding down leaves room for all of them. The tokens that no sequence has count as one more
-sequence, number `batch`, without keys: first those after the last sequence, then those before the first one.
+number `b`. The other tiles of `b` have numbers from `batch + GROUP_SIZE * first // BLOCK_M` on, where `first` counts
+the tokens of earlier sequences: rounding down leaves room for all of them. The tokens that no sequence has count as one
+more sequence, number `batch`, without keys: first those after the last sequence, then those before the first one.
+
+Positions: a *slot* is a row of the cache (through pages). Mods and `kv_bounds` use positions; all else, such as spans,
+blocks and lengths, is counted in slots. The position of a slot is the slot plus the offset of its sequence.
 
 Which keys are read: a tile of rows has up to four *spans*, one for each interval of `kv_bounds`. A span goes from the
 first to the last key that the interval has in any row of the tile. A block that meets no span is not visited. In a
@@ -43,7 +46,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT PRECISION PDL",
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT PRECISION PDL STARTED SHIFTED",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -54,9 +57,9 @@ Outputs = namedtuple(
     "Outputs",
     "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
-# Lengths of all sequences, or where each begins in packed keys; positions of their first query tokens; the greatest
-# length; and the tokens.
-Lengths = namedtuple("Lengths", "kv_lens cu_seqlens_k q_offset max_kv_len tokens")
+# Lengths of all sequences, or where each begins in packed keys; positions of their first query tokens; their first live
+# slots; positions of their first slots; the greatest length; and the tokens.
+Lengths = namedtuple("Lengths", "kv_lens cu_seqlens_k q_offset kv_starts kv_offset max_kv_len tokens")
 # Query tokens: of padded queries, the tokens in use of each sequence or None; of packed queries, where each sequence
 # starts, else None; the tokens Q or T; the sequences; and which of the sequences take part, see `takes_part`.
 Tokens = namedtuple("Tokens", "q_lens cu_seqlens_q num_queries batch row_range")
@@ -71,10 +74,11 @@ Call = namedtuple("Call", "queries outputs lengths captures page_table block_lis
 Item = namedtuple("Item", "b kv_head tile span start end parts place step whole")
 # The tokens of a sequence: where the first one lies in the query, how many there are, and how many are in use.
 TokenSpan = namedtuple("TokenSpan", "first count used")
-# The rows of a tile [BLOCK_M]: lanes, whether the row exists, its query head, its token in the sequence and in the query.
+# The rows of a tile [BLOCK_M]: lanes, whether the row exists, its query head, its token of the sequence, and the place
+# of that token in the query.
 Rows = namedtuple("Rows", "lanes valid head token place")
-# What mods see of a tile, and what they computed for its rows.
-Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row")
+# What mods see of a tile, what they computed for its rows, its first live slot and the position of slot 0.
+Tile = namedtuple("Tile", "b kv_head h q_idx kv_len score_row mask_row kv_start kv_offset")
 # Blocks `start .. end`, of which `full_start .. full_end` are full.
 Range = namedtuple("Range", "start end full_start full_end")
 # The blocks that a tile visits: the number of full ones and of partial ones, and the ranges in which they lie.
@@ -227,11 +231,21 @@ def load_scales(scales, block, tile, spans, CHECKED: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def live_span(interval, kv_len):
-    """The keys from the first to the last one of an interval in any row of the tile, int32; (0, 0) if it is empty."""
+def live_slots(interval, kv_start, kv_len, kv_offset, C: tl.constexpr):
+    """An interval of positions as one of slots, within the live slots of a sequence, int64; it may be empty."""
     lo, hi = interval
-    lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
-    hi = tl.minimum(hi, kv_len)
+    if C.SHIFTED:
+        lo = lo - kv_offset
+        hi = hi - kv_offset
+    if not C.STARTED:
+        kv_start = 0
+    return tl.minimum(tl.maximum(lo, kv_start), 1 << 30), tl.minimum(hi, kv_len)
+
+
+@triton.jit
+def live_span(interval, tile, C: tl.constexpr):
+    """The keys from the first to the last one of an interval in any row of the tile, int32; (0, 0) if it is empty."""
+    lo, hi = live_slots(interval, tile.kv_start, tile.kv_len, tile.kv_offset, C)
     if len((lo + hi).shape) > 0:
         # A row without a live key must not widen the span.
         hi = tl.where(lo < hi, hi, 0)
@@ -241,11 +255,11 @@ def live_span(interval, kv_len):
 
 
 @triton.jit
-def live_spans(live, kv_len, NUM_LIVE: tl.constexpr):
-    """The spans (lo, hi) of a tile. They may overlap and may be in any order."""
-    spans = (live_span(live[0], kv_len),)
-    for i in tl.static_range(1, 4 if NUM_LIVE > 2 else NUM_LIVE):
-        spans = spans + (live_span(live[i], kv_len),)  # noqa: RUF005
+def live_spans(live, tile, C: tl.constexpr):
+    """The spans (lo, hi) of a tile, in slots. They may overlap and may be in any order."""
+    spans = (live_span(live[0], tile, C),)
+    for i in tl.static_range(1, 4 if C.NUM_LIVE > 2 else C.NUM_LIVE):
+        spans = spans + (live_span(live[i], tile, C),)  # noqa: RUF005
     return spans
 
 
@@ -283,16 +297,15 @@ def span_blocks(span, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def full_blocks(interval, kv_len, BLOCK_N: tl.constexpr):
+def full_blocks(interval, tile, C: tl.constexpr):
     """The blocks that lie inside an interval and the sequence in every row of the tile."""
-    lo, hi = interval
-    lo = tl.minimum(tl.maximum(lo, 0), 1 << 30)
-    hi = tl.maximum(tl.minimum(hi, kv_len), 0)
+    lo, hi = live_slots(interval, tile.kv_start, tile.kv_len, tile.kv_offset, C)
+    hi = tl.maximum(hi, 0)
     if len(lo.shape) > 0:
         lo = tl.max(lo)
     if len(hi.shape) > 0:
         hi = tl.min(hi)
-    return tl.cdiv(lo.to(tl.int32), BLOCK_N), hi.to(tl.int32) // BLOCK_N
+    return tl.cdiv(lo.to(tl.int32), C.BLOCK_N), hi.to(tl.int32) // C.BLOCK_N
 
 
 @triton.jit
@@ -311,13 +324,13 @@ def after(a, b):
 
 
 @triton.jit
-def full_part(span, full, kv_len, C: tl.constexpr):
+def full_part(span, full, tile, C: tl.constexpr):
     """A range, and its longest piece inside one of the full intervals; an empty piece at its start if there is none."""
     start, end = span
     best_start = start
     best_end = start
     for i in tl.static_range(4 if C.NUM_FULL > 2 else C.NUM_FULL):
-        lo, hi = full_blocks(full[i], kv_len, C.BLOCK_N)
+        lo, hi = full_blocks(full[i], tile, C)
         lo = tl.maximum(lo, start)
         hi = tl.minimum(hi, end)
         longer = hi - lo > best_end - best_start
@@ -339,7 +352,7 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
     The ranges are disjoint and ascending. Each has partial blocks, then full blocks, then partial blocks.
     """
     live, full = kv_bounds(tile.b, tile.h, tile.q_idx, captures.score, captures.mask)
-    spans = live_spans(live, tile.kv_len, C.NUM_LIVE)
+    spans = live_spans(live, tile, C)
     r0 = span_blocks(spans[0], C.BLOCK_N)
     if C.NUM_LIVE > 1:
         r1 = span_blocks(spans[1], C.BLOCK_N)
@@ -356,13 +369,13 @@ def block_runs(tile, block_lists, captures, C: tl.constexpr):
         r3 = after(r2, r3)
         # There is no loop here because Triton 3.6 forgets the field names of records in a sum of tuples.
         ranges = (
-            full_part(r0, full, tile.kv_len, C),
-            full_part(r1, full, tile.kv_len, C),
-            full_part(r2, full, tile.kv_len, C),
-            full_part(r3, full, tile.kv_len, C),
+            full_part(r0, full, tile, C),
+            full_part(r1, full, tile, C),
+            full_part(r2, full, tile, C),
+            full_part(r3, full, tile, C),
         )
     else:
-        ranges = (full_part(r0, full, tile.kv_len, C),)
+        ranges = (full_part(r0, full, tile, C),)
     num_full = 0
     num_partial = 0
     for i in tl.static_range(len(ranges)):
@@ -496,12 +509,34 @@ def find_tile(tokens, number, C: tl.constexpr):
 
 
 @triton.jit
-def first_position(q_offset, b, kv_len, q_len):
-    """Position of the first query token: int64 from the caller, else such that the last query token is the last key."""
+def read_start(kv_starts, b, kv_len):
+    """First live slots of sequences `b`, between 0 and their lengths, int32."""
+    if kv_starts is not None:
+        return read_length(kv_starts, b, kv_len)
+    else:
+        return kv_len * 0
+
+
+@triton.jit
+def read_offset(kv_offset, b):
+    """Positions of slot 0 of sequences `b`, within +-2**30, so that positions fit into int32."""
+    if kv_offset is not None:
+        offset = tl.load(kv_offset + b) if kv_offset.dtype.is_ptr() else kv_offset
+        return tl.maximum(tl.minimum(offset, 1 << 30), -(1 << 30)).to(tl.int32)
+    else:
+        return b * 0
+
+
+@triton.jit
+def first_position(q_offset, b, kv_end, q_len):
+    """Position of the first query token: int64 from the caller, else such that the last query token is the last key.
+
+    `kv_end` is the position after the last key.
+    """
     if q_offset is not None:
         return (tl.load(q_offset + b) if q_offset.dtype.is_ptr() else q_offset).to(tl.int64)
     else:
-        return kv_len - q_len
+        return kv_end - q_len
 
 
 # --- quantised caches -------------------------------------------------------------------------------------------------
@@ -558,8 +593,8 @@ def power_of_two(x):
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
-    # A descriptor never reads outside a cache, and the scores of dead keys do not count. So keys may hold anything there,
-    # unless they are values, too.
+    # A descriptor never reads outside a cache, and the scores of dead keys do not count. So dead keys may hold
+    # anything, unless they are values, too.
     CHECKED_KEYS: tl.constexpr = CHECKED and (C.SHARED or keys.descriptor is None)
     k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED_KEYS, C)
     if C.PAIRED is not None:
@@ -588,6 +623,9 @@ def attend_block(
         # Past the end of the sequence, mods see its last position: their reads are proven for positions of the cache.
         live = in_spans(kv_idx, spans)
         kv_idx = tl.minimum(kv_idx, tile.kv_len - 1)
+    if C.SHIFTED:
+        kv_idx = kv_idx + tile.kv_offset  # mods see positions
+    if CHECKED:
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
     if len(keys.scales) == 4:
@@ -723,16 +761,18 @@ def make_tile(item, rows, lengths, captures, C: tl.constexpr):
     """What mods see of a tile."""
     b, h, tokens = item.b, rows.head[:, None], lengths.tokens
     kv_len = count_keys(lengths.kv_lens, lengths.cu_seqlens_k, b, lengths.max_kv_len)
+    kv_start = read_start(lengths.kv_starts, b, kv_len)
+    kv_offset = read_offset(lengths.kv_offset, b)
     # With one query token the whole tile has one position. It is a scalar, so bounds need no reduction over rows.
     offset = 0 if C.ONE_TOKEN else rows.token[:, None]
     counted = item.span.used
     if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
         counted = tl.maximum(counted, 1)
         offset = tl.minimum(offset, counted - 1)
-    q_idx = first_position(lengths.q_offset, b, kv_len, counted) + offset
+    q_idx = first_position(lengths.q_offset, b, kv_len + kv_offset, counted) + offset
     score_values = score_row(b, h, q_idx, captures.score)
     mask_values = mask_row(b, h, q_idx, captures.mask)
-    return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values)
+    return Tile(b, item.kv_head, h, q_idx, kv_len, score_values, mask_values, kv_start, kv_offset)
 
 
 @triton.jit
@@ -907,10 +947,11 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
 @triton.jit
 def decode_split(
     query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, item_parts,
-    kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, q_offset, page_table, block_lists, key_scales, value_scales, sinks, score_captures, mask_captures,
-    scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps, stride_kn, stride_kd, value_steps, stride_vn,
-    stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range,
-    num_splits, first_place, max_weight, GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, q_offset, kv_starts, kv_offset, page_table, block_lists, key_scales,
+    value_scales, sinks, score_captures, mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps,
+    stride_kn, stride_kd, value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch,
+    num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place, max_weight,
+    GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
@@ -920,11 +961,12 @@ def decode_split(
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B] or None, q_offset a
-    number, a [B] pointer or None, page_table empty or (pointer, stride_b, num_pages), block_lists empty or as in
-    block_lists.py, key_scales and value_scales empty, (number,), (pointer, stride_b, stride_h) or (pointer, stride_b,
-    stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is
-    evaluated in every block that is not proven full. SHARED: a value is the first columns of its key. PAIRED is the
-    dtype of a quantised cache if its columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1.
+    number, a [B] pointer or None, kv_starts [B] or None, kv_offset like q_offset, page_table empty or (pointer,
+    stride_b, num_pages), block_lists empty or as in block_lists.py, key_scales and value_scales empty, (number,),
+    (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL
+    count the intervals that kv_bounds uses. The mask is evaluated in every block that is not proven full. SHARED: a
+    value is the first columns of its key. PAIRED is the dtype of a quantised cache if its columns are loaded two by
+    two, as int16. UNIT_OUT: stride_od is 1.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.
@@ -932,6 +974,7 @@ def decode_split(
     C: tl.constexpr = Constants(
         GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
         PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, PRECISION, PDL,
+        kv_starts is not None, kv_offset is not None,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
@@ -940,7 +983,7 @@ def decode_split(
         out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
     )
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
-    lengths = Lengths(kv_lens, cu_seqlens_k, q_offset, max_kv_len, tokens)
+    lengths = Lengths(kv_lens, cu_seqlens_k, q_offset, kv_starts, kv_offset, max_kv_len, tokens)
     captures = Captures(score_captures, mask_captures)
     schedule = Schedule(num_splits, first_place, item_parts, max_weight)
     call = Call(queries, outputs, lengths, captures, page_table, block_lists, scale)

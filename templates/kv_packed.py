@@ -1,7 +1,6 @@
 """Keys of all sequences one after another: these functions replace those of `decode.py`.
 
-Keys are `[1, Hkv, Tk, D]`. Sequence `b` has the rows from `cu_seqlens_k[b]` on. The kernels know how many: rows outside the
-spans are not read.
+Keys are `[1, Hkv, Tk, D]`. Sequence `b` has the rows from `cu_seqlens_k[b]` on. Rows outside the spans are not read.
 """
 
 import triton

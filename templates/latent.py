@@ -157,6 +157,9 @@ def _attend_block(
     if CHECKED:
         live = in_spans(kv_idx, visit.spans)
         kv_idx = gl.minimum(kv_idx, tile.kv_len - 1)
+    if C.SHIFTED:
+        kv_idx = kv_idx + tile.kv_offset  # mods see positions
+    if CHECKED:
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
     left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)

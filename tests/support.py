@@ -62,7 +62,7 @@ def paged(cache, page_size, seed=0):
 
 def pytorch_decode(
     query, key, value, score_mod=None, mask_mod=None, *, kv_lens=None, q_offset=None, scale=None, page_table=None,
-    q_lens=None, k_scale=None, v_scale=None, sinks=None,
+    q_lens=None, k_scale=None, v_scale=None, sinks=None, kv_starts=None, kv_offset=None,
 ):  # fmt: skip
     """Computes the attention as eager PyTorch does in the dtype of the inputs; the yardstick of the tolerance.
 
@@ -83,15 +83,19 @@ def pytorch_decode(
         torch.as_tensor(most if given is None else given).cpu().long().expand(B).clamp(0, most)
         for given, most in ((kv_lens, N), (q_lens, Q))
     )
-    first = lens - tokens if q_offset is None else torch.as_tensor(q_offset).cpu().long().expand(B)
+    starts, shift = (
+        torch.as_tensor(0 if given is None else given).cpu().long().expand(B) for given in (kv_starts, kv_offset)
+    )
+    first = shift + lens - tokens if q_offset is None else torch.as_tensor(q_offset).cpu().long().expand(B)
     sink = torch.full((Hq,), -torch.inf) if sinks is None else sinks.detach().cpu().float()
     out, lse = torch.zeros(B, Hq, Q, Dv, dtype=dtype), torch.full((B, Hq, Q), -torch.inf)
     for batch in range(B):
         n, m = int(lens[batch]), int(tokens[batch])
-        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), torch.arange(n)
-        live = torch.ones(Hq, Q, n, dtype=torch.bool)
+        slots = torch.arange(n)
+        grid = torch.tensor([batch]), torch.arange(Hq), first[batch] + torch.arange(Q), shift[batch] + slots
+        live = (slots >= starts[batch]).expand(Hq, Q, n)
         if mask_mod is not None:
-            live = evaluate_mod(mask_mod, grid, dtype=torch.float32)[0]
+            live = live & evaluate_mod(mask_mod, grid, dtype=torch.float32)[0]
         read = live[:, :m].reshape(Hkv, Hq // Hkv * m, n).any(1)
         k = dequantized_rows(key, k_scale, batch, n, page_table, torch.float32, read).to(dtype).float()
         v = dequantized_rows(value, v_scale, batch, n, page_table, torch.float32, read).to(dtype).float()
@@ -116,7 +120,8 @@ def assert_close_to_reference(out, lse, query, key, value, score_mod=None, mask_
         out: `[B, Hq, Q, Dv]`, any dtype and device.
         lse: `[B, Hq, Q]`, or None where there is none to compare.
         query, key, value, score_mod, mask_mod: what was computed.
-        **kw: `kv_lens`, `q_offset`, `scale`, `page_table`, `q_lens`, `k_scale`, `v_scale`, `sinks`.
+        **kw: `kv_lens`, `q_offset`, `scale`, `page_table`, `q_lens`, `k_scale`, `v_scale`, `sinks`,
+            `kv_starts`, `kv_offset`.
     """
     expected = reference_decode(query, key, value, score_mod, mask_mod, return_lse=True, **kw)
     assert_close(out, lse, expected, pytorch_decode(query, key, value, score_mod, mask_mod, **kw))

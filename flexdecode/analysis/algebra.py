@@ -24,7 +24,7 @@ _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly an operator binds
 
 
 class Parts(NamedTuple):
-    """The interval `max(0, *los) <= kv < min(kv_len, *his)`. It exists if every condition holds.
+    """The interval `max(first, *los) <= kv < min(end, *his)` of a sequence. It exists if every condition holds.
 
     Attributes:
         los, his: integer nodes, without overflow guards. A value beyond +-FAR is not a bound.
@@ -44,15 +44,31 @@ class _Interval(NamedTuple):
     conditions: tuple[str, ...]
 
 
-def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str]) -> list[str]:
+class Ends(NamedTuple):
+    """What the first live position of a sequence, and the one after the last, are the sums of, in words."""
+
+    first: tuple[str, ...] = ()
+    end: tuple[str, ...] = ("kv_len",)
+
+    @property
+    def everything(self) -> str:
+        """The text of the interval that has every live position."""
+        return f"kv in [{' + '.join(self.first) or '0'}, {' + '.join(self.end)})"
+
+
+WHOLE = Ends()
+
+
+def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str], ends: Ends = WHOLE) -> list[str]:
     """Writes intervals as `kv in [lo, hi) if condition`. Leaves out those that are empty or inside another one.
 
     Args:
         parts: the intervals.
         opaque: gives the text of a node that this algebra does not take apart. If its second argument is true, the text
             has brackets where they are needed.
+        ends: of the sequence.
     """
-    algebra = _Algebra(opaque)
+    algebra = _Algebra(opaque, ends)
     intervals: list[_Interval] = []
     for new in filter(None, map(algebra.interval, parts)):
         if not any(algebra.holds(old, new) for old in intervals):
@@ -60,22 +76,24 @@ def interval_texts(parts: Sequence[Parts], opaque: Callable[[Node, bool], str]) 
     texts = []
     for lo, hi, conditions in intervals:
         when = f" if {' and '.join(conditions)}" if conditions else ""
-        texts.append((lo != 0, f"kv in [{algebra.text(lo)}, {algebra.text(hi)}){when}"))
+        texts.append((lo != algebra.first, f"kv in [{algebra.text(lo)}, {algebra.text(hi)}){when}"))
     return [text for _, text in sorted(texts)]
 
 
 class _Algebra:
-    def __init__(self, opaque: Callable[[Node, bool], str]) -> None:
+    def __init__(self, opaque: Callable[[Node, bool], str], ends: Ends) -> None:
         import sympy
 
         self.sympy = sympy
         self.opaque = opaque
+        self.first = sympy.Add(*[sympy.Symbol(name, integer=True) for name in ends.first])
+        self.texts = {-sympy.oo: " + ".join(ends.first) or "0", sympy.oo: " + ".join(ends.end)}
         self.done: dict[Node, Any] = {}
         self.sizes: dict[Node, int] = {}
 
     def interval(self, parts: Parts) -> _Interval | None:
         """Converts an interval to expressions; None if it is certainly empty."""
-        lo = self._extreme("Max", [self.sympy.Integer(0), *self._few(parts.los)])
+        lo = self._extreme("Max", [self.first, *self._few(parts.los)])
         hi = self._extreme("Min", [self.sympy.oo, *self._few(parts.his)])
         if len(parts.conditions) > _TRIED:
             return _Interval(lo, hi, (UNREAD,))
@@ -226,7 +244,7 @@ class _Algebra:
     def _write(self, value: Any) -> tuple[str, int]:
         s = self.sympy
         if value in (s.oo, -s.oo):
-            return ("kv_len" if value == s.oo else "0"), _ATOM
+            return self.texts[value], _ATOM if value == s.oo or self.first.is_number else _SUM
         if isinstance(value, s.Add):
             return self._sum(value), _SUM
         if isinstance(value, s.Mul):

@@ -14,8 +14,14 @@ from ..frontend.ranges import IntRange
 from ..memos import Bounded
 
 MAX_KV_LEN = 1 << 30  # tokens; longer caches are refused, so positions and their differences fit into int32
+MAX_KV_OFFSET = 1 << 30  # greatest |kv_offset|; positions still fit into int32, their differences may not
 MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
 _INDEX_RANGES = {"b": (0, 1 << 30), "h": (0, 1 << 20), "kv_idx": (0, MAX_KV_LEN), "q_idx": (-MAX_QUERIES, MAX_KV_LEN)}
+# The same if the caller gives kv_offset.
+_SHIFTED_RANGES = {
+    "kv_idx": (-MAX_KV_OFFSET, MAX_KV_OFFSET + MAX_KV_LEN - 1),
+    "q_idx": (-MAX_KV_OFFSET - MAX_QUERIES, MAX_KV_OFFSET + MAX_KV_LEN - 1),
+}
 _INT32 = INT_LIMITS[torch.int32]
 
 
@@ -28,12 +34,14 @@ class Analysis:
         ranges: integer range of each integer or bool node.
         on_kv: nodes that depend on kv_idx or on the score, so that they change inside the KV loop.
         on_score: nodes that depend on the score.
+        positions: the half-open range of kv_idx.
     """
 
     nodes: list[Node]
     ranges: dict[Node, IntRange]
     on_kv: frozenset[Node]
     on_score: frozenset[Node]
+    positions: IntRange = (0, MAX_KV_LEN)
 
     def fits_int32(self, node: Node) -> bool:
         """Whether a 32-bit integer always holds the value of an integer node."""
@@ -42,7 +50,10 @@ class Analysis:
 
 
 def analyze(
-    outputs: Sequence[Node], q_idx_given: bool, known: Mapping[Node, IntRange] = MappingProxyType({})
+    outputs: Sequence[Node],
+    q_idx_given: bool,
+    known: Mapping[Node, IntRange] = MappingProxyType({}),
+    shifted: bool = False,
 ) -> Analysis:
     """Finds what is known of the nodes below `outputs`.
 
@@ -50,9 +61,11 @@ def analyze(
         outputs: nodes of one graph.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         known: ranges of nodes in one call, if they are narrower than in all calls.
+        shifted: the caller gives kv_offset, so that positions may be negative.
     """
     nodes = topological(*outputs)
-    bounded = {n: _INDEX_RANGES[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
+    within = _INDEX_RANGES | _SHIFTED_RANGES if shifted else _INDEX_RANGES
+    bounded = {n: within[n.attr] for n in nodes if n.op == "index" and not (n.attr == "q_idx" and q_idx_given)}
     on_kv: set[Node] = set()
     on_score: set[Node] = set()
     for node in nodes:
@@ -60,18 +73,19 @@ def analyze(
             on_kv.add(node)
         if node.op == "score" or not on_score.isdisjoint(node.args):
             on_score.add(node)
-    return Analysis(nodes, find_ranges(rules_of(nodes), {**bounded, **known}), frozenset(on_kv), frozenset(on_score))
+    ranges = find_ranges(rules_of(nodes), {**bounded, **known})
+    return Analysis(nodes, ranges, frozenset(on_kv), frozenset(on_score), within["kv_idx"])
 
 
-_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given) -> what `analyze` gives
+_analyzed = Bounded.memo(limit=1024)  # (text of a graph, q_idx_given, shifted) -> what `analyze` gives
 
 
-def analyze_graph(graph: Graph, q_idx_given: bool) -> Analysis:
+def analyze_graph(graph: Graph, q_idx_given: bool, shifted: bool = False) -> Analysis:
     """As `analyze` for the output of a graph. Graphs with the same text are analysed once."""
-    key = graph.text, q_idx_given
+    key = graph.text, q_idx_given, shifted
     found = _analyzed.get(key)
     if found is None:
-        found = analyze([graph.output], q_idx_given)
+        found = analyze([graph.output], q_idx_given, shifted=shifted)
         _analyzed.add(key, found)
     return found
 

@@ -40,32 +40,33 @@ class Bounds:
         return max(1, len(self._walked))
 
 
-_known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given) -> bounds
+_known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given, shifted) -> bounds
 
 
-def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
+def find_bounds(score: Graph | None, mask: Graph | None, q_idx_given: bool, shifted: bool = False) -> Bounds:
     """Finds where a call can attend. It does so once for graphs with the same texts.
 
     Args:
         score: graph of the score_mod.
         mask: graph of the mask_mod.
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
+        shifted: the caller gives kv_offset, so that positions may be negative.
     """
-    key = score and score.text, mask and mask.text, q_idx_given
+    key = score and score.text, mask and mask.text, q_idx_given, shifted
     found = _known.get(key)
     if found is None:
-        found = _solve(score, mask, q_idx_given)
+        found = _solve(score, mask, q_idx_given, shifted)
         _known.add(key, found)
     return found
 
 
-def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool) -> Bounds:
+def _solve(score: Graph | None, mask: Graph | None, q_idx_given: bool, shifted: bool) -> Bounds:
     mask_live = mask_full = score_live = EVERYWHERE
     if mask is not None:
-        extent = find_extent(mask.output, analyze_graph(mask, q_idx_given))
+        extent = find_extent(mask.output, analyze_graph(mask, q_idx_given, shifted))
         mask_live, mask_full = extent.live, extent.full
     if score is not None:
-        score_live = find_extent(score.output, analyze_graph(score, q_idx_given)).live
+        score_live = find_extent(score.output, analyze_graph(score, q_idx_given, shifted)).live
         if len(score_live) > 1 and mask is not None:
             score_live = (_common_ends(score_live),)
     return Bounds(mask_live, mask_full, score_live)

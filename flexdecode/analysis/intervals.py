@@ -25,6 +25,7 @@ import torch
 from ..frontend.build import make
 from ..frontend.graph import Node, const
 from ..frontend.ops import INT_LIMITS
+from ..frontend.ranges import IntRange
 from .analyze import MAX_KV_LEN, Analysis
 
 MAX_INTERVALS = 4
@@ -33,6 +34,7 @@ FAR = 1 << 62  # means "no bound", for bounds that are chosen at run time
 _EXACT = 1 << 61  # sums below this do not overflow
 _MAX_CASES = 64  # of min, max, abs and where in one comparison
 _DEEPEST = 12  # nested min and max that `at_most` looks through
+_POSITIONS = (0, MAX_KV_LEN)  # those of a call without kv_offset
 _KV_IDX = Node("index", (), torch.int64, "kv_idx")
 
 
@@ -56,22 +58,33 @@ class Extent:
     Attributes:
         live: holds every position where it may be true.
         full: holds only positions where it is true.
+        positions: the half-open range of all positions. A part without kv_idx may have a smaller one.
     """
 
     live: Region
     full: Region
+    positions: IntRange = _POSITIONS
 
     def both(self, other: Extent) -> Extent:
         """The extent of `a & b`."""
-        return Extent(_intersect(self.live, other.live, _hull), _intersect(self.full, other.full, _first))
+        within = self._positions(other)
+        live = _intersect(self.live, other.live, _hull, within)
+        return Extent(live, _intersect(self.full, other.full, _first, within), within)
 
     def either(self, other: Extent) -> Extent:
         """The extent of `a | b`."""
-        return Extent(_tidy((*self.live, *other.live), _hull), _tidy((*self.full, *other.full), _first))
+        within = self._positions(other)
+        live = _tidy((*self.live, *other.live), _hull, within)
+        return Extent(live, _tidy((*self.full, *other.full), _first, within), within)
 
     def negated(self) -> Extent:
         """The extent of `~a`."""
-        return Extent(_complement(self.full, _hull), _complement(self.live, _first))
+        within = self.positions
+        return Extent(_complement(self.full, _hull, within), _complement(self.live, _first, within), within)
+
+    def _positions(self, other: Extent) -> IntRange:
+        (a_lo, a_hi), (b_lo, b_hi) = self.positions, other.positions
+        return min(a_lo, b_lo), max(a_hi, b_hi)
 
 
 UNKNOWN = Extent(EVERYWHERE, NOWHERE)
@@ -147,23 +160,24 @@ def _overlap(a: Interval, b: Interval) -> Interval:
     return Interval(lo, hi)
 
 
-def _is_empty(i: Interval) -> bool:
-    lo, hi = _constants(i)
-    return (MAX_KV_LEN if hi is None else hi) <= (lo or 0)
+def _is_empty(i: Interval, within: IntRange) -> bool:
+    """Whether an interval certainly has no position; all positions are `within` a half-open range."""
+    lo, hi = _constants(i, within)
+    return (within[1] if hi is None else hi) <= (within[0] if lo is None else lo)
 
 
-def _constants(i: Interval) -> tuple[int | None, int | None]:
-    """The bounds as constants, None where they are not known. Positions are from 0 to MAX_KV_LEN - 1."""
-    lo = 0 if i.lo is None else i.lo.attr if i.lo.is_const else None
-    hi = MAX_KV_LEN if i.hi is None else i.hi.attr if i.hi.is_const else None
+def _constants(i: Interval, within: IntRange) -> tuple[int | None, int | None]:
+    """The bounds as constants, None where they are not known."""
+    lo = within[0] if i.lo is None else i.lo.attr if i.lo.is_const else None
+    hi = within[1] if i.hi is None else i.hi.attr if i.hi.is_const else None
     return lo, hi
 
 
-def _tidy(intervals: Region, join: _Join) -> Region:
+def _tidy(intervals: Region, join: _Join, within: IntRange) -> Region:
     """Joins intervals that share a bound, which is exact. Then joins the closest ones until few enough are left."""
     kept: list[Interval] = []
     for interval in intervals:
-        if _is_empty(interval):
+        if _is_empty(interval, within):
             continue
         for i, other in enumerate(kept):
             # For all bounds, the union of [a, x) and [a, y) is [a, max(x, y)), and the union of [a, x) and [x, y) is
@@ -175,16 +189,16 @@ def _tidy(intervals: Region, join: _Join) -> Region:
         else:
             kept.append(interval)
     if len(kept) < len(intervals) and len(kept) > 1:
-        return _tidy(tuple(kept), join)
+        return _tidy(tuple(kept), join, within)
     while len(kept) > MAX_INTERVALS:
-        i, j = _closest(kept)
+        i, j = _closest(kept, within)
         kept[i] = join(kept[i], kept.pop(j))
     return tuple(kept)
 
 
-def _closest(intervals: list[Interval]) -> tuple[int, int]:
+def _closest(intervals: list[Interval], within: IntRange) -> tuple[int, int]:
     """The pair of constant intervals with the smallest gap; the last pair if no two are constant."""
-    constants = [_constants(i) for i in intervals]
+    constants = [_constants(i, within) for i in intervals]
 
     def gap(pair: tuple[int, int]) -> int:
         (a_lo, a_hi), (b_lo, b_hi) = constants[pair[0]], constants[pair[1]]
@@ -195,17 +209,17 @@ def _closest(intervals: list[Interval]) -> tuple[int, int]:
     return min(reversed([*combinations(range(len(intervals)), 2)]), key=gap)
 
 
-def _intersect(a: Region, b: Region, join: _Join) -> Region:
-    return _tidy(tuple(_overlap(x, y) for x in a for y in b), join)
+def _intersect(a: Region, b: Region, join: _Join, within: IntRange) -> Region:
+    return _tidy(tuple(_overlap(x, y) for x in a for y in b), join, within)
 
 
-def _complement(region: Region, join: _Join) -> Region:
+def _complement(region: Region, join: _Join, within: IntRange) -> Region:
     """Positions outside every interval. The two sides of an empty interval (lo >= hi) together are all positions."""
     result = EVERYWHERE
     for interval in region:
         sides = [Interval(None, interval.lo)] if interval.lo is not None else []
         sides += [Interval(interval.hi, None)] if interval.hi is not None else []
-        result = _intersect(result, tuple(sides), join)
+        result = _intersect(result, tuple(sides), join, within)
     return result
 
 
@@ -428,7 +442,7 @@ class _Solver:
             return self._quotient(nonlinear[0], form.terms[nonlinear[0]], form.without(nonlinear[0]))
         above = self._negative(self._relaxed(form, nonlinear, lower=True))
         below = self._negative(self._relaxed(form, nonlinear, lower=False))
-        return Extent(above.live, below.full)
+        return Extent(above.live, below.full, above.positions)
 
     def _cases(self, node: Node, rest: _Form, c: int) -> Extent | None:
         """Extent of `c * node + rest < 0` for a node that is one of two values: min, max, abs, where or a bool."""
@@ -479,7 +493,7 @@ class _Solver:
             found = _when(make("lt", make("add", self._sum(rest), extra), _integer(0)))
         else:
             edge = self._edge(rest, a, extra)
-            found = _exactly(Interval(None, edge) if a > 0 else Interval(edge, None))
+            found = _exactly(Interval(None, edge) if a > 0 else Interval(edge, None), self.analysis.positions)
         return _guarded(found, form.guards)
 
     def _edge(self, rest: _Form, a: int, extra: Node) -> Node:
@@ -499,20 +513,20 @@ class _Solver:
         return total
 
 
-def _exactly(interval: Interval) -> Extent:
-    """The extent of an interval. Bounds that no position reaches are left out."""
-    lo, hi = _constants(interval)
-    lo_node = None if lo is not None and lo <= 0 else interval.lo
-    hi_node = None if hi is not None and hi >= MAX_KV_LEN else interval.hi
-    region = NOWHERE if _is_empty(interval) else (Interval(lo_node, hi_node),)
-    return Extent(region, region)
+def _exactly(interval: Interval, within: IntRange) -> Extent:
+    """The extent of an interval. Bounds that no position `within` a half-open range reaches are left out."""
+    lo, hi = _constants(interval, within)
+    lo_node = None if lo is not None and lo <= within[0] else interval.lo
+    hi_node = None if hi is not None and hi >= within[1] else interval.hi
+    region = NOWHERE if _is_empty(interval, within) else (Interval(lo_node, hi_node),)
+    return Extent(region, region, within)
 
 
 def _when(condition: Node) -> Extent:
     """Everywhere or nowhere, depending on a bool that does not depend on kv_idx."""
     if condition.is_const:
         return ALWAYS if condition.attr else NEVER
-    return _exactly(Interval(make("where", condition, _integer(-FAR), _integer(FAR)), None))
+    return _exactly(Interval(make("where", condition, _integer(-FAR), _integer(FAR)), None), _POSITIONS)
 
 
 def _guarded(extent: Extent, guards: Sequence[Node]) -> Extent:
@@ -527,4 +541,4 @@ def _guarded(extent: Extent, guards: Sequence[Node]) -> Extent:
 
     live = tuple(Interval(if_small(i.lo, -FAR), if_small(i.hi, FAR)) for i in extent.live)
     full = tuple(Interval(if_small(i.lo or _integer(-FAR), FAR), i.hi) for i in extent.full)
-    return Extent(live or (Interval(if_small(_integer(FAR), -FAR), None),), full)
+    return Extent(live or (Interval(if_small(_integer(FAR), -FAR), None),), full, extent.positions)

@@ -18,7 +18,7 @@ import torch
 
 from ..frontend.graph import Graph, Node, Source, const, rewrite, topological
 from ..frontend.ops import OPS, operand_dtypes
-from .algebra import LONGEST, UNREAD, Parts, interval_texts, is_switch, widens
+from .algebra import LONGEST, UNREAD, WHOLE, Ends, Parts, interval_texts, is_switch, widens
 from .bounds import nodes_of
 from .intervals import LIMIT, Region
 
@@ -227,13 +227,16 @@ def _rounded(value: float) -> float:
 # --- Bounds -----------------------------------------------------------------------------------------------------------
 
 
-def region_text(region: Region, names: Names, values: Sequence[int | float | None] | None = None) -> list[str]:
-    """The intervals of a region, as `kv in [lo, hi)` within `0 <= kv < kv_len`. An empty list means no key.
+def region_text(
+    region: Region, names: Names, values: Sequence[int | float | None] | None = None, ends: Ends = WHOLE
+) -> list[str]:
+    """The intervals of a region, as `kv in [lo, hi)` within the live positions. An empty list means no key.
 
     Args:
         region: bounds in nodes of one graph.
         names: of its captures.
         values: of its number slots. The text shows those that are known instead of their names.
+        ends: of the live positions; by default 0 and kv_len.
     """
 
     def plain(node: Node, args: tuple[Node, ...]) -> Node:
@@ -244,14 +247,14 @@ def region_text(region: Region, names: Names, values: Sequence[int | float | Non
     intervals = []
     for interval in region:
         parts = Parts([], [], [])
-        for bound, op, ends in zip(interval, ("maximum", "minimum"), (parts.los, parts.his), strict=True):
+        for bound, op, parts_of in zip(interval, ("maximum", "minimum"), (parts.los, parts.his), strict=True):
             for part in [] if bound is None else _parts(rewrite(bound, plain), op):
                 if is_switch(part):  # lower bound `where(c, -FAR, FAR)`: there is an interval if c is true
                     parts.conditions.append((part.args[0], (part.args[1].attr < 0) == (op == "maximum")))
                 else:
-                    ends.append(part)
+                    parts_of.append(part)
         intervals.append(parts)
-    return interval_texts(intervals, lambda node, brackets: _Infix(names).text(node, _ATOM if brackets else 0))
+    return interval_texts(intervals, lambda node, brackets: _Infix(names).text(node, _ATOM if brackets else 0), ends)
 
 
 def is_guarded(region: Region) -> bool:

@@ -17,7 +17,17 @@ from ..frontend.graph import Graph, Node, Source, const, loops_around, rewrite, 
 from ..frontend.ops import INT_LIMITS
 from ..frontend.ranges import IntRange
 from ..memos import Bounded
-from .analyze import MAX_KV_LEN, MAX_QUERIES, Analysis, Rule, analyze, analyze_graph, find_ranges, rules_of
+from .analyze import (
+    MAX_KV_LEN,
+    MAX_KV_OFFSET,
+    MAX_QUERIES,
+    Analysis,
+    Rule,
+    analyze,
+    analyze_graph,
+    find_ranges,
+    rules_of,
+)
 from .intervals import at_most, find_extent
 
 
@@ -44,12 +54,16 @@ Checks = tuple[LoadCheck, ...]  # for the loads of a graph, in the order of `Gra
 
 
 class CallSizes(NamedTuple):
-    """Sizes of a call that bound its indices: sequences, query heads, keys, and whether there is one query token."""
+    """Sizes of a call that bound its indices: sequences, query heads, keys, and whether there is one query token.
+
+    `shifted`: the caller gives kv_offset, so that sizes do not bound positions.
+    """
 
     batch: int
     num_q_heads: int
     one_token: bool
     max_kv_len: int
+    shifted: bool = False
 
 
 def proof_sources(graph: Graph) -> tuple[Source, ...]:
@@ -154,10 +168,12 @@ def _loads_of(graph: Graph) -> _Loads:
 
 def _index_ranges(nodes: Iterable[Node], sizes: CallSizes, q_idx_given: bool) -> dict[Node, IntRange]:
     """The ranges that the indices among `nodes` have in a call."""
-    last = max(0, sizes.max_kv_len - 1)  # a range must not be empty
+    first, last = 0, max(0, sizes.max_kv_len - 1)  # a range must not be empty
+    if sizes.shifted:
+        first, last = first - MAX_KV_OFFSET, last + MAX_KV_OFFSET
     ranges = {
-        "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (0, last),
-        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (-1 if sizes.one_token else -MAX_QUERIES, last),
+        "b": (0, max(0, sizes.batch - 1)), "h": (0, max(0, sizes.num_q_heads - 1)), "kv_idx": (first, last),
+        "q_idx": INT_LIMITS[torch.int64] if q_idx_given else (first - (1 if sizes.one_token else MAX_QUERIES), last),
     }  # fmt: skip
     return {node: ranges[node.attr] for node in nodes if node.op == "index"}
 
@@ -191,7 +207,7 @@ def _attend_inside(
     """
     numbers = [_numbers(graph.nodes(), graph, leaves) for graph, leaves in (score, mask)]
     values = [tuple([(node.attr, value) for node, value in known.items()]) for known in numbers]
-    key = score[0].text, indices, mask[0].text, *values, *sizes[:3], q_idx_given
+    key = score[0].text, indices, mask[0].text, *values, *sizes[:3], sizes.shifted, q_idx_given
 
     def proves(max_kv_len: int) -> bool:
         try:
@@ -218,7 +234,7 @@ def _attend_inside(
 def _is_never(mask: Node, sizes: CallSizes, q_idx_given: bool) -> bool:
     """Whether the live intervals of a mask show that it is false for every pair of a call."""
     known = _index_ranges(topological(mask), sizes, q_idx_given)
-    live = find_extent(mask, analyze([mask], q_idx_given, known)).live
+    live = find_extent(mask, analyze([mask], q_idx_given, known, sizes.shifted)).live
     return all(lo is not None and hi is not None and at_most(hi, lo) for lo, hi in live)
 
 

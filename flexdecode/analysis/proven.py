@@ -32,6 +32,7 @@ class ProvenMods:
         q_idx_given: the caller gives q_offset, so that q_idx may be any int64.
         score_checks, mask_checks: what their loads have to check; None if nothing is known of the call.
         listed: whether the lists of a BlockMask say which blocks are visited.
+        shifted: the caller gives kv_offset, so that positions may be negative.
     """
 
     score: Graph | None = None
@@ -40,6 +41,7 @@ class ProvenMods:
     score_checks: Checks | None = None
     mask_checks: Checks | None = None
     listed: Listed = Listed.NO
+    shifted: bool = False
 
     @property
     def block_lists(self) -> bool:
@@ -49,7 +51,7 @@ class ProvenMods:
     @cached_property
     def bounds(self) -> Bounds:
         """Where the call can attend."""
-        return find_bounds(self.score, self.mask, self.q_idx_given)
+        return find_bounds(self.score, self.mask, self.q_idx_given, self.shifted)
 
     @property
     def num_full(self) -> int:
@@ -61,12 +63,12 @@ class ProvenMods:
         """Whether the score_mod reads captured tensors for every key."""
         if self.score is None:
             return False
-        analysis = analyze_graph(self.score, self.q_idx_given)
+        analysis = analyze_graph(self.score, self.q_idx_given, self.shifted)
         return any(node.op == "load" for node in analysis.on_kv - analysis.on_score)
 
     @cached_property
     def text(self) -> str:
         """Canonical text: equal texts make equal modules."""
         graphs = [graph.text if graph else "None" for graph in (self.score, self.mask)]
-        given = f"q_offset {self.q_idx_given}, block lists {self.block_lists}"
+        given = f"q_offset {self.q_idx_given}, kv_offset {self.shifted}, block lists {self.block_lists}"
         return "\n".join([given, *graphs, f"{self.score_checks}", f"{self.mask_checks}"])

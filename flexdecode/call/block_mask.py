@@ -69,10 +69,13 @@ class BlockLists:
                 kinds.scatter_reduce_(-1, indices.clamp(0, columns - 1).long(), (listed * kind).to(torch.int32), "amax")
         self.own = kinds.to(torch.int8)
         self.kinds = self.own.expand(batch, num_q_heads, -1, -1)
-        self._tables: dict[tuple[int, int, Listed], torch.Tensor] = {}
+        self._tables: dict[tuple[int, int, Listed, bool], torch.Tensor] = {}
 
-    def mask_mod(self, inner: Callable) -> Callable:
-        """The mask of the blocks. It is true in full blocks, and in partial blocks where `inner` is true."""
+    def mask_mod(self, inner: Callable, shifted: bool = False) -> Callable:
+        """The mask of the blocks. It is true in full blocks, and in partial blocks where `inner` is true.
+
+        If the call has `kv_offset` (`shifted`), it is false at positions that the BlockMask does not cover.
+        """
         kinds, q_block, kv_block, num_q = self.kinds, self.q_block, self.kv_block, self.num_q
 
         def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
@@ -80,7 +83,12 @@ class BlockLists:
             inside = (q_idx >= 0) & (q_idx < num_q)
             return inside & ((kind > 1) | ((kind > 0) & inner(b, h, q_idx, kv_idx)))  # FULL, PARTIAL
 
-        return block_mask
+        num_kv = self.num_kv
+
+        def covered(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return (kv_idx >= 0) & (kv_idx < num_kv) & block_mask(b, h, q_idx, kv_idx)
+
+        return covered if shifted else block_mask
 
     def check_positions(self, inputs: Inputs) -> None:
         """Refuses positions that the mask does not cover, as far as the host knows them.
@@ -89,9 +97,11 @@ class BlockLists:
             ValueError: a position is outside.
         """
         lens, tokens, q_offset = inputs.given_kv_lens, inputs.given_q_lens, inputs.q_offset
-        if inputs.kv_lens is None and isinstance(lens, int) and lens > self.num_kv:
-            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {lens}")
-        start = lens - tokens if q_offset is None else q_offset
+        shift = 0 if inputs.kv_offset is None else inputs.kv_offset
+        if inputs.kv_lens is None and isinstance(lens, int) and isinstance(shift, int) and shift + lens > self.num_kv:
+            keys = f"keys to position {shift + lens - 1}" if shift else f"{lens}"
+            raise ValueError(f"`block_mask` covers {self.num_kv} keys, but the cache has {keys}")
+        start = shift + lens - tokens if q_offset is None else q_offset
         ends = start + tokens
         if any(isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel()) for x in (start, ends)):
             return
@@ -104,15 +114,17 @@ class BlockLists:
                 "it for the whole sequence, as in training, or pass q_offset=0 if its rows are the newest tokens"
             )
 
-    def tables(self, num_kv_heads: int, block_n: int, listed: Listed) -> torch.Tensor:
-        """The tables of `templates/block_lists.py`, `[B, Hkv, rows, 4 * blocks + 2]` int32, without waiting for a GPU.
+    def tables(self, num_kv_heads: int, block_n: int, listed: Listed, shifted: bool = False) -> torch.Tensor:
+        """The tables of `templates/block_lists.py`, `[B, Hkv, rows, ...]` int32, without waiting for a GPU.
 
         Args:
             num_kv_heads: heads of the cache; query heads that share a KV head visit the blocks of all of them.
             block_n: keys per block of the kernel.
             listed: `ALONE` or `WITH_MASK`.
+            shifted: whether the call has `kv_offset`. Then the last dimension is `2 * (4 * (blocks + 1) + 2)`, else it
+                is `4 * blocks + 2`.
         """
-        key = (num_kv_heads, block_n, listed)
+        key = (num_kv_heads, block_n, listed, shifted)
         found = self._tables.get(key)
         if found is not None:
             return found
@@ -124,26 +136,44 @@ class BlockLists:
         covered = pad(torch.stack([live, full]).int().cumsum(-1, dtype=torch.int32), (1, 0))
         num_live, num_full = covered[..., last.clamp(max=columns - 1) + 1] - covered[..., first]
         full = (num_full == last - first + 1) & (listed is Listed.ALONE)
-        partial = (num_live > 0) & ~full
-        before = [pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
-        orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
-        self._tables[key] = torch.cat([*before, *orders], -1).to(torch.int32)
+        live = num_live > 0
+        if shifted:
+            full &= start + block_n <= self.num_kv
+            live, full = pad(live, (1, 1)), pad(full, (1, 1))
+            pairs = (live[..., :-1] | live[..., 1:], full[..., :-1] & full[..., 1:])
+            parts = [*_table(live[..., :-1], full[..., :-1]), *_table(*pairs)]
+        else:
+            parts = _table(live, full)
+        self._tables[key] = torch.cat(parts, -1).to(torch.int32)
         return self._tables[key]
 
     def num_blocks(self, block_n: int) -> int:
         """Blocks of the kernel that the mask covers."""
         return -(-self.own.shape[-1] * self.kv_block // block_n)
 
-    def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool) -> tuple:
+    def arguments(self, num_kv_heads: int, block_n: int, listed: Listed, pointers: bool, shifted: bool) -> tuple:
         """The `block_lists` argument of a kernel. The tables live as long as this object."""
-        tables = self.tables(num_kv_heads, block_n, listed)
+        tables = self.tables(num_kv_heads, block_n, listed, shifted)
         stride_b, stride_h = (tables.stride(i) if tables.shape[i] > 1 else 0 for i in (0, 1))
         address = tables.data_ptr() if pointers else tables
-        return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n)
+        return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n) + shifted
+
+
+def _table(live: torch.Tensor, full: torch.Tensor) -> list[torch.Tensor]:
+    """The four parts of a table for blocks that are live or full, bools [..., blocks]."""
+    partial = live & ~full
+    before = [pad(kind.cumsum(-1), (1, 0)) for kind in (full, partial)]
+    orders = [kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True) for kind in (full, partial)]
+    return before + orders
 
 
 def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) -> tuple[Callable, BlockLists]:
     """Joins a BlockMask and a mask_mod, for a checked call.
+
+    Args:
+        block_mask: as in `flex_decode`.
+        inputs: of the call.
+        mask_mod: as in `flex_decode`.
 
     Returns:
         A mask_mod that is true where both are, and the lists of blocks.
@@ -170,7 +200,7 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
     if found is None:
         found = BlockLists(block_mask, *sizes)
         made.add(key, found)
-    return _both(found.mask_mod(block_mask.mask_mod), mask_mod), found
+    return _both(found.mask_mod(block_mask.mask_mod, inputs.kv_offset is not None), mask_mod), found
 
 
 def _version(tensor: torch.Tensor | None) -> tuple | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
+from ..analysis.analyze import MAX_KV_LEN, MAX_KV_OFFSET, MAX_QUERIES
 from .formats import CONTIGUOUS, PACKED, PAGED, Contiguous
 from .overlap import overlaps_itself
 from .packing import check_ascending, rows_of_sequences
@@ -92,6 +92,8 @@ class Inputs(NamedTuple):
     sinks: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    kv_starts: torch.Tensor | None = None
+    kv_offset: int | torch.Tensor | None = None
     max_q_len: int | None = None
     scale: float | None = None
     out: torch.Tensor | None = None
@@ -258,7 +260,7 @@ def with_packed_keys(inputs: Inputs) -> Inputs:
     Raises:
         ValueError: `cu_seqlens_k` is given with what it excludes, or the keys are not packed.
     """
-    for name in ("kv_lens", "page_table"):
+    for name in ("kv_lens", "kv_starts", "page_table"):
         if getattr(inputs, name) is not None:
             raise ValueError(
                 f"`{name}` and `cu_seqlens_k` exclude one another: `cu_seqlens_k` says where the keys of a sequence lie"
@@ -277,6 +279,25 @@ def with_packed_keys(inputs: Inputs) -> Inputs:
             )
         views[name] = tensor.transpose(0, 1)[None]
     return inputs._replace(**views)
+
+
+def as_kv_starts(starts: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
+    """As `per_sequence`. A number beyond all caches means the same as one at their ends."""
+    starts = same_for_all(starts, query, cu_seqlens_q)
+    starts = min(max(starts, 0), MAX_KV_LEN) if type(starts) is int else starts
+    return per_sequence(starts, query, cu_seqlens_q)
+
+
+def as_kv_offset(offset: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
+    """As `same_for_all`. A number is checked here, because a plan does not depend on it.
+
+    Raises:
+        ValueError: a number is beyond +-MAX_KV_OFFSET.
+    """
+    offset = same_for_all(offset, query, cu_seqlens_q)
+    if type(offset) is int and abs(offset) > MAX_KV_OFFSET:
+        raise ValueError(f"`kv_offset` must lie between {-MAX_KV_OFFSET} and {MAX_KV_OFFSET}, got {offset}")
+    return offset
 
 
 def as_scale(scale: Any, query: torch.Tensor) -> Any:
@@ -311,8 +332,10 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
         raise ValueError(f"`query` must have fewer than 2**31 rows, got {tuple(query.shape)}")
     _check_kv_lens(inputs)
     _check_per_sequence("q_lens", inputs.q_lens, inputs, "an integer or ")
+    _check_per_sequence("kv_starts", inputs.kv_starts, inputs, "an integer or ")
+    _check_positions("q_offset", inputs.q_offset, inputs)
+    _check_positions("kv_offset", inputs.kv_offset, inputs)
     check_all_lens(inputs, options)
-    _check_q_offset(inputs.q_offset, inputs)
     if inputs.scale is not None:
         checked_scale(inputs.scale)
     for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
@@ -508,12 +531,13 @@ def checked_scale(scale: object, name: str = "scale") -> float:
 
 
 def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
-    """Checks lengths if they are on the CPU or if `options.debug` is set, which waits for a GPU.
+    """Checks lengths and `kv_offset` if they are on the CPU or if `options.debug` is set, which waits for a GPU.
 
     Raises:
-        ValueError: a length is negative or too large, or `cu_seqlens_q` or `cu_seqlens_k` does not ascend.
+        ValueError: a length is negative or too large, an offset is too large, or `cu_seqlens_q` or `cu_seqlens_k` does
+            not ascend.
     """
-    kv_lens, q_lens = inputs.kv_lens, inputs.q_lens
+    kv_lens, q_lens, kv_offset = inputs.kv_lens, inputs.q_lens, inputs.kv_offset
     if isinstance(kv_lens, torch.Tensor) and (kv_lens.device.type == "cpu" or options.debug):
         check_lens("kv_lens", kv_lens, *_capacity(inputs))
     if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
@@ -528,26 +552,28 @@ def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
         if cu_seqlens.device.type == "cpu" or options.debug:
             check_lens(name, cu_seqlens, most, limit)
             check_ascending(name, cu_seqlens)
+    if isinstance(kv_offset, torch.Tensor) and (kv_offset.device.type == "cpu" or options.debug):
+        check_lens("kv_offset", kv_offset, MAX_KV_OFFSET, str(MAX_KV_OFFSET), least=-MAX_KV_OFFSET)
 
 
-def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str) -> None:
-    """Checks lengths.
+def check_lens(name: str, lengths: torch.Tensor, most: int, limit: str, least: int = 0) -> None:
+    """Checks lengths or offsets.
 
     Raises:
-        ValueError: one is negative or greater than `most`. `limit` describes `most` in words.
+        ValueError: one is less than `least` or greater than `most`. `limit` describes `most` in words.
     """
-    if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < 0):
+    if lengths.numel() and (int(lengths.max()) > most or int(lengths.min()) < least):
         found = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"`{name}` must lie between 0 and {limit}, got {found}")
+        raise ValueError(f"`{name}` must lie between {least} and {limit}, got {found}")
 
 
-def _check_q_offset(q_offset: object, inputs: Inputs) -> None:
-    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.Tensor, type(None))):
-        raise TypeError(f"`q_offset` must be an integer or an integer tensor [B], got {type(q_offset).__name__}")
-    if isinstance(q_offset, torch.Tensor):
-        _check_per_sequence("q_offset", q_offset, inputs)
-    elif q_offset is not None and not -(1 << 63) <= q_offset < 1 << 63:
-        raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
+def _check_positions(name: str, positions: object, inputs: Inputs) -> None:
+    if isinstance(positions, bool) or not isinstance(positions, (int, torch.Tensor, type(None))):
+        raise TypeError(f"`{name}` must be an integer or an integer tensor [B], got {type(positions).__name__}")
+    if isinstance(positions, torch.Tensor):
+        _check_per_sequence(name, positions, inputs)
+    elif positions is not None and not -(1 << 63) <= positions < 1 << 63:
+        raise ValueError(f"`{name}` must fit into int64, got {positions}")
 
 
 def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:

@@ -21,7 +21,7 @@ BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of
 COMBINE_US = 2.0
 ALL_ROWS = (1 << 31) - 1
 SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
-INVARIANT_TOKENS = 8  # with `batch_invariant`, sequences with up to so many tokens get small tiles
+FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may need for one launch
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
@@ -206,8 +206,7 @@ def find_parts(
         block_m = most if latent else alone
         return (Part(block_m, sizes.batch + group * tokens // block_m + 1, max(min(sizes.batch, tokens), busy)),)
     # `batch_invariant`: the sizes of the tiles may not depend on the other sequences.
-    typical = INVARIANT_TOKENS if options.batch_invariant else -(-tokens // max(sizes.batch, 1))
-    small = min(max(16, next_power_of_2(group * typical)), SMALL_ROWS, most // 2)
+    small = min(max(16, next_power_of_2(group * FEW_TOKENS)), SMALL_ROWS, most // 2)
     return (
         Part(small, sizes.batch, min(sizes.batch, tokens), (0, small)),
         Part(most, sizes.batch + group * tokens // most + 1, busy, (small + 1, ALL_ROWS)),
@@ -306,7 +305,7 @@ def _is_balanced(
     if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
         return options.schedule == "balanced"
     return (
-        signature.kind("kv_lens") is not None
+        not signature.kind("kv_lens") is signature.kind("kv_starts") is signature.kind("cu_seqlens_k") is None
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH

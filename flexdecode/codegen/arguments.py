@@ -40,7 +40,9 @@ class KernelSpec:
         fp_fusion: whether a product and a sum may become one operation. It is False if a mod rounds to half precision,
             because LLVM would drop the rounding between them.
         block_lists: whether the blocks to visit come from lists.
-        large_m: for a second pass, the query rows of the tiles of another launch of the first pass; 0 if there is none.
+        large_m: for a second pass, the query rows of the tiles of another launch of the first pass that was split; 0 if
+            there is none.
+        of_small: for a second pass, whether another launch of the first pass was not split.
     """
 
     signature: Signature
@@ -52,6 +54,7 @@ class KernelSpec:
     fp_fusion: bool = True
     block_lists: bool = False
     large_m: int = 0
+    of_small: bool = False
 
     @property
     def cache_type(self) -> str:
@@ -195,6 +198,12 @@ ARGUMENTS = (
         "q_offset",
         lambda s: "i64" if s.signature.kind("q_offset") == NUMBER else _pointer(s.signature.kind("q_offset")),
         value=lambda launch, call: launch.form.at(call.inputs.q_offset),
+    ),
+    _input("kv_starts"),
+    Argument(
+        "kv_offset",
+        lambda s: "i32" if s.signature.kind("kv_offset") == NUMBER else _pointer(s.signature.kind("kv_offset")),
+        value=lambda launch, call: launch.form.at(call.inputs.kv_offset),
     ),
     Argument(
         "page_table",

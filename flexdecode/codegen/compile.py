@@ -64,7 +64,8 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "PDL": facts.has_pdl,
     }
     if combine:
-        return known | {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s, "LARGE_M": spec.large_m}
+        known |= {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s}
+        return known | {"LARGE_M": spec.large_m, "OF_SMALL": spec.of_small}
     return known | {
         "HEAD_DIM": signature.head_dim,
         "BLOCK_N": tiles.block_n,

@@ -40,6 +40,7 @@ class Combine:
         run: as in `Kernel`.
         pick: picks its arguments from those of a first pass, except `SECOND_ARGUMENTS`.
         block_dv: output columns per program.
+        of_small: whether it merges the rows of small tiles only.
     """
 
     def __init__(self, spec: KernelSpec, facts: DeviceFacts) -> None:
@@ -47,6 +48,7 @@ class Combine:
         self.run = _pass(module, spec, facts, combine=True)
         self.pick = itemgetter(*[PLACES[n] for n in module.decode_combine.arg_names if n in PLACES])
         self.block_dv = combine_block_dv(spec.tiles)
+        self.of_small = spec.of_small
 
 
 def _second_module() -> ModuleType:
@@ -62,7 +64,7 @@ def _pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: boo
     return Launch(compile_pass(module, spec, facts, combine), len(known), descriptors)
 
 
-# These memos have no limit: a CUDA graph may launch any of these kernels, and Triton unloads a kernel that is collected.
+# These memos have no limit: a CUDA graph may launch any kernel, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
 _combines: dict[tuple, Combine] = {}
 
@@ -114,7 +116,7 @@ def generate_module(proven: ProvenMods, files: tuple[str, ...] = ()) -> str:
         ("mask_mod", proven.mask, proven.mask_checks),
     ):
         if graph is not None:
-            hooks.append(lower(graph, kind, proven.q_idx_given, checks))
+            hooks.append(lower(graph, kind, proven.q_idx_given, checks, proven.shifted))
     return generate(hooks, files)
 
 

@@ -69,7 +69,9 @@ class Hooks:
     functions: frozenset[str]
 
 
-def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | None = None) -> Hooks:
+def lower(
+    graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | None = None, shifted: bool = False
+) -> Hooks:
     """Writes the bodies of `score_row`, `score_fetch` and `score_mod`, or of `mask_row` and `mask_mod`.
 
     Args:
@@ -77,8 +79,9 @@ def lower(graph: Graph, kind: str, q_idx_given: bool = False, checks: Checks | N
         kind: `score_mod` or `mask_mod`.
         q_idx_given: whether q_idx may be any int64.
         checks: what its loads have to check; None if nothing is known of the call.
+        shifted: whether positions may be negative, because the caller gives kv_offset.
     """
-    writer = _Writer(graph, analyze_graph(graph, q_idx_given), checks)
+    writer = _Writer(graph, analyze_graph(graph, q_idx_given, shifted), checks)
     hoisted = writer.hoisted()
     row = writer.body(hoisted, {})
     row.append(f"return ({''.join(writer.names[n] + ', ' for n in hoisted)})")
@@ -110,7 +113,8 @@ def lower_bounds(proven: ProvenMods) -> Hooks:
         if graph is None:
             return [[(_BELOW, _ABOVE) for _ in region] for region in regions]
         outputs = list(dict.fromkeys(node for region in regions for node in nodes_of(region)))
-        writer = _Writer(graph, analyze(outputs, proven.q_idx_given), checks, f"{kind}_captures", kind[0])
+        analysis = analyze(outputs, proven.q_idx_given, shifted=proven.shifted)
+        writer = _Writer(graph, analysis, checks, f"{kind}_captures", kind[0])
         lines.extend(writer.body(outputs, {}))
         functions.update(writer.functions)
         names = {node: f"({writer.names[node]}).to(tl.int64)" for node in outputs}

@@ -23,9 +23,9 @@ from ..frontend.graph import Graph, Node, topological
 from ..runtime.eager import evaluate
 from ..runtime.identity import Mod
 
-UNUSED, DEAD, PARTIAL, FULL = range(4)  # states: past the sequence, masked out, mask evaluated, mask not needed
+UNUSED, DEAD, PARTIAL, FULL = range(4)  # states: outside the sequence, masked out, mask evaluated, mask not needed
 
-_MAX_POSITION = 1 << 30
+_MAX_SLOT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Step:
         num_splits: programs per item; if balanced, workers that share all items.
         num_kv_heads: KV heads.
         num_tiles: tiles of query rows per KV head.
-        kv_lens: keys in use, int64 [B].
+        kv_lens: slots up to the last key in use, int64 [B].
         live: disjoint ascending half-open ranges of blocks that are read, int64 [items, 4, 2]. Items are ordered by
             sequence, then KV head, then tile.
         full: the proven-full part of each range, int64 [items, 4, 2].
         in_use: whether each item has a query token in use, bool [items].
         balanced: whether the work of all items is divided into equal runs.
+        kv_starts: slots before the first key in use, int64 [B], at most `kv_lens`; None if there are none.
+        shifted: whether positions are other numbers than slots.
     """
 
     block_n: int
@@ -54,6 +56,8 @@ class Step:
     full: torch.Tensor
     in_use: torch.Tensor
     balanced: bool = False
+    kv_starts: torch.Tensor | None = None
+    shifted: bool = False
 
     @property
     def num_items(self) -> int:
@@ -70,13 +74,24 @@ class Step:
         """How many blocks of all items are DEAD, PARTIAL and FULL."""
         full = int((self.full[..., 1] - self.full[..., 0]).sum())
         live = int(self.work.sum())
-        used = int((-(-self.kv_lens // self.block_n)).sum()) * self.num_kv_heads * self.num_tiles
+        used = int(self._used.diff().sum()) * self.num_kv_heads * self.num_tiles
         return {DEAD: used - live, PARTIAL: live - full, FULL: full}
 
     @property
     def work(self) -> torch.Tensor:
         """How many blocks each item reads, int64 [items]."""
         return (self.live[..., 1] - self.live[..., 0]).sum(1)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """The first slot of each sequence, int64 [B]."""
+        return torch.zeros_like(self.kv_lens) if self.kv_starts is None else self.kv_starts
+
+    @cached_property
+    def _used(self) -> torch.Tensor:
+        """The half-open range of blocks that each sequence uses, int64 [B, 2]."""
+        ends = -(-self.kv_lens // self.block_n)
+        return torch.stack([(self.starts // self.block_n).where(self.starts < self.kv_lens, ends), ends], -1)
 
     def sequence(self, item: int) -> int:
         """The sequence of an item."""
@@ -88,8 +103,10 @@ class Step:
         Args:
             shared: all sequences have one cache (its batch is 1).
         """
-        lens = self.kv_lens.repeat_interleave(self.num_kv_heads * self.num_tiles)[:, None, None]
-        keys = (self.live * self.block_n).minimum(lens).reshape(len(self.kv_lens), self.num_kv_heads, -1, 2)
+        repeats = self.num_kv_heads * self.num_tiles
+        starts, lens = (x.repeat_interleave(repeats)[:, None, None] for x in (self.starts, self.kv_lens))
+        keys = (self.live * self.block_n).maximum(starts).minimum(lens)
+        keys = keys.reshape(len(self.kv_lens), self.num_kv_heads, -1, 2)
         if shared:
             keys = keys.transpose(0, 1).flatten(1, 2)
         return int(_disjoint(keys).diff().sum())
@@ -97,7 +114,7 @@ class Step:
     def blocks(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state of each block of an item, and the split that reads it, or -1; both int64 [num_blocks]."""
         states = torch.full((self.num_blocks,), UNUSED, device="cpu")
-        states[: -(-int(self.kv_lens[self.sequence(item)]) // self.block_n)] = DEAD
+        states[slice(*self._used[self.sequence(item)].tolist())] = DEAD
         for ranges, state in ((self.live, PARTIAL), (self.full, FULL)):
             for start, end in ranges[item].tolist():
                 states[start:end] = state
@@ -120,7 +137,7 @@ class Step:
 
         An item has as many slots as the largest item of its sequence has blocks; none if it has no query token.
         """
-        weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > 0).long())
+        weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > self.starts).long())
         weights = weights.repeat_interleave(self.num_kv_heads * self.num_tiles) * self.in_use
         return weights, _share_out(weights.sum(), self.num_splits)
 
@@ -157,6 +174,8 @@ def find_step(
     signature: Signature,
     sizes: Sizes,
     schedule: Schedule,
+    kv_starts: torch.Tensor | None = None,
+    kv_offset: torch.Tensor | None = None,
 ) -> Step | str:
     """Evaluates the bounds of a call on the device of `kv_lens`.
 
@@ -169,6 +188,8 @@ def find_step(
         signature: of the call.
         sizes: of the call.
         schedule: of the call.
+        kv_starts: first live slots, int64 [B], from 0 to `kv_lens`.
+        kv_offset: positions of slot 0, int64 [B].
 
     Returns:
         The step. If a bound needs a captured tensor without values (meta device), the name of that tensor.
@@ -208,13 +229,15 @@ def find_step(
         lo, hi = score_lo, score_hi
     else:  # if there is a mask, the score has at most one interval
         lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
-    lens = kv_lens.view(-1, 1, 1, 1, 1)
+    shift = 0 if kv_offset is None else kv_offset.view(-1, 1, 1, 1, 1)
+    starts, lens = (x.view(-1, 1, 1, 1, 1) for x in (kv_lens * 0 if kv_starts is None else kv_starts, kv_lens))
     in_use = (rows[:: tiles.block_m] < group * num_tokens[:, None])[:, None].expand(shape[:3])
-    live = _disjoint(_live_blocks(lo, hi, lens, block_n)) * in_use[..., None, None]
-    full = _full_parts(live, _full_blocks(full_lo, full_hi, lens, block_n))
+    live = _disjoint(_live_blocks(lo - shift, hi - shift, starts, lens, block_n)) * in_use[..., None, None]
+    full = _full_parts(live, _full_blocks(full_lo - shift, full_hi - shift, starts, lens, block_n))
     return Step(
         block_n, schedule.num_splits, sizes.num_kv_heads, num_tiles, kv_lens.cpu(), live.flatten(0, 2).cpu(),
         full.flatten(0, 2).cpu(), in_use.flatten().cpu(), tiles.balanced,
+        None if kv_starts is None else kv_starts.cpu(), kv_offset is not None,
     )  # fmt: skip
 
 
@@ -234,20 +257,24 @@ def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.devi
     return leaves
 
 
-def _live_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> torch.Tensor:
+def _live_blocks(
+    lo: torch.Tensor, hi: torch.Tensor, starts: torch.Tensor, lens: torch.Tensor, block_n: int
+) -> torch.Tensor:
     """The blocks that meet [lo, hi) in any row of a tile; (0, 0) if none does.
 
     Bounds are int64 [B, Hkv, tiles, rows, intervals], ranges of blocks int64 [B, Hkv, tiles, intervals, 2].
     """
-    lo, hi = lo.clamp(0, _MAX_POSITION), hi.minimum(lens)
+    lo, hi = lo.maximum(starts).clamp(max=_MAX_SLOT), hi.minimum(lens)
     met = lo < hi
-    lo, hi = lo.where(met, _MAX_POSITION).amin(-2), hi.where(met, 0).amax(-2)
+    lo, hi = lo.where(met, _MAX_SLOT).amin(-2), hi.where(met, 0).amax(-2)
     return torch.stack([lo.where(lo < hi, 0) // block_n, -(-hi // block_n)], -1)
 
 
-def _full_blocks(lo: torch.Tensor, hi: torch.Tensor, lens: torch.Tensor, block_n: int) -> torch.Tensor:
+def _full_blocks(
+    lo: torch.Tensor, hi: torch.Tensor, starts: torch.Tensor, lens: torch.Tensor, block_n: int
+) -> torch.Tensor:
     """The blocks that lie inside [lo, hi) in every row of a tile; shapes as in `_live_blocks`."""
-    lo, hi = lo.clamp(0, _MAX_POSITION).amax(-2), hi.minimum(lens).clamp(min=0).amin(-2)
+    lo, hi = lo.maximum(starts).clamp(max=_MAX_SLOT).amax(-2), hi.minimum(lens).clamp(min=0).amin(-2)
     return torch.stack([-(-lo // block_n), hi // block_n], -1)
 
 

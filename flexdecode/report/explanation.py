@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
 from ..call.device import Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
@@ -151,6 +152,8 @@ class _Call(NamedTuple):
         kv_lens: keys in use, int64 [B]; None if they are not known.
         first_token: position of the first query token, int64 [B]; None if it is not known.
         num_tokens: query tokens, int64 [B]; None if they are not known.
+        kv_starts: first live slots, int64 [B], from 0 to `kv_lens`; None if they are not known or not given.
+        kv_offset: positions of slot 0, int64 [B]; None likewise.
     """
 
     inputs: Inputs
@@ -161,6 +164,17 @@ class _Call(NamedTuple):
     kv_lens: torch.Tensor | None
     first_token: torch.Tensor | None
     num_tokens: torch.Tensor | None
+    kv_starts: torch.Tensor | None = None
+    kv_offset: torch.Tensor | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """The ends of the live positions of a sequence, in words."""
+        shift, start = (
+            () if given is None else (name,)
+            for given, name in ((self.inputs.kv_offset, "kv_offset"), (self.inputs.kv_starts, "kv_start"))
+        )
+        return Ends(shift + start, (*shift, "kv_len"))
 
 
 def _check(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> _Call:
@@ -176,13 +190,19 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
     )
     place, sizes = captured or query.device, inputs.sizes
     lens, tokens = (_known(given, sizes.batch, place) for given in (inputs.given_kv_lens, inputs.given_q_lens))
+    starts, shift = (
+        None if given is None else _known(given, sizes.batch, place) for given in (inputs.kv_starts, inputs.kv_offset)
+    )
+    starts = None if starts is None or lens is None else starts.clamp(min=0).minimum(lens)
     first = None if lens is None or tokens is None else lens - tokens
+    if inputs.kv_offset is not None:
+        first = None if first is None or shift is None else first + shift
     if inputs.q_offset is not None:
         first = _known(inputs.q_offset, sizes.batch, place)
-    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens), replace(options, debug=True))
+    check_all_lens(inputs._replace(kv_lens=lens, q_lens=tokens, kv_offset=shift), replace(options, debug=True))
     score_checks, mask_checks, _ = traced.checks(mods, sizes)
     proven = traced.proven(score_checks, mask_checks)
-    return _Call(inputs, mods, proven, traced.signature, options, lens, first, tokens)
+    return _Call(inputs, mods, proven, traced.signature, options, lens, first, tokens, starts, shift)
 
 
 def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.Tensor | None:
@@ -203,8 +223,8 @@ def _report(call: _Call, target: Target) -> Explanation:
     found = _find_step(call, schedule)
     step, unknown = (None, found) if isinstance(found, str) else (found, "")
     used, read = None, None
-    if call.kv_lens is not None:
-        keys = call.kv_lens * inputs.key.shape[1]
+    if call.kv_lens is not None and (call.kv_starts is not None or inputs.kv_starts is None):
+        keys = (call.kv_lens - (0 if call.kv_starts is None else call.kv_starts)) * inputs.key.shape[1]
         longest, total = int(keys.amax()) if len(keys) else 0, int(keys.sum())
         used = _bytes(inputs, lambda shared: longest if shared else total)
     if step is not None:
@@ -217,8 +237,8 @@ def _report(call: _Call, target: Target) -> Explanation:
     shapes = ", ".join([f"query {list(inputs.query.shape)}", *caches])
     return Explanation(
         shapes=f"flex_decode: {shapes}, {str(inputs.query.dtype).removeprefix('torch.')}",
-        score_mod=report_mod("score_mod", call.proven, call.mods[0]),
-        mask_mod=report_mod("mask_mod", call.proven, call.mods[1]),
+        score_mod=report_mod("score_mod", call.proven, call.mods[0], call.ends),
+        mask_mod=report_mod("mask_mod", call.proven, call.mods[1], call.ends),
         device=target.name,
         signature=call.signature,
         num_queries=inputs.sizes.num_queries,
@@ -241,16 +261,22 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
         return "there is no query, so nothing is launched"
     if call.proven.block_lists:
         return "the lists of `block_mask` say which blocks are read"
-    lens, tokens, first = call.kv_lens, call.num_tokens, call.first_token
+    lens, tokens, first, starts = call.kv_lens, call.num_tokens, call.first_token, call.kv_starts
+    keys = "kv_lens" if call.inputs.cu_seqlens_k is None else "cu_seqlens_k"
+    queries = "cu_seqlens_q" if call.inputs.packed else "q_lens"
+    for name, known in ((keys, lens), (queries, tokens), ("kv_starts", starts), ("kv_offset", call.kv_offset)):
+        if known is None and (name in (keys, queries) or getattr(call.inputs, name) is not None):
+            return f"`{name}` is on the meta device"
     if lens is None or tokens is None or first is None:
-        keys = "kv_lens" if call.inputs.cu_seqlens_k is None else "cu_seqlens_k"
-        queries = "cu_seqlens_q" if call.inputs.packed else "q_lens"
-        return f"`{keys if lens is None else queries if tokens is None else 'q_offset'}` is on the meta device"
+        return "`q_offset` is on the meta device"
     # A sequence without a query token reads nothing.
     lens, sizes = lens.where(tokens > 0, 0), call.inputs.sizes
+    starts = None if starts is None else starts.minimum(lens)
     if call.inputs.packed:  # what is read does not depend on how the tokens of a sequence are divided
         sizes = sizes._replace(num_queries=max(1, int(tokens.max())))
-    step = find_step(call.proven, call.mods, lens, first, tokens, call.signature, sizes, schedule)
+    step = find_step(
+        call.proven, call.mods, lens, first, tokens, call.signature, sizes, schedule, starts, call.kv_offset
+    )
     return f"`{step}` is on the meta device" if isinstance(step, str) else step
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from textwrap import indent, wrap
 from typing import NamedTuple
 
+from ..analysis.algebra import WHOLE, Ends
 from ..analysis.analyze import analyze_graph
 from ..analysis.printing import Names, formula, is_guarded, name_captures, region_text
 from ..analysis.proofs import Checks, known_value
@@ -14,8 +15,6 @@ from ..analysis.proven import ProvenMods
 from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph, Source
 from ..runtime.identity import Mod, constants_of
-
-_ALL_KEYS = ("kv in [0, kv_len)",)
 
 
 class Capture(NamedTuple):
@@ -117,13 +116,14 @@ def _load_text(load: Load) -> str:
     return f"{load.text}  {checks}, read {'for every key' if load.per_key else 'once per row'}"
 
 
-def report_mod(kind: str, proven: ProvenMods, mod: Mod) -> ModReport | None:
+def report_mod(kind: str, proven: ProvenMods, mod: Mod, ends: Ends = WHOLE) -> ModReport | None:
     """Describes a mod.
 
     Args:
         kind: `score_mod` or `mask_mod`.
         proven: of the call.
         mod: the function and its captures.
+        ends: of the live positions of a sequence, in words.
     """
     bounds, is_mask = proven.bounds, kind == "mask_mod"
     graph, checks = (proven.mask, proven.mask_checks) if is_mask else (proven.score, proven.score_checks)
@@ -132,7 +132,7 @@ def report_mod(kind: str, proven: ProvenMods, mod: Mod) -> ModReport | None:
     constants = constants_of(kind, mod)
     names = name_captures(graph, leaf_names(mod.function, mod.followed), constants)
     live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
-    live_text, full_text = tuple(region_text(live, names)), tuple(region_text(full, names))
+    live_text, full_text = (tuple(region_text(region, names, ends=ends)) for region in (live, full))
     values = [known_value(source, mod.leaves) for source in graph.numbers]
     drops = any(node.is_const and node.attr == -math.inf for node in graph.nodes())
     return ModReport(
@@ -143,9 +143,9 @@ def report_mod(kind: str, proven: ProvenMods, mod: Mod) -> ModReport | None:
         captures=_captures(graph, names, constants, mod.leaves),
         loads=_loads(graph, names, checks or ()),
         live=live_text,
-        live_now=tuple(region_text(live, names, values)),
+        live_now=tuple(region_text(live, names, values, ends)),
         full=full_text,
-        solved=live_text != _ALL_KEYS or bool(full),
+        solved=live_text != (ends.everything,) or bool(full),
         guarded=is_guarded((*live, *full)),
         reads_dead_keys=bool(live) and (live_text != full_text if is_mask else drops),
     )

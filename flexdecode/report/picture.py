@@ -62,7 +62,7 @@ def draw(step: Step, title: str, path: Path) -> None:
         figure.suptitle(f"One decode step: {title}", fontsize=14, weight="bold", x=0.008, ha="left")
         _draw_map(upper, step)
         _draw_work(lower, step)
-        _draw_legend(figure)
+        _draw_legend(figure, "past the end of the sequence" if step.kv_starts is None else "outside the sequence")
         figure.savefig(path, dpi=110, facecolor="white", format=path.suffix[1:].lower())
 
 
@@ -108,7 +108,8 @@ def _draw_map(axes: Axes, step: Step) -> None:
     heads = count(step.num_kv_heads, "KV head") + (f" x {step.num_tiles} row tiles" if step.num_tiles > 1 else "")
     axes.set_ylabel(f"sequence\n({heads}{f'; a row is {items} items' if items > 1 else ''})")
     column = f"{blocks} blocks" if blocks > 1 else "a block"
-    axes.set_xlabel(f"position in the sequence (tokens); a column is {column} of {step.block_n} keys")
+    place = "slot of the cache" if step.shifted else "position in the sequence"
+    axes.set_xlabel(f"{place} (tokens); a column is {column} of {step.block_n} keys")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.tick_params(length=0)
     counts = step.counts
@@ -151,7 +152,7 @@ def _show(axes: Axes, codes: torch.Tensor, extent: tuple[float, float, float, fl
     )  # fmt: skip
 
 
-def _draw_legend(figure: Figure) -> None:
+def _draw_legend(figure: Figure, unused: str) -> None:
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 
@@ -159,7 +160,7 @@ def _draw_legend(figure: Figure) -> None:
         (FULL, "full: the mask is not evaluated"),
         (PARTIAL, "partial: checked key by key"),
         (DEAD, "dead: never loaded"),
-        (UNUSED, "past the end of the sequence"),
+        (UNUSED, unused),
     ]
     handles: list[Any] = []
     for state, _ in entries:

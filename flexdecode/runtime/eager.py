@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..analysis.analyze import MAX_KV_OFFSET
 from ..call.formats import Gather
 from ..call.inputs import Inputs
 from ..call.packing import rows_of_sequences
@@ -61,7 +62,8 @@ class _Rows(NamedTuple):
 
     Attributes:
         owner: the sequence of each row, int64 [R]; None if each sequence has one row.
-        lens: keys of each row, int64 [R].
+        lens, starts: slots up to the last key of each row, and before its first one, int64 [R].
+        shift: position of slot 0 of each row, int64 [R].
         q_idx: position of each token, int64 [R, W]. A token past the last one of its sequence has the position of that
             one, so that mods see only positions of the sequence.
         live: which tokens there are, bool [R, W].
@@ -71,29 +73,46 @@ class _Rows(NamedTuple):
 
     owner: torch.Tensor | None
     lens: torch.Tensor
+    starts: torch.Tensor
+    shift: torch.Tensor
     q_idx: torch.Tensor
     live: torch.Tensor
     place: torch.Tensor | None = None
 
 
-def _sequences(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, query tokens and position of the first token of each sequence, int64 [B]."""
+class _Sequences(NamedTuple):
+    """Of each sequence, int64 [B]: `lens`, `starts` and `shift` as in `_Rows`, tokens, position of the first one."""
+
+    lens: torch.Tensor
+    starts: torch.Tensor
+    shift: torch.Tensor
+    tokens: torch.Tensor
+    first: torch.Tensor
+
+
+def _sequences(inputs: Inputs) -> _Sequences:
+    """What a call says of its sequences."""
     batch, device = inputs.batch, inputs.query.device
     lens, tokens = (
         torch.as_tensor(given, device=device).long().expand(batch).clamp(0, most)
         for given, most in ((inputs.given_kv_lens, inputs.max_kv_len), (inputs.given_q_lens, inputs.num_tokens))
     )
-    if inputs.q_offset is None:
-        return lens, tokens, lens - tokens
-    return lens, tokens, torch.as_tensor(inputs.q_offset, device=device).long().expand(batch)
+    starts, shift, first = (
+        torch.as_tensor(0 if given is None else given, device=device).long().expand(batch)
+        for given in (inputs.kv_starts, inputs.kv_offset, inputs.q_offset)
+    )
+    shift = shift.clamp(-MAX_KV_OFFSET, MAX_KV_OFFSET)  # as in the kernel, which cannot refuse it
+    first = shift + lens - tokens if inputs.q_offset is None else first
+    return _Sequences(lens, starts, shift, tokens, first)
 
 
 def _padded_rows(inputs: Inputs) -> _Rows:
     """Each sequence is a row."""
-    lens, tokens, first = _sequences(inputs)
+    lens, starts, shift, tokens, first = _sequences(inputs)
     token = torch.arange(inputs.num_tokens, device=lens.device)
     live = token < tokens[:, None]
-    return _Rows(None, lens, first[:, None] + token.minimum(tokens.clamp(min=1)[:, None] - 1), live)
+    q_idx = first[:, None] + token.minimum(tokens.clamp(min=1)[:, None] - 1)
+    return _Rows(None, lens, starts, shift, q_idx, live)
 
 
 def _packed_rows(inputs: Inputs) -> _Rows:
@@ -102,7 +121,7 @@ def _packed_rows(inputs: Inputs) -> _Rows:
     There are as many rows as any division of T tokens among B sequences needs. So nothing is read from a GPU.
     """
     assert inputs.cu_seqlens_q is not None
-    lens, tokens, first = _sequences(inputs)
+    lens, starts, shift, tokens, first = _sequences(inputs)
     start, _ = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
     width = 1 << (-(-inputs.num_tokens // inputs.batch) - 1).bit_length()
     rows = -(-tokens // width)
@@ -113,7 +132,8 @@ def _packed_rows(inputs: Inputs) -> _Rows:
     live = token < tokens[owner][:, None]
     place = torch.where(live, start[owner][:, None] + token, inputs.num_tokens)
     token = token.minimum(tokens.clamp(min=1)[owner][:, None] - 1)
-    return _Rows(owner, lens[owner], first[owner][:, None] + token, live, place)
+    q_idx = first[owner][:, None] + token
+    return _Rows(owner, lens[owner], starts[owner], shift[owner], q_idx, live, place)
 
 
 def _attend(
@@ -153,7 +173,12 @@ def _attend(
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        live = (kv < batch.lens[:, None])[:, None, None] & row_live[..., None]
+        if inputs.kv_offset is not None:
+            indices["kv_idx"] = indices["kv_idx"] + batch.shift.view(-1, 1, 1, 1)
+        inside = kv < batch.lens[:, None]
+        if inputs.kv_starts is not None:
+            inside = inside & (kv >= batch.starts[:, None])
+        live = inside[:, None, None] & row_live[..., None]
         live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
         # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
         read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)

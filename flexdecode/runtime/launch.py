@@ -106,7 +106,8 @@ class FirstPass:
         self.form = form
         self.chosen = chosen
         tiles = chosen.tiles
-        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, form.on_gpu)
+        shifted = form.spec.signature.kind("kv_offset") is not None
+        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, form.on_gpu, shifted)
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
@@ -180,8 +181,10 @@ class TritonLauncher:
         self.workspace_size = self.outs_at + self.num_rows * signature.v_head_dim if combine else 0
         num_q_heads = signature.group_size * sizes.num_kv_heads
         if combine is not None:
-            batch = 1 if signature.packed else sizes.batch
-            self.grid = (batch * sizes.num_queries * num_q_heads, -(-signature.v_head_dim // combine.block_dv))
+            rows_of_query = (1 if signature.packed else sizes.batch) * sizes.num_queries * num_q_heads
+            rows_of_small = sizes.batch * sizes.num_kv_heads * first.chosen.tiles.block_m
+            rows_merged = rows_of_small if combine.of_small else rows_of_query
+            self.grid = (rows_merged, -(-signature.v_head_dim // combine.block_dv))
 
     def __call__(self, call: Call) -> None:
         """Launches all passes on the current stream; returns at once."""

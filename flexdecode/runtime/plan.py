@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ..analysis.printing import Names
 
 MAX_APART = 256  # entries of `Plan.apart`
+# The tensors of one or two dimensions, which kernels read as contiguous.
+LOOSE = (
+    "kv_lens", "q_lens", "q_offset", "sinks", "kv_starts", "kv_offset", "page_table", "cu_seqlens_q", "cu_seqlens_k",
+)  # fmt: skip
 
 
 def layout(tensor: object) -> object:
@@ -157,10 +161,10 @@ class Plan:
         self.empty = inputs.is_empty
         self.loose = [  # tensors that have to be made contiguous for the kernels
             name
-            for name in ("kv_lens", "q_lens", "q_offset", "sinks", "page_table", "cu_seqlens_q", "cu_seqlens_k")
+            for name in LOOSE
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        others = ("kv_lens", "q_lens", "q_offset", "max_q_len", "scale"), (torch.Tensor, bool, type(None))
+        others = ("kv_lens", "q_lens", "q_offset", "kv_offset", "max_q_len", "scale"), (torch.Tensor, bool, type(None))
         self.numbers = [n for n, x in inputs._asdict().items() if n not in others[0] and not isinstance(x, others[1])]
 
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read

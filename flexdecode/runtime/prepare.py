@@ -68,7 +68,8 @@ class Traced:
         (score, mask), (score_mod, mask_mod) = self.graphs, mods
         q_idx_given = self.signature.kind("q_offset") is not None
         heads = sizes.num_kv_heads * self.signature.group_size
-        bounded = CallSizes(sizes.batch, heads, self.signature.one_token, sizes.max_kv_len)
+        shifted = self.signature.kind("kv_offset") is not None
+        bounded = CallSizes(sizes.batch, heads, self.signature.one_token, sizes.max_kv_len, shifted)
         mask_checks = None if mask is None else find_checks(mask, mask_mod.leaves, bounded, q_idx_given)
         score_checks = None
         if score is not None:
@@ -81,9 +82,8 @@ class Traced:
 
     def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
-        return ProvenMods(
-            *self.graphs, self.signature.kind("q_offset") is not None, score_checks, mask_checks, self.listed
-        )
+        q_idx_given, shifted = (self.signature.kind(name) is not None for name in ("q_offset", "kv_offset"))
+        return ProvenMods(*self.graphs, q_idx_given, score_checks, mask_checks, self.listed, shifted)
 
 
 def trace_call(
@@ -143,7 +143,7 @@ def prepare(
 
 
 class Prepared:
-    """A traced call with a cache of any length and any number of query tokens. Calls that differ only in these share it.
+    """A traced call with a cache of any length and any number of query tokens. Calls that differ in these share it.
 
     A cache that grows by `torch.cat` has another N and other strides for every token. `plan` does what depends on
     them: it finds which indices are in range, the numbers of the schedule, and what is launched.
@@ -256,9 +256,11 @@ class _Loaded:
         all_tiles = [one.chosen.tiles for one in passes]
         if not any(tiles.split for tiles in all_tiles):
             return None
-        block_s, large_m = max(tiles.block_s for tiles in all_tiles), 0 if len(passes) == 1 else all_tiles[-1].block_m
-        tiles = replace(all_tiles[0], split=True, block_s=block_s)
-        spec = replace(passes[0].form.spec, tiles=tiles, large_m=large_m)
+        tiles = replace(all_tiles[0], split=True, block_s=max(tiles.block_s for tiles in all_tiles))
+        spec = replace(passes[0].form.spec, tiles=tiles)
+        if len(passes) > 1:
+            large = all_tiles[1]
+            spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
         found = self.combines.get(spec)
         if found is None:
             found = self.combines[spec] = find_combine(spec, self.facts)

@@ -12,6 +12,8 @@ from ..call.inputs import (
     DecodeOptions,
     Inputs,
     as_hint,
+    as_kv_offset,
+    as_kv_starts,
     as_scale,
     check_inputs,
     per_sequence,
@@ -68,12 +70,16 @@ def read_request(
         inputs = with_packed_keys(inputs)
     if inputs.max_q_len is not None:
         inputs = inputs._replace(max_q_len=as_hint(inputs.max_q_len))
-    query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, *others = inputs
-    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is None):
-        of = query, inputs.cu_seqlens_q
+    (
+        query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
+        kv_starts, kv_offset, *others,
+    ) = inputs  # fmt: skip
+    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
+        of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value, same_for_all(kv_lens, *of), per_sequence(q_lens, *of), same_for_all(q_offset, *of),
-            page_table, as_scale(k_scale, query), as_scale(v_scale, query), *others,
+            page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, cu_seqlens_q, cu_seqlens_k,
+            as_kv_starts(kv_starts, *of), as_kv_offset(kv_offset, *of), *others,
         )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:

@@ -45,6 +45,7 @@ def lengths(B=8):
     return {"kv_lens": meta_lengths(B)}
 
 
+FRAME = {"kv_starts": meta_lengths(8), "kv_offset": meta_lengths(8, torch.int64)}
 CASES = {
     "pages_of_16": {"page_size": 16},
     "pages_of_128": {"page_size": 128, "mod": "causal"},
@@ -61,6 +62,13 @@ CASES = {
     "balanced_pages": {"options": BALANCED, "page_size": 16, "stored": INT8, "scale": "heads"},
     "ragged_and_sinks": {"Q": 4, "q_lens": meta_lengths(8), "sinks": meta(16), "mod": "causal", "page_size": 16},
     "balanced_ragged": {"options": BALANCED, "Q": 4, "q_lens": meta_lengths(8), "sinks": meta(16), **lengths()},
+    "positions": {"mod": "combined", **lengths(), **FRAME},
+    "positions_of_pages": {"page_size": 16, "mod": "streaming", "kv_starts": meta_lengths(8), "kv_offset": -3},
+    "positions_by_descriptors": {"mod": "window", "Q": 4, **FRAME},
+    "balanced_positions": {"options": BALANCED, "page_size": 16, "mod": "alibi", **FRAME},
+    "balanced_many_positions": {
+        "options": BALANCED, "B": 2000, "N": 512, "mod": "streaming", "kv_starts": meta_lengths(2000), "kv_offset": 5,
+    },
 }  # fmt: skip
 TOO_WIDE = ("latent_16", "latent_128")  # an accumulator of 512 columns fills the registers
 SPILLS = ("int8_pages", "gfx942")  # bytes that differ in page and scale: 852 bytes of local memory
@@ -128,6 +136,14 @@ def test_a_shared_value_is_loaded_once():
     assert shared.spec.tiles.shared and not apart.spec.tiles.shared
     loads = [assembly(x.split).count("cp.async.cg") for x in (shared, apart)]
     assert 0 < loads[0] < loads[1]
+
+
+def test_positions_leave_loads_as_they_are():
+    for mod in (None, "window"):
+        plain, placed = (call("sm_90", mod=mod, **given) for given in (lengths(), lengths() | FRAME))
+        assert plain.spec.tiles == placed.spec.tiles and placed.spec.tiles.descriptors
+    text = placed.path.read_text()
+    assert text.split("# --- KV ranges")[1] == plain.path.read_text().split("# --- KV ranges")[1]
 
 
 def test_no_length_table_or_number_makes_another_kernel():

@@ -42,12 +42,15 @@ def machine_code(compiled):
     return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
 
 
+FRAME = {"kv_starts": meta_lengths(8), "kv_offset": meta_lengths(8)}
 CASES = {
     "plain": ({}, "none", None, {}),
     "pages": ({"page_size": 64}, "alibi", SPLITS, {}),
     "float16": ({"dtype": torch.float16, "Hq": 40}, "streaming", SPLITS, LENGTHS),
     "balanced": ({}, "softcap", BALANCED, LENGTHS),
     "captures": ({}, "document", SPLITS, LENGTHS),
+    "positions": ({"page_size": 64}, "window", SPLITS, FRAME),
+    "balanced_positions": ({}, "document", BALANCED, LENGTHS | FRAME),
     "ragged": ({"Q": 2, "page_size": 128}, "causal", BALANCED, {"q_lens": meta_lengths(8), "sinks": SINKS}),
 }  # fmt: skip
 

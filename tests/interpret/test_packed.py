@@ -4,10 +4,8 @@ import itertools
 
 import packed_cases as cases
 import pytest
-import torch
-from packed_cases import draw
 
-from flexdecode import DecodeOptions, cache_info, clear_cache, mods
+from flexdecode import DecodeOptions
 
 SCHEDULES = {
     "default": DecodeOptions(backend="triton"),

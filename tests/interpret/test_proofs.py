@@ -356,7 +356,7 @@ def test_random_calls(surrounded):
 
 
 def check_random_call(surrounded, call, num_splits, data):
-    batch, heads, queries, length = call.sizes
+    batch, heads, queries, length, shifted = call.sizes
     surrounded.tables.clear()
     tensors = (x for x in call.leaves if isinstance(x, torch.Tensor) and x.dtype != torch.bool)
     put = {id(x): surrounded(x) for x in tensors}
@@ -366,6 +366,8 @@ def check_random_call(surrounded, call, num_splits, data):
     arguments = {"kv_lens": data.draw(st.none() | st.just(torch.arange(batch) % (length + 1)))}
     if call.q_idx_given:
         arguments["q_offset"] = data.draw(st.sampled_from([0, 3, -4, 2**31, -(2**62), 2**63 - 9]))
+    if shifted:
+        arguments["kv_offset"] = data.draw(st.sampled_from([0, 3, -4, 2**30, -(2**30)]))
     inputs = make_inputs(batch, heads, 1, queries, length, D)
     options = DecodeOptions(backend="torch")
     try:

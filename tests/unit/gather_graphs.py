@@ -40,6 +40,7 @@ class Call(mask_graphs._Generator):
         if self.one_of(*(False,) * 3, True):  # other values in the same places
             other = lambda x: max(-(2**63), min(x + self.one_of(1, -1, 5), 2**63 - 1))
             self.mask_leaves = [other(x) if isinstance(x, int) else x for x in self.leaves]
+        self.sizes = self.sizes._replace(shifted=self.one_of(*(False,) * 5, True))
 
     def core(self):
         """What an index and a mask have in common."""
@@ -95,7 +96,7 @@ class Call(mask_graphs._Generator):
 
     def gather(self, dtype, indices):
         """An entry of a captured tensor whose sizes are near those that matter."""
-        batch, heads, queries, length = self.sizes
+        batch, heads, queries, length, _ = self.sizes
         shape = [self.one_of(8, 9, length, 3, heads, batch, length + queries, 16, 5, 17, 1, 0) for _ in indices]
         entries = torch.randint(-3, 9, shape, generator=torch.Generator().manual_seed(self.one_of(*range(9))))
         self.leaves.append(entries.clamp(min=0).to(dtype) if dtype == torch.uint8 else entries.to(dtype))

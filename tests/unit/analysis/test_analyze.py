@@ -74,6 +74,17 @@ def test_a_given_q_offset_may_have_any_value():
     assert range_of(lambda b, h, q, k: q % 8, q_idx_given=True) == (0, 7)
 
 
+def test_an_offset_moves_positions():
+    graph, _ = trace_mod(lambda score, b, h, q, k: score + q + k + (q - k), "score_mod")
+    facts = analyze([graph.output], False, shifted=True)
+    ranges = {node.attr: found for node, found in facts.ranges.items() if node.op == "index"}
+    assert ranges == {"q_idx": (-(2**30) - 2**20, 2**31 - 1), "kv_idx": (-(2**30), 2**31 - 1)}
+    (difference,) = (node for node in facts.nodes if node.op == "sub")
+    assert all(facts.fits_int32(node) for node in facts.nodes if node.op == "index")
+    assert not facts.fits_int32(difference)
+    assert facts.positions == (-(2**30), 2**31 - 1)
+
+
 def test_what_fits_into_32_bits():
     for expression, fits in [
         (lambda b, h, q, k: q - k, True),

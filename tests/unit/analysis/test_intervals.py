@@ -164,14 +164,14 @@ GRID = {
 }
 
 
-def solve(mask_mod, q_idx_given=False):
+def solve(mask_mod, q_idx_given=False, shifted=False):
     graph, leaves = trace_mod(mask_mod, "mask_mod")
-    return graph, leaves, find_extent(graph.output, analyze([graph.output], q_idx_given))
+    return graph, leaves, find_extent(graph.output, analyze([graph.output], q_idx_given, shifted=shifted))
 
 
-def brute_force(mask_mod, grid=GRID, q_idx_given=False):
+def brute_force(mask_mod, grid=GRID, q_idx_given=False, shifted=False):
     """The mask, what the intervals call live, and what they call full: each [B, H, Q, N]."""
-    graph, leaves, extent = solve(mask_mod, q_idx_given)
+    graph, leaves, extent = solve(mask_mod, q_idx_given, shifted)
     nodes = topological(graph.output, *nodes_of(extent.live), *nodes_of(extent.full))
     values = dict(zip(nodes, eager.evaluate(nodes, graph, leaves, grid), strict=True))
     shape = torch.broadcast_shapes(*(index.shape for index in grid.values()))
@@ -179,8 +179,8 @@ def brute_force(mask_mod, grid=GRID, q_idx_given=False):
     return [x.expand(shape) for x in (values[graph.output], *regions)]
 
 
-def check_exact(mask_mod, grid=GRID, q_idx_given=False):
-    mask, live, full = brute_force(mask_mod, grid, q_idx_given)
+def check_exact(mask_mod, grid=GRID, q_idx_given=False, shifted=False):
+    mask, live, full = brute_force(mask_mod, grid, q_idx_given, shifted)
     assert torch.equal(live, mask), (
         f"live differs from the mask at (b, h, q, kv) {(live != mask).nonzero().tolist()[:5]}"
     )
@@ -532,3 +532,62 @@ def test_at_most():
     assert at_most(low(q, h), h) and not at_most(h, low(q, h)) and at_most(q, high(after, h))
     assert at_most(high(q, sub(q, h)), high(high(q, sub(q, h)), h)) and at_most(number(3), high(h, number(4)))
     assert not at_most(narrow, build.make("add", narrow, const(1, torch.int8))), "this sum may wrap around"
+
+
+# --- Calls with kv_offset: positions may be negative, and beyond MAX_KV_LEN -------------------------------------------
+
+_ENDS = [-(2**30), -(2**30) + 1, 2**30 - 1, 2**30, 2**31 - 3, 2**31 - 2]
+SHIFTED_GRID = GRID | {
+    "q_idx": torch.tensor([-(2**30) - 2**20, -9, 0, 13, 2**30 + 5, 2**31 - 2]).view(1, 1, -1, 1),
+    "kv_idx": torch.tensor([*range(-40, 60), *_ENDS]).view(1, 1, 1, -1),
+}
+
+
+@pytest.mark.parametrize(
+    "mask_mod",
+    [
+        lambda b, h, q, k: k >= 0,
+        lambda b, h, q, k: k < -3,
+        lambda b, h, q, k: (k >= -7) & (k < 0),
+        lambda b, h, q, k: ~((k >= -7) & (k < 2)),
+        lambda b, h, q, k: (k < 2**30) | (k == 2**31 - 2),
+        lambda b, h, q, k: (k < -(2**30) + 1) | (k > 2**31 - 4),
+        lambda b, h, q, k: (k <= q) & (q - k < 10),
+        lambda b, h, q, k: k // 8 == q // 8,
+        lambda b, h, q, k: (k - q).abs() < 5,
+        lambda b, h, q, k: torch.where(h > 1, k < -1, k > 4),
+    ],
+)
+def test_positions_of_calls_with_an_offset(mask_mod):
+    check_exact(mask_mod, SHIFTED_GRID, shifted=True)
+
+
+def test_bounds_that_no_position_reaches_depend_on_the_offset():
+    beyond = lambda b, h, q, k: (k >= 0) & (k < 2**30)
+    assert solve(beyond)[2].live == EVERYWHERE
+    ((lo, hi),) = solve(beyond, shifted=True)[2].live
+    assert (lo.attr, hi.attr) == (0, 2**30)
+    never = lambda b, h, q, k: k < 0
+    assert solve(never)[2].live == () and solve(never, shifted=True)[2].live != ()
+    wider = lambda b, h, q, k: (k >= -(2**30)) & (k < 2**31 - 1)
+    assert solve(wider, shifted=True)[2].live == EVERYWHERE
+
+
+def check_shifted_example(example):
+    output = example.graph.output
+    extent = find_extent(output, analyze([output], example.q_idx_given, shifted=True))
+    nodes = topological(output, *nodes_of(extent.live), *nodes_of(extent.full))
+    queries = mask_graphs._FAR_QUERIES if example.q_idx_given else SHIFTED_GRID["q_idx"].flatten()[:, None]
+    rows = len(queries)
+    indices = {
+        "b": mask_graphs._BATCHES[:rows], "h": mask_graphs._HEADS[:rows], "q_idx": queries,
+        "kv_idx": SHIFTED_GRID["kv_idx"].view(1, -1),
+    }  # fmt: skip
+    values = dict(zip(nodes, eager.evaluate(nodes, example.graph, example.leaves, indices), strict=True))
+    live, full = (in_region(region, values, indices["kv_idx"]) for region in (extent.live, extent.full))
+    assert not (values[output] & ~live).any(), example
+    assert not (full & ~values[output]).any(), example
+
+
+def test_random_masks_of_calls_with_an_offset():
+    for_random_graphs(mask_graphs.masks(), check_shifted_example)

@@ -98,6 +98,20 @@ def test_queries_may_be_anywhere_if_the_caller_says_where():
     assert indexed(lambda b, h, q, k: k, N, q_idx_given=True) == "proven"
 
 
+def test_positions_may_be_anywhere_if_the_caller_gives_an_offset():
+    shifted = SIZES._replace(shifted=True)
+    for index in (lambda b, h, q, k: k, lambda b, h, q, k: q):
+        assert indexed(index, N, sizes=shifted) == "unknown"
+        assert indexed(lambda b, h, q, k: index(b, h, q, k).clamp(min=0), N, sizes=shifted) == "beyond"
+        assert indexed(lambda b, h, q, k: index(b, h, q, k).clamp(0, N - 1), N, sizes=shifted) == "proven"
+    assert indexed(lambda b, h, q, k: q - k, N, mask_mod=mods.sliding_window(N), sizes=shifted) == "mask: proven"
+    inside = lambda b, h, q, k: (k >= 0) & (k < N)
+    assert indexed(lambda b, h, q, k: k, N, mask_mod=inside, sizes=shifted) == "mask: proven"
+    below = lambda b, h, q, k: k < N
+    assert indexed(lambda b, h, q, k: k, N, mask_mod=below, sizes=shifted) == "unknown"
+    assert indexed(lambda b, h, q, k: k, N - 1, mask_mod=lambda b, h, q, k: k < N - 1) == "mask: proven"
+
+
 def test_each_index_is_judged_by_its_own_size():
     index = lambda b, h, q, k: (b, h, k)
     assert indexed(index, B, HQ, N) == "proven proven proven"
@@ -570,20 +584,25 @@ class _Evaluation(eager._Evaluation):
 
 def positions(call):
     """Every b, h, q_idx and kv_idx of a call, for every length of a sequence, and which of them are pairs of it."""
-    batch, heads, queries, length = call.sizes
+    batch, heads, queries, length, shifted = call.sizes
     lens = torch.arange(length + 1).repeat_interleave(queries)
     first = lens - queries
     if call.q_idx_given:
         lens = torch.full((13,), length)
         first = torch.tensor([-(2**63), -(2**40), -9, -2, -1, 0, 1, 3, 8, 17, 2**31, 2**62, 2**63 - 9])
+    offset = torch.zeros_like(lens)
+    if shifted:  # all of the above at each offset
+        offsets = torch.tensor([0, -1, 3, -5, 11, 2**30, -(2**30)])
+        offset = offsets.repeat_interleave(len(lens))
+        lens, first = lens.repeat(len(offsets)), first.repeat(len(offsets)) + (0 if call.q_idx_given else offset)
     token = torch.arange(len(lens)) % queries
     indices = {
         "b": torch.arange(batch).view(-1, 1, 1, 1),
         "h": torch.arange(heads).view(1, -1, 1, 1),
         "q_idx": (first + token).view(1, 1, -1, 1),
-        "kv_idx": torch.arange(length).view(1, 1, 1, -1),
+        "kv_idx": (torch.arange(length) + offset[:, None])[None, None],
     }
-    return indices, indices["kv_idx"] < lens.view(1, 1, -1, 1)
+    return indices, (torch.arange(length) < lens[:, None])[None, None]
 
 
 def check_proofs(call):

@@ -59,6 +59,23 @@ def test_blocks_of_another_size_than_the_kernel_has(block_n):
     assert "F" in row or block_n > 24
 
 
+@pytest.mark.parametrize("block_n", [16, 24])
+def test_tables_for_offsets(block_n):
+    """A block of slots is live if a block of positions that it meets is, and full if all are."""
+    mask_mod = lambda b, h, q, k: (k < 12) | (k >= 36) | ((k >= 24) & (k % 2 == 0))
+    lists = lists_of(mask_mod, 72, (72, 12))
+    num_blocks = lists.num_blocks(block_n)
+    (plain,) = dense(lists.tables(2, block_n, Listed.ALONE), num_blocks)
+    tables = lists.tables(2, block_n, Listed.ALONE, shifted=True)
+    assert tables.shape[-1] == 2 * (4 * (num_blocks + 1) + 2)
+    aligned, others = (dense(part.contiguous(), num_blocks + 1) for part in tables.chunk(2, -1))
+    # The last block of 16 ends at position 80: the mask does not cover its end.
+    covered = "." + (plain if 72 % block_n == 0 else plain[:-1] + plain[-1].replace("F", "P"))
+    assert aligned == [covered]
+    pairs = zip(covered, covered[1:] + ".", strict=True)
+    assert others == ["".join("." if a == b == "." else "F" if a == b == "F" else "P" for a, b in pairs)]
+
+
 def test_heads_that_share_a_cache_visit_the_blocks_of_all():
     lists = lists_of(lambda b, h, q, k: k // 16 == h, 64, (64, 16), heads=4)
     assert dense(lists.tables(2, 16, Listed.ALONE), 4) == ["PP..", "..PP"]

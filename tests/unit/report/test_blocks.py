@@ -127,3 +127,26 @@ def test_a_score_that_hides_keys_bounds_the_step():
     alone = explain(*inputs, score_mod, options=options, device="H200")
     both = explain(*inputs, score_mod, mods.sliding_window(64), options=options, device="H200")
     assert alone.step.work.tolist() == both.step.work.tolist() == [1]
+
+
+@pytest.mark.parametrize("family", MASKS, ids=[family.name for family in MASKS])
+def test_blocks_are_of_slots_and_masks_see_positions(family):
+    B, Hq, Hkv, Q, N, block_n = 3, 4, 2, 2, 100, 16
+    kv_lens, starts, offset = torch.tensor([100, 60, 3]), torch.tensor([-4, 21, 50]), torch.tensor([30, -21, 7])
+    mask = family.make_mask_mod(B, Hq, N, Q, "cpu")
+    options = DecodeOptions(block_n=block_n, num_splits=3)
+    given = {"kv_lens": kv_lens, "kv_starts": starts, "kv_offset": offset}
+    score = family.make_score_mod(B, Hq, N, Q, "cpu")
+    step = explain(*make_inputs(B, Hq, Hkv, Q, N, 16), score, mask, **given, options=options, device="H200").step
+    slots = torch.arange(step.num_blocks * block_n)
+    for item in range(step.num_items):
+        b = step.sequence(item)
+        grid = torch.tensor([b]), torch.arange(Hq), offset[b] + kv_lens[b] - Q + torch.arange(Q), offset[b] + slots
+        inside = (slots >= starts[b]) & (slots < kv_lens[b])
+        heads = slice(item % Hkv * 2, item % Hkv * 2 + 2)
+        pairs = (evaluate_mod(mask, grid)[0] & inside)[heads].reshape(-1, step.num_blocks, block_n)
+        states, _ = step.blocks(item)
+        needed, complete = pairs.any(2).any(0), pairs.all(2).all(0)
+        assert not (needed & (states < PARTIAL)).any()
+        assert not (~complete & (states == FULL)).any()
+        assert torch.equal(states != UNUSED, inside.view(-1, block_n).any(1))
