@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..triton_api import has_gluon
-from .inputs import MAX_PROGRAMS, DecodeOptions, Sizes
+from .inputs import MAX_PROGRAMS, QUANTISED, DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
@@ -19,6 +19,9 @@ BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
+# Larger heads are computed in parts: so many columns of keys in each step of a loop, and so many columns of values.
+WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
+WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -65,6 +68,7 @@ class Loads(Enum):
     POINTERS = ()
     DESCRIPTORS = ("kv_descriptor.py",)
     LATENTS = ("kv_descriptor.py", "latent.py")
+    WIDE = ("wide.py",)
 
     def __repr__(self) -> str:
         return self.name
@@ -75,7 +79,8 @@ class Tiles:
     """The compile-time half of a schedule. Each value has its own kernel.
 
     `split`: there are partial outputs and a combine pass, which merges `block_s` splits per step. `loads`: how keys and
-    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more).
+    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more). A head
+    of many columns is loaded as several parts of `block_d` columns of its key and `block_dv` columns of its value.
     `shared`: the first columns of a key are its value. `paired`: the columns of a quantised cache are loaded two by
     two. `balanced`: all work is divided into equal runs. This needs the number of blocks of every sequence. The kernel
     counts them for all sequences at once, or, if `many`, for `block_b` sequences per step.
@@ -100,7 +105,7 @@ class Tiles:
     @property
     def descriptors(self) -> bool:
         """Whether keys and values are loaded through tensor descriptors."""
-        return self.loads is not Loads.POINTERS
+        return self.loads in (Loads.DESCRIPTORS, Loads.LATENTS)
 
     @property
     def latent(self) -> bool:
@@ -173,7 +178,7 @@ def schedule(
         fetches: whether the score_mod reads captured tensors for every key. A second program on each multiprocessor
             then works while the first one waits for these reads.
     """
-    shape, num_sms, latent = _tile_shape(signature), facts.num_sms, loads is Loads.LATENTS
+    shape, num_sms, latent = _tile_shape(signature, facts), facts.num_sms, loads is Loads.LATENTS
     items_per_sequence = sizes.num_kv_heads * shape.num_tiles
     num_items = sizes.batch * items_per_sequence
     total_bytes = num_items * sizes.max_kv_len * shape.kv_bytes
@@ -236,7 +241,17 @@ def _is_balanced(
 
 
 class _TileShape(NamedTuple):
-    """What a signature says about tiles: rows, columns, row tiles of a KV head, bytes of one key and its value."""
+    """What a signature says about tiles.
+
+    Attributes:
+        block_m: query rows.
+        block_d, block_r, block_dv: columns, as in `Tiles`.
+        shared: as in `Tiles`.
+        num_tiles: row tiles of a KV head.
+        kv_bytes: bytes of one key and its value in memory.
+        tile_bytes: the same, where numbers are converted for the products.
+        wide: whether columns are computed in parts.
+    """
 
     block_m: int
     block_d: int
@@ -245,17 +260,29 @@ class _TileShape(NamedTuple):
     shared: bool
     num_tiles: int
     kv_bytes: int
+    tile_bytes: int
+    wide: bool
 
 
 @functools.lru_cache(maxsize=512)
-def _tile_shape(signature: Signature) -> _TileShape:
+def _tile_shape(signature: Signature, facts: DeviceFacts) -> _TileShape:
     rows = signature.group_size * signature.num_queries
-    block_m = min(max(16, next_power_of_2(rows)), 32 if signature.dtype == torch.float32 else 64)
+    block_m = min(max(16, next_power_of_2(rows)), 32 if torch.float32 in signature.product_dtypes else 64)
     block_d, block_r = _head_dim_blocks(signature.head_dim)
     block_dv = max(16, next_power_of_2(signature.v_head_dim))
     shared = signature.shared_kv and block_dv == block_d
-    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
-    return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes)
+    columns = block_d + block_r, 0 if shared else block_dv
+    stored = signature.key_dtype, signature.value_dtype
+    tiled = [x if x in QUANTISED else y for x, y in zip(stored, signature.product_dtypes, strict=True)]
+    kv_bytes, tile_bytes = (
+        sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
+    )
+    wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
+    if wide or 16 * tile_bytes >= facts.shared_memory:
+        # The results of more than 16 rows would not fit into the registers.
+        wide, block_m, block_r, shared = True, 16, 0, False
+        block_d, block_dv = min(block_d, WIDE_BLOCK_D), min(block_dv, WIDE_BLOCK_DV)
+    return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes, tile_bytes, wide)
 
 
 @functools.lru_cache(maxsize=512)
@@ -273,16 +300,21 @@ def _tiles(
     many: bool,
 ) -> Tiles:
     """The tiles of a call. Calls of many lengths share them. `crowded`: more programs than multiprocessors."""
-    is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
-    block_m, block_d, block_r, block_dv, shared, _, kv_bytes = _tile_shape(signature)
+    is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
+    block_m, block_d, block_r, block_dv, shared, _, _, tile_bytes, wide = _tile_shape(signature, facts)
     # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
-    if latent:
+    num_warps = 8 if block_m * block_dv >= 64 * 256 and not latent else 4
+    if wide:
+        # Triton pipelines the loop over the columns of a key. Without this loop it would keep whole values.
+        num_stages = 2 if signature.head_dim > block_d else 1
+        loads, block_n, num_warps = Loads.WIDE, 32 if is_float32 else 64, 8
+    elif latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     else:
         block_n, num_stages = _pipeline(
-            block_m, kv_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
+            block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
         )
         block_n = min(block_n, 64) if is_bounded else block_n
     return Tiles(
@@ -291,7 +323,7 @@ def _tiles(
         block_d,
         block_r,
         block_dv,
-        options.num_warps or (8 if block_m * block_dv >= 64 * 256 and not latent else 4),
+        options.num_warps or num_warps,
         options.num_stages or num_stages,
         split=split,
         loads=loads,
@@ -310,8 +342,8 @@ def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) 
     if not signature.pairable or not facts.can_unpack or options.batch_invariant:
         return False
     # A product takes at least 16 columns. A paired tile has two products of half the columns each.
-    shape = _tile_shape(signature)
-    return shape.block_r == 0 and shape.block_d >= 32
+    shape = _tile_shape(signature, facts)
+    return shape.block_r == 0 and shape.block_d >= 32 and not shape.wide
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
@@ -322,7 +354,7 @@ def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeO
         and has_gluon()
         and sizes == (True, 576, 512)
         and signature.group_size * signature.num_queries > 32
-        and signature.kv_dtype == signature.dtype != torch.float32
+        and signature.key_dtype == signature.value_dtype == signature.dtype != torch.float32
         and signature.kind("k_scale") is signature.kind("v_scale") is None
         and signature.page_size % LATENT_BLOCK == 0
         and options.num_warps is None

@@ -103,7 +103,9 @@ class TritonLauncher:
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
-        self.dtype = torch.int16 if tiles.paired else signature.kv_dtype
+        self.dtypes = signature.key_dtype, signature.value_dtype
+        if tiles.paired:
+            self.dtypes = torch.int16, torch.int16
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         num_q_heads = signature.group_size * sizes.num_kv_heads
         num_rows = sizes.batch * num_q_heads * signature.num_queries
@@ -160,8 +162,8 @@ class TritonLauncher:
         if self.described[0] != addresses:
             block_n, *widths = self.block_shape
             made = [
-                make_descriptor(address, matrix, [block_n, width], self.dtype)
-                for address, matrix, width in zip(addresses, self.matrices, widths, strict=True)
+                make_descriptor(address, matrix, [block_n, width], dtype)
+                for address, matrix, width, dtype in zip(addresses, self.matrices, widths, self.dtypes, strict=True)
             ]
             self.described = addresses, self.kernel.split.encode_descriptors(*made)
         return self.described[1]
