@@ -14,8 +14,9 @@ from .formats import CONTIGUOUS, PAGED, Contiguous
 from .overlap import overlaps_itself
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (*DTYPES, torch.float64)  # the last one on the torch backend only
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 576, 512
+MAX_HEAD_DIM = 1024  # of keys and of values
 MAX_HEADS = 1 << 20
 MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
 MAX_QUERIES = 1 << 20  # query tokens of one sequence in one call
@@ -191,11 +192,9 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     query, key, value = inputs.query, inputs.key, inputs.value
     if not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    _check_tensor("query", query, query, DTYPES)
+    _check_tensor("query", query, query, FLOATS)
     for name, cache in (("key", key), ("value", value)):
-        _check_tensor(name, cache, query, (query.dtype, *QUANTISED))
-    if value.dtype != key.dtype:
-        raise ValueError(f"`value` must have the dtype of `key`, {key.dtype}, got {value.dtype}")
+        _check_tensor(name, cache, query, (*FLOATS, *QUANTISED))
     _check_caches(inputs)
     batch, num_q_heads, num_queries, _ = query.shape
     if num_q_heads > MAX_HEADS:
@@ -210,8 +209,8 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     _check_q_offset(inputs.q_offset, query)
     if inputs.scale is not None:
         checked_scale(inputs.scale)
-    for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
-        _check_cache_scale(name, scale, inputs)
+    for name, scale, of in (("k_scale", inputs.k_scale, "key"), ("v_scale", inputs.v_scale, "value")):
+        _check_cache_scale(name, scale, of, inputs)
     if inputs.sinks is not None:
         _check_sinks(inputs.sinks, query)
     if inputs.out is not None:
@@ -229,9 +228,9 @@ def _check_caches(inputs: Inputs) -> None:
     _check_shape("value", value, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
     if caches is None and len(value) != num_caches:
         raise ValueError(f"`value` must have as many pages as `key`, {num_caches}, got {len(value)}")
-    for name, size, most in (("query", head_dim, MAX_HEAD_DIM), ("value", value.shape[3], MAX_V_HEAD_DIM)):
-        if not MIN_HEAD_DIM <= size <= most:
-            raise ValueError(f"the head dimension of `{name}` must be between {MIN_HEAD_DIM} and {most}, got {size}")
+    for name, size in (("query", head_dim), ("value", value.shape[3])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"the head dimension of `{name}` must be between 1 and {MAX_HEAD_DIM}, got {size}")
     if (num_kv_heads == 0 and num_q_heads) or (num_kv_heads and num_q_heads % num_kv_heads):
         raise ValueError(
             f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}; "
@@ -265,11 +264,13 @@ def _check_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor, dtypes: 
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != 4:
         raise ValueError(f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got shape {list(tensor.shape)}")
-    if query.dtype not in DTYPES:
-        raise ValueError(f"`query` must be float16, bfloat16 or float32, got {query.dtype}")
     if tensor.dtype not in dtypes:
-        hint = "; a quantised cache is float8_e4m3fn, float8_e5m2 or int8" if len(dtypes) > 1 else ""
-        raise ValueError(f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}{hint}")
+        wanted = "be float16, bfloat16, float32 or float64"
+        if len(dtypes) == 1:
+            wanted = f"have the dtype of `query`, {query.dtype}"
+        elif torch.int8 in dtypes:
+            wanted += ", or quantised in float8_e4m3fn, float8_e5m2 or int8"
+        raise ValueError(f"`{name}` must {wanted}, got {tensor.dtype}")
     check_place(name, tensor, query)
 
 
@@ -380,15 +381,15 @@ def _check_q_offset(q_offset: object, query: torch.Tensor) -> None:
         raise ValueError(f"`q_offset` must fit into int64, got {q_offset}")
 
 
-def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
-    """Checks `k_scale` or `v_scale`."""
-    key, query = inputs.key, inputs.query
-    if key.dtype not in QUANTISED:
-        if scale is not None:
-            raise ValueError(f"`{name}` is for caches in float8 or int8, but `key` and `value` are {key.dtype}")
-        return
+def _check_cache_scale(name: str, scale: object, of: str, inputs: Inputs) -> None:
+    """Checks `k_scale` or `v_scale`, the scale `of` key or value. Without a scale, float8 numbers are what they say."""
+    key, query, dtype = inputs.key, inputs.query, getattr(inputs, of).dtype
     if scale is None:
-        raise ValueError(f"`{name}` is missing: `key` and `value` are {key.dtype}; pass 1.0 if they are not scaled")
+        if dtype == torch.int8:
+            raise ValueError(f"`{name}` is missing: `{of}` is {dtype}; pass 1.0 if its numbers are not scaled")
+        return
+    if dtype not in QUANTISED:
+        raise ValueError(f"`{name}` is for caches in float8 or int8, but `{of}` is {dtype}")
     if not isinstance(scale, torch.Tensor):
         checked_scale(scale, name)
         return

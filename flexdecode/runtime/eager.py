@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 21  # scores in memory at one time
 
 
 def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
-    """Computes attention by an online softmax over chunks, in float32.
+    """Computes attention by an online softmax over chunks, in float32, or in float64 if an input is float64.
 
     Args:
         call: checked; its `out` and `lse` are written.
@@ -36,6 +36,7 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     query, max_kv_len = inputs.query, inputs.max_kv_len
     batch, num_q_heads, num_queries, head_dim = query.shape
     device = query.device
+    dtype = torch.float64 if torch.float64 in (query.dtype, inputs.key.dtype, inputs.value.dtype) else torch.float32
     lens = _lengths(inputs.kv_lens, max_kv_len, query)
     tokens = _lengths(inputs.q_lens, num_queries, query)
     first = lens - tokens
@@ -46,31 +47,31 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     b, h = (torch.arange(size, device=device) for size in (batch, num_q_heads))
     q_idx = (first[:, None] + token).view(batch, 1, -1, 1)
     indices = {"b": b.view(-1, 1, 1, 1), "h": h.view(1, -1, 1, 1), "q_idx": q_idx}
-    grouped = (query.float() * call.scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
+    grouped = (query.to(dtype) * call.scale).reshape(batch, inputs.key.shape[1], -1, head_dim)
     rows = (batch, num_q_heads, num_queries)
     row_live = (torch.arange(num_queries, device=device) < tokens[:, None]).view(batch, 1, -1).expand(rows)
-    m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
-    l_i = torch.zeros(rows, dtype=torch.float32, device=device)
-    acc = torch.zeros(*rows, inputs.value.shape[3], dtype=torch.float32, device=device)
+    m_i = torch.full(rows, -torch.inf, dtype=dtype, device=device)
+    l_i = torch.zeros(rows, dtype=dtype, device=device)
+    acc = torch.zeros(*rows, inputs.value.shape[3], dtype=dtype, device=device)
     if inputs.sinks is not None:
-        m_i = m_i.where(~row_live, inputs.sinks.float().view(1, -1, 1))
-        l_i = (m_i != -torch.inf).float()
+        m_i = m_i.where(~row_live, inputs.sinks.to(dtype).view(1, -1, 1))
+        l_i = (m_i != -torch.inf).to(dtype)
     end = int(lens.max()) if device.type == "cpu" else max_kv_len
     step = max(16, CHUNK_ELEMENTS // max(1, batch * num_q_heads * num_queries))
     for start in range(0, end, step):
         kv = torch.arange(start, min(start + step, end), device=device)
         indices["kv_idx"] = kv.view(1, 1, 1, -1)
         live = (kv < lens[:, None]).view(batch, 1, 1, -1) & row_live[..., None]
-        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
+        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices, dtype).result()
         # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
         read = live.expand(*rows, -1).reshape(batch, inputs.key.shape[1], -1, len(kv)).any(2)
         gather = inputs.format.gather(inputs.key, inputs.page_table, kv, read, check_indices)
-        k = _read(inputs.key, inputs.k_scale, gather, read)
+        k = _read(inputs.key, inputs.k_scale, gather, read, dtype)
         s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
-            s = _Evaluation(score, indices, s, live, check_indices).result()
+            s = _Evaluation(score, indices, s, live, check_indices, dtype).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, gather, read)
+        v = _read(inputs.value, inputs.v_scale, gather, read, dtype)
         m_new = torch.maximum(m_i, s.amax(-1))
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
@@ -91,12 +92,14 @@ def _lengths(lengths: int | torch.Tensor | None, most: int, query: torch.Tensor)
     return lengths.long().clamp(0, most)
 
 
-def _read(cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor) -> torch.Tensor:
-    """Rows of keys or values, float32 [B, Hkv, n, D]; 0 where `read` [B, Hkv, n] is false."""
-    rows = gather(cache).float()
+def _read(
+    cache: torch.Tensor, scale: float | torch.Tensor | None, gather: Gather, read: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of keys or values in the type of the arithmetic [B, Hkv, n, D]; 0 where `read` [B, Hkv, n] is false."""
+    rows = gather(cache).to(dtype)
     if isinstance(scale, torch.Tensor):
         per_token = scale.dim() == 3
-        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).float()
+        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).to(dtype)
     elif scale is not None:
         rows = rows * scale
     if read.device.type == "cpu" and bool(read.all()):
@@ -121,6 +124,7 @@ class _Evaluation:
     score: torch.Tensor | None
     live: torch.Tensor
     check_indices: bool
+    dtype: torch.dtype = torch.float32  # float64 takes the place of float32 for float64 inputs
 
     def __post_init__(self) -> None:
         graph, self.leaves = self.mod
@@ -194,15 +198,15 @@ class _Evaluation:
         if node.op == "index":
             return self.indices[node.attr]
         # As in the kernel, values of half types are rounded and held in float32. A Python number is not rounded.
-        dtype = torch.float32 if node.dtype in HALF else node.dtype
+        dtype = self.dtype if node.dtype in (*HALF, torch.float32) else node.dtype
         if node.op == "const":
             return torch.tensor(node.attr, dtype=dtype, device=self.device)
         if node.op == "number":
             return torch.as_tensor(self.graph.numbers[node.attr].read(self.leaves), dtype=dtype, device=self.device)
         if node.op == "load":
-            return self._load(node, args)
+            return self._load(node, args).to(dtype)
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
-        return value.to(dtype) if node.weak else value.to(node.dtype).to(dtype)
+        return value.to(node.dtype).to(dtype) if node.dtype in HALF and not node.weak else value.to(dtype)
 
     def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
         """The first pair at which an index is wrong, in words."""
