@@ -19,7 +19,7 @@ BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters
 COMBINE_US = 2.0
-# Larger heads are computed in parts: so many columns of keys in each step of a loop, and so many columns of values.
+# Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
 WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
 WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory

@@ -93,7 +93,8 @@ def test_products_are_in_the_promoted_dtype():
     query, key, value = meta_inputs(8, 16, 2, 1, 4096, 64, dtype=BF16)
     half = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "m16n8k8.row.col.f32.tf32.tf32.f32"
     for key_dtype, value_dtype, expected in (
-        (BF16, BF16, (True, False)), (BF16, SINGLE, (True, True)), (HALF, BF16, (True, True)), (HALF, HALF, (False, True)),
+        (BF16, BF16, (True, False)), (BF16, SINGLE, (True, True)), (HALF, BF16, (True, True)),
+        (HALF, HALF, (False, True)),
     ):  # fmt: skip
         tensors = query, key.to(key_dtype), value.to(value_dtype)
         text = assembly(compile_call("sm_80", tensors, None, mods.causal()).split)
