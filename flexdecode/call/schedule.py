@@ -278,9 +278,11 @@ def _tile_shape(signature: Signature, facts: DeviceFacts) -> _TileShape:
         sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
     )
     wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
-    if wide or 16 * tile_bytes >= facts.shared_memory:
+    # Sixteen keys have to fit into the shared memory. Narrow products beside large ones would spill registers.
+    wide = wide or 16 * tile_bytes >= facts.shared_memory or (_is_narrow(signature) and block_d + block_dv > 256)
+    if wide:
         # The results of more than 16 rows would not fit into the registers.
-        wide, block_m, block_r, shared = True, 16, 0, False
+        block_m, block_r, shared = 16, 0, False
         block_d, block_dv = min(block_d, WIDE_BLOCK_D), min(block_dv, WIDE_BLOCK_DV)
     return _TileShape(block_m, block_d, block_r, block_dv, shared, -(-rows // block_m), kv_bytes, tile_bytes, wide)
 
@@ -317,6 +319,8 @@ def _tiles(
             block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
         )
         block_n = min(block_n, 64) if is_bounded else block_n
+        if _is_narrow(signature):  # more keys would spill registers
+            block_n = min(block_n, 32 if is_float32 else 64)
     return Tiles(
         block_m,
         options.block_n or block_n,
@@ -343,7 +347,12 @@ def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) 
         return False
     # A product takes at least 16 columns. A paired tile has two products of half the columns each.
     shape = _tile_shape(signature, facts)
-    return shape.block_r == 0 and shape.block_d >= 32 and not shape.wide
+    return shape.block_r == 0 and shape.block_d >= 32 and not shape.wide and not _is_narrow(signature)
+
+
+def _is_narrow(signature: Signature) -> bool:
+    """Whether keys or values have fewer columns than the smallest product, which takes 16."""
+    return min(signature.head_dim, signature.v_head_dim) < 16
 
 
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
