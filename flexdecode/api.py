@@ -55,11 +55,14 @@ def flex_decode(
         >>> out = flex_decode(query, key, value, score_mod=alibi)
 
     Args:
-        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 16 to 576. Packed, with
-            `cu_seqlens_q`: `[T, Hq, D]`.
-        key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence. In the dtype of
-            the query, or float8_e4m3fn, float8_e5m2 or int8 with scales.
-        value: `[B, Hkv, N, Dv]`. Where it is a view of the first columns of `key` (MLA), memory is read once.
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32, any strides; D from 1 to 1024. On the torch backend also
+            float64: then all arithmetic is in float64, also that of the mods, but not the log-sum-exp.
+            Packed, with `cu_seqlens_q`: `[T, Hq, D]`.
+        key: `[B, Hkv, N, D]`; `Hq` is a multiple of `Hkv`. The batch may be 1 to serve every sequence. In a dtype that
+            a query may have, or quantised: float8_e4m3fn, float8_e5m2 or int8. If it is not the query's, products are
+            in the promoted dtype (`torch.promote_types`). A quantised key is multiplied in the dtype of the query.
+        value: `[B, Hkv, N, Dv]`, Dv from 1 to 1024, in a dtype as for `key`. Where it is a view of the first columns of
+            `key` (MLA), memory is read once.
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`. `score` is the scaled logit in natural-log units,
             `h` the query head; positions are absolute token positions in the sequence.
         mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, true where the query attends to the key.
@@ -79,7 +82,8 @@ def flex_decode(
         q_lens: query tokens of each sequence, int32 or int64 `[B]`, or one number for all; by default Q. What lies
             past them gives 0 with a log-sum-exp of -inf. The newest token is then token `q_lens[b] - 1`.
         k_scale: what a stored key is multiplied by: a number or a 0-d tensor, or a tensor per head `[Hkv]`, per
-            sequence and head `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`).
+            sequence and head `[B, Hkv]`, or per token `[B, Hkv, N]` (paged: `[num_pages, Hkv, page_size]`). For
+            quantised keys only. Without it, float8 keys are multiplied by 1; int8 keys need it.
         v_scale: the same for values.
         sinks: a logit for each query head, floating `[Hq]`, in natural-log units, that joins the softmax without a
             value.

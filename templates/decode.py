@@ -46,7 +46,7 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT PRECISION PDL STARTED SHIFTED",
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL STARTED SHIFTED",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -88,8 +88,8 @@ Visit = namedtuple("Visit", "runs spans page_table first last")
 # A block of keys: its first key, and the pages on which the keys lie.
 Block = namedtuple("Block", "start_n pages")
 # The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
-# all columns, or the even and the odd columns if the cache is loaded in pairs. It is in units of `v_unit`: the largest
-# weight of a row so far if each value has its own scale, else 1.
+# the parts of BLOCK_DV columns, or the even and the odd columns if the cache is loaded in pairs. It is in units of
+# `v_unit`: the largest weight of a row so far if each value has its own scale, else 1.
 State = namedtuple("State", "m_i l_i v_unit acc")
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -590,6 +590,18 @@ def power_of_two(x):
 
 
 @triton.jit
+def as_type(x, NAME: tl.constexpr):
+    """Converts to the floating type of this name."""
+    if NAME == "fp16":
+        return x.to(tl.float16)
+    elif NAME == "bf16":
+        return x.to(tl.bfloat16)
+    else:
+        tl.static_assert(NAME == "fp32")
+        return x.to(tl.float32)
+
+
+@triton.jit
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
@@ -602,11 +614,12 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
         score = tl.dot(q, tl.trans(k_even))
         score = tl.dot(q_rest, tl.trans(k_odd), score)
     else:
-        k = k.to(q.dtype)
+        k = as_type(k, C.KEY_PRODUCT)
         score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
     if C.BLOCK_R > 0:
         k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED_KEYS, C)
-        score = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), score, input_precision=C.PRECISION)
+        k_rest = as_type(k_rest, C.KEY_PRODUCT)
+        score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=C.PRECISION)
     return score, k
 
 
@@ -615,7 +628,6 @@ def attend_block(
     state, q, q_rest, keys, values, scale, block, spans, tile, captures, CHECKED: tl.constexpr, C: tl.constexpr
 ):
     """One step of the online softmax over a block of keys; CHECKED evaluates the mask and the spans."""
-    PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
     b, h, q_idx = tile.b, tile.h, tile.q_idx
     kv_idx = block.start_n + tl.arange(0, C.BLOCK_N)[None, :]
     live = None
@@ -654,18 +666,28 @@ def attend_block(
         v_unit = tl.maximum(tl.maximum(unit, tl.max(tl.abs(p), 1)), 1e-30)
         p = p / v_unit[:, None]
         alpha = unit / v_unit
-    p = p.to(q.dtype)
-    if C.SHARED:
-        v = k
-    else:
-        v = load_kv(values, block, spans, 0, C.V_HEAD_DIM // PER_WORD, C.BLOCK_DV // PER_WORD, CHECKED, C)
-    acc = state.acc
-    if C.PAIRED is not None:
-        v_even, v_odd = unpack(v, C.PAIRED)
-        acc = (tl.dot(p, v_even, acc[0] * alpha[:, None]), tl.dot(p, v_odd, acc[1] * alpha[:, None]))
-    else:
-        acc = (acc[0] * alpha[:, None] + tl.dot(p, v.to(q.dtype), input_precision=C.PRECISION),)
+    acc = add_values(state.acc, alpha, as_type(p, C.VALUE_PRODUCT), k, values, block, spans, CHECKED, C)
     return State(m_new, l_i, v_unit, acc)
+
+
+@triton.jit
+def add_values(acc, alpha, p, k, values, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
+    """Scales the result so far by `alpha`, and adds the values of a block with weights `p`; `k`: the keys as loaded."""
+    if C.PAIRED is not None:
+        v = k
+        if not C.SHARED:
+            v = load_kv(values, block, spans, 0, C.V_HEAD_DIM // 2, C.BLOCK_DV // 2, CHECKED, C)
+        v_even, v_odd = unpack(v, C.PAIRED)
+        added = (tl.dot(p, v_even, acc[0] * alpha[:, None]), tl.dot(p, v_odd, acc[1] * alpha[:, None]))
+    elif C.SHARED:
+        added = (acc[0] * alpha[:, None] + tl.dot(p, k, input_precision=C.PRECISION),)
+    else:
+        added = ()
+        for part in tl.static_range(len(acc)):
+            v = load_kv(values, block, spans, part * C.BLOCK_DV, C.V_HEAD_DIM, C.BLOCK_DV, CHECKED, C)
+            rescaled = acc[part] * alpha[:, None]
+            added = added + (rescaled + tl.dot(p, as_type(v, C.VALUE_PRODUCT), input_precision=C.PRECISION),)  # noqa: RUF005
+    return added
 
 
 @triton.jit
@@ -863,7 +885,7 @@ def load_query(row, queries, C: tl.constexpr):
     if C.BLOCK_R > 0:
         offs_r = C.BLOCK_D + tl.arange(0, C.BLOCK_R)[None, :]
         q_rest = tl.load(row + offs_r * queries.stride_d, mask=offs_r < C.HEAD_DIM, other=0.0)
-    return q, q_rest, unit
+    return as_type(q, C.KEY_PRODUCT), as_type(q_rest, C.KEY_PRODUCT), unit
 
 
 @triton.jit
@@ -896,7 +918,9 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     if C.PAIRED is not None:
         acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32), tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32))
     else:
-        acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV], tl.float32),)
+        acc = ()
+        for _ in tl.static_range((C.V_HEAD_DIM + C.BLOCK_DV - 1) // C.BLOCK_DV):
+            acc = acc + (tl.zeros([C.BLOCK_M, C.BLOCK_DV], tl.float32),)  # noqa: RUF005
     state = State(m_i, l_i, v_unit, acc)
     if C.NUM_FULL > 0:
         end = tl.minimum(last, runs.num_full)
@@ -906,15 +930,17 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     if first < last:
         state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, call.captures, True, C)
 
+    parts = state.acc
     if C.PAIRED is not None:
-        acc = tl.reshape(tl.join(state.acc[0], state.acc[1]), [C.BLOCK_M, C.BLOCK_DV])
-    else:
-        acc = state.acc[0]
+        parts = (tl.reshape(tl.join(parts[0], parts[1]), [C.BLOCK_M, C.BLOCK_DV]),)
     if len(values.scales) == 4:
-        acc = acc * state.v_unit[:, None]
+        factor = state.v_unit[:, None]
     else:
-        acc = acc * item_scale(values.scales, item.b, item.kv_head)
-    store_run(acc, state.m_i, state.l_i, rows, tl.arange(0, C.BLOCK_DV), call.outputs.lse, item, call, C)
+        factor = item_scale(values.scales, item.b, item.kv_head)
+    for part in tl.static_range(len(parts)):
+        offs_dv = part * C.BLOCK_DV + tl.arange(0, C.BLOCK_DV)
+        lse = call.outputs.lse if part == 0 else None
+        store_run(parts[part] * factor, state.m_i, state.l_i, rows, offs_dv, lse, item, call, C)
 
 
 @triton.jit
@@ -955,7 +981,8 @@ def decode_split(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
-    UNIT_OUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    UNIT_OUT: tl.constexpr, KEY_PRODUCT: tl.constexpr, VALUE_PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or the one of balanced.py if BALANCED.
 
@@ -966,15 +993,17 @@ def decode_split(
     (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL
     count the intervals that kv_bounds uses. The mask is evaluated in every block that is not proven full. SHARED: a
     value is the first columns of its key. PAIRED is the dtype of a quantised cache if its columns are loaded two by
-    two, as int16. UNIT_OUT: stride_od is 1.
+    two, as int16. UNIT_OUT: stride_od is 1. KEY_PRODUCT and VALUE_PRODUCT are the dtypes in which the query meets keys,
+    and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the columns of values are computed in parts of
+    BLOCK_DV.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.
     """
     C: tl.constexpr = Constants(
         GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
-        PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, PRECISION, PDL,
-        kv_starts is not None, kv_offset is not None,
+        PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, KEY_PRODUCT, VALUE_PRODUCT, PRECISION,
+        PDL, kv_starts is not None, kv_offset is not None,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)

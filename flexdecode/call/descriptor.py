@@ -50,8 +50,8 @@ def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Mat
     if any(width & (width - 1) for width in widths):  # one box holds a row
         return None
     one = as_matrix(key, batch)
-    alike = key.shape == value.shape and key.stride() == value.stride() and value.data_ptr() % 16 == 0
-    other = one if alike else as_matrix(value, batch)
+    alike = (key.shape, key.stride(), key.dtype) == (value.shape, value.stride(), value.dtype)
+    other = one if alike and value.data_ptr() % 16 == 0 else as_matrix(value, batch)
     return None if one is None or other is None else (one, other)
 
 

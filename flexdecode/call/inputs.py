@@ -15,8 +15,9 @@ from .overlap import overlaps_itself
 from .packing import check_ascending, rows_of_sequences
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (*DTYPES, torch.float64)  # the last one on the torch backend only
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 576, 512
+MAX_HEAD_DIM = 1024  # of keys and of values
 MAX_HEADS = 1 << 20
 MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
 
@@ -320,9 +321,7 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     _check_query(inputs)
     for name, cache in (("key", key), ("value", value)):
         also = "; packed keys [Tk, Hkv, D] need `cu_seqlens_k`" if getattr(cache, "ndim", 0) == 3 else ""
-        _check_tensor(name, cache, query, (query.dtype, *QUANTISED), also=also)
-    if value.dtype != key.dtype:
-        raise ValueError(f"`value` must have the dtype of `key`, {key.dtype}, got {value.dtype}")
+        _check_tensor(name, cache, query, (*FLOATS, *QUANTISED), also=also)
     _check_caches(inputs)
     if inputs.num_q_heads > MAX_HEADS:
         raise ValueError(f"`query` must have at most {MAX_HEADS} heads, got Hq = {inputs.num_q_heads}")
@@ -338,8 +337,8 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
     check_all_lens(inputs, options)
     if inputs.scale is not None:
         checked_scale(inputs.scale)
-    for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
-        _check_cache_scale(name, scale, inputs)
+    for name, scale, of in (("k_scale", inputs.k_scale, "key"), ("v_scale", inputs.v_scale, "value")):
+        _check_cache_scale(name, scale, of, inputs)
     if inputs.sinks is not None:
         _check_sinks(inputs.sinks, query)
     if inputs.out is not None:
@@ -353,11 +352,11 @@ def _check_query(inputs: Inputs) -> None:
         if inputs.max_q_len is not None:
             raise ValueError("`max_q_len` is for a packed query: it needs `cu_seqlens_q`")
         also = "; a packed query [T, Hq, D] needs `cu_seqlens_q`"
-        _check_tensor("query", query, query, DTYPES, also=also if dim == 3 else "")
+        _check_tensor("query", query, query, FLOATS, also=also if dim == 3 else "")
         return
     also = "; `query.transpose(1, 2).flatten(0, 1)` packs [B, Hq, Q, D], and without `cu_seqlens_q` it passes as it is"
     form = "3 dimensions [T, Hq, D] beside `cu_seqlens_q`"
-    _check_tensor("query", query, query, DTYPES, form, also if dim == 4 else "")
+    _check_tensor("query", query, query, FLOATS, form, also if dim == 4 else "")
     if inputs.q_lens is not None:
         raise ValueError(
             "`q_lens` and `cu_seqlens_q` exclude one another: `cu_seqlens_q` says which tokens a sequence has"
@@ -402,9 +401,9 @@ def _check_caches(inputs: Inputs) -> None:
     _check_shape("value", inputs, (caches, num_kv_heads, rows, None), form.format("Dv"), source)
     if caches is None and len(value) != num_caches:
         raise ValueError(f"`value` must have as many pages as `key`, {num_caches}, got {len(value)}")
-    for name, size, most in (("query", head_dim, MAX_HEAD_DIM), ("value", value.shape[3], MAX_V_HEAD_DIM)):
-        if not MIN_HEAD_DIM <= size <= most:
-            raise ValueError(f"the head dimension of `{name}` must be between {MIN_HEAD_DIM} and {most}, got {size}")
+    for name, size in (("query", head_dim), ("value", value.shape[3])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"the head dimension of `{name}` must be between 1 and {MAX_HEAD_DIM}, got {size}")
     if (num_kv_heads == 0 and num_q_heads) or (num_kv_heads and num_q_heads % num_kv_heads):
         raise ValueError(
             f"`query` must have a multiple of the heads of `key`, got Hq = {num_q_heads} and Hkv = {num_kv_heads}; "
@@ -446,11 +445,13 @@ def _check_tensor(
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != int(form[0]):
         raise ValueError(f"`{name}` must have {form}, got shape {list(tensor.shape)}{also}")
-    if query.dtype not in DTYPES:
-        raise ValueError(f"`query` must be float16, bfloat16 or float32, got {query.dtype}")
     if tensor.dtype not in dtypes:
-        hint = "; a quantised cache is float8_e4m3fn, float8_e5m2 or int8" if len(dtypes) > 1 else ""
-        raise ValueError(f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}{hint}")
+        wanted = "be float16, bfloat16, float32 or float64"
+        if len(dtypes) == 1:
+            wanted = f"have the dtype of `query`, {query.dtype}"
+        elif torch.int8 in dtypes:
+            wanted += ", or quantised in float8_e4m3fn, float8_e5m2 or int8"
+        raise ValueError(f"`{name}` must {wanted}, got {tensor.dtype}")
     check_place(name, tensor, query)
 
 
@@ -576,15 +577,15 @@ def _check_positions(name: str, positions: object, inputs: Inputs) -> None:
         raise ValueError(f"`{name}` must fit into int64, got {positions}")
 
 
-def _check_cache_scale(name: str, scale: object, inputs: Inputs) -> None:
-    """Checks `k_scale` or `v_scale`."""
-    key = inputs.key
-    if key.dtype not in QUANTISED:
-        if scale is not None:
-            raise ValueError(f"`{name}` is for caches in float8 or int8, but `key` and `value` are {key.dtype}")
-        return
+def _check_cache_scale(name: str, scale: object, of: str, inputs: Inputs) -> None:
+    """Checks `k_scale` or `v_scale`, the scale `of` key or value. Without a scale, float8 numbers are what they say."""
+    key, dtype = inputs.key, getattr(inputs, of).dtype
     if scale is None:
-        raise ValueError(f"`{name}` is missing: `key` and `value` are {key.dtype}; pass 1.0 if they are not scaled")
+        if dtype == torch.int8:
+            raise ValueError(f"`{name}` is missing: `{of}` is {dtype}; pass 1.0 if its numbers are not scaled")
+        return
+    if dtype not in QUANTISED:
+        raise ValueError(f"`{name}` is for caches in float8 or int8, but `{of}` is {dtype}")
     if not isinstance(scale, torch.Tensor):
         checked_scale(scale, name)
         return

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..triton_api import has_gluon
-from .inputs import DecodeOptions, Sizes
+from .inputs import QUANTISED, DecodeOptions, Sizes
 from .signature import Signature
 
 MAX_SPLITS = 1024
@@ -23,6 +23,9 @@ ALL_ROWS = (1 << 31) - 1
 SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may need for one launch
+# Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
+WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
+WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -69,6 +72,7 @@ class Loads(Enum):
     POINTERS = ()
     DESCRIPTORS = ("kv_descriptor.py",)
     LATENTS = ("kv_descriptor.py", "latent.py")
+    WIDE = ("wide.py",)
 
     def __repr__(self) -> str:
         return self.name
@@ -79,7 +83,8 @@ class Tiles:
     """The compile-time half of a schedule. Each value has its own kernel.
 
     `split`: there are partial outputs and a combine pass, which merges `block_s` splits per step. `loads`: how keys and
-    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more).
+    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more). A head
+    of many columns is loaded as several parts of `block_d` columns of its key and `block_dv` columns of its value.
     `shared`: the first columns of a key are its value. `paired`: the columns of a quantised cache are loaded two by
     two. `balanced`: all work is divided into equal runs. This needs the number of blocks of every sequence. The kernel
     counts them for all sequences at once, or, if `many`, for `block_b` sequences per step.
@@ -104,7 +109,7 @@ class Tiles:
     @property
     def descriptors(self) -> bool:
         """Whether keys and values are loaded through tensor descriptors."""
-        return self.loads is not Loads.POINTERS
+        return self.loads in (Loads.DESCRIPTORS, Loads.LATENTS)
 
     @property
     def latent(self) -> bool:
@@ -183,7 +188,12 @@ def next_power_of_2(n: int) -> int:
 
 
 def find_parts(
-    signature: Signature, sizes: Sizes, options: DecodeOptions, latent: bool = False, is_bounded: bool = False
+    signature: Signature,
+    sizes: Sizes,
+    facts: DeviceFacts,
+    options: DecodeOptions,
+    latent: bool = False,
+    is_bounded: bool = False,
 ) -> tuple[Part, ...]:
     """Divides the sequences of a call into one or two launches.
 
@@ -191,7 +201,7 @@ def find_parts(
     fits into one, unless the caller's `max_q_len` or the number of tokens shows that small tiles suit all sequences.
     """
     group, tokens = signature.group_size, sizes.num_queries
-    most = _most_rows(signature, latent or is_bounded)
+    most = _most_rows(signature, facts, latent or is_bounded)
     if not signature.packed:
         block_m = min(max(16, next_power_of_2(group * tokens)), most)
         num_tiles = sizes.batch * -(-group * tokens // block_m)
@@ -202,7 +212,7 @@ def find_parts(
     # The tokens of one sequence, or few tokens for each one, need one launch.
     alone = min(max(16, next_power_of_2(group * longest)), most if sizes.batch == 1 else SMALL_ROWS)
     busy = -(-group * tokens // most)
-    if not options.batch_invariant and (latent or alone >= min(group * longest, most)):
+    if most == 16 or (not options.batch_invariant and (latent or alone >= min(group * longest, most))):
         block_m = most if latent else alone
         return (Part(block_m, sizes.batch + group * tokens // block_m + 1, max(min(sizes.batch, tokens), busy)),)
     # `batch_invariant`: the sizes of the tiles may not depend on the other sequences.
@@ -213,16 +223,20 @@ def find_parts(
     )
 
 
-def _most_rows(signature: Signature, small: bool) -> int:
+def _most_rows(signature: Signature, facts: DeviceFacts, small: bool) -> int:
     """Rows of the largest tile. Float32 products and wide values need many registers.
 
     Args:
         signature: of the call.
+        facts: of the device.
         small: whether large tiles do not pay. If few keys are live, those of a small tile are fewer.
     """
-    if signature.dtype == torch.float32:
+    columns = _columns(signature, facts)
+    if columns.wide:
+        return 16
+    if torch.float32 in signature.product_dtypes:
         return 32
-    return LARGE_ROWS if _columns(signature).block_dv <= 128 and not small else SMALL_ROWS
+    return LARGE_ROWS if columns.block_dv <= 128 and not small and not _is_narrow(signature) else SMALL_ROWS
 
 
 def schedule(
@@ -248,8 +262,8 @@ def schedule(
             then works while the first one waits for these reads.
         part: the sequences of the launch; by default there is one launch.
     """
-    columns, num_sms, latent = _columns(signature), facts.num_sms, loads is Loads.LATENTS
-    part = part or find_parts(signature, sizes, options, latent, is_bounded)[0]
+    columns, num_sms, latent = _columns(signature, facts), facts.num_sms, loads is Loads.LATENTS
+    part = part or find_parts(signature, sizes, facts, options, latent, is_bounded)[0]
     num_items = part.num_tiles * sizes.num_kv_heads
     busy_items = part.busy_tiles * sizes.num_kv_heads
     total_bytes = busy_items * sizes.max_kv_len * columns.kv_bytes
@@ -314,22 +328,42 @@ def _is_balanced(
 
 
 class _Columns(NamedTuple):
-    """What a signature says about tiles: columns, and bytes of one key and its value."""
+    """What a signature says about the columns of tiles.
+
+    Attributes:
+        block_d, block_r, block_dv, shared: as in `Tiles`.
+        kv_bytes: bytes of one key and its value in memory.
+        tile_bytes: the same, where numbers are converted for the products.
+        wide: whether columns are computed in parts.
+    """
 
     block_d: int
     block_r: int
     block_dv: int
     shared: bool
     kv_bytes: int
+    tile_bytes: int
+    wide: bool
 
 
 @functools.lru_cache(maxsize=512)
-def _columns(signature: Signature) -> _Columns:
+def _columns(signature: Signature, facts: DeviceFacts) -> _Columns:
     block_d, block_r = _head_dim_blocks(signature.head_dim)
     block_dv = max(16, next_power_of_2(signature.v_head_dim))
     shared = signature.shared_kv and block_dv == block_d
-    kv_bytes = (block_d + block_r + (0 if shared else block_dv)) * signature.kv_dtype.itemsize
-    return _Columns(block_d, block_r, block_dv, shared, kv_bytes)
+    columns = block_d + block_r, 0 if shared else block_dv
+    stored = signature.key_dtype, signature.value_dtype
+    tiled = [x if x in QUANTISED else y for x, y in zip(stored, signature.product_dtypes, strict=True)]
+    kv_bytes, tile_bytes = (
+        sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
+    )
+    wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
+    # Sixteen keys have to fit into the shared memory. Narrow products beside large ones would spill registers.
+    wide = wide or 16 * tile_bytes >= facts.shared_memory or (_is_narrow(signature) and block_d + block_dv > 256)
+    if wide:
+        block_r, shared = 0, False
+        block_d, block_dv = min(block_d, WIDE_BLOCK_D), min(block_dv, WIDE_BLOCK_DV)
+    return _Columns(block_d, block_r, block_dv, shared, kv_bytes, tile_bytes, wide)
 
 
 @functools.lru_cache(maxsize=512)
@@ -352,27 +386,34 @@ def _tiles(
 
     `crowded`: more programs than multiprocessors. `prompt`: many query rows read the same keys.
     """
-    is_float32, latent = signature.dtype == torch.float32, loads is Loads.LATENTS
-    block_d, block_r, block_dv, shared, kv_bytes = _columns(signature)
+    is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
+    block_d, block_r, block_dv, shared, _, tile_bytes, wide = _columns(signature, facts)
     # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
-    if latent:
+    num_warps = 8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4
+    if wide:
+        # Triton pipelines the loop over the columns of a key. Without this loop it would keep whole values.
+        num_stages = 2 if signature.head_dim > block_d else 1
+        loads, block_n, num_warps = Loads.WIDE, 32 if is_float32 else 64, 8
+    elif latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     elif prompt or block_m > SMALL_ROWS:
-        block_n, num_stages = _prompt_pipeline(block_m, signature, kv_bytes, facts)
+        block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     else:
         block_n, num_stages = _pipeline(
-            block_m, kv_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
+            block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
         )
         block_n = min(block_n, 64) if is_bounded else block_n
+        if _is_narrow(signature):  # more keys would spill registers
+            block_n = min(block_n, 32 if is_float32 else 64)
     return Tiles(
         block_m,
         options.block_n or block_n,
         block_d,
         block_r,
         block_dv,
-        options.num_warps or (8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4),
+        options.num_warps or num_warps,
         options.num_stages or num_stages,
         split=split,
         loads=loads,
@@ -391,8 +432,13 @@ def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) 
     if not signature.pairable or not facts.can_unpack or options.batch_invariant:
         return False
     # A product takes at least 16 columns. A paired tile has two products of half the columns each.
-    columns = _columns(signature)
-    return columns.block_r == 0 and columns.block_d >= 32
+    columns = _columns(signature, facts)
+    return columns.block_r == 0 and columns.block_d >= 32 and not columns.wide and not _is_narrow(signature)
+
+
+def _is_narrow(signature: Signature) -> bool:
+    """Whether keys or values have fewer columns than the smallest product, which takes 16."""
+    return min(signature.head_dim, signature.v_head_dim) < 16
 
 
 def has_latent_kernel(signature: Signature, sizes: Sizes, facts: DeviceFacts, options: DecodeOptions) -> bool:
@@ -403,7 +449,7 @@ def has_latent_kernel(signature: Signature, sizes: Sizes, facts: DeviceFacts, op
         and has_gluon()
         and widths == (True, 576, 512)
         and (signature.packed or signature.group_size * sizes.num_queries > 32)
-        and signature.kv_dtype == signature.dtype != torch.float32
+        and signature.key_dtype == signature.value_dtype == signature.dtype != torch.float32
         and signature.kind("k_scale") is signature.kind("v_scale") is None
         and signature.page_size % LATENT_BLOCK == 0
         and options.num_warps is None

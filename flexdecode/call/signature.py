@@ -25,7 +25,7 @@ class Signature:
         backend: `triton` or `torch`.
         device: device of all tensors.
         dtype: type of query and output.
-        kv_dtype: type of key and value.
+        key_dtype, value_dtype: types of the caches.
         one_token: whether every sequence has one query token, so that all rows of a tile have one position.
         group_size, head_dim, v_head_dim: sizes known at compile time.
         kinds: of the arguments that a call may lack, in the order of `OPTIONAL`.
@@ -42,7 +42,8 @@ class Signature:
     backend: str
     device: torch.device
     dtype: torch.dtype
-    kv_dtype: torch.dtype
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
     one_token: bool
     group_size: int
     head_dim: int
@@ -65,6 +66,16 @@ class Signature:
         """The kind of an argument by its name in `Inputs`."""
         return self.kinds[OPTIONAL.index(name)]
 
+    @property
+    def product_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The types in which a kernel multiplies the query by keys, and the weights by values."""
+        return product_dtype(self.dtype, self.key_dtype), product_dtype(self.dtype, self.value_dtype)
+
+
+def product_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> torch.dtype:
+    """The type of products with a cache: the promoted type, or that of the query if the cache is quantised."""
+    return dtype if cache_dtype in QUANTISED else torch.promote_types(dtype, cache_dtype)
+
 
 def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
     """Makes the signature of checked inputs."""
@@ -78,7 +89,8 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         backend=options.backend or ("triton" if query.device.type == "cuda" else "torch"),
         device=query.device,
         dtype=query.dtype,
-        kv_dtype=key.dtype,
+        key_dtype=key.dtype,
+        value_dtype=value.dtype,
         one_token=inputs.cu_seqlens_q is None and inputs.num_tokens == 1,
         group_size=inputs.num_q_heads // max(key.shape[1], 1),
         head_dim=inputs.head_dim,
@@ -87,7 +99,11 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         format=inputs.format,
         page_size=inputs.format.page_size(key),
         shared_kv=shares_storage(key, value),
-        pairable=query.dtype != torch.float32 and key.dtype in QUANTISED and _in_pairs(key) and _in_pairs(value),
+        pairable=query.dtype != torch.float32
+        and key.dtype in QUANTISED
+        and key.dtype == value.dtype
+        and _in_pairs(key)
+        and _in_pairs(value),
         return_lse=return_lse,
         aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
         strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
@@ -114,6 +130,7 @@ def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]
 def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether each value is the first columns of its key (multi-head latent attention, MLA)."""
     same = value.stride() == key.stride() and value.shape[:3] == key.shape[:3] and value.shape[3] <= key.shape[3]
+    same = same and value.dtype == key.dtype
     if key.is_meta:
         bases = [t if t._base is None else t._base for t in (key, value)]
         return same and bases[0] is bases[1] and key.storage_offset() == value.storage_offset()

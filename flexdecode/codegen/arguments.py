@@ -57,9 +57,14 @@ class KernelSpec:
     of_small: bool = False
 
     @property
-    def cache_type(self) -> str:
-        """Triton's type of the elements that are loaded from a cache."""
-        return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.kv_dtype]
+    def key_type(self) -> str:
+        """Triton's type of the elements that are loaded of a key."""
+        return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.key_dtype]
+
+    @property
+    def value_type(self) -> str:
+        """Triton's type of the elements that are loaded of a value."""
+        return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.value_dtype]
 
     @property
     def strides(self) -> dict[str, int]:
@@ -128,14 +133,14 @@ def _input(name: str) -> Argument:
     return Argument(name, lambda spec: _pointer(spec.signature.kind(name)), attrgetter(f"inputs.{name}"))
 
 
-def _descriptor(name: str, columns: str) -> Argument:
-    """A tensor descriptor for blocks of `columns` columns."""
+def _descriptor(name: str, columns: str, element: str) -> Argument:
+    """A tensor descriptor for blocks of `columns` columns of the type `element`."""
 
     def kind(spec: KernelSpec) -> str | None:
         tiles = spec.tiles
         layout = ",NVMMASharedLayout(128, 16)" if tiles.latent else ""
         block = f"{tiles.block_n}, {getattr(tiles, columns)}"
-        return f"tensordesc<{spec.cache_type}[{block}]{layout}>" if tiles.descriptors else None
+        return f"tensordesc<{getattr(spec, element)}[{block}]{layout}>" if tiles.descriptors else None
 
     return Argument(name, kind)
 
@@ -182,10 +187,10 @@ def _number(name: str) -> Argument:
 
 ARGUMENTS = (
     Argument("query", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("inputs.query"), divisor=_aligned),
-    Argument("key", lambda s: "*" + s.cache_type, attrgetter("inputs.key"), divisor=_aligned),
-    Argument("value", lambda s: "*" + s.cache_type, attrgetter("inputs.value"), divisor=_aligned),
-    _descriptor("key_descriptor", "key_columns"),
-    _descriptor("value_descriptor", "value_columns"),
+    Argument("key", lambda s: "*" + s.key_type, attrgetter("inputs.key"), divisor=_aligned),
+    Argument("value", lambda s: "*" + s.value_type, attrgetter("inputs.value"), divisor=_aligned),
+    _descriptor("key_descriptor", "key_columns", "key_type"),
+    _descriptor("value_descriptor", "value_columns", "value_type"),
     Argument("out", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("out"), divisor=_aligned),
     Argument("lse", lambda s: "*fp32" if s.signature.return_lse else None, attrgetter("lse")),
     *map(_partial, ("partial_out", "partial_max", "partial_sum")),

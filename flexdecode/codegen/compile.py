@@ -47,14 +47,15 @@ def combine_block_dv(tiles: Tiles) -> int:
     return min(tiles.block_dv, max(32, COMBINE_TILE // tiles.block_s))
 
 
-def _precision(dtype: torch.dtype, facts: DeviceFacts) -> str:
+def _precision(dtypes: tuple[torch.dtype, torch.dtype], facts: DeviceFacts) -> str:
     """How the two products are computed: for float32 as three TF32 products each, if the tensor cores have TF32."""
-    return "tf32x3" if dtype == torch.float32 and facts.backend == "cuda" else "ieee"
+    return "tf32x3" if torch.float32 in dtypes and facts.backend == "cuda" else "ieee"
 
 
 def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, by name."""
     signature, tiles = spec.signature, spec.tiles
+    with_keys, with_values = (torch.float16, torch.float16) if tiles.paired else signature.product_dtypes
     known = {
         "GROUP_SIZE": signature.group_size,
         "ONE_TOKEN": signature.one_token,
@@ -76,12 +77,14 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "MANY": tiles.many,
         "PAGE_SIZE": signature.page_size,
         "SHARED": tiles.shared,
-        "PAIRED": TYPE_NAMES[signature.kv_dtype] if tiles.paired else None,
+        "PAIRED": TYPE_NAMES[signature.key_dtype] if tiles.paired else None,
         "SPLIT": tiles.split,
         "UNIT_OUT": spec.strides["stride_od"] == UNIT,
         "NUM_LIVE": spec.num_live,
         "NUM_FULL": spec.num_full,
-        "PRECISION": _precision(signature.dtype, facts),
+        "KEY_PRODUCT": TYPE_NAMES[with_keys],
+        "VALUE_PRODUCT": TYPE_NAMES[with_values],
+        "PRECISION": _precision((with_keys, with_values), facts),
     }
 
 

@@ -32,7 +32,7 @@ import torch
 
 from ..analysis.analyze import MAX_KV_LEN
 from ..call.device import interpreting, without_autocast
-from ..call.inputs import DTYPES, MAX_HEAD_DIM, MAX_V_HEAD_DIM, MIN_HEAD_DIM, QUANTISED, Inputs
+from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED, Inputs
 from ..codegen.template import template_folder
 from ..errors import FlexDecodeError
 from ..triton_api import standalone_kernel
@@ -70,9 +70,9 @@ class _Cache:
         if max_kv_len >= MAX_KV_LEN:
             raise ValueError(f"a sequence must have fewer than {MAX_KV_LEN} tokens, got room for {max_kv_len}")
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        for name, size, most in (("head_dim", head_dim, MAX_HEAD_DIM), ("v_head_dim", v_head_dim, MAX_V_HEAD_DIM)):
-            if type(size) is not int or not MIN_HEAD_DIM <= size <= most:
-                raise ValueError(f"`{name}` must be an integer between {MIN_HEAD_DIM} and {most}, got {size!r}")
+        for name, size in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+            if type(size) is not int or not 1 <= size <= MAX_HEAD_DIM:
+                raise ValueError(f"`{name}` must be an integer between 1 and {MAX_HEAD_DIM}, got {size!r}")
         if dtype not in (*DTYPES, *QUANTISED):
             known = ", ".join(str(x).removeprefix("torch.") for x in (*DTYPES, *QUANTISED))
             raise ValueError(f"`dtype` must be one of {known}, got {dtype}")
@@ -572,8 +572,5 @@ def _check_query(cache: _Cache, inputs: Inputs) -> None:
         first = "[T, Hq, D] with" if inputs.packed else f"[B, Hq, Q, D] with B = {batch},"
         form = f"{first} Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
         raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
-    dtype = cache.key.dtype
-    if dtype not in QUANTISED and query.dtype in DTYPES and query.dtype != dtype:
-        raise ValueError(f"`query` must have the dtype of `cache`, {dtype}, got {query.dtype}")
     if query.device != cache.key.device:
         raise ValueError(f"`query` must be on the device of `cache`, {cache.key.device}, got {query.device}")

@@ -15,7 +15,7 @@ from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
 from ..call.device import Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
-from ..call.schedule import BYTES_PER_US, DeviceFacts, Schedule
+from ..call.schedule import BYTES_PER_US, DeviceFacts, Loads, Schedule
 from ..call.signature import Signature, shares_storage
 from ..codegen.kernels import module_path, template_files
 from ..runtime.identity import Mod
@@ -102,8 +102,13 @@ class Explanation:
         loads = "by tensor descriptors" if tiles.descriptors else "by pointers"
         if signature.page_size:
             loads += f", from pages of {signature.page_size}"
-        if signature.kv_dtype != signature.dtype:
-            loads += f", {str(signature.kv_dtype).removeprefix('torch.')}"
+        stored = [str(dtype).removeprefix("torch.") for dtype in (signature.key_dtype, signature.value_dtype)]
+        if stored[0] != stored[1]:
+            loads += f", keys in {stored[0]}, values in {stored[1]}"
+        elif signature.key_dtype != signature.dtype:
+            loads += f", {stored[0]}"
+        if tiles.loads is Loads.WIDE:
+            loads += f", in parts of {tiles.block_d} columns of keys and {tiles.block_dv} of values"
         used = f"{count(heads, 'query head')} x {count(tokens, 'token')}{' of all sequences' if packed else ''}"
         warps = f"{tiles.num_warps} warps, {tiles.num_stages} stages"
         rows = [

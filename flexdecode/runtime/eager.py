@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 21  # scores in memory at one time
 
 
 def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
-    """Computes attention by an online softmax over chunks, in float32.
+    """Computes attention by an online softmax over chunks, in float32, or in float64 if an input is float64.
 
     Args:
         call: checked; its `out` and `lse` are written.
@@ -153,9 +153,10 @@ def _attend(
         check_indices: as for `decode`.
 
     Returns:
-        Output [R, Hq, W, Dv] and log-sum-exp [R, Hq, W], float32.
+        Output [R, Hq, W, Dv] and log-sum-exp [R, Hq, W], in the type of the arithmetic.
     """
     inputs, device = call.inputs, query.device
+    dtype = torch.float64 if torch.float64 in (query.dtype, inputs.key.dtype, inputs.value.dtype) else torch.float32
     score, mask = zip(graphs, (call.score_leaves, call.mask_leaves), strict=True)
     rows = (*query.shape[:3],)
     b = torch.arange(len(query), device=device) if batch.owner is None else batch.owner
@@ -165,9 +166,9 @@ def _attend(
         "q_idx": batch.q_idx[:, None, :, None],
     }
     shared = (rows[0], inputs.key.shape[1], -1)  # the rows of one KV head are together
-    grouped = (query.float() * call.scale).reshape(*shared, inputs.head_dim)
+    grouped = (query.to(dtype) * call.scale).reshape(*shared, inputs.head_dim)
     row_live = batch.live[:, None].expand(rows)
-    softmax = _Softmax.of(rows, inputs, row_live)
+    softmax = _Softmax.of(rows, inputs, row_live, dtype)
     end = int(batch.lens.max()) if device.type == "cpu" else inputs.max_kv_len
     step = max(16, CHUNK_ELEMENTS // max(1, math.prod(rows)))
     for start in range(0, end, step):
@@ -179,16 +180,16 @@ def _attend(
         if inputs.kv_starts is not None:
             inside = inside & (kv >= batch.starts[:, None])
         live = inside[:, None, None] & row_live[..., None]
-        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices).result()
+        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices, dtype).result()
         # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
         read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)
         gather = inputs.format.gather(inputs.key, inputs.table, kv, read, check_indices, batch.owner)
-        k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner)
+        k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner, dtype)
         s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
         if score[0] is not None:
-            s = _Evaluation(score, indices, s, live, check_indices).result()
+            s = _Evaluation(score, indices, s, live, check_indices, dtype).result()
         s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, gather, read, batch.owner)
+        v = _read(inputs.value, inputs.v_scale, gather, read, batch.owner, dtype)
         softmax.add(s, v)
     out, lse = softmax.result()
     return torch.where(row_live[..., None], out, 0.0), lse  # 0 * NaN would be NaN
@@ -196,22 +197,22 @@ def _attend(
 
 @dataclass
 class _Softmax:
-    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv], float32."""
+    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv]."""
 
     m_i: torch.Tensor
     l_i: torch.Tensor
     acc: torch.Tensor
 
     @classmethod
-    def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor) -> _Softmax:
+    def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor, dtype: torch.dtype) -> _Softmax:
         """Before the first key. Rows that are `live` begin with the sink of their head."""
         device = live.device
-        m_i = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
-        l_i = torch.zeros(rows, dtype=torch.float32, device=device)
-        acc = torch.zeros(*rows, inputs.value.shape[3], dtype=torch.float32, device=device)
+        m_i = torch.full(rows, -torch.inf, dtype=dtype, device=device)
+        l_i = torch.zeros(rows, dtype=dtype, device=device)
+        acc = torch.zeros(*rows, inputs.value.shape[3], dtype=dtype, device=device)
         if inputs.sinks is not None:
-            m_i = m_i.where(~live, inputs.sinks.float().view(1, -1, 1))
-            l_i = (m_i != -torch.inf).float()
+            m_i = m_i.where(~live, inputs.sinks.to(dtype).view(1, -1, 1))
+            l_i = (m_i != -torch.inf).to(dtype)
         return cls(m_i, l_i, acc)
 
     def add(self, s: torch.Tensor, v: torch.Tensor) -> None:
@@ -238,14 +239,15 @@ def _read(
     gather: Gather,
     read: torch.Tensor,
     owner: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows of keys or values, float32 [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
-    rows = gather(cache).float()
+    """Rows of keys or values in the type of the arithmetic [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
+    rows = gather(cache).to(dtype)
     if isinstance(scale, torch.Tensor):
         if scale.dim() == 2 and owner is not None:
             scale = scale[owner]
         per_token = scale.dim() == 3
-        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).float()
+        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).to(dtype)
     elif scale is not None:
         rows = rows * scale
     if read.device.type == "cpu" and bool(read.all()):
@@ -270,6 +272,7 @@ class _Evaluation:
     score: torch.Tensor | None
     live: torch.Tensor
     check_indices: bool
+    dtype: torch.dtype = torch.float32  # float64 takes the place of float32 for float64 inputs
 
     def __post_init__(self) -> None:
         graph, self.leaves = self.mod
@@ -343,15 +346,15 @@ class _Evaluation:
         if node.op == "index":
             return self.indices[node.attr]
         # As in the kernel, values of half types are rounded and held in float32. A Python number is not rounded.
-        dtype = torch.float32 if node.dtype in HALF else node.dtype
+        dtype = self.dtype if node.dtype in (*HALF, torch.float32) else node.dtype
         if node.op == "const":
             return torch.tensor(node.attr, dtype=dtype, device=self.device)
         if node.op == "number":
             return torch.as_tensor(self.graph.numbers[node.attr].read(self.leaves), dtype=dtype, device=self.device)
         if node.op == "load":
-            return self._load(node, args)
+            return self._load(node, args).to(dtype)
         value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
-        return value.to(dtype) if node.weak else value.to(node.dtype).to(dtype)
+        return value.to(node.dtype).to(dtype) if node.dtype in HALF and not node.weak else value.to(dtype)
 
     def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
         """The first pair at which an index is wrong, in words."""

@@ -111,7 +111,9 @@ class FirstPass:
         self.matrices = matrices
         self.latent = tiles.latent
         self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
-        self.dtype = torch.int16 if tiles.paired else form.spec.signature.kv_dtype
+        self.dtypes = form.spec.signature.key_dtype, form.spec.signature.value_dtype
+        if tiles.paired:
+            self.dtypes = torch.int16, torch.int16
         self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
         max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
@@ -148,8 +150,8 @@ class FirstPass:
         if self.described[0] != addresses:
             block_n, *widths = self.block_shape
             made = [
-                make_descriptor(address, matrix, [block_n, width], self.dtype)
-                for address, matrix, width in zip(addresses, self.matrices, widths, strict=True)
+                make_descriptor(address, matrix, [block_n, width], dtype)
+                for address, matrix, width, dtype in zip(addresses, self.matrices, widths, self.dtypes, strict=True)
             ]
             self.described = addresses, self.form.kernel.run.encode_descriptors(*made)
         arguments = arguments.copy()

@@ -118,11 +118,27 @@ def trace_call(
         traced.append((graph, mod))
     graphs, (score, mask) = zip(*traced, strict=True)
     signature = describe(inputs, return_lse, options)
-    if signature.backend == "torch" and options.batch_invariant:
+    if signature.backend == "triton":
+        _refuse_float64(inputs)
+    elif options.batch_invariant:
         raise ValueError(
             '`options.batch_invariant=True` needs backend="triton": PyTorch\'s products depend on the batch'
         )
     return Traced(graphs, signature, options, listed), (score, mask)
+
+
+def _refuse_float64(inputs: Inputs) -> None:
+    """Refuses what the kernels do not compute.
+
+    Raises:
+        ValueError: query, key or value is float64.
+    """
+    for name in ("query", "key", "value"):
+        if getattr(inputs, name).dtype == torch.float64:
+            raise ValueError(
+                f"`{name}` is float64, which the triton backend does not compute: convert it to float32, or pass "
+                '`options=DecodeOptions(backend="torch")`'
+            )
 
 
 def prepare(
@@ -159,7 +175,8 @@ class Prepared:
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device)
             has_type = self.facts.backend == "cpu" or self.facts.can_unpack
-            if traced.signature.kv_dtype == torch.float8_e4m3fn and not has_type:
+            stored = traced.signature.key_dtype, traced.signature.value_dtype
+            if torch.float8_e4m3fn in stored and not has_type:
                 raise ValueError(
                     "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got "
                     f"{self.facts.backend} {self.facts.arch}: use float8_e5m2 or int8"
@@ -315,7 +332,7 @@ def choose_schedules(
             loads = Loads.DESCRIPTORS
     loads = Loads.POINTERS if matrices is None else loads
     found = []
-    for part in find_parts(signature, sizes, options, loads is Loads.LATENTS, proven.bounds.is_bounded):
+    for part in find_parts(signature, sizes, facts, options, loads is Loads.LATENTS, proven.bounds.is_bounded):
         chosen = schedule(
             signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches, part
         )  # fmt: skip

@@ -74,10 +74,10 @@ def _sizes(kind: Random, data: Random, backend: str) -> dict:
     B = data.choice((1, 1, 1, 2, 2, 2, 3, 4, 5)) if data.random() < 0.98 else data.choice((17, 40, 0))
     D, Dv = kind.choice((16, 16, 16, 32, 64, 17, 24, 33, 59, 80)), None
     if kind.random() < 0.08:
-        D = kind.choice((96, 128, 192, 256, 300, 576))
+        D = kind.choice((1, 2, 7, 96, 128, 192, 256, 300, 576, 577, 640, 1024))
     if kind.random() < 0.2:
-        Dv = kind.choice((16, 17, 32, 40, 64, 128, 512))
-    Dv = min(D, 512) if Dv is None else Dv
+        Dv = kind.choice((1, 5, 16, 17, 32, 40, 64, 128, 512, 600))
+    Dv = D if Dv is None else Dv
     small, large = (60, 130) if backend == "interpret" else (130, 700)
     N = data.randint(0, small) if data.random() < 0.85 else data.randint(0, large)
     if backend == "gpu" and data.random() < 0.5:

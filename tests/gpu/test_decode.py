@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -190,3 +191,39 @@ def test_bad_input_on_a_gpu():
         flexdecode.flex_decode(
             q, k, v, lambda s, b, h, q_idx, kv_idx: s + short[kv_idx], options=DecodeOptions(debug=True)
         )
+
+
+# --- Heads of any size, and dtypes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("D", "Dv"), [(1, 1), (2, 7), (7, 1024), (15, 16), (577, 31), (640, 512), (1000, 1000), (1024, 1), (1024, 1024)]
+)
+def test_head_dims_from_1_to_1024(D, Dv, dtype):
+    """Groups of 1 to 8 and several tokens, one split and many, with a mask and without."""
+    lens = torch.tensor([700, 333], device="cuda")
+    for Hq, Hkv, Q, num_splits in ((2, 2, 1, None), (8, 2, 1, 1), (8, 1, 5, 3)):
+        tensors = make_inputs(2, Hq, Hkv, Q, 700, D, Dv, dtype=dtype, device="cuda")
+        options = DecodeOptions(num_splits=num_splits)
+        for of in ((None, None), (mods.softcap(5.0), mods.sliding_window(300))):
+            decode_and_check(*tensors, *of, kv_lens=lens, options=options)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [types for types in itertools.product((*HALVES, torch.float32), repeat=3) if len(set(types)) > 1], ids=str
+)
+def test_caches_of_another_dtype(dtypes):
+    """Loads by descriptors (no mask) and by pointers, whole heads and heads in parts."""
+    for B, D, Dv, mask_mod in ((1, 128, 128, None), (4, 64, 80, mods.causal()), (2, 600, 16, None)):
+        tensors = make_inputs(B, 8, 2, 2, 1000, D, Dv, device="cuda")
+        tensors = [x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
+        assert decode_and_check(*tensors, None, mask_mod).dtype == dtypes[0]
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("D", [7, 16, 34, 128, 600])
+def test_float8_without_scales(D, stored):
+    query, key, value = make_inputs(2, 8, 2, 1, 500, D, dtype=torch.bfloat16, device="cuda")
+    decode_and_check(query, key.to(stored), value.to(stored), mods.softcap(5.0))
+    decode_and_check(query, key.to(stored), value, mods.softcap(5.0))

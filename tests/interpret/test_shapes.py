@@ -36,12 +36,27 @@ def test_packed_rows(group_size, num_queries):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 17, 59, 64, 80, 96, 121, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 16, 17, 31, 59, 64, 80, 96, 121, 128, 256, 577, 640, 1000, 1024])
 def test_head_dims(head_dim, dtype):
     check(1, 3, 1, 2, 20, head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(64, 16), (16, 64), (59, 121), (256, 17), (24, 200)])
+@pytest.mark.parametrize(
+    ("head_dim", "v_head_dim"),
+    [
+        (64, 16),
+        (16, 64),
+        (59, 121),
+        (256, 17),
+        (24, 200),
+        (1, 1024),
+        (1024, 1),
+        (2, 31),
+        (7, 577),
+        (640, 2),
+        (577, 512),
+    ],
+)
 def test_another_head_dim_for_the_value(head_dim, v_head_dim):
     check(2, 4, 2, 1, 20, head_dim, v_head_dim)
 

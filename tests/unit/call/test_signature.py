@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import make_inputs
 
-from flexdecode import DecodeOptions, flex_decode
+from flexdecode import DecodeOptions, explain, flex_decode
 from flexdecode.call.inputs import DEFAULT_OPTIONS, Inputs, check_inputs, check_lens
 from flexdecode.call.signature import UNIT, describe, kernel_strides
 
@@ -54,17 +54,14 @@ def test_tensors(name):
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
-def test_dtypes_and_devices_agree(name):
+def test_devices_agree(name):
     good = {"key": KEY, "value": VALUE}[name]
-    hint = "a quantised cache is float8_e4m3fn, float8_e5m2 or int8"
-    message = f"`{name}` must have the dtype of `query`, torch.float32, got torch.float16; {hint}"
-    refused(ValueError, message, **{name: good.half()})
     refused(ValueError, f"`{name}` must be on the device of `query`, cpu, got meta", **{name: good.to("meta")})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float8_e4m3fn, torch.complex64])
 def test_unsupported_dtypes(dtype):
-    message = f"`query` must be float16, bfloat16 or float32, got {dtype}"
+    message = f"`query` must be float16, bfloat16, float32 or float64, got {dtype}"
     refused(ValueError, message, query=QUERY.to(dtype), key=KEY.to(dtype), value=VALUE.to(dtype))
 
 
@@ -100,13 +97,29 @@ def test_heads_divide():
     )
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 577, 1024])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_the_triton_backend_has_no_float64(name):
+    """Also if there is nothing to compute, and on any device."""
+    message = (
+        f"`{name}` is float64, which the triton backend does not compute: convert it to float32, or pass "
+        '`options=DecodeOptions(backend="torch")`'
+    )
+    tensors = {"query": QUERY, "key": KEY, "value": VALUE}
+    for rows in (slice(None), slice(0)):
+        wrong = {which: x[rows].double() if which == name else x[rows] for which, x in tensors.items()}
+        refused(ValueError, message, **wrong, options=DecodeOptions(backend="triton"))
+    with pytest.raises(ValueError) as caught:
+        explain(*(tensors | {name: tensors[name].double()}).values(), device="H200")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("size", [0, 1025])
 def test_head_dims(size):
     query, key, value = make_inputs(1, 2, 1, 1, 4, size, 16)
-    message = f"the head dimension of `query` must be between 16 and 576, got {size}"
+    message = f"the head dimension of `query` must be between 1 and 1024, got {size}"
     refused(ValueError, message, query=query, key=key, value=value)
     query, key, value = make_inputs(1, 2, 1, 1, 4, 16, size)
-    message = f"the head dimension of `value` must be between 16 and 512, got {size}"
+    message = f"the head dimension of `value` must be between 1 and 1024, got {size}"
     refused(ValueError, message, query=query, key=key, value=value)
 
 
@@ -250,6 +263,8 @@ def test_batch_and_length_are_no_part_of_a_signature():
         {"q_offset": LENS.int()},
         {"return_lse": True},
         {"backend": "triton"},
+        {"key": KEY.half()},
+        {"value": VALUE.half()},
         {"key": torch.zeros(B, Hkv, N, 2 * D)[..., ::2]},
         {"value": torch.zeros(B, Hkv, N, Dv + 1)[..., :Dv]},
         {"key": torch.zeros(B * Hkv * N * D + 1)[1:].view_as(KEY)},
@@ -263,6 +278,27 @@ def test_what_a_signature_tells_apart(change):
 def test_backends_follow_the_device():
     assert signature().backend == "torch"
     assert signature(backend="triton").backend == "triton"
+
+
+def test_dtypes_of_products():
+    """The promoted types; those of the query for a quantised cache."""
+    half, bf16, single, int8 = torch.float16, torch.bfloat16, torch.float32, torch.int8
+    for query, key, value, expected in (
+        (half, half, half, (half, half)),
+        (half, bf16, half, (single, half)),
+        (bf16, bf16, single, (bf16, single)),
+        (single, half, bf16, (single, single)),
+        (bf16, int8, half, (bf16, single)),
+        (half, half, int8, (half, half)),
+    ):
+        inputs = Inputs(QUERY.to(query), KEY.to(key), VALUE.to(value))
+        assert describe(inputs, False, DEFAULT_OPTIONS).product_dtypes == expected
+
+
+def test_a_value_of_another_dtype_is_no_part_of_a_key():
+    key = KEY.half()
+    assert describe(Inputs(QUERY, key, key[..., :8]), False, DEFAULT_OPTIONS).shared_kv
+    assert not describe(Inputs(QUERY, key, key.view(torch.bfloat16)), False, DEFAULT_OPTIONS).shared_kv
 
 
 def test_strides():

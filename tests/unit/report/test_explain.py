@@ -495,3 +495,14 @@ def test_shapes_beside_a_block_mask_and_lengths_with_values():
     given = {"kv_lens": torch.tensor([5, 64]), "q_lens": torch.tensor([1, 0]), "sinks": torch.zeros(4)}
     found = explain(query, key, value, block_mask=block_mask.to("meta"), device="H200", **given)
     assert found.unknown == "the lists of `block_mask` say which blocks are read"
+
+
+def test_dtypes_of_caches_and_parts_of_heads():
+    query, key, value = meta_inputs()
+    text = str(explain(query, key.half(), value.float(), device="H200"))
+    assert "KV loads  by tensor descriptors, keys in float16, values in float32\n" in text
+    text = str(explain(query, key.half(), value.half(), device="H200"))
+    assert "KV loads  by tensor descriptors, float16\n" in text
+    wide = explain(*meta_inputs(D=640), device="H200")
+    assert "KV loads  by pointers, in parts of 128 columns of keys and 256 of values\n" in str(wide)
+    assert wide.schedule.tiles.block_m == 16

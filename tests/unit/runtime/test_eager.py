@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 import torch
-from support import MODS, assert_close_to_reference, make_inputs
+from support import MODS, assert_close_to_reference, make_inputs, paged
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, FlexDecodeError, flex_decode, mods
@@ -186,9 +186,53 @@ def test_groups(group):
     check(*make_inputs(1, 2 * group, 2, 2, 11, 16), mods.alibi(2 * group), mods.causal())
 
 
-@pytest.mark.parametrize("D, Dv", [(16, 16), (17, 33), (59, 80), (96, 121), (256, 16), (128, 256)])
-def test_head_dims(D, Dv):
-    check(*make_inputs(2, 2, 1, 2, 11, D, Dv))
+@pytest.mark.parametrize("D", [1, 2, 7, 16, 31, 59, 64, 256, 577, 640, 1000, 1024])
+def test_head_dims(D):
+    for Dv in (1, 2, 7, 16, 121, 577, 1024):
+        check(*make_inputs(2, 2, 1, 2, 11, D, Dv))
+
+
+# --- Dtypes -----------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+def test_caches_of_another_dtype(query_dtype):
+    query, key, value = make_inputs(2, 4, 2, 2, 21, 16, 24, dtype=torch.float64)
+    for key_dtype in DTYPES:
+        for value_dtype in DTYPES:
+            tensors = query.to(query_dtype), key.to(key_dtype), value.to(value_dtype)
+            out, _ = check(*tensors, mods.softcap(3.0), mods.causal())
+            assert out.dtype == query_dtype
+
+
+def test_a_quantised_and_another_cache():
+    query, key, value = make_inputs(2, 4, 2, 2, 21, 16, dtype=torch.bfloat16)
+    for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+        check(query, key.to(stored), value, k_scale=0.5)
+        check(query, key, value.float().to(stored))
+        check(query, (20 * key).to(torch.int8), value.to(stored), k_scale=0.05)
+
+
+@pytest.mark.parametrize("family", MODS, ids=lambda family: family.name)
+def test_float64(family, small_chunks):
+    """The rule of `assert_close` with the precision of float64: also what a mod computes is float64 then."""
+    B, Hq, Hkv, Q, N = 2, 4, 2, 3, 40
+    score_mod, mask_mod = (make(B, Hq, N, Q, "cpu") for make in family[1:])
+    inputs = make_inputs(B, Hq, Hkv, Q, N, 16, dtype=torch.float64)
+    arguments = {"kv_lens": torch.tensor([37, 2])}
+    out, lse = check(*inputs, score_mod, mask_mod, **arguments)
+    assert out.dtype == torch.float64 and lse.dtype == torch.float32
+    check(*inputs, score_mod, mask_mod, sinks=torch.tensor([1.0, -2.0, 0.0, 3.0]), **arguments)
+
+
+def test_float64_pages_and_out():
+    query, key, value = make_inputs(2, 4, 2, 1, 32, 7, 3, dtype=torch.float64)
+    (key, table), (value, _) = paged(key, 8), paged(value, 8)
+    out = torch.empty(2, 4, 1, 3, dtype=torch.float64)
+    found, _ = check(query, key, value, page_table=table, kv_lens=torch.tensor([32, 9]), out=out)
+    assert found is out
 
 
 @pytest.mark.parametrize("Q", [1, 2, 7, 128])

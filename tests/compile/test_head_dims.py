@@ -1,0 +1,117 @@
+"""Heads of 1 to 1024 columns, and caches of other dtypes, on every device: they fit, and do not spill much."""
+
+import itertools
+
+import pytest
+import torch
+from compile.compiling import DEVICES, FULL, SPILLED_MORE, assembly, compile_call, meta_inputs, resources
+from compile.test_caches import BALANCED, E4M3, E5M2, INT8, call, lengths
+
+from flexdecode import mods
+from flexdecode.call.schedule import Loads
+
+HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+CASES = {
+    "1024_1024": {"D": 1024},
+    "1024_1024_rows": {"D": 1024, "Hq": 64, "Hkv": 1, "Q": 4, "mod": "causal"},
+    "1000_1000_pages": {"D": 1000, "page_size": 16, "mod": "alibi"},
+    "640_512": {"D": 640, "Dv": 512, "mod": "softcap"},
+    "577_1": {"D": 577, "Dv": 1, "mod": "window"},
+    "1_1024": {"D": 1, "Dv": 1024},
+    "int8": {"D": 1024, "stored": INT8, "scale": "tokens", **lengths()},
+    "e5m2_pages": {"D": 700, "Dv": 600, "stored": E5M2, "page_size": 128},
+    "balanced": {"D": 640, "options": BALANCED, **lengths()},
+}  # fmt: skip
+SPILLED = 256  # bytes of a thread: small beside what a step of so many columns loads
+
+
+def chosen():
+    """A device for each in turn, and both dtypes."""
+    for i, (name, dtype) in enumerate(itertools.product(CASES, (BF16, SINGLE))):
+        for j, device in enumerate(DEVICES):
+            if FULL or j == i % 4 or (name == "1024_1024"):
+                yield pytest.param(device, name, dtype, id=f"{name}-{device}-{dtype}".replace("torch.", ""))
+
+
+@pytest.mark.parametrize(("device", "name", "dtype"), list(chosen()))
+def test_wide_heads(device, name, dtype):
+    found = call(device, dtype=dtype, **CASES[name])
+    assert found.spec.tiles.loads is Loads.WIDE
+    for kernel in found.passes:
+        assert kernel.metadata.shared <= min(x.shared_memory for x in DEVICES.values())  # every device has that much
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
+
+
+@pytest.mark.parametrize("dtype", [BF16, SINGLE], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (2, 128), (15, 16), (128, 2), (512, 2), (1, 512)])
+def test_narrow_heads(D, Dv, device, dtype):
+    if not FULL and (D + Dv + list(DEVICES).index(device)) % 2:
+        pytest.skip("part of FLEXDECODE_FULL=1")
+    found = call(device, D=D, Dv=Dv, dtype=dtype, mod="alibi")
+    assert found.spec.tiles.loads is (Loads.WIDE if D + Dv > 256 else Loads.POINTERS)
+    assert found.split.metadata.shared <= DEVICES[device].shared_memory
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
+
+
+@pytest.mark.parametrize("stored", [INT8, E4M3, E5M2], ids=str)
+@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (2, 2), (33, 33), (34, 18), (34, 2), (128, 6), (600, 2)])
+def test_quantised_rows_of_any_size(D, Dv, stored):
+    """Rows of an odd size are not loaded two columns at a time, and neither are those of few columns or over 576."""
+    found = call("sm_90", D=D, Dv=Dv, N=512, stored=stored, scale="tokens", **lengths())
+    paired = (D, Dv) == (34, 18)
+    assert found.spec.tiles.paired == paired
+    # Paired loads take 256 keys a step, which spills where values have less than 64 columns.
+    assert paired or resources(found.split)[1] <= SPILLED + SPILLED_MORE
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(512, 512), (576, 512), (512, 257)])
+def test_rows_of_float32_that_fill_a_small_shared_memory(D, Dv):
+    """They need more than the 64 KiB of gfx942 as a whole, and less than what the others have."""
+    found = call("gfx942", D=D, Dv=Dv, dtype=SINGLE)
+    assert found.spec.tiles.loads is Loads.WIDE
+    assert found.split.metadata.shared <= DEVICES["gfx942"].shared_memory and resources(found.split)[1] == 0
+
+
+def pairs():
+    for i, types in enumerate(itertools.product((HALF, BF16, SINGLE), repeat=3)):
+        if len(set(types)) > 1:
+            for j, device in enumerate(DEVICES):
+                if FULL or j == i % 4:
+                    yield pytest.param(device, *types, id="-".join(map(str, (device, *types))).replace("torch.", ""))
+
+
+@pytest.mark.parametrize(("device", "query_dtype", "key_dtype", "value_dtype"), list(pairs()))
+def test_dtypes(device, query_dtype, key_dtype, value_dtype):
+    """Without a mask, and few programs: by descriptors where the device has them."""
+    query, key, value = meta_inputs(1, 16, 2, 1, 4096, 128)
+    found = compile_call(device, (query.to(query_dtype), key.to(key_dtype), value.to(value_dtype)))
+    assert found.spec.tiles.descriptors == DEVICES[device].has_descriptors
+    assert found.split.metadata.shared <= DEVICES[device].shared_memory
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
+
+
+def test_products_are_in_the_promoted_dtype():
+    query, key, value = meta_inputs(8, 16, 2, 1, 4096, 64, dtype=BF16)
+    half = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "m16n8k8.row.col.f32.tf32.tf32.f32"
+    for key_dtype, value_dtype, expected in (
+        (BF16, BF16, (True, False)), (BF16, SINGLE, (True, True)), (HALF, BF16, (True, True)),
+        (HALF, HALF, (False, True)),
+    ):  # fmt: skip
+        tensors = query, key.to(key_dtype), value.to(value_dtype)
+        text = assembly(compile_call("sm_80", tensors, None, mods.causal()).split)
+        assert tuple(name in text for name in half) == expected
+
+
+@pytest.mark.parametrize("types", [(E4M3, BF16), (BF16, E5M2), (INT8, E4M3)], ids=str)
+def test_a_quantised_and_another_cache(types):
+    query, key, value = meta_inputs(8, 16, 2, 1, 4096, 128, dtype=HALF)
+    scales = {"k_scale": 0.5} if types[0] == INT8 else {}
+    found = compile_call("sm_90", (query, key.to(types[0]), value.to(types[1])), None, mods.causal(), **scales)
+    assert not found.spec.tiles.paired
+    assert resources(found.split)[1] <= 64 + SPILLED_MORE
+
+
+def test_float8_without_scales_is_loaded_in_pairs():
+    found = call("sm_90", stored=E4M3, **lengths())
+    assert found.spec.tiles.paired
