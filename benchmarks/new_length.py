@@ -36,15 +36,14 @@ class _NoPass:
 
 
 class _NoKernel:
-    """Takes the place of both passes."""
+    """Takes the place of either pass."""
 
-    combine_block_dv = 64
-    split = combine = _NoPass()
+    block_dv, of_small, run = 64, False, _NoPass()
 
     def __init__(self, *_: object) -> None:
         pass
 
-    def combined(self, arguments: list) -> list:
+    def pick(self, arguments: list) -> list:
         """Leaves the arguments of the second pass as they are."""
         return arguments
 
@@ -59,6 +58,7 @@ def no_launch() -> Iterator[None]:
     with (
         mock.patch.object(prepare, "device_facts", lambda _: facts),
         mock.patch.object(prepare, "find_kernel", _NoKernel),
+        mock.patch.object(prepare, "find_combine", _NoKernel),
         mock.patch.object(torch.cuda, "current_device", lambda: None),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True),

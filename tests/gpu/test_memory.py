@@ -19,13 +19,13 @@ def tiles(monkeypatch):
     """The tiles of the kernels that a test chooses."""
     made = []
 
-    def choose_schedule(*arguments, original=prepare.choose_schedule, **more):
-        chosen, matrices = original(*arguments, **more)
-        made.append(chosen.tiles)
-        return chosen, matrices
+    def choose_schedules(*arguments, original=prepare.choose_schedules, **more):
+        passes = original(*arguments, **more)
+        made.extend(chosen.tiles for chosen, _ in passes)
+        return passes
 
     clear_cache()
-    monkeypatch.setattr(prepare, "choose_schedule", choose_schedule)
+    monkeypatch.setattr(prepare, "choose_schedules", choose_schedules)
     yield made
     clear_cache()
 

@@ -8,7 +8,7 @@ from support import make_inputs
 import flexdecode
 from flexdecode.call.descriptor import as_matrices
 from flexdecode.call.schedule import DeviceFacts
-from flexdecode.codegen.kernels import Kernel
+from flexdecode.codegen import kernels
 
 B, HQ, HKV, Q, N, D = 3, 4, 2, 2, 37, 16
 DTYPE = torch.float16  # the schedule may prefer pointers for float32
@@ -20,10 +20,10 @@ def launches(monkeypatch):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     seen = []
-    plain_pass = Kernel._pass
+    plain_pass = kernels._pass
 
-    def with_descriptors(kernel, module, spec, combine):
-        run = plain_pass(kernel, module, spec, combine)
+    def with_descriptors(module, spec, facts, combine):
+        run = plain_pass(module, spec, facts, combine)
         if combine or not spec.tiles.descriptors:
             return run
 
@@ -44,7 +44,7 @@ def launches(monkeypatch):
         return launch
 
     monkeypatch.setattr(DeviceFacts, "has_descriptors", property(lambda facts: True))
-    monkeypatch.setattr(Kernel, "_pass", with_descriptors)
+    monkeypatch.setattr(kernels, "_pass", with_descriptors)
     flexdecode.clear_cache()
     yield seen
     flexdecode.clear_cache()

@@ -25,9 +25,9 @@ class Call(mask_graphs._Generator):
 
     def __init__(self, tape):
         super().__init__(tape)
-        self.sizes = CallSizes(
-            self.one_of(1, 2, 3, 1, 0), self.one_of(1, 2, 4), self.one_of(1, 1, 2, 3), self.one_of(9, 1, 5, 12, 16, 0)
-        )
+        batch, heads = self.one_of(1, 2, 3, 1, 0), self.one_of(1, 2, 4)
+        self.queries = self.one_of(1, 1, 2, 3)
+        self.sizes = CallSizes(batch, heads, self.queries == 1, self.one_of(9, 1, 5, 12, 16, 0))
         self.q_idx_given = self.one_of(*(False,) * 5, True)
         core = self.core()
         index = self.curved(self.shifted(core))
@@ -96,8 +96,8 @@ class Call(mask_graphs._Generator):
 
     def gather(self, dtype, indices):
         """An entry of a captured tensor whose sizes are near those that matter."""
-        batch, heads, queries, length, _ = self.sizes
-        shape = [self.one_of(8, 9, length, 3, heads, batch, length + queries, 16, 5, 17, 1, 0) for _ in indices]
+        batch, heads, _, length, _ = self.sizes
+        shape = [self.one_of(8, 9, length, 3, heads, batch, length + self.queries, 16, 5, 17, 1, 0) for _ in indices]
         entries = torch.randint(-3, 9, shape, generator=torch.Generator().manual_seed(self.one_of(*range(9))))
         self.leaves.append(entries.clamp(min=0).to(dtype) if dtype == torch.uint8 else entries.to(dtype))
         leaf = len(self.leaves) - 1
@@ -122,7 +122,7 @@ class Call(mask_graphs._Generator):
 
     def __repr__(self):
         """What a failing test shows."""
-        lines = ["", f"{self.sizes}, q_idx_given {self.q_idx_given}"]
+        lines = ["", f"{self.sizes}, {self.queries} tokens, q_idx_given {self.q_idx_given}"]
         for (graph, leaves), kind in zip(self.graphs(), ("score", "mask"), strict=True):
             lines += [f"{kind} captures {[*graph.tensors, *graph.numbers]} of {leaves}", graph.text]
         return "\n".join(lines)

@@ -73,9 +73,9 @@ def test_a_prepared_call_keeps_the_machine_code_of_its_kernels():
     plan = prepare_a_call()
     gc.collect()
     assert FakeCompiled.loaded == 2  # both passes
-    kernel = plan.launcher.kernel
-    kernel.split((3, 4), 5, ("query", "key"))
-    ((grid, stream, function, arguments),) = kernel.split.compiled.launches
+    kernel = plan.launcher.passes[0].form.kernel
+    kernel.run((3, 4), 5, ("query", "key"))
+    ((grid, stream, function, arguments),) = kernel.run.compiled.launches
     assert (grid, stream, function) == ((3, 4, 1), 5, 1234)
     assert arguments[:6] == ((), None, None, None, "query", "key") and set(arguments[6:]) == {None}
 
@@ -83,7 +83,7 @@ def test_a_prepared_call_keeps_the_machine_code_of_its_kernels():
 def test_the_library_keeps_kernels_that_no_plan_holds():
     """A CUDA graph may launch them after the plan is gone."""
     plan = prepare_a_call()
-    kernel = weakref.ref(plan.launcher.kernel.split.compiled)
+    kernel = weakref.ref(plan.launcher.passes[0].form.kernel.run.compiled)
     del plan
     gc.collect()
     assert kernel() is not None

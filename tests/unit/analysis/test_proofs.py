@@ -23,7 +23,7 @@ from flexdecode.analysis.proofs import (
 from flexdecode.frontend.graph import Graph, Node
 from flexdecode.runtime import eager
 
-B, HQ, Q, N = 2, 6, 2, 20
+B, HQ, N = 2, 6, 20
 SIZES = CallSizes(B, HQ, True, N)
 
 WORDS = {(False, False): "proven", (True, False): "wraps", (False, True): "beyond", (True, True): "unknown"}
@@ -159,7 +159,7 @@ def test_nothing_known_of_the_call():
         (lambda b, h, q, k: torch.maximum(h, b), HQ),
         (lambda b, h, q, k: torch.where(q < k, h, b), HQ),
         (lambda b, h, q, k: torch.where(k < 3, 3, 8), 9),
-        (lambda b, h, q, k: (q - k).abs(), N + Q),
+        (lambda b, h, q, k: (q - k).abs(), N + 1),
         (lambda b, h, q, k: (q - k) % 5, 5),
         (lambda b, h, q, k: k // 4, 5),
         (lambda b, h, q, k: k >> 2, 5),
@@ -313,8 +313,8 @@ def test_a_call_without_sequences_or_keys():
     nobody, nothing = SIZES._replace(batch=0), SIZES._replace(max_kv_len=0)
     assert indexed(lambda b, h, q, k: b, 1, sizes=nobody) == "proven"
     assert indexed(lambda b, h, q, k: k, 1, sizes=nothing) == "proven"
-    assert indexed(lambda b, h, q, k: q, Q, sizes=nothing) == "wraps"
-    assert indexed(lambda b, h, q, k: q, Q - 1, sizes=nothing) == "unknown"
+    assert indexed(lambda b, h, q, k: q, 1, sizes=nothing) == "wraps"
+    assert indexed(lambda b, h, q, k: q, 0, sizes=nothing) == "unknown"
     assert indexed(lambda b, h, q, k: h, HQ - 1, sizes=nothing) == "beyond"
     window = lambda b, h, q, k: (k <= q) & (q - k < 4)
     for sizes in (nothing, nobody):
@@ -584,7 +584,7 @@ class _Evaluation(eager._Evaluation):
 
 def positions(call):
     """Every b, h, q_idx and kv_idx of a call, for every length of a sequence, and which of them are pairs of it."""
-    batch, heads, queries, length, shifted = call.sizes
+    (batch, heads, _, length, shifted), queries = call.sizes, call.queries
     lens = torch.arange(length + 1).repeat_interleave(queries)
     first = lens - queries
     if call.q_idx_given:
@@ -662,7 +662,7 @@ def test_random_calls_are_of_all_kinds():
 def test_all_that_fits_is_proven_for_a_window(window, size):
     expected = size >= window
     for queries, length in ((1, 12), (3, 7)):
-        words = relative(size, mods.sliding_window(window), sizes=CallSizes(1, 1, queries, length))
+        words = relative(size, mods.sliding_window(window), sizes=CallSizes(1, 1, queries == 1, length))
         assert (words == "mask: proven") == expected or length + queries - 1 <= size
 
 

@@ -242,7 +242,7 @@ def signature(query=QUERY, key=KEY, value=VALUE, kv_lens=None, q_offset=None, re
 
 
 def test_sizes():
-    assert Inputs(QUERY, KEY[:1], VALUE[:1]).sizes == (B, Hkv, N)
+    assert Inputs(QUERY, KEY[:1], VALUE[:1]).sizes == (B, Hkv, N, Q, None)
 
 
 def test_batch_and_length_are_no_part_of_a_signature():

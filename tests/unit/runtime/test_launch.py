@@ -42,7 +42,7 @@ class _Kernel:
 
 
 class _Combine:
-    block_dv = 16
+    block_dv, of_small = 16, False
 
     def __init__(self, spec, facts):
         names = parameters("combine.py", "decode_combine")

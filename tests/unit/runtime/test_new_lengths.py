@@ -25,7 +25,7 @@ LENGTHS = max(1500, int(os.environ.get("FLEXDECODE_EXAMPLES", "0")))
 class Kernel:
     """Stands for a compiled kernel; remembers what it was compiled from."""
 
-    combine_block_dv = 64
+    block_dv, of_small = 64, False
 
     def __init__(self, *built_from):
         self.built_from = built_from
@@ -44,6 +44,7 @@ class Host:
         self.kernels, self.launched, self.solved, self.proven = [], [], 0, 0
         monkeypatch.setattr(prepare, "device_facts", lambda _: facts)
         monkeypatch.setattr(prepare, "find_kernel", self.find_kernel)
+        monkeypatch.setattr(prepare, "find_combine", Kernel)
         monkeypatch.setattr(launch.TritonLauncher, "__call__", lambda launcher, *_: self.launched.append(launcher))
         monkeypatch.setattr(bounds, "_solve", self.counted(bounds._solve, "solved"))
         monkeypatch.setattr(proofs, "_is_never", self.counted(proofs._is_never, "proven"))
@@ -82,9 +83,13 @@ MAX_KV_LEN = [row.name for row in ARGUMENTS].index("max_kv_len")
 def numbers(launcher):
     """All that a launch depends on but addresses and captured values."""
     state = dict(vars(launcher))
-    form = state.pop("form")
-    state["kernel"] = state["kernel"].built_from
-    return state, [(reader.numbers, reader.tensors, reader.types) for reader in (form.read_score, form.read_mask)]
+    state["combine"] = state["combine"] and state["combine"].built_from
+    state["passes"] = [dict(vars(one)) for one in launcher.passes]
+    for one in state["passes"]:
+        form = one.pop("form")
+        readers = (form.read_score, form.read_mask)
+        one["form"] = form.kernel.built_from, [(r.numbers, r.tensors, r.types) for r in readers]
+    return state
 
 
 def prepared():
@@ -137,7 +142,7 @@ def test_a_growing_page_table(host):
         tables = torch.zeros(2, width, dtype=torch.int32)
         flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
     assert prepared() == 1 and len(host.kernels) <= 8
-    assert {launcher.arguments[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
+    assert {launcher.passes[0].arguments[MAX_KV_LEN] for launcher in host.launched} == {16 * width for width in range(1, 200)}
 
 
 def test_a_capture_that_grows(host):
@@ -178,7 +183,7 @@ def test_an_index_that_a_longer_sequence_leads_out_of_its_tensor(host):
     for length in (2999, 3000, 3001, 2998):
         kv = grown(length)
         flex_decode(query(), kv, kv, bias_of_the_table, options=TRITON)
-    checks = ["outside=True" in launcher.kernel.built_from[2] for launcher in host.launched]
+    checks = ["outside=True" in launcher.passes[0].form.kernel.built_from[2] for launcher in host.launched]
     assert checks == [False, False, True, False]
 
 
@@ -188,7 +193,7 @@ def test_a_proof_by_a_mask_is_not_carried_too_far(host):
     for length, window in ((2000, 3000), (4000, 3000), (5000, 3001), (6000, 3000), (8000, 3001)):
         kv = grown(length)
         flex_decode(query(), kv, kv, distance, mods.sliding_window(window), options=TRITON)
-        attending.append("outside=True" in host.launched[-1].kernel.built_from[2])
+        attending.append("outside=True" in host.launched[-1].passes[0].form.kernel.built_from[2])
     assert attending == [False, False, True, False, True]
 
 
@@ -211,7 +216,7 @@ def test_memory_of_proofs_by_a_mask(data):
         for kind, mod in zip(("score_mod", "mask_mod"), graphs, strict=True)
     )
     for length in lengths:
-        arguments = score, one.leaves, proofs.CallSizes(2, 4, tokens, length), False, (mask, other.leaves)
+        arguments = score, one.leaves, proofs.CallSizes(2, 4, tokens == 1, length), False, (mask, other.leaves)
         found = proofs.find_checks(*arguments)
         kept = dict(proofs._reaches)
         proofs._reaches.clear()
