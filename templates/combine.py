@@ -7,11 +7,13 @@ import triton.language as tl
 from decode import (
     LOG2E,
     Tokens,
+    TokenSpan,
     count_keys,
     find_sequence,
     finish_rows,
     gdc_launch_dependents,
     gdc_wait,
+    read_length,
     read_start,
     read_tokens,
     read_total,
@@ -55,41 +57,84 @@ def _padded_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr):
     token = row % rows_of_head // GROUP_SIZE
     kv_head = row // rows_of_head % num_kv_heads
     head = kv_head * GROUP_SIZE + row % rows_of_head % GROUP_SIZE
-    return Row(row // rows_of_head // num_kv_heads, kv_head, head, token, token, token)
+    span = TokenSpan(0, tokens.num_queries, tokens.num_queries)
+    return Row(row // rows_of_head // num_kv_heads, kv_head, head, token, token, span)
 
 
 @triton.jit
-def _find_parts(
-    row, tokens, item_parts, kv_lens, cu_seqlens_k, kv_starts, num_kv_heads, max_kv_len, num_splits, first_place,
-    large_splits, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, LARGE_M: tl.constexpr, OF_SMALL: tl.constexpr,
-    BALANCED: tl.constexpr,
+def _tile_of(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The item and the lane of a row if tiles have BLOCK_M rows."""
+    row_of_head = row.token * GROUP_SIZE + row.head % GROUP_SIZE
+    tile = tile_index(tokens, row.number, row.span.first, row_of_head // BLOCK_M, GROUP_SIZE, BLOCK_M)
+    return (tile * num_kv_heads + row.kv_head).to(tl.int64), row_of_head % BLOCK_M
+
+
+@triton.jit
+def _parts_of_splits(
+    row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    LARGE_M: tl.constexpr, OF_SMALL: tl.constexpr,
 ):  # fmt: skip
-    """The partial results of a row. It has one if the first pass has written its output."""
-    lane = row.token * GROUP_SIZE + row.head % GROUP_SIZE
-    item = tile_index(tokens, row.number, row.span.first, lane // BLOCK_M, GROUP_SIZE, BLOCK_M)
-    item = (item * num_kv_heads + row.kv_head).to(tl.int64)
-    # The parts of a row lie side by side.
+    """The partial results of a row if all items have the same number of splits. They lie side by side."""
+    item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, BLOCK_M)
     count = num_splits
-    first = (first_place + item * num_splits) * BLOCK_M + lane % BLOCK_M * num_splits
+    first = (first_place + item * num_splits) * BLOCK_M + lane * num_splits
     small = tl.full((), True, tl.int1)
     if LARGE_M > 0 or OF_SMALL:
         small = takes_part(tokens, row.number, GROUP_SIZE * row.span.count)
-    if BALANCED:
-        b = tl.minimum(row.number, tokens.batch - 1)
-        kv_len = count_keys(kv_lens, cu_seqlens_k, b, max_kv_len)
-        busy = small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token < row.span.used)
-        count = tl.load(item_parts + 2 * item + 1, mask=busy, other=0)
-        # A worker has two places. It begins an item in the second one, and continues one in the first one.
-        worker = tl.load(item_parts + 2 * item, mask=busy, other=0).to(tl.int64)
-        first = (first_place + 2 * worker) * BLOCK_M + lane % BLOCK_M
     if LARGE_M > 0:
-        index = tile_index(tokens, row.number, row.span.first, lane // LARGE_M, GROUP_SIZE, LARGE_M)
-        in_large = ((index * num_kv_heads + row.kv_head).to(tl.int64) * LARGE_M + lane % LARGE_M) * large_splits
-        first = tl.where(small, first, in_large)
+        item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, LARGE_M)
+        first = tl.where(small, first, (item * LARGE_M + lane) * large_splits)
         count = tl.where(small, count, large_splits)
-    if OF_SMALL:
-        count = tl.where(small & (lane < GROUP_SIZE * row.span.count), count, 1)
     return Parts(count, first, small)
+
+
+@triton.jit
+def _parts_of_workers(
+    row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The partial results of a row if workers have equal runs; `parts` if the row has a large tile."""
+    b = tl.minimum(row.number, tokens.batch - 1)
+    item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, BLOCK_M)
+    busy = parts.small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token < used)
+    count = tl.load(item_parts + 2 * item + 1, mask=busy, other=0)
+    # A worker has two places. It begins an item in the second one, and continues one in the first one.
+    worker = tl.load(item_parts + 2 * item, mask=busy, other=0).to(tl.int64)
+    first = (first_place + 2 * worker) * BLOCK_M + lane
+    return Parts(tl.where(parts.small, count, parts.count), tl.where(parts.small, first, parts.first), parts.small)
+
+
+@triton.jit
+def _merge(
+    parts, partial_out, partial_max, partial_sum, offs_dv, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, BALANCED: tl.constexpr,
+):  # fmt: skip
+    """Columns `offs_dv` of the merged results of a row, its largest score and its sum of weights."""
+    offs_s = tl.arange(0, BLOCK_S)
+    m_i = float("-inf")
+    l_i = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for start in tl.range(0, parts.count, BLOCK_S):
+        part = start + offs_s
+        partial_row = parts.first + part
+        if BALANCED:
+            of_worker = parts.first + (2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M
+            partial_row = tl.where(parts.small, of_worker, partial_row)
+        part_max = tl.load(partial_max + partial_row, mask=part < parts.count, other=float("-inf"))
+        part_sum = tl.load(partial_sum + partial_row, mask=part < parts.count, other=0.0)
+        partial = tl.load(
+            partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :],
+            mask=(part < parts.count)[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
+            other=0.0,
+        )
+        m_new = tl.maximum(m_i, tl.max(part_max, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2((part_max - m_safe) * LOG2E)
+        alpha = tl.exp2((m_i - m_safe) * LOG2E)
+        l_i = l_i * alpha + tl.sum(part_sum * weight, 0)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
+        m_i = m_new
+    return acc, m_i, l_i
 
 
 @triton.jit
@@ -113,7 +158,6 @@ def decode_combine(
     """
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
     num_q_heads = num_kv_heads * GROUP_SIZE
-    offs_s = tl.arange(0, BLOCK_S)
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     if cu_seqlens_q is not None:
         if PDL:
@@ -126,46 +170,34 @@ def decode_combine(
         row = _padded_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE)
         out_row = out + row.number.to(tl.int64) * stride_ob
         lse_row = (row.number.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        row = Row(row.number, row.kv_head, row.head, row.place, row.token, read_tokens(tokens, row.number))
     out_row += row.head.to(tl.int64) * stride_oh + row.place.to(tl.int64) * stride_om
-
-    parts = _find_parts(
-        row, tokens, item_parts, kv_lens, cu_seqlens_k, kv_starts, num_kv_heads, max_kv_len, num_splits, first_place,
-        large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL, BALANCED,
-    )  # fmt: skip
+    parts = _parts_of_splits(
+        row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL
+    )
+    if PDL and cu_seqlens_q is None:  # what is above reads no memory
+        gdc_wait()
+        gdc_launch_dependents()
+    used = row.span.used
+    if q_lens is not None:
+        used = read_length(q_lens, row.number, num_queries)
+    if BALANCED:
+        b = tl.minimum(row.number, batch - 1)
+        kv_len = count_keys(kv_lens, cu_seqlens_k, b, max_kv_len)
+        parts = _parts_of_workers(
+            row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, GROUP_SIZE, BLOCK_M
+        )
     count = parts.count
+    if OF_SMALL:
+        lane = row.token * GROUP_SIZE + row.head % GROUP_SIZE
+        count = tl.where(parts.small & (lane < GROUP_SIZE * row.span.count), count, 1)
     if (not BALANCED and LARGE_M == 0 and not OF_SMALL) or count != 1:
-        m_i = float("-inf")
-        l_i = 0.0
-        acc = tl.zeros([BLOCK_DV], tl.float32)
-        for start in tl.range(0, count, BLOCK_S):
-            part = start + offs_s
-            partial_row = parts.first + part
-            if BALANCED:
-                of_worker = parts.first + (2 * part + tl.where(part == 0, 1, 0)) * BLOCK_M
-                partial_row = tl.where(parts.small, of_worker, partial_row)
-            part_max = tl.load(partial_max + partial_row, mask=part < count, other=float("-inf"))
-            part_sum = tl.load(partial_sum + partial_row, mask=part < count, other=0.0)
-            partial = tl.load(
-                partial_out + partial_row[:, None] * V_HEAD_DIM + offs_dv[None, :],
-                mask=(part < count)[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
-                other=0.0,
-            )
-            m_new = tl.maximum(m_i, tl.max(part_max, 0))
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2((part_max - m_safe) * LOG2E)
-            alpha = tl.exp2((m_i - m_safe) * LOG2E)
-            l_i = l_i * alpha + tl.sum(part_sum * weight, 0)
-            acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
-            m_i = m_new
-
-        used = None
+        acc, m_i, l_i = _merge(
+            parts, partial_out, partial_max, partial_sum, offs_dv, V_HEAD_DIM, BLOCK_M, BLOCK_DV, BLOCK_S, BALANCED
+        )
+        in_use = None
         if q_lens is not None or cu_seqlens_q is not None:
-            used = row.token < row.span.used
-        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, row.head, used)
+            in_use = row.token < used
+        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, row.head, in_use)
         tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
         if lse is not None:
             if tl.program_id(1) == 0:

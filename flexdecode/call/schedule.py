@@ -140,12 +140,14 @@ class Part(NamedTuple):
         num_tiles: tiles of all sequences, for each KV head.
         busy_tiles: how many of them have rows, as far as the host can guess.
         row_range: the fewest and the most query rows per KV head of the sequences.
+        is_prompt: whether many rows of a sequence read the same keys, so that products take longer than loads.
     """
 
     block_m: int
     num_tiles: int
     busy_tiles: int
     row_range: tuple[int, int] = (0, ALL_ROWS)
+    is_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,26 +202,36 @@ def find_parts(
     Padded queries and packed queries of similar lengths need one. A sequence of packed queries gets small tiles if it
     fits into one, unless the caller's `max_q_len` or the number of tokens shows that small tiles suit all sequences.
     """
-    group, tokens = signature.group_size, sizes.num_queries
-    most = _most_rows(signature, facts, latent or is_bounded)
+    group, tokens, batch = signature.group_size, sizes.num_queries, sizes.batch
+    large = _most_rows(signature, facts, latent or is_bounded)
+    most = min(large, SMALL_ROWS)
     if not signature.packed:
-        block_m = min(max(16, next_power_of_2(group * tokens)), most)
-        num_tiles = sizes.batch * -(-group * tokens // block_m)
-        return (Part(block_m, num_tiles, num_tiles),)
+        rows = group * tokens
+        is_prompt = rows > LARGE_ROWS
+        block_m = min(max(16, next_power_of_2(rows)), large if is_prompt else most)
+        num_tiles = batch * -(-rows // block_m)
+        return (Part(block_m, num_tiles, num_tiles, is_prompt=is_prompt),)
+
+    def all_sequences(block_m: int, is_prompt: bool) -> Part:
+        busy = max(min(batch, tokens), -(-group * tokens // block_m))
+        return Part(block_m, batch + group * tokens // block_m + 1, busy, is_prompt=is_prompt)
+
     longest = min(tokens, tokens if sizes.max_q_len is None else sizes.max_q_len)
-    if sizes.max_q_len is None and tokens <= sizes.batch:
+    if sizes.max_q_len is None and tokens <= batch:
         longest = 1  # one token for each sequence, most likely
-    # The tokens of one sequence, or few tokens for each one, need one launch.
-    alone = min(max(16, next_power_of_2(group * longest)), most if sizes.batch == 1 else SMALL_ROWS)
-    busy = -(-group * tokens // most)
-    if most == 16 or (not options.batch_invariant and (latent or alone >= min(group * longest, most))):
-        block_m = most if latent else alone
-        return (Part(block_m, sizes.batch + group * tokens // block_m + 1, max(min(sizes.batch, tokens), busy)),)
+    few = group * longest <= LARGE_ROWS
+    if latent or most == 16:
+        return (all_sequences(most, False),)
+    if few and not options.batch_invariant:
+        return (all_sequences(min(max(16, next_power_of_2(group * longest)), most), False),)
+    if batch == 1 and not options.batch_invariant:
+        return (all_sequences(large, True),)
     # `batch_invariant`: the sizes of the tiles may not depend on the other sequences.
-    small = min(max(16, next_power_of_2(group * FEW_TOKENS)), SMALL_ROWS, most // 2)
+    small = min(max(16, next_power_of_2(group * FEW_TOKENS)), most, large // 2)
+    tiles = group * tokens // large
     return (
-        Part(small, sizes.batch, min(sizes.batch, tokens), (0, small)),
-        Part(most, sizes.batch + group * tokens // most + 1, busy, (small + 1, ALL_ROWS)),
+        Part(small, batch, min(batch, tokens), (0, small)),
+        Part(large, batch + tiles + 1, max(tiles, 1), (small + 1, ALL_ROWS), True),
     )
 
 
@@ -288,7 +300,7 @@ def schedule(
     block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
     wanted = (
         signature, part.block_m, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s,
-        block_b, part.block_m >= SMALL_ROWS and part.busy_tiles > sizes.batch,
+        block_b, part.is_prompt,
     )  # fmt: skip
     tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
     if tiles.loads is Loads.DESCRIPTORS and signature.page_size % tiles.block_n:
@@ -379,12 +391,12 @@ def _tiles(
     split: bool,
     block_s: int,
     block_b: int,
-    prompt: bool,
+    is_prompt: bool,
     many: bool,
 ) -> Tiles:
     """The tiles of a call. Calls of many lengths share them.
 
-    `crowded`: more programs than multiprocessors. `prompt`: many query rows read the same keys.
+    `crowded`: more programs than multiprocessors. `is_prompt`: as in `Part`.
     """
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = _columns(signature, facts)
@@ -398,7 +410,7 @@ def _tiles(
         loads, block_n, num_warps = Loads.WIDE, 32 if is_float32 else 64, 8
     elif latent:
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
-    elif prompt or block_m > SMALL_ROWS:
+    elif is_prompt and block_m >= SMALL_ROWS:
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     else:
         block_n, num_stages = _pipeline(

@@ -99,13 +99,6 @@ def test_a_triton_without_gluon(monkeypatch):
     assert not explain(*tensors, device="H200").schedule.tiles.latent
 
 
-def test_too_many_row_tiles_to_balance():
-    tensors, _ = latents(Q=1 << 16)
-    with pytest.raises(ValueError, match=r"takes at most 65535 tiles of 64 query rows, got 131072 for each KV head"):
-        explain(*tensors, **LENGTHS, options=BALANCED, device="H200")
-    assert not explain(*tensors, **LENGTHS, device="H200").schedule.tiles.balanced
-
-
 @pytest.mark.parametrize(
     ("where", "name"),
     [
