@@ -1,7 +1,7 @@
 """Host microseconds of a call with a length that was not seen before, over one with a known shape; needs no GPU.
 
-A cache that grows by `torch.cat` has another N for every token. Compiler and launch are stubbed: what is measured is
-all that `flex_decode` does before.
+A cache that grows by `torch.cat` has another N for every token, and packed queries have another T at every step.
+Compiler and launch are stubbed: what is measured is all that `flex_decode` does before.
 
 python -m benchmarks.new_length
 """
@@ -69,7 +69,7 @@ def no_launch() -> Iterator[None]:
 def main() -> int:
     """Prints both times of each case; returns 1 if a new length costs more than the limit."""
     most = 0.0
-    print(f"{'microseconds of one call':<44} {'known':>8} {'new N':>8} {'more':>8}")
+    print(f"{'microseconds of one call':<44} {'known':>8} {'new':>8} {'more':>8}")
     with no_launch():
         for name, call in _cases():
             known, new = _measure(call)
@@ -116,7 +116,27 @@ def _cases() -> list[tuple[str, Callable[[int], Any]]]:
         table = torch.zeros(batch, length, dtype=torch.int32)
         return flex_decode(query, pages, pages, alibi, window, kv_lens=lens, page_table=table, options=triton)
 
+    packed_pool = torch.randn(longest, heads, dim, dtype=torch.bfloat16)
+    starts_of = torch.arange(batch + 1, dtype=torch.int32)
+    whole = cache(FIRST)
+
+    def packed(hint: int | None, **more: Any) -> Callable[[int], Any]:
+        def call(tokens: int) -> Any:
+            return flex_decode(
+                packed_pool[:tokens], whole, whole, alibi, causal, kv_lens=lens, cu_seqlens_q=starts_of,
+                max_q_len=hint, options=triton, **more,
+            )  # fmt: skip
+
+        return call
+
+    def padded(tokens: int) -> Any:
+        queries = packed_pool.view(-1)[: heads * tokens * dim].view(1, heads, tokens, dim)
+        return flex_decode(queries, whole[:1], whole[:1], alibi, causal, options=triton)
+
     return [
+        ("packed tokens, few each, alibi + causal", packed(1)),
+        ("packed tokens, any number, alibi + causal", packed(None)),
+        ("padded tokens, alibi + causal", padded),
         ("no mods", dense()),
         ("causal", dense(None, causal)),
         ("alibi + causal", dense(alibi, causal)),

@@ -19,6 +19,7 @@ FLOATS = (*DTYPES, torch.float64)  # the last one on the torch backend only
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 MAX_HEAD_DIM = 1024  # of keys and of values
 MAX_HEADS = 1 << 20
+MANY_TOKENS = 256  # more tokens of a sequence than small tiles are for
 MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
 
 
@@ -239,20 +240,22 @@ def _batch(query: object, cu_seqlens_q: object) -> int:
     return len(query) if isinstance(query, torch.Tensor) and query.dim() else 1
 
 
-def as_hint(max_q_len: Any) -> int | None:
+def as_hint(max_q_len: Any, cu_seqlens_q: torch.Tensor | None) -> int:
     """`max_q_len` as an int. A call that is known already does not check it again, so it is checked here.
+
+    Above `MANY_TOKENS` all hints mean the same, so that calls with them share a plan.
 
     Raises:
         TypeError: it is not an integer.
-        ValueError: it is less than 1.
+        ValueError: it is less than 1, or the query is not packed.
     """
-    if max_q_len is None:
-        return None
     if isinstance(max_q_len, bool) or not isinstance(max_q_len, Integral):
         raise TypeError(f"`max_q_len` must be an integer or None, got {type(max_q_len).__name__}")
     if max_q_len < 1:
         raise ValueError(f"`max_q_len` must be at least 1, got {max_q_len}")
-    return int(max_q_len)
+    if cu_seqlens_q is None:
+        raise ValueError("`max_q_len` is for a packed query: it needs `cu_seqlens_q`")
+    return min(int(max_q_len), MANY_TOKENS)
 
 
 def with_packed_keys(inputs: Inputs) -> Inputs:
@@ -349,8 +352,6 @@ def _check_query(inputs: Inputs) -> None:
     """Checks the query, and what says where its tokens lie if it is packed."""
     query, dim = inputs.query, getattr(inputs.query, "ndim", 0)
     if inputs.cu_seqlens_q is None:
-        if inputs.max_q_len is not None:
-            raise ValueError("`max_q_len` is for a packed query: it needs `cu_seqlens_q`")
         also = "; a packed query [T, Hq, D] needs `cu_seqlens_q`"
         _check_tensor("query", query, query, FLOATS, also=also if dim == 3 else "")
         return

@@ -82,7 +82,7 @@ class Loads(Enum):
 class Tiles:
     """The compile-time half of a schedule. Each value has its own kernel.
 
-    `split`: there are partial outputs and a combine pass, which merges `block_s` splits per step. `loads`: how keys and
+    `split`: there are partial outputs and a combine pass. `loads`: how keys and
     values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more). A head
     of many columns is loaded as several parts of `block_d` columns of its key and `block_dv` columns of its value.
     `shared`: the first columns of a key are its value. `paired`: the columns of a quantised cache are loaded two by
@@ -99,7 +99,6 @@ class Tiles:
     num_stages: int
     split: bool
     loads: Loads
-    block_s: int
     shared: bool = False
     paired: bool = False
     balanced: bool = False
@@ -158,12 +157,14 @@ class Schedule:
         tiles: compile-time sizes.
         num_items: (row tile of a sequence, KV head) pairs.
         num_splits: programs per item; if balanced, the number of workers that share all items.
+        block_s: partial results that the combine pass merges per step.
         row_range: the fewest and the most query rows per KV head of the sequences that take part.
     """
 
     tiles: Tiles
     num_items: int
     num_splits: int
+    block_s: int
     row_range: tuple[int, int] = (0, ALL_ROWS)
 
     @property
@@ -299,13 +300,13 @@ def schedule(
     block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
     block_b = _at_least(sizes.batch, (32, 256, 1024)) if balanced else 0
     wanted = (
-        signature, part.block_m, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced, block_s,
+        signature, part.block_m, facts, options, is_bounded, crowded, balanced, num_splits > 1 or balanced,
         block_b, part.is_prompt,
     )  # fmt: skip
     tiles = _tiles(loads, *wanted, many=balanced and sizes.batch > 256)
     if tiles.loads is Loads.DESCRIPTORS and signature.page_size % tiles.block_n:
         tiles = _tiles(Loads.POINTERS, *wanted, many=balanced and sizes.batch > 256)
-    return Schedule(tiles, num_items, num_splits, part.row_range)
+    return Schedule(tiles, num_items, num_splits, block_s, part.row_range)
 
 
 def _at_least(number: int, choices: tuple[int, ...]) -> int:
@@ -389,7 +390,6 @@ def _tiles(
     crowded: bool,
     balanced: bool,
     split: bool,
-    block_s: int,
     block_b: int,
     is_prompt: bool,
     many: bool,
@@ -429,7 +429,6 @@ def _tiles(
         options.num_stages or num_stages,
         split=split,
         loads=loads,
-        block_s=block_s,
         shared=shared,
         paired=paired,
         balanced=balanced,

@@ -40,6 +40,7 @@ class KernelSpec:
         fp_fusion: whether a product and a sum may become one operation. It is False if a mod rounds to half precision,
             because LLVM would drop the rounding between them.
         block_lists: whether the blocks to visit come from lists.
+        block_s: for a second pass, the partial results that it merges per step.
         large_m: for a second pass, the query rows of the tiles of another launch of the first pass that was split; 0 if
             there is none.
         of_small: for a second pass, whether another launch of the first pass was not split.
@@ -53,6 +54,7 @@ class KernelSpec:
     num_full: int
     fp_fusion: bool = True
     block_lists: bool = False
+    block_s: int = 0
     large_m: int = 0
     of_small: bool = False
 

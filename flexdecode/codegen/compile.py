@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..call.schedule import DeviceFacts, Tiles
+from ..call.schedule import DeviceFacts
 from ..call.signature import UNIT
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
@@ -42,9 +42,9 @@ def rounds_to_half(graph: Graph | None) -> bool:
     return graph is not None and any(node.dtype in HALF for node in graph.nodes())
 
 
-def combine_block_dv(tiles: Tiles) -> int:
+def combine_block_dv(spec: KernelSpec) -> int:
     """Output columns per program of the combine pass."""
-    return min(tiles.block_dv, max(32, COMBINE_TILE // tiles.block_s))
+    return min(spec.tiles.block_dv, max(32, COMBINE_TILE // spec.block_s))
 
 
 def _precision(dtypes: tuple[torch.dtype, torch.dtype], facts: DeviceFacts) -> str:
@@ -65,7 +65,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "PDL": facts.has_pdl,
     }
     if combine:
-        known |= {"BLOCK_DV": combine_block_dv(tiles), "BLOCK_S": tiles.block_s}
+        known |= {"BLOCK_DV": combine_block_dv(spec), "BLOCK_S": spec.block_s}
         return known | {"LARGE_M": spec.large_m, "OF_SMALL": spec.of_small}
     return known | {
         "HEAD_DIM": signature.head_dim,

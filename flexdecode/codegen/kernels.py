@@ -47,7 +47,7 @@ class Combine:
         module = _second_module()
         self.run = _pass(module, spec, facts, combine=True)
         self.pick = itemgetter(*[PLACES[n] for n in module.decode_combine.arg_names if n in PLACES])
-        self.block_dv = combine_block_dv(spec.tiles)
+        self.block_dv = combine_block_dv(spec)
         self.of_small = spec.of_small
 
 

@@ -244,7 +244,7 @@ class _Loaded:
         self.signature = signature
         self.facts = facts
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
-        self.combines: dict[KernelSpec, Combine] = {}
+        self.combines: dict[tuple, Combine] = {}
 
     def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
         """Chooses schedules and finds the kernels.
@@ -271,17 +271,18 @@ class _Loaded:
 
     def _combine(self, passes: list[FirstPass]) -> Combine | None:
         """The second pass for the partial results of the first passes; None if there are none."""
-        all_tiles = [one.chosen.tiles for one in passes]
-        if not any(tiles.split for tiles in all_tiles):
+        all_chosen = [one.chosen for one in passes]
+        if not any(chosen.tiles.split for chosen in all_chosen):
             return None
-        tiles = replace(all_tiles[0], split=True, block_s=max(tiles.block_s for tiles in all_tiles))
-        spec = replace(passes[0].form.spec, tiles=tiles)
-        if len(passes) > 1:
-            large = all_tiles[1]
-            spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
-        found = self.combines.get(spec)
+        block_s = max(chosen.block_s for chosen in all_chosen)
+        key = block_s, *(chosen.tiles for chosen in all_chosen)
+        found = self.combines.get(key)
         if found is None:
-            found = self.combines[spec] = find_combine(spec, self.facts)
+            first, large = all_chosen[0].tiles, None if len(passes) == 1 else all_chosen[1].tiles
+            spec = replace(passes[0].form.spec, tiles=replace(first, split=True), block_s=block_s)
+            if large is not None:
+                spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
+            found = self.combines[key] = find_combine(spec, self.facts)
         return found
 
     def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:

@@ -69,7 +69,7 @@ def read_request(
     if inputs.cu_seqlens_k is not None:
         inputs = with_packed_keys(inputs)
     if inputs.max_q_len is not None:
-        inputs = inputs._replace(max_q_len=as_hint(inputs.max_q_len))
+        inputs = inputs._replace(max_q_len=as_hint(inputs.max_q_len, inputs.cu_seqlens_q))
     (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, *others,

@@ -20,11 +20,11 @@ _calls = Bounded.memo(limit=512)  # all that identifies a call but its numbers o
 # The arguments whose layouts change with these numbers, in the order of `any_length`, and the others.
 _LONG = ("query", "key", "value", "page_table", "k_scale", "v_scale", "out")
 _long = itemgetter(*[Inputs._fields.index(name) for name in _LONG])
-_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in _LONG])
+_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in (*_LONG, "max_q_len")])
 
 
 class _Lengths:
-    """The plans of a call by the length of its cache and its number of query tokens.
+    """The plans of a call by the length of its cache, its number of query tokens and `max_q_len`.
 
     Attributes:
         plans: by layouts of query, caches and output, and by the values that proofs about indices use.
@@ -52,7 +52,7 @@ def run_request(
         options, torch.is_grad_enabled(), listed,
     )  # fmt: skip
     length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
-    lengths = (score.proof_values, mask.proof_values, *map(layout, _long(inputs)), length)
+    lengths = (score.proof_values, mask.proof_values, inputs.max_q_len, *map(layout, _long(inputs)), length)
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     known = _calls.get(call)
@@ -74,7 +74,7 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
         The plan, and both mods with what tracing found of them.
     """
     inputs, score, mask, _, listed = request
-    free = any_length(*lengths[2:])
+    free = any_length(*lengths[3:])
     shared = None
     if known is not None and free is not None:
         shared = known.prepared.get((len(score.proof_values), len(mask.proof_values), free))

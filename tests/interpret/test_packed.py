@@ -5,7 +5,7 @@ import itertools
 import packed_cases as cases
 import pytest
 
-from flexdecode import DecodeOptions
+from flexdecode import DecodeOptions, cache_info, clear_cache, flex_decode, mods
 
 SCHEDULES = {
     "default": DecodeOptions(backend="triton"),
@@ -13,9 +13,84 @@ SCHEDULES = {
     "balanced": DecodeOptions(backend="triton", schedule="balanced", num_splits=5, block_n=16),
     "invariant": DecodeOptions(backend="triton", batch_invariant=True),
 }
-TURNS = list(zip(cases.GRID, itertools.cycle(SCHEDULES), strict=False))
+TURNS = list(zip(cases.GRID[::2], itertools.cycle(SCHEDULES), strict=False))
+SMALL = {"Hq": 4, "Hkv": 2, "D": 16}
 
 
 @pytest.mark.parametrize(("case", "schedule"), TURNS, ids=[f"{case.name}-{name}" for case, name in TURNS])
 def test_grid(case, schedule):
     cases.check_case(case, options=SCHEDULES[schedule])
+
+
+def some(grid, step):
+    """Every `step`-th case of a grid, with schedules in turn."""
+    return [(case, name) for case, name in zip(grid[::step], itertools.cycle(SCHEDULES), strict=False)]
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.PYTORCH_VARLEN, 4), ids=str)
+def test_pytorch_varlen(arguments, schedule):
+    cases.check_pytorch_varlen(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.FLASH_VARLEN, 11), ids=str)
+def test_flash_varlen(arguments, schedule):
+    cases.check_flash_varlen(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.FLASH_KVCACHE, 13), ids=str)
+def test_flash_kvcache(arguments, schedule):
+    cases.check_flash_kvcache(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.UNIFIED, 9), ids=str)
+def test_unified(arguments, schedule):
+    cases.check_unified(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.CHUNKED, 5), ids=str)
+def test_chunked_prefill(arguments, schedule):
+    cases.check_chunked_prefill(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(("arguments", "schedule"), some(cases.CASCADE, 5), ids=str)
+def test_cascade(arguments, schedule):
+    cases.check_cascade(*arguments, options=SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "latent", "keys"])
+def test_dead_keys(kind):
+    for mask, name in zip(cases.DEAD_MASKS, SCHEDULES, strict=True):
+        cases.check_dead_keys(mask, kind, options=SCHEDULES[name])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_properties(schedule):
+    """`out`, the hint, totals outside the rows, other splits of the same tensors, and the padded form."""
+    options = SCHEDULES[schedule]
+    cases.check_out(options=options)
+    cases.check_hint(options=options)
+    cases.check_packed_is_padded("paged", options=options)
+    cases.check_other_splits(
+        lambda call: flex_decode(call.query, mask_mod=mods.causal(), return_lse=True, options=options, **call.arguments)
+    )
+
+
+def test_other_numbers_of_tokens_need_no_other_kernel():
+    """Short and long sequences in one call, all in small tiles, and one token each: four kernels for any split."""
+    clear_cache()
+    shapes = [
+        ((1, 1, 1), None),
+        ((1, 2, 0), 2),
+        ((1, 40, 3), None),
+        ((9, 1, 70), 70),
+        ((1, 1, 1), 1),
+        ((3, 2, 35), None),
+    ]
+    for q_lens, hint in shapes:
+        call = cases.draw(q_lens, (9, 70, 33), **SMALL, after=sum(q_lens) % 5)
+        cases.check(call, None, mods.causal(), options=SCHEDULES["default"], max_q_len=hint)
+    known = cache_info()
+    for q_lens, hint in shapes:
+        call = cases.draw([q + 1 for q in q_lens], (9, 70, 33), **SMALL, after=3)
+        cases.check(call, None, mods.causal(), options=SCHEDULES["default"], max_q_len=hint and hint + 1)
+    assert cache_info().compilations == known.compilations <= 4 and cache_info().traces == known.traces

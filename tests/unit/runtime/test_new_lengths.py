@@ -136,6 +136,40 @@ def test_a_new_length_solves_and_builds_nothing(host, case):
     assert prepared() <= 3
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_new_number_of_query_tokens_solves_and_builds_nothing(host, case):
+    score_mod, mask_mod = CASES[case]
+    kv = grown(2000)
+    lens = torch.tensor([2000, 700])
+    for tokens in range(2, 400):
+        packed = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+        starts = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
+        for hint in (None, 1):
+            flex_decode(
+                packed, kv, kv, score_mod, mask_mod, kv_lens=lens, cu_seqlens_q=starts, max_q_len=hint, options=TRITON
+            )
+        padded = torch.zeros(2, 4, tokens, 64, dtype=torch.bfloat16)
+        flex_decode(padded, kv, kv, score_mod, mask_mod, options=TRITON)
+    info = cache_info()
+    assert info.traces == (score_mod is not None) + (mask_mod is not None) and host.solved <= 1
+    # By rows of a tile, descriptors or pointers, splits, and the balanced schedule.
+    assert len(host.kernels) == len({(spec, text) for spec, _, text in host.kernels}) <= 12
+    assert prepared() == 2
+
+
+def test_another_out_is_checked(host):
+    """What is prepared for any number of tokens says nothing of an `out` of another shape."""
+    kv, starts = grown(300), torch.tensor([0, 3, 5], dtype=torch.int32)
+    for tokens in (5, 6, 7):
+        q, out = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+        assert flex_decode(q, kv, kv, cu_seqlens_q=starts, out=out, options=TRITON) is out
+    assert prepared() == 1
+    with pytest.raises(ValueError, match="`out` must have shape"):
+        flex_decode(q, kv, kv, cu_seqlens_q=starts, out=out[:4], options=TRITON)
+    with pytest.raises(ValueError, match="`out` must have a place of its own"):
+        flex_decode(q, kv, kv, cu_seqlens_q=starts, out=out[:1].expand(7, -1, -1), options=TRITON)
+
+
 def test_a_growing_page_table(host):
     pages, lens = grown(16, batch=8), torch.tensor([5, 7])
     for width in range(1, 200):
