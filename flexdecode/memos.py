@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -16,7 +19,8 @@ class CacheInfo:
         hits: calls that found everything prepared (mods, shapes and strides seen before).
         traces: mods traced.
         generations: modules written from graphs.
-        compilations: kernels compiled or loaded from Triton's cache (a split and its combine pass count once).
+        compilations: kernels compiled or loaded from Triton's cache. The second pass, which merges the parts of a row,
+            is not counted: calls share it.
         disk_hits: modules found on disk, with no analysis and no generation.
     """
 
@@ -70,3 +74,17 @@ def forget_memos() -> None:
     """Empties every memo."""
     for memo in _memos:
         memo.clear()
+
+
+def hashed_once(frozen: type[T]) -> type[T]:
+    """Lets each object of a frozen dataclass remember its hash, which memos ask for at every call."""
+    compute = frozen.__hash__
+
+    def remembered(self: Any) -> int:
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = self.__dict__["_hash"] = compute(self)
+        return found
+
+    frozen.__hash__ = remembered  # type: ignore[method-assign, assignment]
+    return frozen

@@ -5,7 +5,7 @@ outside the intervals, so that a kernel must not read it.
 """
 
 import torch
-from cache_cases import QUANTISED, fill_with_nan, quantise
+from cache_cases import QUANTISED, Pages, fill_with_nan, quantise
 from support import make_inputs
 
 from flexdecode import mods
@@ -101,3 +101,27 @@ def _in_pages(call, dead, page_size):
         pool[table[~gone].long()] = pages[~gone]
         paged[name] = pool
     return paged
+
+
+def make_masked_by_score(page_size, num_queries=1, device="cpu", dtype=torch.float32):
+    """A call whose score_mod ends its window by -inf, over pages; page 0 is of no sequence and holds NaN.
+
+    The keys outside of the window are numbers: a kernel may read them, but no other page in their place.
+    """
+    query, key, value = make_inputs(B, HQ, HKV, num_queries, N, D, dtype=dtype)
+    pages = Pages(KV_LENS, page_size)
+    caches = []
+    for cache in (key, value):
+        placed = pages.place(cache)
+        caches.append(torch.cat([torch.full_like(placed[:1], torch.nan), placed]).to(device))
+    call = {"query": query.to(device), "key": caches[0], "value": caches[1], "kv_lens": torch.tensor(KV_LENS)}
+    call["page_table"] = pages.table.where(pages.table < 0, pages.table + 1)
+    return {name: x.to(device) for name, x in call.items()}
+
+
+def window_by_score(score, b, h, q_idx, kv_idx):
+    return torch.where((q_idx - kv_idx < 20) & (kv_idx <= q_idx), score, -float("inf"))
+
+
+def two_windows_by_score(score, b, h, q_idx, kv_idx):
+    return torch.where((q_idx - kv_idx < 20) | (kv_idx < 3), score, -float("inf"))

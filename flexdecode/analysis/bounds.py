@@ -39,6 +39,11 @@ class Bounds:
         """The number of intervals that a kernel walks over."""
         return max(1, len(self._walked))
 
+    @property
+    def num_full(self) -> int:
+        """The number of intervals in which no mask is needed and every key is within the walked ones."""
+        return len(self.score_live if self.mask_full == EVERYWHERE else self.mask_full)
+
 
 _known = Bounded.memo(limit=1024)  # (texts of both graphs, q_idx_given, shifted) -> bounds
 

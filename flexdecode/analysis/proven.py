@@ -56,7 +56,7 @@ class ProvenMods:
     @property
     def num_full(self) -> int:
         """The number of intervals in which a kernel leaves the mask out; lists count as one."""
-        return int(self.listed is Listed.ALONE) if self.block_lists else len(self.bounds.mask_full)
+        return int(self.listed is Listed.ALONE) if self.block_lists else self.bounds.num_full
 
     @cached_property
     def fetches(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN, MAX_KV_OFFSET, MAX_QUERIES
+from ..memos import hashed_once
 from .formats import CONTIGUOUS, PACKED, PAGED, Contiguous
 from .overlap import overlaps_itself
 from .packing import check_ascending, rows_of_sequences
@@ -23,6 +24,7 @@ MANY_TOKENS = 256  # more tokens of a sequence than small tiles are for
 MAX_PROGRAMS = 65535  # programs that share one head: a limit of CUDA's grids
 
 
+@hashed_once
 @dataclass(frozen=True)
 class DecodeOptions:
     """How a call is executed. The default of every field is right for most calls.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..memos import hashed_once
 from ..triton_api import has_gluon
 from .inputs import QUANTISED, DecodeOptions, Sizes
 from .signature import Signature
@@ -29,6 +30,7 @@ WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
+@hashed_once
 @dataclass(frozen=True)
 class DeviceFacts:
     """What the schedule needs to know about a device.
@@ -78,6 +80,7 @@ class Loads(Enum):
         return self.name
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Tiles:
     """The compile-time half of a schedule. Each value has its own kernel.

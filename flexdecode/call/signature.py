@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..memos import hashed_once
 from .formats import Contiguous
 from .inputs import QUANTISED, DecodeOptions, Inputs
 
@@ -17,6 +18,7 @@ NUMBER: Kind = (None, 0)
 OPTIONAL = Inputs._fields[3:-3]  # what a call may lack, apart from `scale`, `out` and the hint `max_q_len`
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Signature:
     """What one kernel is specialised to.

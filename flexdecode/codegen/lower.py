@@ -122,11 +122,14 @@ def lower_bounds(proven: ProvenMods) -> Hooks:
 
     live, full = texts(proven.mask, proven.mask_checks, [bounds.mask_live, bounds.mask_full], "mask")
     (score_live,) = texts(proven.score, proven.score_checks, [bounds.score_live], "score")
+    # A block in which no mask is needed may not reach beyond the keys whose pages are looked up.
+    if bounds.mask_full == EVERYWHERE:
+        full = list(score_live)
     if proven.mask is None:
         live = score_live
     elif bounds.score_live != EVERYWHERE:
         lo, hi = score_live[0] if score_live else (_ABOVE, _BELOW)
-        live = [(f"tl.maximum({a}, {lo})", f"tl.minimum({b}, {hi})") for a, b in live]
+        live, full = ([(f"tl.maximum({a}, {lo})", f"tl.minimum({b}, {hi})") for a, b in x] for x in (live, full))
     for region in (live, full):
         region += [(_ABOVE, _BELOW)] * (MAX_INTERVALS - len(region))
     pairs = [", ".join(f"({lo}, {hi})" for lo, hi in region) for region in (live, full)]

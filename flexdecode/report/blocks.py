@@ -229,6 +229,10 @@ def find_step(
         lo, hi = score_lo, score_hi
     else:  # if there is a mask, the score has at most one interval
         lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
+    if bounds.mask_full == EVERYWHERE:
+        full_lo, full_hi = score_lo, score_hi
+    else:
+        full_lo, full_hi = full_lo.maximum(score_lo[..., :1]), full_hi.minimum(score_hi[..., :1])
     shift = 0 if kv_offset is None else kv_offset.view(-1, 1, 1, 1, 1)
     starts, lens = (x.view(-1, 1, 1, 1, 1) for x in (kv_lens * 0 if kv_starts is None else kv_starts, kv_lens))
     in_use = (rows[:: tiles.block_m] < group * num_tokens[:, None])[:, None].expand(shape[:3])

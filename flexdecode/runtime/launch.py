@@ -68,6 +68,7 @@ class LaunchForm:
         tensors, values: the arguments that are read at each call: their places, and the functions that read them.
         absent: a list of arguments with None or an empty tuple in each place.
         read_score, read_mask: read what the mods capture.
+        described: the last caches with descriptors (addresses, matrices), and the launch arguments for these.
     """
 
     def __init__(self, kernel: Kernel, spec: KernelSpec, proven: ProvenMods, on_gpu: bool) -> None:
@@ -83,6 +84,7 @@ class LaunchForm:
         asked = [(i, row) for i, row in enumerate(ARGUMENTS) if types[i]]
         self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
         self.values = [(i, row.value) for i, row in asked if row.value is not None]
+        self.described: tuple[tuple, tuple] = (), ()
 
 
 class FirstPass:
@@ -114,7 +116,6 @@ class FirstPass:
         self.dtypes = form.spec.signature.key_dtype, form.spec.signature.value_dtype
         if tiles.paired:
             self.dtypes = torch.int16, torch.int16
-        self.described: tuple[tuple[int, int], tuple] = ((0, 0), ())
         steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
         max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
         row_range = chosen.row_range if form.spec.signature.packed else ()
@@ -147,15 +148,17 @@ class FirstPass:
         assert self.matrices is not None
         key = inputs.key.data_ptr()
         addresses = key, key if self.latent else inputs.value.data_ptr()
-        if self.described[0] != addresses:
+        described = self.form.described
+        if described[0] != (addresses, self.matrices):
             block_n, *widths = self.block_shape
             made = [
                 make_descriptor(address, matrix, [block_n, width], dtype)
                 for address, matrix, width, dtype in zip(addresses, self.matrices, widths, self.dtypes, strict=True)
             ]
-            self.described = addresses, self.form.kernel.run.encode_descriptors(*made)
+            described = (addresses, self.matrices), self.form.kernel.run.encode_descriptors(*made)
+            self.form.described = described
         arguments = arguments.copy()
-        arguments[DESCRIPTORS] = self.described[1]
+        arguments[DESCRIPTORS] = described[1]
         return arguments
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN
+from ..analysis.bounds import find_bounds
+from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
 from ..call.descriptor import Matrix, as_matrices, as_matrix
@@ -83,7 +85,11 @@ class Traced:
     def proven(self, score_checks: Checks | None, mask_checks: Checks | None) -> ProvenMods:
         """What the hooks of a kernel are written from."""
         q_idx_given, shifted = (self.signature.kind(name) is not None for name in ("q_offset", "kv_offset"))
-        return ProvenMods(*self.graphs, q_idx_given, score_checks, mask_checks, self.listed, shifted)
+        score, mask = self.graphs
+        listed = self.listed
+        if listed is Listed.ALONE and find_bounds(score, mask, q_idx_given, shifted).score_live != EVERYWHERE:
+            listed = Listed.WITH_MASK  # a block that the lists call full may reach beyond the keys of the score_mod
+        return ProvenMods(score, mask, q_idx_given, score_checks, mask_checks, listed, shifted)
 
 
 def trace_call(

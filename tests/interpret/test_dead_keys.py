@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dead_keys import CACHES, MASKS, make_call
+from dead_keys import CACHES, MASKS, N, make_call, make_masked_by_score, two_windows_by_score, window_by_score
 from interpret.decoding import check_decode, decode
+from torch.nn.attention.flex_attention import create_block_mask
 
 SCHEDULES = {
     "one": {"num_splits": 1},
@@ -38,3 +39,21 @@ def test_an_entry_that_names_no_page_reads_a_page_of_the_pool(page_size):
         out, _ = decode(**call)
         expected, _ = decode(**(call | {"page_table": right}))
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("score_mod", [window_by_score, two_windows_by_score])
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("page_size", [4, 16, 128])
+def test_a_score_mod_that_ends_a_window_reads_no_other_page(page_size, num_queries, score_mod):
+    """A block at the end of its keys is not full: pages of keys beyond are not looked up."""
+    call = make_masked_by_score(page_size, num_queries)
+    check_decode(**call, score_mod=score_mod, block_n=32)
+    check_decode(**call, score_mod=score_mod, mask_mod=lambda b, h, q, k: k >= 0, block_n=32)
+
+
+def test_full_blocks_of_lists_reach_no_other_page():
+    call = make_masked_by_score(16)
+    everything = create_block_mask(lambda b, h, q, k: k >= 0, None, None, N, N, device="cpu", BLOCK_SIZE=32)
+    out, lse = decode(**call, score_mod=window_by_score, block_mask=everything, block_n=32)
+    expected, expected_lse = decode(**call, score_mod=window_by_score, block_n=32)
+    torch.testing.assert_close(out, expected), torch.testing.assert_close(lse, expected_lse)
