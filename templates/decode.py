@@ -450,10 +450,10 @@ def takes_part(tokens, b, rows):
     """Whether this pass computes sequences `b`, which have so many rows: those within `row_range`.
 
     Few rows get small tiles, many rows large tiles. Each pass has one size. The pass with the larger tiles has no upper
-    limit, and it writes the rows that no sequence has.
+    limit. It also writes the rows that no sequence has, however few they are.
     """
     fewest, most = tokens.row_range
-    return ((rows >= fewest) & (rows <= most)) | ((b >= tokens.batch) & (most == 0x7FFFFFFF))
+    return tl.where(b < tokens.batch, (rows >= fewest) & (rows <= most), most == 0x7FFFFFFF)
 
 
 @triton.jit
