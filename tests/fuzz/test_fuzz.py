@@ -52,8 +52,10 @@ def test_a_defect_is_found_and_made_small(monkeypatch):
     """A torch backend that takes every length for one more is wrong, and few arguments show it."""
 
     def longer(inputs, sequences=eager._sequences):
-        lens, tokens, first = sequences(inputs)
-        return (lens if inputs.kv_lens is None else (lens + 1).clamp(max=inputs.max_kv_len)), tokens, first
+        found = sequences(inputs)
+        if inputs.kv_lens is None:
+            return found
+        return found._replace(lens=(found.lens + 1).clamp(max=inputs.max_kv_len))
 
     monkeypatch.setattr(eager, "_sequences", longer)
     kinds = {r["kind"] for r in run_cases("torch", range(60))}

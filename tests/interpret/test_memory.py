@@ -3,8 +3,15 @@
 import sys
 
 import memory_cases as cases
+import numpy as np
+import packed_cases
 import pytest
 import torch
+from triton.runtime import interpreter
+
+from flexdecode import DecodeOptions, clear_cache, mods
+from flexdecode.call.schedule import DeviceFacts
+from flexdecode.runtime import launch, prepare
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory by mprotect"),
@@ -28,3 +35,59 @@ def test_appends(stored, kind):
 @pytest.mark.parametrize(("num_parts", "v_head_dim"), [(2, 20), (9, 64), (3, 300)])
 def test_merges(num_parts, v_head_dim):
     cases.check_merge(num_parts, v_head_dim, "cpu")
+
+
+class Watched:
+    """Sees the address of every load and store of the interpreter, and whether it lies in a known tensor."""
+
+    def __init__(self, monkeypatch):
+        self.known, self.outside = [], []
+        builder = interpreter.InterpreterBuilder
+        for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
+            monkeypatch.setattr(builder, name, self.watch(getattr(builder, name), name, mask_at))
+        find = launch.TritonLauncher._workspace
+
+        def workspace(launcher, stream):
+            found = find(launcher, stream)
+            self.add(*launch._workspaces.kept.values())
+            return found
+
+        monkeypatch.setattr(launch.TritonLauncher, "_workspace", workspace)
+        run = launch.TritonLauncher.__call__
+
+        def launched(launcher, call):
+            self.add(*call.inputs, call.out, call.lse, *call.score_leaves, *call.mask_leaves)
+            return run(launcher, call)
+
+        monkeypatch.setattr(launch.TritonLauncher, "__call__", launched)
+
+    def add(self, *tensors):
+        storages = [x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)]
+        self.known += [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def watch(self, access, name, mask_at):
+        def run(builder, pointers, *rest):
+            addresses, mask = np.broadcast_arrays(pointers.data.astype(np.uint64), rest[mask_at - 1].data)
+            addresses = addresses[mask]
+            inside = np.zeros(addresses.shape, bool)
+            for start, end in self.known:
+                inside |= (addresses >= start) & (addresses < end)
+            if not inside.all():
+                self.outside.append(name)
+            return access(builder, pointers, *rest)
+
+        return run
+
+
+@pytest.mark.parametrize("chosen", [{"num_splits": 3}, {"schedule": "balanced"}, {}], ids=str)
+@pytest.mark.parametrize("kv_lens", [(80, 30, 40), (300, 5, 0)], ids=str)
+def test_partial_results_of_packed_queries(kv_lens, chosen, monkeypatch):
+    """Both launches of the first pass have places in one workspace, and some rows are of no sequence."""
+    clear_cache()
+    facts = DeviceFacts("cpu", "interpreter", num_sms=132, shared_memory=227 * 1024)
+    monkeypatch.setattr(prepare, "device_facts", lambda _: facts)
+    watched = Watched(monkeypatch)
+    call = packed_cases.draw((70, 1, 9), kv_lens, Hq=4, Hkv=2, dtype=torch.float16, before=1, after=2)
+    packed_cases.check(call, None, mods.causal(), options=DecodeOptions(backend="triton", block_n=16, **chosen))
+    clear_cache()
+    assert not watched.outside
