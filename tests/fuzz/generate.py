@@ -10,7 +10,6 @@ from .case import DEAD, Case
 from .random_mods import Mods
 
 DRAWS = {"torch": 3, "interpret": 5, "gpu": 10}
-PACKED = ("torch",)  # backends that take packed queries
 HEADS = ((1, 1), (1, 1), (2, 1), (4, 2), (4, 4), (3, 1), (6, 2), (5, 5), (8, 2), (7, 1), (10, 2), (16, 1))
 LAYOUTS = ("contiguous", "contiguous", "bnhd", "strided", "padded", "shifted")
 
@@ -61,7 +60,7 @@ def random_case(seed: int, backend: str) -> Case:
     case["chunk"] = data.choice((None, None, 1, 3000)) if backend == "torch" else None
     if chance(0.05) and B and Q and case.get("q_offset") is None:
         case["block_mask"] = _block_mask(kind)
-    if backend in PACKED and Random(f"{backend} {seed // DRAWS[backend]} packed").random() < 0.3:
+    if Random(f"{backend} {seed // DRAWS[backend]} packed").random() < 0.3:
         rows = Random(f"{backend} {seed} packed")
         case["packed"] = rows.choice((0, 0, 1, 5)), rows.choice((0, 0, 2)), rows.choice((None, 1, max(Q, 1), 1000))
     case["dead"] = tuple(place for place in DEAD if data.random() < (0.5 if place == "mask" else 0.9))

@@ -4,8 +4,10 @@ import itertools
 
 import packed_cases as cases
 import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, cache_info, clear_cache, flex_decode, mods
+from flexdecode import DecodeOptions, KVCache, cache_info, clear_cache, flex_decode, mods
 
 SCHEDULES = {
     "default": DecodeOptions(backend="triton"),
@@ -94,3 +96,30 @@ def test_other_numbers_of_tokens_need_no_other_kernel():
         call = cases.draw([q + 1 for q in q_lens], (9, 70, 33), **SMALL, after=3)
         cases.check(call, None, mods.causal(), options=SCHEDULES["default"], max_q_len=hint and hint + 1)
     assert cache_info().compilations == known.compilations <= 4 and cache_info().traces == known.traces
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lists_of_blocks(schedule):
+    """A BlockMask of documents that is made as for training, also over a cache object."""
+    B, N, options = 3, 96, SCHEDULES[schedule]
+    document = torch.arange(N).repeat(B, 1) // torch.tensor([[7], [40], [96]])
+    mask_mod = lambda b, h, q, k: (document[b, q] == document[b, k]) & (k <= q)
+    lists = create_block_mask(mask_mod, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    call = cases.draw((1, 20, 5), (96, 61, 40), **SMALL, dtype=torch.float32)
+    more = {"return_lse": True, "options": options, **call.arguments}
+    out, lse = flex_decode(call.query, block_mask=lists, **more)
+    expected = flex_decode(call.query, mask_mod=mask_mod, **more)
+    torch.testing.assert_close(out, expected[0]), torch.testing.assert_close(lse, expected[1])
+
+
+def test_a_cache_object():
+    call = cases.draw((1, 6, 0), (20, 9, 4), **SMALL)
+    key, value = (call.arguments[name].nan_to_num(0.0) for name in ("key", "value"))
+    cache = KVCache(batch=3, num_kv_heads=2, max_kv_len=32, head_dim=16, dtype=torch.float32)
+    cache.append(key[:, :, :20], value[:, :, :20], [20, 9, 4])
+    out = flex_decode(
+        call.query, cache=cache, mask_mod=mods.causal(), cu_seqlens_q=call.arguments["cu_seqlens_q"],
+        options=SCHEDULES["default"],
+    )  # fmt: skip
+    expected = flex_decode(call.query, mask_mod=mods.causal(), options=SCHEDULES["default"], **call.arguments)
+    torch.testing.assert_close(out, expected)
