@@ -224,15 +224,14 @@ def find_step(
         pairs = [(known.get(lo, below), known.get(hi, above)) for lo, hi in region]
         pairs += [(above, below)] * (MAX_INTERVALS - len(region))
         intervals.append([torch.stack([x.long().expand(shape) for x in ends], -1) for ends in zip(*pairs, strict=True)])
-    (score_lo, score_hi), (lo, hi), (full_lo, full_hi) = intervals
-    if bounds.mask_live == EVERYWHERE:
-        lo, hi = score_lo, score_hi
-    else:  # if there is a mask, the score has at most one interval
-        lo, hi = lo.maximum(score_lo[..., :1]), hi.minimum(score_hi[..., :1])
-    if bounds.mask_full == EVERYWHERE:
-        full_lo, full_hi = score_lo, score_hi
-    else:
-        full_lo, full_hi = full_lo.maximum(score_lo[..., :1]), full_hi.minimum(score_hi[..., :1])
+    (score_lo, score_hi), *of_mask = intervals
+    # If there is a mask, the score has at most one interval.
+    (lo, hi), (full_lo, full_hi) = (
+        (score_lo, score_hi)
+        if region == EVERYWHERE
+        else (starts.maximum(score_lo[..., :1]), ends.minimum(score_hi[..., :1]))
+        for region, (starts, ends) in zip((bounds.mask_live, bounds.mask_full), of_mask, strict=True)
+    )
     shift = 0 if kv_offset is None else kv_offset.view(-1, 1, 1, 1, 1)
     starts, lens = (x.view(-1, 1, 1, 1, 1) for x in (kv_lens * 0 if kv_starts is None else kv_starts, kv_lens))
     in_use = (rows[:: tiles.block_m] < group * num_tokens[:, None])[:, None].expand(shape[:3])
