@@ -42,6 +42,7 @@ def reference_decode(
     sinks: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    max_q_len: int | None = None,
     kv_starts: int | torch.Tensor | None = None,
     kv_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
@@ -74,6 +75,7 @@ def reference_decode(
             query; what of them lies outside the query, or before `c[b]`, does not count.
         cu_seqlens_k: `[B + 1]` integers. Then key is `[Tk, Hkv, D]` and value `[Tk, Hkv, Dv]`, and the keys of sequence
             `b` are rows of them in the same way. It needs `cu_seqlens_q` and excludes `kv_lens` and `page_table`.
+        max_q_len: not used; `flex_decode` takes it as a hint.
         kv_starts: `[B]` integers, or one for all; keys before this row of the cache are not live. Default: 0.
         kv_offset: `[B]` integers, or one for all; mods see row `n` of sequence `b` at position `n + kv_offset[b]`.
             Default: 0.

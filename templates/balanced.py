@@ -160,4 +160,4 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
         place = (schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)).to(tl.int64) * C.BLOCK_M
         item = Item(b, kv_head, tile, span, start, end, weight, place, 1, (start == 0) & (end == weight))
         attend_run(item, keys, values, call, C)
-        slot += end - start
+        slot += tl.maximum(end - start, 1)  # 0 only if there are more slots than 32 bits hold, see `max_weight`

@@ -46,7 +46,7 @@ def _packed_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl
         number = tl.where(place < begin, tokens.batch, find_sequence(tokens, place - begin, 1, 1))
         span = read_tokens(tokens, number)
         token = place - span.first
-        token = tl.where(token < 0, token + tokens.num_queries, token)
+        token = tl.where((token < 0) & (number == tokens.batch), token + tokens.num_queries, token)
     return Row(number, kv_head, head, place, token, span)
 
 
@@ -85,21 +85,25 @@ def _parts_of_splits(
         item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, LARGE_M)
         first = tl.where(small, first, (item * LARGE_M + lane) * large_splits)
         count = tl.where(small, count, large_splits)
+    if tokens.cu_seqlens_q is not None:  # if the running totals do not ascend, a token may lie outside its sequence
+        count = tl.where((row.token >= 0) & (row.token < row.span.count), count, 0)
     return Parts(count, first, small)
 
 
 @triton.jit
 def _parts_of_workers(
-    row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, GROUP_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, num_workers,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The partial results of a row if workers have equal runs; `parts` if the row has a large tile."""
     b = tl.minimum(row.number, tokens.batch - 1)
     item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, BLOCK_M)
-    busy = parts.small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token < used)
-    count = tl.load(item_parts + 2 * item + 1, mask=busy, other=0)
+    busy = parts.small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token >= 0) & (row.token < used)
+    # The limits matter only if the running totals do not ascend. Then some items may have no worker.
+    worker = tl.minimum(tl.maximum(tl.load(item_parts + 2 * item, mask=busy, other=0), 0), num_workers - 1)
+    count = tl.minimum(tl.load(item_parts + 2 * item + 1, mask=busy, other=0), num_workers - worker)
     # A worker has two places. It begins an item in the second one, and continues one in the first one.
-    worker = tl.load(item_parts + 2 * item, mask=busy, other=0).to(tl.int64)
+    worker = worker.to(tl.int64)
     first = (first_place + 2 * worker) * BLOCK_M + lane
     return Parts(tl.where(parts.small, count, parts.count), tl.where(parts.small, first, parts.first), parts.small)
 
@@ -184,8 +188,10 @@ def decode_combine(
         b = tl.minimum(row.number, batch - 1)
         kv_len = count_keys(kv_lens, cu_seqlens_k, b, max_kv_len)
         parts = _parts_of_workers(
-            row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, GROUP_SIZE, BLOCK_M
-        )
+            row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, num_splits, GROUP_SIZE,
+            BLOCK_M,
+        )  # fmt: skip
+    # One part is not merged: the first pass has written the output.
     count = parts.count
     if OF_SMALL:
         lane = row.token * GROUP_SIZE + row.head % GROUP_SIZE

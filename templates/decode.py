@@ -961,7 +961,8 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     place = (schedule.first_place + tile_of_call * parts) * C.BLOCK_M + part
     if tokens.cu_seqlens_q is not None:
         rows = C.GROUP_SIZE * span.count
-        if takes_part(tokens, b, rows) & (tile * C.BLOCK_M < rows):
+        # A tile is negative if the running totals do not ascend.
+        if takes_part(tokens, b, rows) & (tile >= 0) & (tile * C.BLOCK_M < rows):
             b = tl.minimum(b, tokens.batch - 1)
             item = Item(b, kv_head, tile, span, part, part + 1, parts, place, parts, not C.SPLIT)
             attend_run(item, keys, values, call, C)
@@ -984,18 +985,24 @@ def decode_split(
     UNIT_OUT: tl.constexpr, KEY_PRODUCT: tl.constexpr, VALUE_PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """First pass. Grid: (batch * num_kv_heads * row tiles, num_splits), or the one of balanced.py if BALANCED.
+    """First pass. Grid: (tiles * num_kv_heads, num_splits), or the one of balanced.py if BALANCED.
 
     query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
     partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B] or None, q_offset a
     number, a [B] pointer or None, kv_starts [B] or None, kv_offset like q_offset, page_table empty or (pointer,
     stride_b, num_pages), block_lists empty or as in block_lists.py, key_scales and value_scales empty, (number,),
-    (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None. NUM_LIVE and NUM_FULL
-    count the intervals that kv_bounds uses. The mask is evaluated in every block that is not proven full. SHARED: a
-    value is the first columns of its key. PAIRED is the dtype of a quantised cache if its columns are loaded two by
-    two, as int16. UNIT_OUT: stride_od is 1. KEY_PRODUCT and VALUE_PRODUCT are the dtypes in which the query meets keys,
-    and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the columns of values are computed in parts of
-    BLOCK_DV.
+    (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None.
+
+    Packed queries have cu_seqlens_q [B + 1], query [T, Hq, D], out [T, Hq, Dv] and lse [T, Hq]; num_queries is T, and
+    row_range says which sequences take part. Packed keys have cu_seqlens_k [B + 1], also as the one element of
+    page_table, key [1, Hkv, Tk, D] and value [1, Hkv, Tk, Dv]. first_place counts the tiles of partial results that
+    belong to another launch.
+
+    NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is evaluated in every block that is not
+    proven full. SHARED: a value is the first columns of its key. PAIRED is the dtype of a quantised cache if its
+    columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1. KEY_PRODUCT and VALUE_PRODUCT are the dtypes in
+    which the query meets keys, and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the columns of values
+    are computed in parts of BLOCK_DV.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def find_pages(page_table, b, start_n, spans, C: tl.constexpr):
-    """The row of the first key of sequence `b`."""
+    """The row of the first key of sequence `b`. If it is past the last row, the sequence has no keys."""
     return (tl.maximum(tl.load(page_table[0] + b), 0),)
 
 

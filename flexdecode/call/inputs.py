@@ -33,7 +33,7 @@ class DecodeOptions:
         backend: `triton` (generated kernel) or `torch` (the traced graph in PyTorch operations). The default is
             `triton` for CUDA tensors and `torch` for CPU tensors.
         num_splits: how many programs share the KV cache of one head. With the balanced schedule, how many share the
-            whole cache (for each tile of query rows, if a KV head has several). The default fills the GPU.
+            whole cache. The default fills the GPU.
         block_n: keys per step of the kernel, a power of two from 16.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
@@ -227,9 +227,10 @@ def same_for_all(numbers: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor |
 
 
 def per_sequence(lengths: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
-    """As `same_for_all`, but a number also becomes a tensor [B]."""
+    """As `same_for_all`, but a number also becomes a tensor [B]. One that is too large for all queries stays so."""
     lengths = same_for_all(lengths, query, cu_seqlens_q)
     if type(lengths) is int and isinstance(query, torch.Tensor):
+        lengths = max(-(1 << 31), min(lengths, 1 << 31))
         place = "cpu" if query.is_meta else query.device  # `explain` reads the lengths
         return torch.full((_batch(query, cu_seqlens_q),), lengths, dtype=torch.int64, device=place)
     return lengths
@@ -292,6 +293,18 @@ def as_kv_starts(starts: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | 
     starts = same_for_all(starts, query, cu_seqlens_q)
     starts = min(max(starts, 0), MAX_KV_LEN) if type(starts) is int else starts
     return per_sequence(starts, query, cu_seqlens_q)
+
+
+def as_q_offset(offset: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
+    """As `same_for_all`. A number is checked here, because a plan does not depend on it.
+
+    Raises:
+        ValueError: a number does not fit into int64.
+    """
+    offset = same_for_all(offset, query, cu_seqlens_q)
+    if type(offset) is int and not -(1 << 63) <= offset < 1 << 63:
+        raise ValueError(f"`q_offset` must fit into int64, got {offset}")
+    return offset
 
 
 def as_kv_offset(offset: Any, query: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> Any:
@@ -576,8 +589,6 @@ def _check_positions(name: str, positions: object, inputs: Inputs) -> None:
         raise TypeError(f"`{name}` must be an integer or an integer tensor [B], got {type(positions).__name__}")
     if isinstance(positions, torch.Tensor):
         _check_per_sequence(name, positions, inputs)
-    elif positions is not None and not -(1 << 63) <= positions < 1 << 63:
-        raise ValueError(f"`{name}` must fit into int64, got {positions}")
 
 
 def _check_cache_scale(name: str, scale: object, of: str, inputs: Inputs) -> None:

@@ -31,6 +31,6 @@ def check_ascending(name: str, cu_seqlens: torch.Tensor) -> None:
         at = int(falls[0])
         before, after = cu_seqlens[at : at + 2].tolist()
         raise ValueError(
-            f"`{name}` must ascend, got {before} and then {after} at entry {at + 1}: it holds 0 and then the running "
+            f"`{name}` must ascend, got {before} and then {after} at entry {at + 1}: it holds the running "
             "total of the lengths"
         )

@@ -220,7 +220,7 @@ def find_parts(
         busy = max(min(batch, tokens), -(-group * tokens // block_m))
         return Part(block_m, batch + group * tokens // block_m + 1, busy, is_prompt=is_prompt)
 
-    longest = min(tokens, tokens if sizes.max_q_len is None else sizes.max_q_len)
+    longest = tokens if sizes.max_q_len is None else min(tokens, sizes.max_q_len)
     if sizes.max_q_len is None and tokens <= batch:
         longest = 1  # one token for each sequence, most likely
     few = group * longest <= LARGE_ROWS
@@ -335,7 +335,7 @@ def _is_balanced(
     if options.schedule is not None or options.num_splits is not None or options.batch_invariant or is_bounded:
         return options.schedule == "balanced"
     return (
-        not signature.kind("kv_lens") is signature.kind("kv_starts") is signature.kind("cu_seqlens_k") is None
+        any(signature.kind(name) is not None for name in ("kv_lens", "kv_starts", "cu_seqlens_k"))
         and sizes.batch > 1
         and total_bytes >= BALANCED_BYTES
         and sizes.max_kv_len >= BALANCED_LENGTH

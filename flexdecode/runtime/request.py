@@ -14,6 +14,7 @@ from ..call.inputs import (
     as_hint,
     as_kv_offset,
     as_kv_starts,
+    as_q_offset,
     as_scale,
     check_inputs,
     per_sequence,
@@ -77,7 +78,7 @@ def read_request(
     if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
         of = query, cu_seqlens_q
         inputs = Inputs(
-            query, key, value, same_for_all(kv_lens, *of), per_sequence(q_lens, *of), same_for_all(q_offset, *of),
+            query, key, value, same_for_all(kv_lens, *of), per_sequence(q_lens, *of), as_q_offset(q_offset, *of),
             page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, cu_seqlens_q, cu_seqlens_k,
             as_kv_starts(kv_starts, *of), as_kv_offset(kv_offset, *of), *others,
         )  # fmt: skip

@@ -9,9 +9,10 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from flexdecode import DecodeOptions, clear_cache, mods
+from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
+from flexdecode.call import inputs
 from flexdecode.call.schedule import DeviceFacts
-from flexdecode.runtime import launch, prepare
+from flexdecode.runtime import launch, plan, prepare
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory by mprotect"),
@@ -89,5 +90,25 @@ def test_partial_results_of_packed_queries(kv_lens, chosen, monkeypatch):
     watched = Watched(monkeypatch)
     call = packed_cases.draw((70, 1, 9), kv_lens, Hq=4, Hkv=2, dtype=torch.float16, before=1, after=2)
     packed_cases.check(call, None, mods.causal(), options=DecodeOptions(backend="triton", block_n=16, **chosen))
+    clear_cache()
+    assert not watched.outside
+
+
+@pytest.mark.parametrize("chosen", [{"num_splits": 1}, {"num_splits": 2}, {"schedule": "balanced"}, {}], ids=str)
+@pytest.mark.parametrize("totals", [(0, 19, 2, 19), (0, 20, 0, 20), (7, 3, 30, -2), (9, 0, 0, 0)], ids=str)
+def test_totals_that_do_not_ascend(totals, chosen, monkeypatch):
+    """On a GPU they are not looked at. Some results mean nothing then, but nothing outside is accessed."""
+    monkeypatch.setattr(plan, "check_all_lens", lambda *_: None)
+    monkeypatch.setattr(inputs, "check_all_lens", lambda *_: None)
+    clear_cache()
+    watched = Watched(monkeypatch)
+    query, slopes = torch.randn(20, 8, 16), torch.randn(8)
+    key, out = torch.randn(3, 1, 40, 16), torch.empty(8, 20, 16).transpose(0, 1)
+    for hint in (None, 8):
+        flex_decode(
+            query, key, key, lambda s, b, h, q, k: s * slopes[h], mods.causal(), kv_lens=torch.tensor([40, 9, 30]),
+            cu_seqlens_q=torch.tensor(totals, dtype=torch.int32), max_q_len=hint, sinks=slopes, out=out,
+            return_lse=True, options=DecodeOptions(backend="triton", **chosen),
+        )  # fmt: skip
     clear_cache()
     assert not watched.outside

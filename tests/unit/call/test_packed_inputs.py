@@ -87,8 +87,8 @@ def test_totals_must_ascend(name, most):
     arguments = KEYS.arguments | {name: starts}
     flex_decode(KEYS.query, **arguments)
     for wrong, message in (
-        ([0, 2, 1, 7], "ascend, got 2 and then 1 at entry 2: it holds 0 and then the running total of the lengths"),
-        ([3, 2, 1, 0], "ascend, got 3 and then 2 at entry 1: it holds 0 and then the running total of the lengths"),
+        ([0, 2, 1, 7], "ascend, got 2 and then 1 at entry 2: it holds the running total of the lengths"),
+        ([3, 2, 1, 0], "ascend, got 3 and then 2 at entry 1: it holds the running total of the lengths"),
         ([0, 2, 2, 99], f"lie between 0 and {most}, got 0 to 99"),
         ([-1, 2, 2, 7], f"lie between 0 and {most}, got -1 to 7"),
         ([0, 2, 2, (1 << 31) - 1], f"lie between 0 and {most}, got 0 to 2147483647"),

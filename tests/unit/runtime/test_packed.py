@@ -270,3 +270,13 @@ def test_a_long_chunk_among_many_decodes_takes_little_memory():
     call = draw([1] * 40 + [1000] + [1] * 23, [3] * 64, Hq=1, Hkv=1)
     rows = eager._packed_rows(inputs_of(call))
     assert rows.live.numel() <= 4 * 1063
+
+
+def test_numbers_that_no_tensor_holds_are_refused_in_known_calls_too():
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 16, 8)
+    flex_decode(q, k, k, q_offset=3)
+    for wrong in (1 << 63, -(10**20)):
+        with pytest.raises(ValueError, match=f"`q_offset` must fit into int64, got {wrong}"):
+            flex_decode(q, k, k, q_offset=wrong)
+        with pytest.raises(ValueError, match="`q_lens` must lie between 0 and Q = 1"):
+            flex_decode(q, k, k, q_lens=wrong)
