@@ -19,6 +19,7 @@ from decode import (
     gdc_wait,
     kv_bounds,
     live_slots,
+    numbers,
     read_offset,
     read_start,
     read_tokens,
@@ -26,12 +27,6 @@ from decode import (
     tile_index,
     tiles_of,
 )
-
-
-@triton.jit
-def _numbers(SIZE: tl.constexpr):
-    """The numbers from 0 to SIZE."""
-    return tl.arange(0, SIZE)
 
 
 @triton.jit
@@ -88,7 +83,7 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
     zero = tl.zeros((), tl.int32)
     found, first, weight, total = zero, zero, zero, zero
     for chunk in tl.range(0, lengths.tokens.batch, C.BLOCK_B):
-        sequences = chunk + _numbers(C.BLOCK_B)
+        sequences = chunk + numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
         starts = total + _sums_before(weights)
         found_here, first_here, weight_here = _find_slot(slot, sequences, starts, weights)
@@ -121,7 +116,7 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     if C.MANY:
         _, _, _, total = _find_in_chunks(-1, call.lengths, call.captures, last_head, schedule, C)
     else:
-        sequences = _numbers(C.BLOCK_B)
+        sequences = numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, call.lengths, call.captures, last_head, schedule, C)
         starts = _sums_before(weights)
         total = tl.sum(weights, 0)

@@ -474,13 +474,19 @@ def tile_index(tokens, b, first, tile, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
+def numbers(SIZE: tl.constexpr):
+    """The numbers from 0 to SIZE."""
+    return tl.arange(0, SIZE)
+
+
+@triton.jit
 def find_sequence(tokens, number, FACTOR: tl.constexpr, DIVISOR: tl.constexpr):
     """The last sequence that starts at or before a number. The start is `FACTOR * tokens before it // DIVISOR`."""
     CHUNK: tl.constexpr = 256
     begin = read_total(tokens.cu_seqlens_q, 0, tokens.num_queries)
     found = tl.zeros((), tl.int32)
     for chunk in tl.range(0, tokens.batch, CHUNK):
-        b = chunk + 1 + tl.arange(0, CHUNK)
+        b = chunk + 1 + numbers(CHUNK)
         before = read_total(tokens.cu_seqlens_q, tl.minimum(b, tokens.batch), tokens.num_queries) - begin
         found += tl.sum(((b <= tokens.batch) & (FACTOR * before // DIVISOR <= number)).to(tl.int32), 0)
     return found

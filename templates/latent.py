@@ -1,6 +1,7 @@
 """Attention over latents on Hopper's tensor cores: this `attend_run` takes the place of the one in `decode.py`.
 
-It needs the loads of kv_descriptor.py. It also replaces the two functions of balanced.py that make layouts.
+It needs the loads of kv_descriptor.py. It also replaces two functions that need layouts, `numbers` and one of
+balanced.py.
 
 The file is written in Gluon, Triton's language with explicit layouts, because one tile of 64 rows fills a
 multiprocessor. The accumulator of 512 columns fills its registers. The query and two blocks of latents fill its shared
@@ -294,7 +295,7 @@ def _end_barriers(memory):
 
 
 @gluon.jit
-def _numbers(SIZE: gl.constexpr):
+def numbers(SIZE: gl.constexpr):
     """The numbers from 0 to SIZE, in the layout of the rows of a matrix."""
     return gl.arange(0, SIZE, gl.SliceLayout(1, gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])))
 

@@ -38,12 +38,16 @@ _compiled = {}  # what this process compiled already
 
 
 class Compiled(NamedTuple):
-    """Both passes of a call; `combine` is None where one split writes the output."""
+    """Both passes of a call; `combine` is None where one split writes the output.
+
+    `launches`: the specs and kernels of all launches of the first pass, of which `spec` and `split` are the last.
+    """
 
     spec: KernelSpec
     path: Path
     split: Any
     combine: Any
+    launches: list
 
     @property
     def passes(self):
@@ -67,7 +71,7 @@ def meta_lengths(B, dtype=torch.int32):
 
 def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None, **arguments):
     """Prepares a call as `flex_decode` does, for a device of `DEVICES`, and compiles its kernels."""
-    found = {}
+    found: dict = {"launches": []}
 
     def compile_only(module, spec, facts, combine):
         key = module.__file__, spec, facts, combine
@@ -76,6 +80,7 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
         found[combine] = _compiled[key]
         if not combine:
             found["spec"], found["path"] = spec, Path(module.__file__)
+            found["launches"].append((spec, found[False]))
 
     compiled.forget_kernels()
     return_lse = arguments.pop("return_lse", True)
@@ -87,7 +92,7 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
         options = options or DecodeOptions(backend="triton")
         prepare.prepare(Inputs(*inputs, **arguments), mods, return_lse, options, listed)
-    return Compiled(found["spec"], found["path"], found[False], found.get(True))
+    return Compiled(found["spec"], found["path"], found[False], found.get(True), found["launches"])
 
 
 def resources(kernel):
