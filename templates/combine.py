@@ -21,8 +21,9 @@ from decode import (
     tile_index,
 )
 
-# A row of the query: its sequence, its heads, its place among the tokens of the query, and its token of the sequence.
-Row = namedtuple("Row", "number kv_head head place token span")
+# A row of the query: its sequence (`batch` if it has none), its heads, its place among the tokens of the query, its
+# token of the sequence, and the tokens of the sequence.
+Row = namedtuple("Row", "b kv_head head place token span")
 # The partial results of a row: how many there are, where the first one lies, whether they are those of a small tile.
 Parts = namedtuple("Parts", "count first small")
 
@@ -32,10 +33,10 @@ def _packed_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl
     """The row with this number among the rows [T, Hq] of packed queries, or [B, Hkv, BLOCK_M] if OF_SMALL."""
     if OF_SMALL:
         lane = row % BLOCK_M
-        number = row // BLOCK_M // num_kv_heads
+        b = row // BLOCK_M // num_kv_heads
         kv_head = row // BLOCK_M % num_kv_heads
         head = kv_head * GROUP_SIZE + lane % GROUP_SIZE
-        span = read_tokens(tokens, number)
+        span = read_tokens(tokens, b)
         token = lane // GROUP_SIZE
         place = span.first + token
     else:
@@ -43,11 +44,11 @@ def _packed_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl
         head = row % (num_kv_heads * GROUP_SIZE)
         kv_head = head // GROUP_SIZE
         begin = read_total(tokens.cu_seqlens_q, 0, tokens.num_queries)
-        number = tl.where(place < begin, tokens.batch, find_sequence(tokens, place - begin, 1, 1))
-        span = read_tokens(tokens, number)
+        b = tl.where(place < begin, tokens.batch, find_sequence(tokens, place - begin, 1, 1))
+        span = read_tokens(tokens, b)
         token = place - span.first
-        token = tl.where((token < 0) & (number == tokens.batch), token + tokens.num_queries, token)
-    return Row(number, kv_head, head, place, token, span)
+        token = tl.where((token < 0) & (b == tokens.batch), token + tokens.num_queries, token)
+    return Row(b, kv_head, head, place, token, span)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _padded_row(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr):
 def _tile_of(row, tokens, num_kv_heads, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
     """The item and the lane of a row if tiles have BLOCK_M rows."""
     row_of_head = row.token * GROUP_SIZE + row.head % GROUP_SIZE
-    tile = tile_index(tokens, row.number, row.span.first, row_of_head // BLOCK_M, GROUP_SIZE, BLOCK_M)
+    tile = tile_index(tokens, row.b, row.span.first, row_of_head // BLOCK_M, GROUP_SIZE, BLOCK_M)
     return (tile * num_kv_heads + row.kv_head).to(tl.int64), row_of_head % BLOCK_M
 
 
@@ -80,7 +81,7 @@ def _parts_of_splits(
     first = (first_place + item * num_splits) * BLOCK_M + lane * num_splits
     small = tl.full((), True, tl.int1)
     if LARGE_M > 0 or OF_SMALL:
-        small = takes_part(tokens, row.number, GROUP_SIZE * row.span.count)
+        small = takes_part(tokens, row.b, GROUP_SIZE * row.span.count)
     if LARGE_M > 0:
         item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, LARGE_M)
         first = tl.where(small, first, (item * LARGE_M + lane) * large_splits)
@@ -96,7 +97,7 @@ def _parts_of_workers(
     GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The partial results of a row if workers have equal runs; `parts` if the row has a large tile."""
-    b = tl.minimum(row.number, tokens.batch - 1)
+    b = tl.minimum(row.b, tokens.batch - 1)
     item, lane = _tile_of(row, tokens, num_kv_heads, GROUP_SIZE, BLOCK_M)
     busy = parts.small & (kv_len > read_start(kv_starts, b, kv_len)) & (row.token >= 0) & (row.token < used)
     # The limits matter only if the running totals do not ascend. Then some items may have no worker.
@@ -172,8 +173,8 @@ def decode_combine(
         lse_row = row.place.to(tl.int64) * num_q_heads + row.head
     else:
         row = _padded_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE)
-        out_row = out + row.number.to(tl.int64) * stride_ob
-        lse_row = (row.number.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
+        out_row = out + row.b.to(tl.int64) * stride_ob
+        lse_row = (row.b.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
     out_row += row.head.to(tl.int64) * stride_oh + row.place.to(tl.int64) * stride_om
     parts = _parts_of_splits(
         row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL
@@ -183,20 +184,21 @@ def decode_combine(
         gdc_launch_dependents()
     used = row.span.used
     if q_lens is not None:
-        used = read_length(q_lens, row.number, num_queries)
+        used = read_length(q_lens, row.b, num_queries)
     if BALANCED:
-        b = tl.minimum(row.number, batch - 1)
+        b = tl.minimum(row.b, batch - 1)
         kv_len = count_keys(kv_lens, cu_seqlens_k, b, max_kv_len)
         parts = _parts_of_workers(
             row, used, parts, tokens, item_parts, kv_len, kv_starts, num_kv_heads, first_place, num_splits, GROUP_SIZE,
             BLOCK_M,
         )  # fmt: skip
-    # One part is not merged: the first pass has written the output.
+    # Where rows differ, those with one part are not merged: the first pass has written the output.
+    ALIKE: tl.constexpr = not BALANCED and LARGE_M == 0 and not OF_SMALL
     count = parts.count
     if OF_SMALL:
         lane = row.token * GROUP_SIZE + row.head % GROUP_SIZE
         count = tl.where(parts.small & (lane < GROUP_SIZE * row.span.count), count, 1)
-    if (not BALANCED and LARGE_M == 0 and not OF_SMALL) or count != 1:
+    if ALIKE or count != 1:
         acc, m_i, l_i = _merge(
             parts, partial_out, partial_max, partial_sum, offs_dv, V_HEAD_DIM, BLOCK_M, BLOCK_DV, BLOCK_S, BALANCED
         )

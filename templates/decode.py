@@ -42,11 +42,13 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-# What a kernel is compiled for. The docstring of `decode_split` says what each field is.
+# What a kernel is compiled for. The docstring of `decode_split` says what each field is. RAGGED: the numbers of query
+# tokens of the sequences differ, and are in memory. STARTED, SHIFTED: the call has kv_starts, kv_offset.
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL STARTED SHIFTED",
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL RAGGED "
+    "STARTED SHIFTED",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -787,14 +789,14 @@ def query_rows(item, lanes, tokens, C: tl.constexpr):
 @triton.jit
 def make_tile(item, rows, lengths, captures, C: tl.constexpr):
     """What mods see of a tile."""
-    b, h, tokens = item.b, rows.head[:, None], lengths.tokens
+    b, h = item.b, rows.head[:, None]
     kv_len = count_keys(lengths.kv_lens, lengths.cu_seqlens_k, b, lengths.max_kv_len)
     kv_start = read_start(lengths.kv_starts, b, kv_len)
     kv_offset = read_offset(lengths.kv_offset, b)
     # With one query token the whole tile has one position. It is a scalar, so bounds need no reduction over rows.
     offset = 0 if C.ONE_TOKEN else rows.token[:, None]
     counted = item.span.used
-    if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+    if C.RAGGED:
         counted = tl.maximum(counted, 1)
         offset = tl.minimum(offset, counted - 1)
     q_idx = first_position(lengths.q_offset, b, kv_len + kv_offset, counted) + offset
@@ -804,11 +806,11 @@ def make_tile(item, rows, lengths, captures, C: tl.constexpr):
 
 
 @triton.jit
-def share_of(item, runs, tokens, C: tl.constexpr):
+def share_of(item, runs, C: tl.constexpr):
     """The numbers (first, last) of the blocks in an item's share. Full blocks have lower numbers than partial ones."""
     first = 0
     last = runs.num_full + runs.num_partial
-    if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+    if C.RAGGED:
         last = tl.where(item.tile * C.BLOCK_M < C.GROUP_SIZE * item.span.used, last, 0)
     if C.BALANCED:
         if last == item.parts:
@@ -848,7 +850,7 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C: tl.constexpr):
     if C.BALANCED or not C.SPLIT:  # in Triton 3.6, `whole` is not a constant in a group of warps
         if item.whole:
             used = None
-            if tokens.q_lens is not None or tokens.cu_seqlens_q is not None:
+            if C.RAGGED:
                 used = rows.token < item.span.used
             result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, used)
             out_row = row_start(outputs.out, outputs, item.b, rows)
@@ -904,7 +906,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
     start = kv_start(values.start, item.b, item.kv_head, values.steps)
     values = Cache(start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
-    if C.PDL and not C.BALANCED and call.lengths.tokens.cu_seqlens_q is None:
+    if C.PDL and not (C.BALANCED or C.RAGGED):
         gdc_wait()
         gdc_launch_dependents()
 
@@ -913,7 +915,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     q, q_rest, unit = load_query(row, call.queries, C)
     scale = scale * unit
     runs, spans = block_runs(tile, call.block_lists, call.captures, C)
-    first, last = share_of(item, runs, call.lengths.tokens, C)
+    first, last = share_of(item, runs, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
@@ -954,7 +956,7 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """Attends the share of one program: the share `program_id(1)` of an item."""
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
     tokens = call.lengths.tokens
-    if C.PDL and tokens.cu_seqlens_q is not None:
+    if C.PDL and C.RAGGED:  # the tokens of an item are in memory
         gdc_wait()
         gdc_launch_dependents()
     num_kv_heads = call.outputs.num_kv_heads
@@ -1016,7 +1018,7 @@ def decode_split(
     C: tl.constexpr = Constants(
         GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
         PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, KEY_PRODUCT, VALUE_PRODUCT, PRECISION,
-        PDL, kv_starts is not None, kv_offset is not None,
+        PDL, q_lens is not None or cu_seqlens_q is not None, kv_starts is not None, kv_offset is not None,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)

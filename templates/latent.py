@@ -334,14 +334,14 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     L: gl.constexpr = Layouts(SCORES, OUTPUT)
-    if C.PDL and not C.BALANCED and call.lengths.tokens.cu_seqlens_q is None:
+    if C.PDL and not (C.BALANCED or C.RAGGED):
         gdc_wait()
         gdc_launch_dependents()
 
     rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), call.lengths.tokens, C)
     tile = make_tile(item, rows, call.lengths, call.captures, C)
     runs, spans = block_runs(tile, call.block_lists, call.captures, C)
-    first, last = share_of(item, runs, call.lengths.tokens, C)
+    first, last = share_of(item, runs, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
     q_left = _load_query(call, item, 0, HALF, C, ROWS)

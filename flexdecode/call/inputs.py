@@ -112,7 +112,7 @@ class Inputs(NamedTuple):
     @property
     def table(self) -> torch.Tensor | None:
         """What says where the keys of a sequence lie: `page_table`, `cu_seqlens_k` or nothing."""
-        return self.page_table if self.cu_seqlens_k is None else self.cu_seqlens_k
+        return getattr(self, self.format.table)
 
     @property
     def capacity(self) -> int:

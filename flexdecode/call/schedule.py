@@ -85,12 +85,12 @@ class Loads(Enum):
 class Tiles:
     """The compile-time half of a schedule. Each value has its own kernel.
 
-    `split`: there are partial outputs and a combine pass. `loads`: how keys and
-    values are loaded. A key is loaded as `block_d` columns and then `block_r` columns (0 if there are no more). A head
-    of many columns is loaded as several parts of `block_d` columns of its key and `block_dv` columns of its value.
-    `shared`: the first columns of a key are its value. `paired`: the columns of a quantised cache are loaded two by
-    two. `balanced`: all work is divided into equal runs. This needs the number of blocks of every sequence. The kernel
-    counts them for all sequences at once, or, if `many`, for `block_b` sequences per step.
+    `split`: there are partial outputs and a combine pass. `loads`: how keys and values are loaded. A key is loaded as
+    `block_d` columns and then `block_r` columns (0 if there are no more). A head of many columns is loaded as several
+    parts of `block_d` columns of its key and `block_dv` columns of its value. `shared`: the first columns of a key are
+    its value. `paired`: the columns of a quantised cache are loaded two by two. `balanced`: all work is divided into
+    equal runs. This needs the number of blocks of every sequence. The kernel counts them for all sequences at once, or,
+    if `many`, for `block_b` sequences per step.
     """
 
     block_m: int
@@ -230,7 +230,7 @@ def find_parts(
         return (all_sequences(min(max(16, next_power_of_2(group * longest)), most), False),)
     if batch == 1 and not options.batch_invariant:
         return (all_sequences(large, True),)
-    # `batch_invariant`: the sizes of the tiles may not depend on the other sequences.
+    # With `batch_invariant`, these sizes may not depend on the other sequences.
     small = min(max(16, next_power_of_2(group * FEW_TOKENS)), most, large // 2)
     tiles = group * tokens // large
     return (

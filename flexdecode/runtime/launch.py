@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,9 @@ class LaunchForm:
         self.described: tuple[tuple, tuple] = (), ()
 
 
+Pick = Callable[[list], tuple]  # the arguments of a second pass, from those of a first pass
+
+
 class FirstPass:
     """One launch of the first pass on tensors of one layout: everything but addresses and captured values is prepared.
 
@@ -125,8 +128,8 @@ class FirstPass:
             max_weight,
         ]  # fmt: skip
 
-    def launch(self, call: Call, stream: int, workspace: tuple | None) -> list:
-        """Launches the pass and returns its arguments."""
+    def launch(self, call: Call, stream: int, workspace: tuple | None, pick: Pick | None = None) -> tuple | None:
+        """Launches the pass. Returns those of its arguments that `pick` takes."""
         form = self.form
         arguments = self.arguments.copy()
         if workspace is not None:
@@ -137,14 +140,14 @@ class FirstPass:
             arguments[place] = tensor.data_ptr() if form.on_gpu else tensor
         for place, value in form.values:
             arguments[place] = value(self, call)
+        picked = None if pick is None else pick(arguments)  # before each descriptor becomes several arguments
         if self.matrices is not None and form.on_gpu:
-            form.kernel.run(self.chosen.grid, stream, self._with_descriptors(arguments, call.inputs))
-        else:
-            form.kernel.run(self.chosen.grid, stream, arguments)
-        return arguments
+            arguments[DESCRIPTORS] = self._descriptors(call.inputs)
+        form.kernel.run(self.chosen.grid, stream, arguments)
+        return picked
 
-    def _with_descriptors(self, arguments: list, inputs: Inputs) -> list:
-        """The launch arguments with descriptors of both caches. Those of the last addresses are kept."""
+    def _descriptors(self, inputs: Inputs) -> tuple:
+        """The launch arguments for the descriptors of both caches. Those of the last addresses are kept."""
         assert self.matrices is not None
         key = inputs.key.data_ptr()
         addresses = key, key if self.latent else inputs.value.data_ptr()
@@ -157,9 +160,7 @@ class FirstPass:
             ]
             described = (addresses, self.matrices), self.form.kernel.run.encode_descriptors(*made)
             self.form.described = described
-        arguments = arguments.copy()
-        arguments[DESCRIPTORS] = described[1]
-        return arguments
+        return described[1]
 
 
 class TritonLauncher:
@@ -202,11 +203,13 @@ class TritonLauncher:
     def _launch(self, call: Call) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
         workspace = self._workspace(stream) if self.workspace_size else None
-        arguments = self.passes[0].launch(call, stream, workspace)
+        pick = None if self.combine is None else self.combine.pick
+        picked = self.passes[0].launch(call, stream, workspace, pick)
         for larger in self.passes[1:]:
             larger.launch(call, stream, workspace)
         if self.combine is not None:
-            self.combine.run(self.grid, stream, (*self.combine.pick(arguments), self.large_splits))
+            assert picked is not None
+            self.combine.run(self.grid, stream, (*picked, self.large_splits))
 
     def _workspace(self, stream: int) -> tuple:
         """Memory of the partial results: outputs, maxima, sums, parts of items. The next call on the stream reuses it.

@@ -164,8 +164,7 @@ class Plan:
             for name in LOOSE
             if isinstance(tensor := getattr(inputs, name), torch.Tensor) and tensor.stride(-1) != 1
         ]
-        others = ("kv_lens", "q_lens", "q_offset", "kv_offset", "max_q_len", "scale"), (torch.Tensor, bool, type(None))
-        self.numbers = [n for n, x in inputs._asdict().items() if n not in others[0] and not isinstance(x, others[1])]
+        self.numbers = [name for name in ("k_scale", "v_scale") if _is_number(getattr(inputs, name))]
 
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
         self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
@@ -223,6 +222,10 @@ class Plan:
                 self.checker(Call(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale))
             self.launcher(Call(inputs, out, lse, score_leaves, mask_leaves, scale, lists))
         return out if lse is None else (out, lse)
+
+
+def _is_number(scale: object) -> bool:
+    return scale is not None and not isinstance(scale, (torch.Tensor, bool))
 
 
 def check_captured_out(out: torch.Tensor, score_leaves: list, mask_leaves: list) -> None:

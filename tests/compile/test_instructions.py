@@ -8,7 +8,7 @@ import torch
 import triton
 from compile.compiling import DEVICES, assembly, compile_call, meta_inputs, meta_lengths
 
-from flexdecode import mods
+from flexdecode import DecodeOptions, mods
 from flexdecode.codegen.compile import compile_pass
 from flexdecode.codegen.template import read_template
 from flexdecode.triton_api import load_module
@@ -45,6 +45,29 @@ def test_no_memory_is_touched_before_the_wait(descriptors):
         assert wait
         assert not GLOBAL_ACCESS.search(before)
         assert GLOBAL_ACCESS.search(after)
+
+
+@pytest.mark.parametrize("options", [{"num_splits": 2}, {"schedule": "balanced"}], ids=str)
+@pytest.mark.parametrize("kind", ["q_lens", "positions", "packed", "packed keys"])
+def test_lengths_are_not_read_before_the_wait(kind, options):
+    """They say which rows and keys there are, and another kernel may still be writing them."""
+    query, key, value = meta_inputs(4, 16, 2, 3, 4096, 64)
+    lens = meta_lengths(4)
+    more = {
+        "q_lens": {"q_lens": lens, "kv_lens": lens},
+        "positions": {"kv_lens": lens, "kv_starts": lens, "kv_offset": lens},
+        "packed": {"cu_seqlens_q": meta_lengths(5), "kv_lens": lens},
+        "packed keys": {"cu_seqlens_q": meta_lengths(5), "cu_seqlens_k": meta_lengths(5)},
+    }[kind]
+    if "cu_seqlens_q" in more:
+        query = torch.empty(300, 16, 64, dtype=query.dtype, device="meta")
+    if "cu_seqlens_k" in more:
+        key, value = key[:1], value[:1]
+    options = DecodeOptions(backend="triton", **options)
+    call = compile_call("sm_90", (query, key, value), None, mods.causal(), options=options, **more)
+    for kernel in (*(kernel for _, kernel in call.launches), call.combine):
+        before, wait, _ = assembly(kernel).partition("griddepcontrol.wait")
+        assert wait and not GLOBAL_ACCESS.search(before)
 
 
 # --- Loads ------------------------------------------------------------------------------------------------------------
