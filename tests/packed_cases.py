@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -345,6 +346,32 @@ def check_cascade(lengths, heads, cap, device="cpu", options=None, dtype=torch.f
         **{name: x.cpu() for name, x in call.arguments.items()},
     )  # fmt: skip
     assert_close(out, lse, expected, yardstick(call, score_mod, mods.causal()))
+
+
+GRIDS = {
+    check_pytorch_varlen: PYTORCH_VARLEN,
+    check_flash_varlen: FLASH_VARLEN,
+    check_flash_kvcache: FLASH_KVCACHE,
+    check_unified: UNIFIED,
+    check_chunked_prefill: CHUNKED,
+    check_cascade: CASCADE,
+}
+
+
+class PeerCase(NamedTuple):
+    """A case of a grid of others, and what checks it."""
+
+    check: Callable
+    arguments: tuple
+
+    def __str__(self):
+        return f"{self.check.__name__.removeprefix('check_')}-{self.arguments}"
+
+
+def peer_cases(steps=None):
+    """Every case of the grids of others; with `steps` {check: step}, every `step`-th one of each grid."""
+    steps = steps or dict.fromkeys(GRIDS, 1)
+    return [PeerCase(check, arguments) for check, grid in GRIDS.items() for arguments in grid[:: steps[check]]]
 
 
 # --- Single properties ------------------------------------------------------------------------------------------------

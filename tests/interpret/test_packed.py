@@ -16,6 +16,15 @@ SCHEDULES = {
     "invariant": DecodeOptions(backend="triton", batch_invariant=True),
 }
 TURNS = list(zip(cases.GRID[::2], itertools.cycle(SCHEDULES), strict=False))
+STEPS = {
+    cases.check_pytorch_varlen: 4,
+    cases.check_flash_varlen: 11,
+    cases.check_flash_kvcache: 13,
+    cases.check_unified: 9,
+    cases.check_chunked_prefill: 5,
+    cases.check_cascade: 5,
+}
+PEER_TURNS = list(zip(cases.peer_cases(STEPS), itertools.cycle(SCHEDULES), strict=False))
 SMALL = {"Hq": 4, "Hkv": 2, "D": 16}
 
 
@@ -24,39 +33,9 @@ def test_grid(case, schedule):
     cases.check_case(case, options=SCHEDULES[schedule])
 
 
-def some(grid, step):
-    """Every `step`-th case of a grid, with schedules in turn."""
-    return [(case, name) for case, name in zip(grid[::step], itertools.cycle(SCHEDULES), strict=False)]
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.PYTORCH_VARLEN, 4), ids=str)
-def test_pytorch_varlen(arguments, schedule):
-    cases.check_pytorch_varlen(*arguments, options=SCHEDULES[schedule])
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.FLASH_VARLEN, 11), ids=str)
-def test_flash_varlen(arguments, schedule):
-    cases.check_flash_varlen(*arguments, options=SCHEDULES[schedule])
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.FLASH_KVCACHE, 13), ids=str)
-def test_flash_kvcache(arguments, schedule):
-    cases.check_flash_kvcache(*arguments, options=SCHEDULES[schedule])
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.UNIFIED, 9), ids=str)
-def test_unified(arguments, schedule):
-    cases.check_unified(*arguments, options=SCHEDULES[schedule])
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.CHUNKED, 5), ids=str)
-def test_chunked_prefill(arguments, schedule):
-    cases.check_chunked_prefill(*arguments, options=SCHEDULES[schedule])
-
-
-@pytest.mark.parametrize(("arguments", "schedule"), some(cases.CASCADE, 5), ids=str)
-def test_cascade(arguments, schedule):
-    cases.check_cascade(*arguments, options=SCHEDULES[schedule])
+@pytest.mark.parametrize(("case", "schedule"), PEER_TURNS, ids=str)
+def test_peers(case, schedule):
+    case.check(*case.arguments, options=SCHEDULES[schedule])
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "latent", "keys"])

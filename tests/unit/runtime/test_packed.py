@@ -35,34 +35,9 @@ def test_half_types(kind, dtype):
     cases.check(call, mods.softcap(2.0), mods.causal())
 
 
-@pytest.mark.parametrize("arguments", cases.PYTORCH_VARLEN, ids=str)
-def test_pytorch_varlen(arguments):
-    cases.check_pytorch_varlen(*arguments)
-
-
-@pytest.mark.parametrize("arguments", cases.FLASH_VARLEN, ids=str)
-def test_flash_varlen(arguments):
-    cases.check_flash_varlen(*arguments)
-
-
-@pytest.mark.parametrize("arguments", cases.FLASH_KVCACHE, ids=str)
-def test_flash_kvcache(arguments):
-    cases.check_flash_kvcache(*arguments)
-
-
-@pytest.mark.parametrize("arguments", cases.UNIFIED, ids=str)
-def test_unified(arguments):
-    cases.check_unified(*arguments)
-
-
-@pytest.mark.parametrize("arguments", cases.CHUNKED, ids=str)
-def test_chunked_prefill(arguments):
-    cases.check_chunked_prefill(*arguments)
-
-
-@pytest.mark.parametrize("arguments", cases.CASCADE, ids=str)
-def test_cascade(arguments):
-    cases.check_cascade(*arguments)
+@pytest.mark.parametrize("case", cases.peer_cases(), ids=str)
+def test_peers(case):
+    case.check(*case.arguments)
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
