@@ -27,6 +27,8 @@ MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may
 # Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
 WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
 WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
+# A float32 product is three products of tf32, so its operands fill the registers twice. For more columns they spill.
+FLOAT32_HEAD_DIM, FLOAT32_COLUMNS = 256, 256
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -251,7 +253,7 @@ def _most_rows(signature: Signature, facts: DeviceFacts, small: bool) -> int:
     if columns.wide:
         return 16
     if torch.float32 in signature.product_dtypes:
-        return 32
+        return 32 if columns.loaded <= FLOAT32_COLUMNS else 16
     return LARGE_ROWS if columns.block_dv <= 128 and not small and not _is_narrow(signature) else SMALL_ROWS
 
 
@@ -361,6 +363,11 @@ class _Columns(NamedTuple):
     tile_bytes: int
     wide: bool
 
+    @property
+    def loaded(self) -> int:
+        """Columns of a key and its value that a step has in registers."""
+        return self.block_d + self.block_r + self.block_dv
+
 
 @functools.lru_cache(maxsize=512)
 def _columns(signature: Signature, facts: DeviceFacts) -> _Columns:
@@ -373,12 +380,15 @@ def _columns(signature: Signature, facts: DeviceFacts) -> _Columns:
     kv_bytes, tile_bytes = (
         sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
     )
+    is_float32 = torch.float32 in signature.product_dtypes
     wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
+    if is_float32:
+        wide = max(signature.head_dim, signature.v_head_dim) > FLOAT32_HEAD_DIM
     # Sixteen keys have to fit into the shared memory. Narrow products beside large ones would spill registers.
     wide = wide or 16 * tile_bytes >= facts.shared_memory or (_is_narrow(signature) and block_d + block_dv > 256)
     if wide:
         block_r, shared = 0, False
-        block_d, block_dv = min(block_d, WIDE_BLOCK_D), min(block_dv, WIDE_BLOCK_DV)
+        block_d, block_dv = min(block_d, WIDE_BLOCK_D // (2 if is_float32 else 1)), min(block_dv, WIDE_BLOCK_DV)
     return _Columns(block_d, block_r, block_dv, shared, kv_bytes, tile_bytes, wide)
 
 
@@ -402,7 +412,8 @@ def _tiles(
     `crowded`: more programs than multiprocessors. `is_prompt`: as in `Part`.
     """
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
-    block_d, block_r, block_dv, shared, _, tile_bytes, wide = _columns(signature, facts)
+    columns = _columns(signature, facts)
+    block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
     # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded else loads
     paired = is_paired(signature, facts, options)
@@ -420,8 +431,16 @@ def _tiles(
             block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
         )
         block_n = min(block_n, 64) if is_bounded else block_n
-        if _is_narrow(signature):  # more keys would spill registers
-            block_n = min(block_n, 32 if is_float32 else 64)
+        # More keys would spill registers.
+        if is_float32 and (_is_narrow(signature) or columns.loaded > FLOAT32_COLUMNS):
+            block_n = min(block_n, 32)
+        elif _is_narrow(signature):
+            block_n = min(block_n, 64)
+        if block_m < SMALL_ROWS:
+            # Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too
+            # few for that, and each warp would hold a whole tile of keys.
+            block_dv = max(block_dv, 2 * block_m * (2 if paired else 1))
+            block_d = max(block_d, block_dv) if shared else block_d
     return Tiles(
         block_m,
         options.block_n or block_n,
@@ -509,7 +528,7 @@ def _pipeline(
     """
     stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not paired) else 3
     block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
-    if paired:
+    if paired and block_m < SMALL_ROWS:  # with more rows, the scores of more keys would spill registers
         block_n *= 1 if crowded and descriptors else 2
     # Seen in compiled kernels: shared memory holds stages - 1 tiles for pointer loads, half a tile or one tile more for
     # descriptors, and per row the query, the output and a few values per key.

@@ -23,6 +23,7 @@ CASES = {
     "balanced": {"D": 640, "options": BALANCED, **lengths()},
 }  # fmt: skip
 SPILLED = 256  # bytes of a thread: small beside what a step of so many columns loads
+SPILLED_LARGE = 384  # 256 columns of keys and of values
 
 
 def chosen():
@@ -59,18 +60,37 @@ def test_narrow_heads(D, Dv, device, dtype):
 def test_quantised_rows_of_any_size(D, Dv, stored):
     """Rows of an odd size are not loaded two columns at a time, and neither are those of few columns or over 576."""
     found = call("sm_90", D=D, Dv=Dv, N=512, stored=stored, scale="tokens", **lengths())
-    paired = (D, Dv) == (34, 18)
-    assert found.spec.tiles.paired == paired
-    # Paired loads take 256 keys a step, which spills where values have less than 64 columns.
-    assert paired or resources(found.split)[1] <= SPILLED + SPILLED_MORE
+    assert found.spec.tiles.paired == ((D, Dv) == (34, 18))
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
 
 
-@pytest.mark.parametrize(("D", "Dv"), [(512, 512), (576, 512), (512, 257)])
-def test_rows_of_float32_that_fill_a_small_shared_memory(D, Dv):
-    """They need more than the 64 KiB of gfx942 as a whole, and less than what the others have."""
-    found = call("gfx942", D=D, Dv=Dv, dtype=SINGLE)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("D", "Dv", "Q", "B"), [(512, 512, 1, 8), (576, 512, 16, 128), (512, 32, 16, 8), (16, 257, 1, 8)]
+)
+def test_large_rows_of_float32(D, Dv, Q, B, device):
+    """As a whole they would fill the registers, and some of them the shared memory."""
+    found = call(device, D=D, Dv=Dv, Q=Q, B=B, dtype=SINGLE, mod="alibi")
     assert found.spec.tiles.loads is Loads.WIDE
-    assert found.split.metadata.shared <= DEVICES["gfx942"].shared_memory and resources(found.split)[1] == 0
+    assert found.split.metadata.shared <= DEVICES[device].shared_memory
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
+
+
+def test_the_largest_whole_rows_of_float32():
+    for device in DEVICES:
+        found = call(device, D=256, Q=16, B=128, dtype=SINGLE)  # more programs than multiprocessors, many rows
+        assert found.spec.tiles.loads is not Loads.WIDE
+        assert resources(found.split)[1] <= SPILLED_LARGE + SPILLED_MORE
+
+
+@pytest.mark.parametrize(("device", "stored"), [("sm_80", None), ("sm_90", None), ("sm_90", E4M3), ("sm_100", INT8)])
+@pytest.mark.parametrize(("D", "Dv", "Q"), [(64, 16, 1), (128, 32, 16), (256, 16, 4)])
+def test_few_value_columns(D, Dv, Q, device, stored):
+    """The warps divide the columns of the output, not the rows, or each would hold all keys (7 kB spilled)."""
+    dtype, scales = (SINGLE, {}) if stored is None else (HALF, {"scale": "tokens", "stored": stored})
+    found = call(device, D=D, Dv=Dv, Q=Q, dtype=dtype, **scales, **lengths())
+    assert found.split.metadata.shared <= DEVICES[device].shared_memory
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
 
 
 def pairs():
@@ -110,6 +130,13 @@ def test_a_quantised_and_another_cache(types):
     found = compile_call("sm_90", (query, key.to(types[0]), value.to(types[1])), None, mods.causal(), **scales)
     assert not found.spec.tiles.paired
     assert resources(found.split)[1] <= 64 + SPILLED_MORE
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_quantised_cache_and_many_rows(D):
+    found = call("sm_90", D=D, Q=8, stored=E4M3, scale="tokens", **lengths())
+    assert found.spec.tiles.paired and found.spec.tiles.block_m == 64
+    assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
 
 
 def test_float8_without_scales_is_loaded_in_pairs():
