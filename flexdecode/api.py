@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
-from .call.schedule import DeviceFacts, forget_schedules
 from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache, PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
@@ -177,7 +177,6 @@ def clear_cache() -> None:
     """
     with lock:
         forget_memos()
-        forget_schedules()
         forget_kernels()
         forget_workspaces()
         reset()

@@ -65,9 +65,9 @@ class Bounded(dict):
     def add(self, key: Hashable, value: object) -> None:
         """Stores a value; the oldest entries make room."""
         with lock:
-            while len(self) >= self.limit and key not in self:
-                self.pop(next(iter(self)), None)
             self[key] = value
+            while len(self) > self.limit:
+                self.pop(next(iter(self)), None)
 
 
 def forget_memos() -> None:

@@ -24,34 +24,40 @@ class Matrix(NamedTuple):
     steps: tuple[int, int, int, int]
 
 
-def as_matrix(tensor: torch.Tensor, batch: int) -> Matrix | None:
+def as_matrix(tensor: torch.Tensor, strides: tuple[int, ...]) -> Matrix | None:
     """Describes `[B, H, N, D]` as a matrix in which every head is a rectangle; None if that is not possible.
 
     The bulk copy engine needs a base address and a pitch that are multiples of 16 bytes, and stride 1 in D.
+
+    Args:
+        tensor: of keys or values.
+        strides: of it, in elements; 0 over sequences that share one cache.
     """
-    b, num_heads, num_tokens, head_dim = tensor.shape
-    stride_b, stride_h, pitch, stride_d = tensor.stride()
-    itemsize = tensor.element_size()
-    if tensor.numel() == 0 or stride_d != 1 or pitch < head_dim:
+    batch, num_heads, num_tokens, head_dim = tensor.shape
+    stride_b, stride_h, pitch, stride_d = strides
+    if stride_d != 1 or head_dim < 16 or pitch < head_dim or not (batch and num_heads and num_tokens):
         return None
-    if tensor.data_ptr() % 16 or pitch * itemsize % 16 or head_dim < 16:
+    if tensor.data_ptr() % 16 or pitch * tensor.element_size() % 16:
         return None
-    sequence = divmod(stride_b if b == batch and b > 1 else 0, pitch)
-    head = divmod(stride_h if num_heads > 1 else 0, pitch)
-    rows, columns = (s * (b - 1) + h * (num_heads - 1) for s, h in zip(sequence, head, strict=True))
-    if columns + head_dim > pitch or rows + num_tokens >= 1 << 31:
+    rows_b, columns_b = divmod(stride_b if batch > 1 else 0, pitch)
+    rows_h, columns_h = divmod(stride_h if num_heads > 1 else 0, pitch)
+    rows = rows_b * (batch - 1) + rows_h * (num_heads - 1) + num_tokens
+    columns = columns_b * (batch - 1) + columns_h * (num_heads - 1) + head_dim
+    if columns > pitch or rows >= 1 << 31:
         return None
-    return Matrix(rows + num_tokens, columns + head_dim, pitch, (*sequence, *head))
+    return Matrix(rows, columns, pitch, (rows_b, columns_b, rows_h, columns_h))
 
 
-def as_matrices(key: torch.Tensor, value: torch.Tensor, batch: int) -> tuple[Matrix, Matrix] | None:
-    """Both caches as matrices, or None if one has no such form."""
-    widths = key.shape[3], value.shape[3]
-    if any(width & (width - 1) for width in widths):  # one box holds a row
+def as_matrices(
+    key: torch.Tensor, value: torch.Tensor, key_strides: tuple[int, ...], value_strides: tuple[int, ...]
+) -> tuple[Matrix, Matrix] | None:
+    """Both caches as matrices, or None if one has no such form; the strides as in `as_matrix`."""
+    shape, other_shape = key.shape, value.shape
+    if shape[3] & (shape[3] - 1) or other_shape[3] & (other_shape[3] - 1):  # one box holds a row
         return None
-    one = as_matrix(key, batch)
-    alike = (key.shape, key.stride(), key.dtype) == (value.shape, value.stride(), value.dtype)
-    other = one if alike and value.data_ptr() % 16 == 0 else as_matrix(value, batch)
+    one = as_matrix(key, key_strides)
+    alike = key_strides == value_strides and shape == other_shape and key.dtype == value.dtype
+    other = one if alike and value.data_ptr() % 16 == 0 else as_matrix(value, value_strides)
     return None if one is None or other is None else (one, other)
 
 

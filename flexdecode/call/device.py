@@ -6,11 +6,52 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .schedule import BYTES_PER_US, DeviceFacts
+from ..memos import hashed_once
+
+BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters to a schedule
+
+
+@hashed_once
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the schedule needs to know about a device.
+
+    Attributes:
+        backend: `cuda`, `hip`, or `cpu` for the interpreter.
+        arch: compute capability times 10 (90 for Hopper), or the name of an AMD architecture.
+        num_sms: multiprocessors.
+        shared_memory: bytes that one program may use.
+    """
+
+    backend: str
+    arch: int | str
+    num_sms: int
+    shared_memory: int
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel can start before the previous one has finished."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
+
+    @property
+    def can_unpack(self) -> bool:
+        """Whether the device converts pairs of float8 numbers."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether products are those of Hopper: four warps compute one product together."""
+        return self.backend == "cuda" and self.arch == 90
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether the device can copy tiles by tensor descriptors."""
+        return self.has_pdl
 
 
 def interpreting() -> bool:
@@ -84,7 +125,7 @@ def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | 
     """
     if chosen is not None and not isinstance(chosen, DeviceFacts) and chosen not in KNOWN_DEVICES:
         names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)
-        raise ValueError(f"`device` must be {names} or a flexdecode.call.schedule.DeviceFacts, got {chosen!r}")
+        raise ValueError(f"`device` must be {names} or a flexdecode.call.device.DeviceFacts, got {chosen!r}")
     if backend == "torch":
         return Target(f"{device}, by PyTorch operations", None, None)
     if chosen is None and device.type == "meta":

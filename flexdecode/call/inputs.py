@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Integral, Real
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +135,7 @@ class Inputs(NamedTuple):
     @property
     def batch(self) -> int:
         """Sequences of the call."""
-        return len(self.query) if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
     def num_q_heads(self) -> int:
@@ -193,9 +196,15 @@ class Inputs(NamedTuple):
         moved = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in self[3:])
         return Inputs._make([*self[:3], *moved])
 
-    def make_out(self) -> torch.Tensor:
-        """The tensor that the output is written to."""
-        return self.query.new_empty(self.out_shape) if self.out is None else self.out
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Strides of the output."""
+        return contiguous_strides(self.out_shape) if self.out is None else self.out.stride()
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor that has elements."""
+    return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1]
 
 
 class Sizes(NamedTuple):

@@ -81,9 +81,8 @@ def product_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> torch.dtype:
 
 def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
     """Makes the signature of checked inputs."""
-    query, key, value, out = inputs.query, inputs.key, inputs.value, inputs.make_out()
-    tensors = (query, key, value, out)
-    strides = all_strides(inputs, out.stride())
+    query, key, value = inputs.query, inputs.key, inputs.value
+    strides = all_strides(inputs)
     kinds = {name: kind_of(getattr(inputs, name)) for name in OPTIONAL}
     if kinds["kv_lens"] == NUMBER:  # it is the longest sequence, which a kernel always takes
         kinds["kv_lens"] = None
@@ -107,26 +106,22 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         and _in_pairs(key)
         and _in_pairs(value),
         return_lse=return_lse,
-        aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
+        aligned=all(t is None or t.data_ptr() % 16 == 0 for t in (query, key, value, inputs.out)),
         strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
     )
 
 
-def all_strides(inputs: Inputs, out_strides: tuple[int, ...]) -> tuple[int, ...]:
+def all_strides(inputs: Inputs) -> tuple[int, ...]:
     """The 16 strides of query, key, value and output, as the kernels take them.
 
     A packed query and its output have stride 0 over sequences.
     """
     caches = inputs.format.owners(inputs.batch, inputs.key)
-    query_strides = inputs.query.stride()
+    query, out = inputs.query.stride(), inputs.out_strides
     if inputs.packed:
-        query_strides, out_strides = ((0, h, t, d) for t, h, d in (query_strides, out_strides))
-    return (
-        *query_strides,
-        *kernel_strides(inputs.key, caches),
-        *kernel_strides(inputs.value, caches),
-        *out_strides,
-    )
+        (t, h, d), (out_t, out_h, out_d) = query, out
+        query, out = (0, h, t, d), (0, out_h, out_t, out_d)
+    return *query, *kernel_strides(inputs.key, caches), *kernel_strides(inputs.value, caches), *out
 
 
 def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:

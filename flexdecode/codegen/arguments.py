@@ -14,8 +14,8 @@ import torch
 
 from ..call.block_mask import BLOCK_LISTS_TYPES, BlockLists
 from ..call.inputs import Inputs
-from ..call.schedule import Tiles
 from ..call.signature import NUMBER, UNIT, Kind, Signature
+from ..call.tiles import Tiles
 
 TYPE_NAMES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -215,12 +215,14 @@ ARGUMENTS = (
     Argument(
         "page_table",
         lambda s: s.signature.format.types(_pointer(s.signature.kind(s.signature.format.table))),
-        value=lambda launch, call: call.inputs.format.arguments(call.inputs.key, call.inputs.table, launch.form.at),
+        value=lambda launch, call: launch.form.format.arguments(
+            call.inputs.key, getattr(call.inputs, launch.form.format.table), launch.form.at
+        ),
     ),
     Argument(
         "block_lists",
         lambda s: BLOCK_LISTS_TYPES if s.block_lists else (),
-        value=lambda launch, call: call.lists.arguments(*launch.listed),
+        value=lambda launch, call: call.lists.arguments(call.inputs.key.shape[1], *launch.form.listed),
     ),
     _scales("key_scales", "k_scale"),
     _scales("value_scales", "v_scale"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..call.schedule import DeviceFacts
+from ..call.device import DeviceFacts
 from ..call.signature import UNIT
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph

@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from ..analysis.proven import ProvenMods
-from ..call.schedule import DeviceFacts, Tiles
+from ..call.device import DeviceFacts
 from ..call.signature import Signature
+from ..call.tiles import Tiles
 from ..errors import CompileError
 from ..memos import counters, lock
 from ..triton_api import Launch, load_module, standalone_kernel

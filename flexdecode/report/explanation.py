@@ -13,13 +13,14 @@ import torch
 
 from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
-from ..call.device import Target, find_target, without_autocast
+from ..call.device import BYTES_PER_US, DeviceFacts, Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
-from ..call.schedule import BYTES_PER_US, DeviceFacts, Loads, Schedule
+from ..call.schedule import Schedule, Scheduler
 from ..call.signature import Signature, shares_storage
+from ..call.tiles import Loads
 from ..codegen.kernels import module_path, template_files
 from ..runtime.identity import Mod
-from ..runtime.prepare import choose_schedules, trace_call
+from ..runtime.prepare import allows_latents, trace_call
 from ..runtime.request import Request
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .mod_report import ModReport, report_mod
@@ -222,8 +223,11 @@ def _report(call: _Call, target: Target) -> Explanation:
     inputs, signature = call.inputs, call.signature
     schedule, source = None, None
     if target.facts is not None and not inputs.is_empty:
-        chosen = choose_schedules(signature, inputs.sizes, inputs, call.proven, target.facts, call.options)
-        schedule = chosen[0][0]
+        schedule = (
+            Scheduler(signature, call.proven, target.facts, call.options)
+            .choose(inputs, inputs.sizes, allows_latents())[0]
+            .schedule
+        )
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
     found = _find_step(call, schedule)
     step, unknown = (None, found) if isinstance(found, str) else (found, "")

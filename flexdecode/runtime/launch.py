@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..analysis.proven import ProvenMods
-from ..call.descriptor import Matrix, make_descriptor
+from ..call.descriptor import make_descriptor
 from ..call.inputs import Inputs, Sizes
-from ..call.schedule import Schedule
+from ..call.schedule import Launch
 from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, PLACES, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
 from ..codegen.compile import capture_types
 from ..codegen.kernels import Combine, Kernel
@@ -66,6 +66,9 @@ class LaunchForm:
     Attributes:
         at: gives what the kernel takes for a tensor: its address; in the interpreter, the tensor itself.
         tensors, values: the arguments that are read at each call: their places, and the functions that read them.
+        listed: what `BlockLists.arguments` needs besides the number of heads.
+        block_shape: keys of a block, and columns that a load of keys and of values reads.
+        dtypes: as descriptors read keys and values.
         absent: a list of arguments with None or an empty tuple in each place.
         read_score, read_mask: read what the mods capture.
         described: the last caches with descriptors (addresses, matrices), and the launch arguments for these.
@@ -74,8 +77,12 @@ class LaunchForm:
     def __init__(self, kernel: Kernel, spec: KernelSpec, proven: ProvenMods, on_gpu: bool) -> None:
         self.kernel = kernel
         self.spec = spec
-        self.listed = proven.listed
         self.on_gpu = on_gpu
+        signature, tiles = spec.signature, spec.tiles
+        self.listed = tiles.block_n, proven.listed, on_gpu, signature.kind("kv_offset") is not None
+        self.format, self.packed, self.latent = signature.format, signature.packed, tiles.latent
+        self.block_shape = tiles.block_n, tiles.key_columns, tiles.value_columns
+        self.dtypes = (signature.key_dtype, signature.value_dtype) if not tiles.paired else (torch.int16, torch.int16)
         self.at = _address if on_gpu else _itself
         self.read_score = CaptureReader(proven.score, on_gpu, spec.score_captures)
         self.read_mask = CaptureReader(proven.mask, on_gpu, spec.mask_captures)
@@ -97,31 +104,18 @@ class FirstPass:
         form: of its kernel.
         chosen: its schedule.
         arguments: in the order of `ARGUMENTS`; what a call gives is still missing.
-        listed: what `BlockLists.arguments` needs.
     """
 
-    def __init__(
-        self,
-        form: LaunchForm,
-        sizes: Sizes,
-        chosen: Schedule,
-        strides: tuple[int, ...],
-        matrices: tuple[Matrix, Matrix] | None,
-    ) -> None:
+    def __init__(self, form: LaunchForm, sizes: Sizes, launch: Launch) -> None:
         self.form = form
-        self.chosen = chosen
-        tiles = chosen.tiles
-        shifted = form.spec.signature.kind("kv_offset") is not None
-        self.listed = (sizes.num_kv_heads, tiles.block_n, form.listed, form.on_gpu, shifted)
+        chosen, strides, matrices = launch
+        # The kernel may have smaller tiles than were asked for.
+        self.chosen = chosen if form.spec.tiles is chosen.tiles else chosen._replace(tiles=form.spec.tiles)
+        self.grid = self.chosen.grid
         self.matrices = matrices
-        self.latent = tiles.latent
-        self.block_shape = (tiles.block_n, tiles.key_columns, tiles.value_columns)
-        self.dtypes = form.spec.signature.key_dtype, form.spec.signature.value_dtype
-        if tiles.paired:
-            self.dtypes = torch.int16, torch.int16
         steps = (strides[4:6], strides[8:10]) if matrices is None else (matrices[0].steps, matrices[1].steps)
         max_weight = max(1, (1 << 30) // max(chosen.num_items, 1))
-        row_range = chosen.row_range if form.spec.signature.packed else ()
+        row_range = chosen.row_range if form.packed else ()
         self.arguments = form.absent.copy()
         self.arguments[SAME] = [
             *strides[:4], steps[0], *strides[6:8], steps[1], *strides[10:], *sizes[:4], row_range, chosen.num_splits, 0,
@@ -143,23 +137,23 @@ class FirstPass:
         picked = None if pick is None else pick(arguments)  # before each descriptor becomes several arguments
         if self.matrices is not None and form.on_gpu:
             arguments[DESCRIPTORS] = self._descriptors(call.inputs)
-        form.kernel.run(self.chosen.grid, stream, arguments)
+        form.kernel.run(self.grid, stream, arguments)
         return picked
 
     def _descriptors(self, inputs: Inputs) -> tuple:
         """The launch arguments for the descriptors of both caches. Those of the last addresses are kept."""
         assert self.matrices is not None
-        key = inputs.key.data_ptr()
-        addresses = key, key if self.latent else inputs.value.data_ptr()
-        described = self.form.described
+        form, key = self.form, inputs.key.data_ptr()
+        addresses = key, key if form.latent else inputs.value.data_ptr()
+        described = form.described
         if described[0] != (addresses, self.matrices):
-            block_n, *widths = self.block_shape
+            block_n, *widths = form.block_shape
             made = [
                 make_descriptor(address, matrix, [block_n, width], dtype)
-                for address, matrix, width, dtype in zip(addresses, self.matrices, widths, self.dtypes, strict=True)
+                for address, matrix, width, dtype in zip(addresses, self.matrices, widths, form.dtypes, strict=True)
             ]
-            described = (addresses, self.matrices), self.form.kernel.run.encode_descriptors(*made)
-            self.form.described = described
+            described = (addresses, self.matrices), form.kernel.run.encode_descriptors(*made)
+            form.described = described
         return described[1]
 
 
@@ -168,9 +162,10 @@ class TritonLauncher:
 
     def __init__(self, passes: Sequence[FirstPass], combine: Combine | None, sizes: Sizes) -> None:
         """`passes`: one, or two of which the second one has the larger tiles."""
-        self.passes = passes
-        self.combine = combine
         first, last = passes[0], passes[-1]
+        self.first, self.large = first, passes[1:]
+        self.combine = combine
+        self.pick = None if combine is None else combine.pick
         signature = first.form.spec.signature
         self.on_gpu = first.form.on_gpu
         self.device = signature.device
@@ -203,10 +198,9 @@ class TritonLauncher:
     def _launch(self, call: Call) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
         workspace = self._workspace(stream) if self.workspace_size else None
-        pick = None if self.combine is None else self.combine.pick
-        picked = self.passes[0].launch(call, stream, workspace, pick)
-        for larger in self.passes[1:]:
-            larger.launch(call, stream, workspace)
+        picked = self.first.launch(call, stream, workspace, self.pick)
+        for large in self.large:
+            large.launch(call, stream, workspace)
         if self.combine is not None:
             assert picked is not None
             self.combine.run(self.grid, stream, (*picked, self.large_splits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from math import gcd
@@ -13,7 +12,7 @@ import torch
 from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
 from ..call.device import without_autocast
-from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale
+from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale, contiguous_strides
 from ..call.overlap import extent, share_memory
 from ..codegen.arguments import Call
 from ..errors import FlexDecodeError, IndexRangeError
@@ -86,10 +85,8 @@ def _any_tokens(query: tuple, v_head_dim: int, out: Any) -> tuple | None:
     if shape[-2 if len(shape) == 4 else 0] > MAX_QUERIES or math.prod(shape[:-1]) >= 1 << 31:
         return None
     if out is not None:
-        strides = [1]
-        for size in (v_head_dim, *shape[-2:0:-1]):
-            strides.insert(0, strides[0] * size)
-        if out.__class__ is not tuple or out[0] != (*shape[:-1], v_head_dim) or out[1] != tuple(strides):
+        whole = *shape[:-1], v_head_dim
+        if out.__class__ is not tuple or out[0] != whole or out[1] != contiguous_strides(whole):
             return None  # another `out` is checked
         out = out[2:]
     if len(shape) == 3:
@@ -171,7 +168,8 @@ class Plan:
 
     def launched_by(self, launcher: Launcher, inputs: Inputs) -> Plan:
         """The same plan for another length, or another number of query tokens."""
-        other = copy.copy(self)
+        other = Plan.__new__(Plan)
+        other.__dict__.update(self.__dict__)
         other.launcher, other.out_shape, other.extents, other.apart = launcher, inputs.out_shape, [], set()
         return other
 

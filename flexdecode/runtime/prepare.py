@@ -12,21 +12,11 @@ from ..analysis.bounds import find_bounds
 from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
-from ..call.descriptor import Matrix, as_matrices, as_matrix
-from ..call.device import device_facts
+from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
-from ..call.schedule import (
-    DeviceFacts,
-    Loads,
-    Schedule,
-    Tiles,
-    find_parts,
-    has_latent_kernel,
-    is_paired,
-    next_power_of_2,
-    schedule,
-)
-from ..call.signature import Signature, all_strides, describe, in_pairs
+from ..call.schedule import Scheduler
+from ..call.signature import Signature, describe
+from ..call.tiles import Tiles, next_power_of_2
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import Combine, find_combine, find_kernel
@@ -211,7 +201,7 @@ class Prepared:
         values, loaded, first, end = self.last
         if loaded is None or not first <= sizes.max_kv_len <= end or values != (score.proof_values, mask.proof_values):
             loaded, mask = self._reach(mods, sizes)
-        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes, self.traced.options), inputs), mask
+        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes), inputs), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and notes up to which length the result holds."""
@@ -237,7 +227,7 @@ class Prepared:
             self.num_proof_values = len(mask.proof_values)
         loaded = self.loaded.get(key)
         if loaded is None:
-            loaded = _Loaded(self.traced.proven(*key), self.traced.signature, self.facts)
+            loaded = _Loaded(self.traced, self.traced.proven(*key), self.facts)
             self.loaded[key] = loaded
         return loaded, mask
 
@@ -245,53 +235,52 @@ class Prepared:
 class _Loaded:
     """The kernels of one `ProvenMods`, by their tiles."""
 
-    def __init__(self, proven: ProvenMods, signature: Signature, facts: DeviceFacts) -> None:
+    def __init__(self, traced: Traced, proven: ProvenMods, facts: DeviceFacts) -> None:
         self.proven = proven
-        self.signature = signature
+        self.signature = traced.signature
         self.facts = facts
+        self.options = traced.options
+        self.scheduler = Scheduler(traced.signature, proven, facts, traced.options)
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
         self.combines: dict[tuple, Combine] = {}
 
-    def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> TritonLauncher:
+    def launcher(self, inputs: Inputs, sizes: Sizes) -> TritonLauncher:
         """Chooses schedules and finds the kernels.
 
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
-        proven, signature, facts = self.proven, self.signature, self.facts
         passes = []
-        for chosen, matrices in choose_schedules(signature, sizes, inputs, proven, facts, options):
+        for launch in self.scheduler.choose(inputs, sizes, allows_latents()):
+            tiles = launch.schedule.tiles
             try:
-                form = self.forms.get(chosen.tiles) or self._find(chosen.tiles, options)
+                form = self.forms.get(tiles) or self._find(tiles)
             except CompileError as error:
-                if not chosen.tiles.latent:
+                if not tiles.latent:
                     raise
                 _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
                 text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
-                return self.launcher(inputs, sizes, options)
-            if form.spec.tiles is not chosen.tiles:
-                chosen = replace(chosen, tiles=form.spec.tiles)
-            strides = all_strides(in_pairs(inputs) if chosen.tiles.paired else inputs, inputs.make_out().stride())
-            passes.append(FirstPass(form, sizes, chosen, strides, matrices))
+                return self.launcher(inputs, sizes)
+            passes.append(FirstPass(form, sizes, launch))
         return TritonLauncher(passes, self._combine(passes), sizes)
 
     def _combine(self, passes: list[FirstPass]) -> Combine | None:
         """The second pass for the partial results of the first passes; None if there are none."""
-        all_chosen = [one.chosen for one in passes]
-        if not any(chosen.tiles.split for chosen in all_chosen):
+        chosen, other = passes[0].chosen, passes[-1].chosen
+        first, large = chosen.tiles, None if len(passes) == 1 else other.tiles
+        if not (first.split or other.tiles.split):
             return None
-        block_s = max(chosen.block_s for chosen in all_chosen)
-        key = block_s, *(chosen.tiles for chosen in all_chosen)
+        block_s = max(chosen.block_s, other.block_s)
+        key = block_s, first, large
         found = self.combines.get(key)
         if found is None:
-            first, large = all_chosen[0].tiles, None if len(passes) == 1 else all_chosen[1].tiles
             spec = replace(passes[0].form.spec, tiles=replace(first, split=True), block_s=block_s)
             if large is not None:
                 spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
             found = self.combines[key] = find_combine(spec, self.facts)
         return found
 
-    def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
+    def _find(self, wanted: Tiles) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller tiles if that kernel is too large for the device."""
         proven, tiles = self.proven, wanted
         while True:
@@ -310,7 +299,7 @@ class _Loaded:
                 self.forms[wanted] = LaunchForm(kernel, spec, proven, self.facts.backend != "cpu")
                 return self.forms[wanted]
             except SharedMemoryError:
-                if tiles.latent or options.block_n or tiles.block_n <= 16:
+                if tiles.latent or self.options.block_n or tiles.block_n <= 16:
                     raise
                 tiles = replace(tiles, block_n=tiles.block_n // 2)
 
@@ -318,34 +307,9 @@ class _Loaded:
 _refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
 
 
-def choose_schedules(
-    signature: Signature, sizes: Sizes, inputs: Inputs, proven: ProvenMods, facts: DeviceFacts, options: DecodeOptions
-) -> list[tuple[Schedule, tuple[Matrix, Matrix] | None]]:
-    """Chooses the launches of the first pass, with the matrices of the caches for one that loads through descriptors.
-
-    The kernel for latents reads the keys through two descriptors.
-    """
-    owners, matrices, loads = inputs.format.owners(sizes.batch, inputs.key), None, Loads.POINTERS
-    # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids this.
-    # With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
-    if facts.has_descriptors and inputs.format.has_matrices and not (options.batch_invariant or proven.block_lists):
-        if has_latent_kernel(signature, sizes, facts, options) and not _refusals:
-            latents = as_matrix(inputs.key, owners)
-            matrices = None if latents is None else (latents, latents)
-            loads = Loads.LATENTS
-        # In blocks where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        if matrices is None and proven.num_full > 0:
-            seen = in_pairs(inputs) if is_paired(signature, facts, options) else inputs
-            matrices = as_matrices(seen.key, seen.value, owners)
-            loads = Loads.DESCRIPTORS
-    loads = Loads.POINTERS if matrices is None else loads
-    found = []
-    for part in find_parts(signature, sizes, facts, options, loads is Loads.LATENTS, proven.bounds.is_bounded):
-        chosen = schedule(
-            signature, sizes, facts, options, loads, proven.bounds.is_bounded, proven.fetches, part
-        )  # fmt: skip
-        found.append((chosen, matrices if chosen.tiles.descriptors else None))
-    return found
+def allows_latents() -> bool:
+    """Whether the kernel for latents can be tried."""
+    return not _refusals
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:

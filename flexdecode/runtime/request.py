@@ -78,9 +78,17 @@ def read_request(
     if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
         of = query, cu_seqlens_q
         inputs = Inputs(
-            query, key, value, same_for_all(kv_lens, *of), per_sequence(q_lens, *of), as_q_offset(q_offset, *of),
-            page_table, as_scale(k_scale, query), as_scale(v_scale, query), sinks, cu_seqlens_q, cu_seqlens_k,
-            as_kv_starts(kv_starts, *of), as_kv_offset(kv_offset, *of), *others,
+            query, key, value,
+            None if kv_lens is None else same_for_all(kv_lens, *of),
+            None if q_lens is None else per_sequence(q_lens, *of),
+            None if q_offset is None else as_q_offset(q_offset, *of),
+            page_table,
+            None if k_scale is None else as_scale(k_scale, query),
+            None if v_scale is None else as_scale(v_scale, query),
+            sinks, cu_seqlens_q, cu_seqlens_k,
+            None if kv_starts is None else as_kv_starts(kv_starts, *of),
+            None if kv_offset is None else as_kv_offset(kv_offset, *of),
+            *others,
         )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:

@@ -48,11 +48,17 @@ def run_request(
     """
     inputs, score, mask, lists, listed = request
     call = (
-        score.identity, mask.identity, *map(layout, _others(inputs)), _same_start(inputs.key, inputs.value), return_lse,
-        options, torch.is_grad_enabled(), listed,
+        score.identity, mask.identity, *[None if x is None else layout(x) for x in _others(inputs)],
+        _same_start(inputs.key, inputs.value), return_lse, options, torch.is_grad_enabled(), listed,
     )  # fmt: skip
     length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
-    lengths = (score.proof_values, mask.proof_values, inputs.max_q_len, *map(layout, _long(inputs)), length)
+    lengths = (
+        score.proof_values,
+        mask.proof_values,
+        inputs.max_q_len,
+        *[None if x is None else layout(x) for x in _long(inputs)],
+        length,
+    )
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     known = _calls.get(call)

@@ -13,8 +13,8 @@ import triton
 
 from flexdecode import DecodeOptions
 from flexdecode.analysis.proven import Listed
+from flexdecode.call.device import DeviceFacts
 from flexdecode.call.inputs import Inputs
-from flexdecode.call.schedule import DeviceFacts
 from flexdecode.codegen import kernels as compiled
 from flexdecode.codegen.arguments import KernelSpec
 from flexdecode.codegen.compile import compile_pass

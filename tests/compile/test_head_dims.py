@@ -8,7 +8,7 @@ from compile.compiling import DEVICES, FULL, SPILLED_MORE, assembly, compile_cal
 from compile.test_caches import BALANCED, E4M3, E5M2, INT8, call, lengths
 
 from flexdecode import mods
-from flexdecode.call.schedule import Loads
+from flexdecode.call.tiles import Loads
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = {

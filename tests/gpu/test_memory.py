@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexdecode import clear_cache
-from flexdecode.runtime import prepare
+from flexdecode.call.schedule import Scheduler
 from flexdecode.triton_api import has_gluon
 
 pytestmark = pytest.mark.gpu
@@ -19,13 +19,13 @@ def tiles(monkeypatch):
     """The tiles of the kernels that a test chooses."""
     made = []
 
-    def choose_schedules(*arguments, original=prepare.choose_schedules, **more):
-        passes = original(*arguments, **more)
-        made.extend(chosen.tiles for chosen, _ in passes)
-        return passes
+    def choose(*arguments, original=Scheduler.choose):
+        launches = original(*arguments)
+        made.extend(launch.schedule.tiles for launch in launches)
+        return launches
 
     clear_cache()
-    monkeypatch.setattr(prepare, "choose_schedules", choose_schedules)
+    monkeypatch.setattr(Scheduler, "choose", choose)
     yield made
     clear_cache()
 

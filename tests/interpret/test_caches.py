@@ -11,7 +11,8 @@ from support import MODS, assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import KVCache, PagedKVCache, clear_cache, flex_decode, mods
-from flexdecode.call.schedule import DeviceFacts
+from flexdecode.call.device import DeviceFacts
+from flexdecode.call.schedule import Scheduler
 from flexdecode.runtime import prepare
 
 B, HQ, HKV, N, D = 3, 4, 2, 48, 16
@@ -35,12 +36,13 @@ def chosen(monkeypatch):
     """The schedules of the plans that a test makes; none is known from before."""
     made = []
 
-    def schedule(*arguments, original=prepare.schedule, **more):
-        made.append(original(*arguments, **more))
-        return made[-1]
+    def choose(*arguments, original=Scheduler.choose):
+        launches = original(*arguments)
+        made.extend(launch.schedule for launch in launches)
+        return launches
 
     clear_cache()
-    monkeypatch.setattr(prepare, "schedule", schedule)
+    monkeypatch.setattr(Scheduler, "choose", choose)
     yield made
     clear_cache()
 
@@ -386,14 +388,14 @@ def test_balanced_batches(batch):
 @pytest.mark.parametrize("batch", [32, 33, 65])
 def test_more_sequences_than_are_summed_at_a_time(batch, monkeypatch):
     """The sums run over chunks of 32 sequences here, of 1024 in a large batch."""
-    original = prepare.schedule
 
-    def schedule(*arguments, **more):
-        found = original(*arguments, **more)
-        return replace(found, tiles=replace(found.tiles, block_b=32, many=batch > 32))
+    def choose(*arguments, original=Scheduler.choose):
+        (launch,) = original(*arguments)
+        tiles = replace(launch.schedule.tiles, block_b=32, many=batch > 32)
+        return [launch._replace(schedule=launch.schedule._replace(tiles=tiles))]
 
     clear_cache()
-    monkeypatch.setattr(prepare, "schedule", schedule)
+    monkeypatch.setattr(Scheduler, "choose", choose)
     lens = [0] * batch
     for b in (0, 30, 31, 32, 63, 64):
         if b < batch:

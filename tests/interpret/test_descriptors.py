@@ -7,7 +7,8 @@ from support import make_inputs
 
 import flexdecode
 from flexdecode.call.descriptor import as_matrices
-from flexdecode.call.schedule import DeviceFacts
+from flexdecode.call.device import DeviceFacts
+from flexdecode.call.signature import kernel_strides
 from flexdecode.codegen import kernels
 
 B, HQ, HKV, Q, N, D = 3, 4, 2, 2, 37, 16
@@ -33,7 +34,7 @@ def launches(monkeypatch):
                 TensorDescriptor(cache, [matrix.rows, matrix.columns], [matrix.pitch, 1], [spec.tiles.block_n, width])
                 for cache, matrix, width in zip(
                     (key, value),
-                    as_matrices(key, value, query.shape[0]),
+                    as_matrices(key, value, *(kernel_strides(cache, query.shape[0]) for cache in (key, value))),
                     (spec.tiles.block_d, spec.tiles.block_dv),
                     strict=True,
                 )

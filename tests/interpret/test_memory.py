@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
 from flexdecode.call import inputs
-from flexdecode.call.schedule import DeviceFacts
+from flexdecode.call.device import DeviceFacts
 from flexdecode.runtime import launch, plan, prepare
 
 pytestmark = [

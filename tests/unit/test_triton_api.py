@@ -13,8 +13,8 @@ import torch
 
 import flexdecode
 from flexdecode import api, triton_api
+from flexdecode.call.device import DeviceFacts
 from flexdecode.call.inputs import DecodeOptions, Inputs
-from flexdecode.call.schedule import DeviceFacts
 from flexdecode.codegen import kernels as compiled
 from flexdecode.errors import TritonVersionError
 from flexdecode.runtime.identity import identify
@@ -73,7 +73,7 @@ def test_a_prepared_call_keeps_the_machine_code_of_its_kernels():
     plan = prepare_a_call()
     gc.collect()
     assert FakeCompiled.loaded == 2  # both passes
-    kernel = plan.launcher.passes[0].form.kernel
+    kernel = plan.launcher.first.form.kernel
     kernel.run((3, 4), 5, ("query", "key"))
     ((grid, stream, function, arguments),) = kernel.run.compiled.launches
     assert (grid, stream, function) == ((3, 4, 1), 5, 1234)
@@ -83,7 +83,7 @@ def test_a_prepared_call_keeps_the_machine_code_of_its_kernels():
 def test_the_library_keeps_kernels_that_no_plan_holds():
     """A CUDA graph may launch them after the plan is gone."""
     plan = prepare_a_call()
-    kernel = weakref.ref(plan.launcher.passes[0].form.kernel.run.compiled)
+    kernel = weakref.ref(plan.launcher.first.form.kernel.run.compiled)
     del plan
     gc.collect()
     assert kernel() is not None

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import flexdecode
 from flexdecode import DecodeOptions, explain, flex_decode, mods
-from flexdecode.call.schedule import DeviceFacts
+from flexdecode.call.device import DeviceFacts
 from flexdecode.report.blocks import DEAD, FULL, PARTIAL
 from flexdecode.report.picture import COLOURS, MAX_COLUMNS, MAX_ROWS, cells
 
@@ -370,9 +370,7 @@ def test_errors_are_those_of_flex_decode():
 def test_errors_of_its_own():
     with pytest.raises(ValueError, match=r'`query` is on the meta device: say for which GPU, e.g. `device="H200"`'):
         explain(*meta_inputs())
-    with pytest.raises(
-        ValueError, match=r"`device` must be .H200. or a flexdecode.call.schedule.DeviceFacts, got 'H20'"
-    ):
+    with pytest.raises(ValueError, match=r"`device` must be .H200. or a flexdecode.call.device.DeviceFacts, got 'H20'"):
         explain(*meta_inputs(), device="H20")
     with pytest.raises(ValueError, match=r"`kv_lens` must lie between 0 and N = 4096"):
         report(kv_lens=torch.tensor([1, 5000]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
-from flexdecode.call.schedule import DeviceFacts
+from flexdecode.call.device import DeviceFacts
 from flexdecode.codegen.arguments import ARGUMENTS, DESCRIPTORS, SAME, SECOND_ARGUMENTS, WORKSPACE
 from flexdecode.codegen.template import read_template
 from flexdecode.runtime import prepare

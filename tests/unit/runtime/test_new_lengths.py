@@ -12,7 +12,7 @@ from support import MODS, assert_close_to_reference, make_inputs
 from flexdecode import DecodeOptions, cache_info, clear_cache, flex_decode, memos, mods
 from flexdecode.analysis import bounds, proofs
 from flexdecode.call import schedule
-from flexdecode.call.device import KNOWN_DEVICES
+from flexdecode.call.device import KNOWN_DEVICES, DeviceFacts
 from flexdecode.codegen.arguments import ARGUMENTS
 from flexdecode.runtime import launch, prepare, run
 from flexdecode.runtime.identity import identify
@@ -25,7 +25,7 @@ LENGTHS = max(1500, int(os.environ.get("FLEXDECODE_EXAMPLES", "0")))
 class Kernel:
     """Stands for a compiled kernel; remembers what it was compiled from."""
 
-    block_dv, of_small = 64, False
+    block_dv, of_small, pick = 64, False, None
 
     def __init__(self, *built_from):
         self.built_from = built_from
@@ -84,7 +84,7 @@ def numbers(launcher):
     """All that a launch depends on but addresses and captured values."""
     state = dict(vars(launcher))
     state["combine"] = state["combine"] and state["combine"].built_from
-    state["passes"] = [dict(vars(one)) for one in launcher.passes]
+    state["passes"] = [dict(vars(one)) for one in (state.pop("first"), *state.pop("large"))]
     for one in state["passes"]:
         form = one.pop("form")
         readers = (form.read_score, form.read_mask)
@@ -176,7 +176,7 @@ def test_a_growing_page_table(host):
         tables = torch.zeros(2, width, dtype=torch.int32)
         flex_decode(query(), pages, pages, kv_lens=lens, page_table=tables, options=TRITON)
     assert prepared() == 1 and len(host.kernels) <= 8
-    lengths = {launcher.passes[0].arguments[MAX_KV_LEN] for launcher in host.launched}
+    lengths = {launcher.first.arguments[MAX_KV_LEN] for launcher in host.launched}
     assert lengths == {16 * width for width in range(1, 200)}
 
 
@@ -218,7 +218,7 @@ def test_an_index_that_a_longer_sequence_leads_out_of_its_tensor(host):
     for length in (2999, 3000, 3001, 2998):
         kv = grown(length)
         flex_decode(query(), kv, kv, bias_of_the_table, options=TRITON)
-    checks = ["outside=True" in launcher.passes[0].form.kernel.built_from[2] for launcher in host.launched]
+    checks = ["outside=True" in launcher.first.form.kernel.built_from[2] for launcher in host.launched]
     assert checks == [False, False, True, False]
 
 
@@ -228,7 +228,7 @@ def test_a_proof_by_a_mask_is_not_carried_too_far(host):
     for length, window in ((2000, 3000), (4000, 3000), (5000, 3001), (6000, 3000), (8000, 3001)):
         kv = grown(length)
         flex_decode(query(), kv, kv, distance, mods.sliding_window(window), options=TRITON)
-        attending.append("outside=True" in host.launched[-1].passes[0].form.kernel.built_from[2])
+        attending.append("outside=True" in host.launched[-1].first.form.kernel.built_from[2])
     assert attending == [False, False, True, False, True]
 
 
@@ -268,7 +268,7 @@ def test_memory_of_proofs_by_a_mask(data):
 def test_a_reused_plan_is_a_fresh_one(data):
     """The same kernel and the same launch arguments, for shapes, strides, caches, captures and options at random."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        facts = data.draw(st.sampled_from([H200, schedule.DeviceFacts("cuda", 80, 108, 163 * 1024)]))
+        facts = data.draw(st.sampled_from([H200, DeviceFacts("cuda", 80, 108, 163 * 1024)]))
         host = Host(monkeypatch, facts)
         batch, heads, group, tokens = (data.draw(st.integers(1, most)) for most in (3, 2, 4, 3))
         dim = data.draw(st.sampled_from([16, 17, 40, 64, 128]))

@@ -1,0 +1,335 @@
+"""The tiles of a kernel: rows, keys and columns of a step, warps, and how keys and values are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from ..memos import hashed_once
+from ..triton_api import has_gluon
+from .device import DeviceFacts
+from .inputs import QUANTISED, DecodeOptions
+from .signature import Signature
+
+SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
+# Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
+WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
+WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
+# A float32 product is three products of tf32, so its operands fill the registers twice. For more columns they spill.
+FLOAT32_HEAD_DIM, FLOAT32_COLUMNS = 256, 256
+LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
+
+
+class Loads(Enum):
+    """How a kernel loads keys and values: the template files whose functions take the place of those of `decode.py`."""
+
+    POINTERS = ()
+    DESCRIPTORS = ("kv_descriptor.py",)
+    LATENTS = ("kv_descriptor.py", "latent.py")
+    WIDE = ("wide.py",)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@hashed_once
+@dataclass(frozen=True)
+class Tiles:
+    """The compile-time half of a schedule. Each value has its own kernel.
+
+    `split`: there are partial outputs and a combine pass. `loads`: how keys and values are loaded. A key is loaded as
+    `block_d` columns and then `block_r` columns (0 if there are no more). A head of many columns is loaded as several
+    parts of `block_d` columns of its key and `block_dv` columns of its value. `shared`: the first columns of a key are
+    its value. `paired`: the columns of a quantised cache are loaded two by two. `balanced`: all work is divided into
+    equal runs. This needs the number of blocks of every sequence. The kernel counts them for all sequences at once, or,
+    if `many`, for `block_b` sequences per step.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_r: int
+    block_dv: int
+    num_warps: int
+    num_stages: int
+    split: bool
+    loads: Loads
+    shared: bool = False
+    paired: bool = False
+    balanced: bool = False
+    block_b: int = 0
+    many: bool = False
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether keys and values are loaded through tensor descriptors."""
+        return self.loads in (Loads.DESCRIPTORS, Loads.LATENTS)
+
+    @property
+    def latent(self) -> bool:
+        """Whether this is the kernel of `templates/latent.py`."""
+        return self.loads is Loads.LATENTS
+
+    @property
+    def key_columns(self) -> int:
+        """Elements of a row that the first load of a key reads."""
+        return self.block_d // 2 if self.paired or self.latent else self.block_d
+
+    @property
+    def value_columns(self) -> int:
+        """Elements of a row that the load of a value reads; for latents, those that the last load of a key reads."""
+        if self.latent:
+            return self.block_r
+        return self.block_dv // 2 if self.paired else self.block_dv
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def most_rows(signature: Signature, facts: DeviceFacts, small: bool) -> int:
+    """Rows of the largest tile. Float32 products and wide values need many registers.
+
+    Args:
+        signature: of the call.
+        facts: of the device.
+        small: whether large tiles do not pay. If few keys are live, those of a small tile are fewer.
+    """
+    columns = find_columns(signature, facts)
+    if columns.wide:
+        return 16
+    if torch.float32 in signature.product_dtypes:
+        return 32 if columns.loaded <= FLOAT32_COLUMNS else 16
+    return LARGE_ROWS if columns.block_dv <= 128 and not small and not is_narrow(signature) else SMALL_ROWS
+
+
+class Use(NamedTuple):
+    """What tiles are for, as far as the sizes of a call decide it.
+
+    Attributes:
+        block_m: query rows of a tile.
+        is_prompt: whether many rows of a sequence read the same keys, so that products take longer than loads.
+        crowded: more programs than multiprocessors.
+        split, balanced, block_b, many: as in `Tiles`.
+    """
+
+    block_m: int
+    is_prompt: bool
+    crowded: bool
+    split: bool
+    balanced: bool
+    block_b: int
+    many: bool
+
+
+def find_tiles(
+    signature: Signature, facts: DeviceFacts, options: DecodeOptions, loads: Loads, use: Use, is_bounded: bool
+) -> Tiles:
+    """Chooses the tiles of a launch.
+
+    Args:
+        signature: of the call.
+        facts: of the device.
+        options: choices of the caller.
+        loads: how the caches can be loaded.
+        use: what the tiles are for.
+        is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
+    """
+    block_m, is_prompt, crowded, _, balanced, _, _ = use
+    is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
+    columns = find_columns(signature, facts)
+    block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
+    # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
+    loads = Loads.POINTERS if is_float32 and crowded else loads
+    paired = is_paired(signature, facts, options)
+    num_warps = 8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4
+    if wide:
+        # Triton pipelines the loop over the columns of a key. Without this loop it would keep whole values.
+        num_stages = 2 if signature.head_dim > block_d else 1
+        loads, block_n, num_warps = Loads.WIDE, 32 if is_float32 else 64, 8
+    elif latent:
+        block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
+    elif is_prompt and block_m >= SMALL_ROWS:
+        block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
+    else:
+        block_n, num_stages = _pipeline(
+            block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
+        )
+        block_n = min(block_n, 64) if is_bounded else block_n
+        # More keys would spill registers.
+        if is_float32 and (is_narrow(signature) or columns.loaded > FLOAT32_COLUMNS):
+            block_n = min(block_n, 32)
+        elif is_narrow(signature):
+            block_n = min(block_n, 64)
+        if block_m < SMALL_ROWS:
+            # Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too
+            # few for that, and each warp would hold a whole tile of keys.
+            block_dv = max(block_dv, 2 * block_m * (2 if paired else 1))
+            block_d = max(block_d, block_dv) if shared else block_d
+    return Tiles(
+        block_m,
+        options.block_n or block_n,
+        block_d,
+        block_r,
+        block_dv,
+        options.num_warps or num_warps,
+        options.num_stages or num_stages,
+        split=use.split,
+        loads=loads,
+        shared=shared,
+        paired=paired,
+        balanced=balanced,
+        block_b=use.block_b,
+        many=use.many,
+    )
+
+
+def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether the columns of a quantised cache are loaded two by two."""
+    # Whether a cache is pairable may depend on where in memory a sequence lies, so batch_invariant forbids it.
+    if not signature.pairable or not facts.can_unpack or options.batch_invariant:
+        return False
+    # A product takes at least 16 columns. A paired tile has two products of half the columns each.
+    columns = find_columns(signature, facts)
+    return columns.block_r == 0 and columns.block_d >= 32 and not columns.wide and not is_narrow(signature)
+
+
+def is_narrow(signature: Signature) -> bool:
+    """Whether keys or values have fewer columns than the smallest product, which takes 16."""
+    return min(signature.head_dim, signature.v_head_dim) < 16
+
+
+def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
+    """Whether `templates/latent.py` can compute calls: latents of 512 + 64 columns. It is for many query rows."""
+    widths = signature.shared_kv, signature.head_dim, signature.v_head_dim
+    return (
+        facts.has_warpgroups
+        and has_gluon()
+        and widths == (True, 576, 512)
+        and signature.key_dtype == signature.value_dtype == signature.dtype != torch.float32
+        and signature.kind("k_scale") is signature.kind("v_scale") is None
+        and signature.page_size % LATENT_BLOCK == 0
+        and options.num_warps is None
+        and options.num_stages is None
+        and options.block_n in (None, LATENT_BLOCK)
+    )
+
+
+class Columns(NamedTuple):
+    """What a signature says about the columns of tiles.
+
+    Attributes:
+        block_d, block_r, block_dv, shared: as in `Tiles`.
+        kv_bytes: bytes of one key and its value in memory.
+        tile_bytes: the same, where numbers are converted for the products.
+        wide: whether columns are computed in parts.
+    """
+
+    block_d: int
+    block_r: int
+    block_dv: int
+    shared: bool
+    kv_bytes: int
+    tile_bytes: int
+    wide: bool
+
+    @property
+    def loaded(self) -> int:
+        """Columns of a key and its value that a step has in registers."""
+        return self.block_d + self.block_r + self.block_dv
+
+
+def find_columns(signature: Signature, facts: DeviceFacts) -> Columns:
+    """Divides the columns of keys and values."""
+    block_d, block_r = _head_dim_blocks(signature.head_dim)
+    block_dv = max(16, next_power_of_2(signature.v_head_dim))
+    shared = signature.shared_kv and block_dv == block_d
+    columns = block_d + block_r, 0 if shared else block_dv
+    stored = signature.key_dtype, signature.value_dtype
+    tiled = [x if x in QUANTISED else y for x, y in zip(stored, signature.product_dtypes, strict=True)]
+    kv_bytes, tile_bytes = (
+        sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
+    )
+    is_float32 = torch.float32 in signature.product_dtypes
+    wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
+    if is_float32:
+        wide = max(signature.head_dim, signature.v_head_dim) > FLOAT32_HEAD_DIM
+    # Sixteen keys have to fit into the shared memory. Narrow products beside large ones would spill registers.
+    wide = wide or 16 * tile_bytes >= facts.shared_memory or (is_narrow(signature) and block_d + block_dv > 256)
+    if wide:
+        block_r, shared = 0, False
+        block_d, block_dv = min(block_d, WIDE_BLOCK_D // (2 if is_float32 else 1)), min(block_dv, WIDE_BLOCK_DV)
+    return Columns(block_d, block_r, block_dv, shared, kv_bytes, tile_bytes, wide)
+
+
+def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
+    """Columns of the first and the second load of a key, so that a large key is not padded to a power of two."""
+    whole = max(16, next_power_of_2(head_dim))
+    rest = head_dim - whole // 2
+    if whole <= 128 or rest > whole // 4:
+        return whole, 0
+    return whole // 2, max(16, next_power_of_2(rest))
+
+
+def _pipeline(
+    block_m: int,
+    kv_bytes: int,
+    is_float32: bool,
+    crowded: bool,
+    balanced: bool,
+    descriptors: bool,
+    paired: bool,
+    facts: DeviceFacts,
+) -> tuple[int, int]:
+    """Keys per step and pipeline depth.
+
+    With at most one program per multiprocessor, a deep pipeline keeps enough bytes in flight. If there are more
+    programs, each should use little shared memory: two of them can then share a multiprocessor, and one works while the
+    other starts or ends.
+
+    Args:
+        block_m: rows of a tile.
+        kv_bytes: bytes of one key and its value, as they are loaded.
+        is_float32: whether the inputs are float32.
+        crowded: more programs than multiprocessors.
+        balanced: whether the schedule is balanced, with two workers on each multiprocessor.
+        paired: whether the columns of a quantised cache are loaded two by two.
+        descriptors: KV loads through tensor descriptors.
+        facts: of the device.
+    """
+    stages = 2 if facts.backend == "hip" or (crowded and (descriptors or is_float32) and not paired) else 3
+    block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
+    if paired and block_m < SMALL_ROWS:  # with more rows, the scores of more keys would spill registers
+        block_n *= 1 if crowded and descriptors else 2
+    # Seen in compiled kernels: shared memory holds stages - 1 tiles for pointer loads, half a tile or one tile more for
+    # descriptors, and per row the query, the output and a few values per key.
+    tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
+    per_key = 8 if is_float32 else 2 if descriptors else 6
+    while block_n > 16:
+        needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
+        if needed <= facts.shared_memory:
+            break
+        if block_n == 64 and stages == 3:  # fewer stages rather than fewer keys: each step has a fixed cost
+            stages, tiles_kept = 2, tiles_kept - 1
+        else:
+            block_n //= 2
+    return block_n, stages
+
+
+def _prompt_pipeline(block_m: int, signature: Signature, kv_bytes: int, facts: DeviceFacts) -> tuple[int, int]:
+    """Keys per step and pipeline depth for tiles of a prompt: two groups of four warps take long steps, one short ones.
+
+    Measured on an H200: three stages keep the tensor cores busier than two with more programs.
+    """
+    block_n, stages = 128 if block_m > SMALL_ROWS else 64, 2 if facts.backend == "hip" else 3
+    query_bytes = block_m * signature.head_dim * signature.dtype.itemsize
+    while block_n > 16 and query_bytes + stages * block_n * kv_bytes > facts.shared_memory:
+        if block_n <= 64 and stages > 2:
+            stages = 2
+        else:
+            block_n //= 2
+    return block_n, stages
