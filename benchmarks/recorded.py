@@ -30,11 +30,11 @@ def check(output: torch.Tensor, expected: torch.Tensor, slack: float = 2.0) -> N
         raise SystemExit(f"wrong result: error {error:.2e}, rounding alone {rounding:.2e}")
 
 
-def page(document: dict, title: str, parts: Iterable[str]) -> str:
-    """The page of a run: a title with the hardware, its parts, and what it was measured on."""
+def page(document: dict, title: str, parts: Iterable[str], inputs: str = "Here all inputs are cold.") -> str:
+    """The page of a run: a title with the hardware, its parts, and what it was measured on, with which inputs."""
     hardware = document["environment"]["hardware"].split(",")[0]
     measured = "\n".join(f"- {name}: {text}" for name, text in document["environment"].items())
-    protocol = GPU_PROTOCOL.split(" The practical floor")[0] + " Here all inputs are cold."
+    protocol = GPU_PROTOCOL.split(" The practical floor")[0] + f" {inputs}"
     return "\n\n".join([f"# {title}: {hardware}", *parts, "## What was measured", measured, protocol]) + "\n"
 
 

@@ -170,7 +170,13 @@ class Prepared:
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device)
-            has_type = self.facts.backend == "cpu" or self.facts.can_unpack
+            interpreted = self.facts.backend == "cpu"
+            if interpreted and inputs.query.dtype == torch.bfloat16:
+                raise ValueError(
+                    "`query` is bfloat16, which Triton's interpreter computes wrongly: convert it to float16 or "
+                    'float32, or pass `options=DecodeOptions(backend="torch")`'
+                )
+            has_type = interpreted or self.facts.can_unpack
             stored = traced.signature.key_dtype, traced.signature.value_dtype
             if torch.float8_e4m3fn in stored and not has_type:
                 raise ValueError(

@@ -21,6 +21,11 @@ def inputs(**how):
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
+def test_bfloat16_is_refused_where_it_would_be_wrong():
+    with pytest.raises(ValueError, match="`query` is bfloat16, which Triton's interpreter computes wrongly"):
+        decode(*inputs(dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("scale", [None, 1.0, 0.0, -0.5, 2, 1e-4])
 def test_scale(scale):
     check_decode(*inputs(), mods.softcap(3.0), scale=scale)
