@@ -15,6 +15,7 @@ from .errors import FlexDecodeError as FlexDecodeError
 from .errors import TraceError as TraceError
 from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
+from .integrations import ops as _ops  # noqa: F401 (registers the custom ops, which exported programs name)
 from .kv.kv_cache import KVCache as KVCache
 from .kv.kv_cache import OutOfPagesError as OutOfPagesError
 from .kv.kv_cache import PagedKVCache as PagedKVCache

@@ -5,10 +5,12 @@ Wrong tensors and options raise `ValueError` or `TypeError`; a mod that cannot b
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from traceback import walk_stack, walk_tb
 from types import TracebackType
 from typing import Any
@@ -69,6 +71,8 @@ def user_line(traceback: TracebackType | None = None) -> str:
     Args:
         traceback: where an exception came from; by default the stack of the caller.
     """
+    if lines.known:
+        return lines.known
     steps = walk_stack(sys._getframe(1)) if traceback is None else reversed(list(walk_tb(traceback)))
     for frame, line in steps:
         name = frame.f_code.co_filename
@@ -77,6 +81,24 @@ def user_line(traceback: TracebackType | None = None) -> str:
             where = f"{name}:{line}, in {frame.f_code.co_name}"
             return f"{where}: {text}" if text else where
     return "<unknown line>"
+
+
+class _Lines(threading.local):
+    """The user's line, where it is known otherwise than from the stack: while a recorded mod is replayed."""
+
+    known = ""
+
+    @contextlib.contextmanager
+    def at(self, line: str) -> Iterator[None]:
+        """Errors of this thread name `line`."""
+        before, self.known = self.known, line
+        try:
+            yield
+        finally:
+            self.known = before
+
+
+lines = _Lines()
 
 
 class _Raised(threading.local):

@@ -31,6 +31,11 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # captured tensors may have t
 DTYPES = (*INT_LIMITS, *FLOATS)
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type that a mod sees for values stored as `dtype`: float32 for half and float8 types."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+
+
 @dataclass(frozen=True)
 class Op:
     """One elementwise operation.

@@ -18,7 +18,7 @@ from ..errors import TraceError, UnsupportedOpError, at_user_line
 from .build import check_constant, remake, sources
 from .captures import Reads
 from .graph import Node, Source, const, loops_around, rewrite, topological
-from .ops import DTYPES, FLOAT8
+from .ops import DTYPES, FLOAT8, widened
 
 _NO_BRANCH = (
     "A mod is traced, so it cannot branch on a value: use torch.where(cond, a, b) for if/else, `&`, `|`, `~` for "
@@ -133,14 +133,14 @@ class TraceContext:
         return Symbol(self, shape, lambda index: Node("load", index, dtype, leaf), dtype, (True,) * value.ndim)
 
     def _widened(self, dtype: torch.dtype) -> torch.dtype:
-        """The type that a mod sees for values stored as `dtype`: float32 for half and float8 types."""
+        """The type that a mod sees for values stored as `dtype`."""
         if dtype not in (*DTYPES, *FLOAT8):
             raise at_user_line(
                 UnsupportedOpError,
                 f"a captured tensor of {dtype} cannot be read in a {self.kind}",
                 "Convert it outside the mod, e.g. with .float() or .long().",
             )
-        return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+        return widened(dtype)
 
     def _size(self, source: Source, size: int) -> Node:
         if source in self.constants:

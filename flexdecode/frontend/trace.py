@@ -37,7 +37,7 @@ class Traced:
     constants: frozenset[Source]
 
 
-class _TraceMode(TorchFunctionMode):
+class TraceMode(TorchFunctionMode):
     """Sends every PyTorch call inside a mod to the table of `torch_functions`."""
 
     def __init__(self, context: TraceContext) -> None:
@@ -96,7 +96,7 @@ class _Tracer(NamedTuple):
             context = TraceContext(self.kind, [*self.leaves], self.device, constants, tf, self.reads)
             numbers = {i: context.number(Source(i)) for i in symbolic if Source(i) not in constants}
             try:
-                output = _call(copy_for_trace(self.mod, numbers, self.reads), context)
+                output = run_mod(copy_for_trace(self.mod, numbers, self.reads), context)
                 frozen = [tensor.to(self.device) for tensor in context.frozen]
                 return _Run(Graph.build(output, context.tensor_types, frozen), output, constants, context)
             except Consumed as consumed:
@@ -131,13 +131,19 @@ class _Tracer(NamedTuple):
         return Traced(run.graph, run.constants | {Source(n) for n in numbers if n not in kept})
 
 
-def _call(mod: Callable, context: TraceContext) -> Node:
+def run_mod(mod: Callable, context: TraceContext) -> Node:
+    """Runs a mod on symbols; gives the node of its result.
+
+    Raises:
+        TraceError: the mod raised, or gave no score or mask.
+        Consumed: it asked for the value of a captured number.
+    """
     arguments = [Node("index", (), torch.int64, name) for name in INDEX_NAMES]
     if context.kind == "score_mod":
         arguments.insert(0, Node("score", (), torch.float32))
     raised.error = None
     try:
-        with _as_it_was_written(), _TraceMode(context):
+        with _as_it_was_written(), TraceMode(context):
             result = mod(*map(context.scalar, arguments))
         if raised.error is not None:  # an `except` of the mod caught it
             raise raised.error

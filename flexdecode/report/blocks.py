@@ -18,10 +18,9 @@ from ..analysis.proven import ProvenMods
 from ..call.inputs import Sizes
 from ..call.schedule import Schedule
 from ..call.signature import Signature
-from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph, Node, topological
 from ..runtime.eager import evaluate
-from ..runtime.identity import Mod
+from ..runtime.identity import Mod, names_of
 
 UNUSED, DEAD, PARTIAL, FULL = range(4)  # states: outside the sequence, masked out, mask evaluated, mask not needed
 
@@ -254,7 +253,7 @@ def _in_memory(graph: Graph | None, mod: Mod, region: Region, device: torch.devi
     needed |= {graph.numbers[node.attr].leaf for node in nodes if node.op == "number" and not node.weak}
     for leaf in needed:
         if leaf >= 0 and leaves[leaf].is_meta:
-            return leaf_names(mod.function, mod.followed)[leaf]
+            return names_of(mod)[leaf]
         if leaf >= 0:
             leaves[leaf] = leaves[leaf].to(device)
     return leaves

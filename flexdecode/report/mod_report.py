@@ -12,9 +12,8 @@ from ..analysis.analyze import analyze_graph
 from ..analysis.printing import Names, formula, is_guarded, name_captures, region_text
 from ..analysis.proofs import Checks, known_value
 from ..analysis.proven import ProvenMods
-from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph, Source
-from ..runtime.identity import Mod, constants_of
+from ..runtime.identity import Mod, constants_of, names_of
 
 
 class Capture(NamedTuple):
@@ -130,7 +129,7 @@ def report_mod(kind: str, proven: ProvenMods, mod: Mod, ends: Ends = WHOLE) -> M
     if graph is None or mod.function is None:
         return None
     constants = constants_of(kind, mod)
-    names = name_captures(graph, leaf_names(mod.function, mod.followed), constants)
+    names = name_captures(graph, names_of(mod), constants)
     live, full = (bounds.mask_live, bounds.mask_full) if is_mask else (bounds.score_live, ())
     live_text, full_text = (tuple(region_text(region, names, ends=ends)) for region in (live, full))
     values = [known_value(source, mod.leaves) for source in graph.numbers]

@@ -10,8 +10,9 @@ import torch
 
 from ..analysis.proofs import proof_sources
 from ..errors import FlexDecodeError, TraceError
-from ..frontend.captures import NOTHING, Followed, Reads, pins, read
+from ..frontend.captures import NOTHING, Followed, Reads, leaf_names, pins, read
 from ..frontend.graph import Graph, Source
+from ..frontend.parse import CanonicalMod
 from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
 
@@ -68,7 +69,10 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if not callable(mod):
         hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
-    place, leaves, hides = read(mod)
+    if mod.__class__ is CanonicalMod:
+        place, leaves, hides = mod.place(), mod.leaves, False
+    else:
+        place, leaves, hides = read(mod)
     known = _known.get((kind, place))
     if known is None and not hides:
         return Mod(mod, place, leaves, (), place)
@@ -100,9 +104,11 @@ def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, M
     if found is not None:  # another thread may have traced it, or its sources were forgotten
         return found[0], add_sources(kind, mod, proof_sources(found[0]))
     with lock:
-        function = mod.function
-        graph, mod = _trace(kind, function, mod, device)
-        kept = pins(function, mod.followed)
+        if isinstance(mod.function, CanonicalMod):
+            graph = mod.function.graph(kind)
+        else:
+            graph, mod = _trace(kind, mod.function, mod, device)
+        kept = pins_of(mod)
         mod = add_sources(kind, mod, proof_sources(graph))
         _graphs.add((kind, device, mod.identity), (graph, kept))
     return graph, mod
@@ -164,6 +170,21 @@ def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: 
         merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, sources), strict=True))
         _known.add((kind, mod.place), _Sources(*merged))
     return identify(kind, mod.function)
+
+
+def pins_of(mod: Mod) -> object:
+    """The objects whose ids are in the identity of a mod. What stores the identity must keep them."""
+    if mod.function is None or isinstance(mod.function, CanonicalMod):
+        return None
+    return pins(mod.function, mod.followed)
+
+
+def names_of(mod: Mod) -> list[str]:
+    """How a mod reaches each of its leaves, for people."""
+    if isinstance(mod.function, CanonicalMod):
+        return [f"capture {i} of {mod.function.__name__}" for i in range(len(mod.leaves))]
+    assert mod.function is not None
+    return leaf_names(mod.function, mod.followed)
 
 
 def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:

@@ -16,10 +16,9 @@ from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale, 
 from ..call.overlap import extent, share_memory
 from ..codegen.arguments import Call
 from ..errors import FlexDecodeError, IndexRangeError
-from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph
 from . import eager
-from .identity import Mod, constants_of
+from .identity import Mod, constants_of, names_of
 
 if TYPE_CHECKING:
     from ..analysis.printing import Names
@@ -135,9 +134,7 @@ def name_graphs(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]
     from ..analysis.printing import name_captures
 
     return tuple(
-        None
-        if graph is None or mod.function is None
-        else name_captures(graph, leaf_names(mod.function, mod.followed), constants_of(kind, mod))
+        None if graph is None or mod.function is None else name_captures(graph, names_of(mod), constants_of(kind, mod))
         for kind, graph, mod in zip(("score_mod", "mask_mod"), graphs, mods, strict=True)
     )
 

@@ -21,9 +21,8 @@ from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import Combine, find_combine, find_kernel
 from ..errors import CompileError, SharedMemoryError
-from ..frontend.captures import leaf_names
 from ..frontend.graph import Graph
-from .identity import Mod, add_sources, graph_of
+from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 
@@ -330,7 +329,7 @@ def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.devi
         tensor = mod.leaves[leaf] if leaf >= 0 else None
         if not isinstance(tensor, torch.Tensor):
             continue
-        name = leaf_names(mod.function, mod.followed)[leaf]
+        name = names_of(mod)[leaf]
         if device not in (None, tensor.device) and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
             raise ValueError(
                 f"the tensor `{name}` captured by {kind} is on {tensor.device}, but `query` is on {device}: move it "

@@ -7,10 +7,9 @@ from operator import itemgetter
 import torch
 
 from ..call.inputs import DecodeOptions, Inputs
-from ..frontend.captures import pins
 from ..memos import Bounded, counters
 from .debug import check_again
-from .identity import Mod
+from .identity import Mod, pins_of
 from .plan import Plan, any_length, layout
 from .prepare import prepare
 from .request import Request
@@ -47,18 +46,21 @@ def run_request(
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
     """
     inputs, score, mask, lists, listed = request
-    call = (
-        score.identity, mask.identity, *[None if x is None else layout(x) for x in _others(inputs)],
-        _same_start(inputs.key, inputs.value), return_lse, options, torch.is_grad_enabled(), listed,
-    )  # fmt: skip
     length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
-    lengths = (
-        score.proof_values,
-        mask.proof_values,
-        inputs.max_q_len,
-        *[None if x is None else layout(x) for x in _long(inputs)],
-        length,
-    )
+    try:
+        call = (
+            score.identity, mask.identity, *[None if x is None else layout(x) for x in _others(inputs)],
+            _same_start(inputs.key, inputs.value), return_lse, options, torch.is_grad_enabled(), listed,
+        )  # fmt: skip
+        lengths = (
+            score.proof_values, mask.proof_values, inputs.max_q_len,
+            *[None if x is None else layout(x) for x in _long(inputs)], length,
+        )  # fmt: skip
+    except RuntimeError as error:  # a tensor has no memory that could be read
+        raise ValueError(
+            f"flex_decode needs tensors with memory of their own: {error}\n"
+            "  In torch.vmap and torch.func, make the mapped dimension part of the batch."
+        ) from None
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     known = _calls.get(call)
@@ -96,7 +98,7 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
         call = (score.identity, mask.identity, *call[2:])
         known = _calls.get(call)
         if known is None:
-            known = _Lengths([pins(mod.function, mod.followed) for mod in (score, mask) if mod.function is not None])
+            known = _Lengths([pins_of(mod) for mod in (score, mask)])
             _calls.add(call, known)
         if free is not None:
             known.prepared.add((len(score.proof_values), len(mask.proof_values), free), prepared)

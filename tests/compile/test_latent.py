@@ -15,7 +15,7 @@ from compile.compiling import DEVICES, compile_call, meta_inputs, meta_lengths
 from support import MODS
 
 from flexdecode import CompileError, DecodeOptions, explain
-from flexdecode.call import schedule
+from flexdecode.call import tiles
 from flexdecode.codegen import compile as kernel
 from flexdecode.runtime import prepare
 
@@ -94,7 +94,7 @@ def test_what_explain_says():
 
 
 def test_a_triton_without_gluon(monkeypatch):
-    monkeypatch.setattr(schedule, "has_gluon", lambda: False)
+    monkeypatch.setattr(tiles, "has_gluon", lambda: False)
     tensors, _ = latents()
     assert not explain(*tensors, device="H200").schedule.tiles.latent
 

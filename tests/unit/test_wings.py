@@ -8,7 +8,7 @@ import pytest
 import flexdecode
 
 PACKAGE = Path(flexdecode.__file__).parent
-WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report")
+WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report", "integrations")
 FOUNDATION = ("errors", "memos", "triton_api", "version")  # modules that every wing may import
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
 

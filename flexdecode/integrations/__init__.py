@@ -1,0 +1,1 @@
+"""flexdecode inside other libraries."""

@@ -1,0 +1,154 @@
+"""Makes the canonical text of a mod from the operations that `recorder` saw. It runs while a region is compiled."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from ..errors import TraceError, is_user_file, lines
+from ..frontend import torch_functions
+from ..frontend.captures import Reads
+from ..frontend.graph import Graph, Source
+from ..frontend.parse import write_graph
+from ..frontend.symbol import Consumed, TraceContext
+from ..frontend.trace import run_mod
+
+UNKNOWN_SIZE = 7919  # stands for a size that is not known when the region is compiled; nothing may depend on it
+Operand = tuple[str, Any]  # how an operand was written: its kind, and a number or a value
+
+
+class Recording(NamedTuple):
+    """What a mod did.
+
+    Attributes:
+        kind: `score_mod` or `mask_mod`.
+        name: of the mod, for messages.
+        steps: each operation: a function of PyTorch, its operands, its keyword arguments, and the user's line.
+        result: the operand that it returns.
+        num_ints, num_floats: captured numbers.
+        tensors: dtype, shape and kind of device of each captured tensor; a size is None if it is not known.
+        device: of the query.
+        constants: values of sizes and integers that have to be known, with their leaf and dimension.
+
+    An operand is the value of a parameter or an earlier step (`v`), a tensor (`t`), an integer (`i`), a float (`f`), a
+    sequence (`l`), a slice (`s`), or a constant (`c`). The leaves are the integers, the floats, and the tensors.
+    """
+
+    kind: str
+    name: str
+    steps: tuple
+    result: Operand
+    num_ints: int
+    num_floats: int
+    tensors: tuple
+    device: torch.device
+    constants: tuple
+
+
+def place_of() -> str:
+    """The user's line that is being compiled, as `file:line, in function: text`."""
+    for frame in reversed(torch._guards.TracingContext.extract_stack()):
+        if is_user_file(frame.filename):
+            where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+            return f"{where}: {frame.line}" if frame.line else where
+    return ""
+
+
+def refuse_read(kind: str, name: str) -> NoReturn:
+    """Refuses that a mod reads the value of a tensor.
+
+    Raises:
+        TraceError: always.
+    """
+    raise TraceError(
+        f"the value of a tensor was read in a {kind} (.{name}())\n  {place_of()}\n"
+        "  Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be "
+        "captured outside the mod."
+    )
+
+
+def refuse_grad() -> NoReturn:
+    """Refuses a call whose result autograd would follow.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "`query`, `key` or `value` requires grad, but flex_decode is forward only: run the compiled model under "
+        "torch.no_grad(), or detach them"
+    )
+
+
+def canonical_text(*recorded: Any) -> tuple[str, tuple]:
+    """The canonical text of a recorded mod, as `write_graph` gives it; takes the fields of a `Recording`.
+
+    Returns:
+        The text, and the sizes and integers whose values it depends on, as `(leaf, dim)`. If there are any that
+        `constants` lacks, the text is empty.
+
+    Raises:
+        TraceError: the mod does something that a mod cannot do; the message has the user's line.
+    """
+    recording = Recording(*recorded)
+    given = {Source(leaf, dim): value for leaf, dim, value in recording.constants}
+    leaves: list = [given.get(Source(i), UNKNOWN_SIZE) for i in range(recording.num_ints)]
+    leaves += [0.5] * recording.num_floats
+    for at, (dtype, shape, device_type) in enumerate(recording.tensors, start=len(leaves)):
+        known = [given.get(Source(at, d), UNKNOWN_SIZE) if n is None else n for d, n in enumerate(shape)]
+        scalar = not known and device_type == "cpu"
+        leaves.append(torch.zeros((), dtype=dtype) if scalar else torch.empty(known, dtype=dtype, device="meta"))
+    context = TraceContext(
+        recording.kind, leaves, recording.device, frozenset(given), torch_functions, Reads(recording.kind)
+    )
+    try:
+        output = run_mod(_Replay(recording, context), context)
+    except Consumed as consumed:
+        return "", tuple((leaf, dim) for leaf, dim in sorted(consumed.sources))
+    if context.frozen:
+        raise TraceError(
+            f"the {recording.kind} makes a table of numbers in a compiled region\n  Make the tensor outside the mod."
+        )
+    return write_graph(Graph.build(output, context.tensor_types, [])), ()
+
+
+class _Replay:
+    """The recorded steps as a mod."""
+
+    def __init__(self, recording: Recording, context: TraceContext) -> None:
+        self.recording = recording
+        self.context = context
+        self.__name__ = recording.name
+        self.values: list = []
+
+    def __call__(self, *parameters: Any) -> Any:
+        self.values = [*parameters]
+        for function, operands, named, line in self.recording.steps:
+            with lines.at(line):
+                arguments = [self.value(x) for x in operands]
+                if function is None:  # an element of a tuple that an earlier step gave
+                    made = arguments[0][arguments[1]]
+                elif getattr(function, "__module__", None) == "_operator":  # as torch.export sees operators
+                    made = function(*arguments)
+                else:
+                    keywords = {name: self.value(x) for name, x in named}
+                    made = self.context.do("dispatch", function, tuple(arguments), keywords)
+            self.values.append(made)
+        return self.value(self.recording.result)
+
+    def value(self, operand: Operand) -> Any:
+        """What an operand stands for."""
+        kind, what = operand
+        recording, leaves = self.recording, self.context.leaves
+        if kind == "v":
+            return self.values[what]
+        if kind == "t":
+            return leaves[recording.num_ints + recording.num_floats + what]
+        if kind in ("i", "f"):
+            leaf = what if kind == "i" else recording.num_ints + what
+            return leaves[leaf] if Source(leaf) in self.context.constants else self.context.number(Source(leaf))
+        if kind == "l":
+            return tuple(self.value(x) for x in what)
+        if kind == "s":
+            return slice(*[self.value(x) for x in what])
+        return what

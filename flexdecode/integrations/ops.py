@@ -1,0 +1,82 @@
+"""The custom ops of PyTorch that stand for calls in compiled and exported graphs.
+
+A mod is an argument of type `str`: the canonical text of its graph, which is parsed and never executed. What it
+captures follows as lists. `region` makes these arguments while a region is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..call.inputs import DecodeOptions, Inputs
+from ..frontend.parse import CanonicalMod
+from ..runtime.request import read_request
+from ..runtime.run import run_request
+
+LIBRARY = torch.library.Library("flexdecode", "DEF")
+_MOD = "str {0}_mod, SymInt[] {0}_ints, Tensor[] {0}_floats, Tensor[] {0}_tensors"
+_CALL = (
+    f"(Tensor query, Tensor key, Tensor value, {_MOD.format('score')}, {_MOD.format('mask')}, str names,"
+    " Tensor[] tensors, SymInt[] ints, float? scale, str options)"
+)
+LIBRARY.define(f"decode{_CALL} -> Tensor")
+LIBRARY.define(f"decode_with_lse{_CALL} -> (Tensor, Tensor)")
+
+
+@functools.lru_cache(maxsize=256)
+def _places(names: str) -> tuple[list[int], list[int], list[int]]:
+    """The places in `Inputs` of arguments that are tensors, of those that are integers, and of scales."""
+    tensors, ints = ([Inputs._fields.index(name) for name in part.split()] for part in names.split("|"))
+    return tensors, ints, [place for place in tensors if Inputs._fields[place] in ("k_scale", "v_scale")]
+
+
+@functools.lru_cache(maxsize=64)
+def _options(text: str) -> DecodeOptions | None:
+    return DecodeOptions(**json.loads(text)) if text else None
+
+
+def options_text(*values: Any) -> str:
+    """The `options` argument of the ops, from the fields of a `DecodeOptions`."""
+    return json.dumps(dict(zip([x.name for x in fields(DecodeOptions)], values, strict=True)))
+
+
+def _mod(text: str, ints: list[int], floats: list[torch.Tensor], tensors: list[torch.Tensor]) -> CanonicalMod | None:
+    return CanonicalMod(text, [*ints, *[x.item() for x in floats], *tensors]) if text else None
+
+
+def _run(call: tuple, return_lse: bool) -> Any:
+    """Runs a call that is given by the arguments of an op."""
+    query, key, value, s_mod, s_ints, s_floats, s_tensors, m_mod, m_ints, m_floats, m_tensors, *rest = call
+    names, tensors, ints, scale, options_of = rest
+    given: list = [query, key, value, *[None] * 12, scale, None]
+    if names != "|":
+        of_tensors, of_ints, of_scales = _places(names)
+        for place, x in zip(of_tensors, tensors, strict=True):
+            given[place] = x
+        for place, x in zip(of_ints, ints, strict=True):
+            given[place] = x
+        for place in of_scales:
+            if not given[place].ndim and given[place].device.type == "cpu":
+                given[place] = given[place].item()
+    score, mask = _mod(s_mod, s_ints, s_floats, s_tensors), _mod(m_mod, m_ints, m_floats, m_tensors)
+    options = _options(options_of)
+    return run_request(read_request(Inputs(*given), score, mask, options=options), return_lse, options)
+
+
+def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _fake_both(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_out(query, *rest), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+LIBRARY.impl("decode", lambda *call: _run(call, False), "CompositeExplicitAutograd")
+LIBRARY.impl("decode_with_lse", lambda *call: _run(call, True), "CompositeExplicitAutograd")
+torch.library.register_fake("flexdecode::decode", _fake_out, lib=LIBRARY)
+torch.library.register_fake("flexdecode::decode_with_lse", _fake_both, lib=LIBRARY)

@@ -1,0 +1,363 @@
+"""`flex_decode` in regions that torch.compile and torch.export trace: one custom op for each call, the same result."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import MODS, assert_close_to_reference
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexdecode import DecodeOptions, KVCache, flex_decode, mods
+
+B, HQ, HKV, N, D = 2, 4, 2, 40, 16
+torch.manual_seed(0)
+QUERY = torch.randn(B, HQ, 1, D)
+KEY, VALUE = torch.randn(B, HKV, N, D), torch.randn(B, HKV, N, D)
+SLOPES, TABLE, WINDOW = torch.rand(HQ), torch.randn(HQ, N), 7
+CACHE = QUERY, KEY, VALUE
+
+
+def compiled(model, backend="eager"):
+    """The model as one graph, and a counter of its compilations."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def check(model, calls, compilations=1, backend="eager"):
+    """Every call gives the bits that it gives without compilation; at most so many graphs are compiled."""
+    run, counter = compiled(model, backend)
+    for call in calls:
+        assert torch.equal(run(*call), model(*call))
+    assert counter.frame_count <= compilations
+    return counter
+
+
+# --- Mods -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", MODS, ids=lambda family: family.name)
+def test_families(family):
+    score_mod, mask_mod = (make(B, HQ, N, 1, "cpu") for make in family[1:])
+    check(lambda q, k, v: flex_decode(q, k, v, score_mod, mask_mod), [CACHE])
+    assert_close_to_reference(*flex_decode(*CACHE, score_mod, mask_mod, return_lse=True), *CACHE, score_mod, mask_mod)
+
+
+class Model(torch.nn.Module):
+    """Mods that are methods and read buffers, parameters and numbers of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slopes", SLOPES)
+        self.cap = torch.nn.Parameter(torch.tensor(20.0), requires_grad=False)
+        self.window = 9
+
+    def score(self, score, b, h, q_idx, kv_idx):
+        return self.cap * torch.tanh(score / self.cap) - (q_idx - kv_idx) * self.slopes[h]
+
+    def mask(self, b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < self.window)
+
+    def forward(self, q, k, v):
+        return flex_decode(q, k, v, self.score, self.mask)
+
+
+class Cap:
+    def __init__(self, cap):
+        self.cap = cap
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return self.cap * torch.tanh(score / self.cap)
+
+
+def within(window, b, h, q_idx, kv_idx):
+    return q_idx - kv_idx < window
+
+
+CATALOGUE = {
+    "alibi": lambda: (mods.alibi(HQ), None),
+    "softcap": lambda: (mods.softcap(30.0), None),
+    "window": lambda: (None, mods.sliding_window(9)),
+    "streaming": lambda: (None, mods.streaming(2, 7)),
+    "chunked": lambda: (None, mods.chunked(8)),
+    "dilated": lambda: (None, mods.dilated(5, 3)),
+    "prefix": lambda: (None, mods.prefix_lm(torch.tensor([3, 5]))),
+    "document": lambda: (None, mods.document(torch.zeros(B, N, dtype=torch.int32))),
+    "and": lambda: (None, mods.and_masks(mods.causal(), mods.sliding_window(9))),
+    "or": lambda: (None, mods.or_masks(mods.causal(), mods.sliding_window(9))),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_catalogue_inside_a_region(name):
+    check(lambda q, k, v: flex_decode(q, k, v, *CATALOGUE[name]()), [CACHE])
+
+
+def test_methods_of_a_module():
+    check(Model(), [CACHE])
+
+
+def test_an_object():
+    check(lambda q, k, v: flex_decode(q, k, v, Cap(3.0)), [CACHE])
+
+
+def test_a_module_as_a_mod():
+    class Bias(torch.nn.Module):
+        def forward(self, score, b, h, q_idx, kv_idx):
+            return score + SLOPES[h]
+
+    bias = Bias()
+    check(lambda q, k, v: flex_decode(q, k, v, bias), [CACHE])
+
+
+def test_globals_and_pytorch_functions():
+    def score_mod(score, b, h, q_idx, kv_idx):
+        kept = torch.where(q_idx - kv_idx < WINDOW, score, -float("inf"))
+        return torch.nn.functional.silu(kept.clamp(min=-9.0)) + torch.stack([SLOPES[h], SLOPES[0]]).amax() + (2 - h)
+
+    check(lambda q, k, v: flex_decode(q, k, v, score_mod), [CACHE])
+
+
+def test_rows_of_tables():
+    def score_mod(score, b, h, q_idx, kv_idx):
+        row = TABLE[h]
+        return score + row[kv_idx] + row[-1] + TABLE[h, :3].sum() + torch.split(row, 20)[1].mean() + row.shape[0]
+
+    run, _ = compiled(lambda q, k, v: flex_decode(q, k, v, score_mod))
+    torch.testing.assert_close(run(*CACHE), flex_decode(*CACHE, score_mod))
+
+
+def test_several_calls_in_a_region():
+    def model(q, k, v, window):
+        first = flex_decode(q, k, v, None, functools.partial(within, window))
+        second = flex_decode(first, k, v, mods.softcap(20.0), mods.causal(), kv_lens=torch.tensor([20, 30]))
+        return second + flex_decode(second, k, v)
+
+    counter = check(model, [(*CACHE, window) for window in range(3, 9)], 2)
+    ops = [node.target for node in counter.graphs[0].graph.nodes if "flexdecode" in str(node.target)]
+    assert ops == [torch.ops.flexdecode.decode] * 3
+
+
+# --- What changes from step to step -----------------------------------------------------------------------------------
+
+
+def grows(q, k, v):
+    return flex_decode(q, k, v, lambda s, b, h, q_idx, kv_idx: s - (q_idx - kv_idx) * SLOPES[h], mods.causal())
+
+
+def numbers(q, k, v, window, factor):
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return torch.where(q_idx - kv_idx < window, score * factor, -float("inf"))
+
+    return flex_decode(q, k, v, score_mod)
+
+
+def tables(q, k, v, table):
+    return flex_decode(q, k, v, lambda s, b, h, q_idx, kv_idx: s + table[h, kv_idx])
+
+
+CHANGES = {
+    "numbers": (numbers, lambda i: (*CACHE, 5 + i, 0.3 + i / 7)),
+    "length of the cache": (grows, lambda i: (QUERY, KEY[:, :, : 20 + i], VALUE[:, :, : 20 + i])),
+    "batch": (grows, lambda i: [x[:1].repeat(2 + i, 1, 1, 1) for x in CACHE]),
+    "table": (tables, lambda i: (*CACHE, torch.randn(HQ, N))),
+    "growing table": (
+        tables, lambda i: (QUERY, KEY[:, :, : 20 + i], VALUE[:, :, : 20 + i], torch.randn(HQ, 20 + i)),
+    ),
+    "kv_lens": (lambda q, k, v, n: flex_decode(q, k, v, kv_lens=n), lambda i: (*CACHE, 10 + i)),
+    "q_offset": (
+        lambda q, k, v, n: flex_decode(q, k, v, None, mods.causal(), q_offset=n), lambda i: (*CACHE, 10 + i),
+    ),
+    "argument": (
+        lambda q, k, v, w: flex_decode(q, k, v, None, functools.partial(within, w)), lambda i: (*CACHE, 3 + i),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_changes_compiles_twice_at_most(name, backend):
+    model, call = CHANGES[name]
+    check(model, [call(i) for i in range(9)], 2, backend)
+
+
+def test_a_hundred_steps():
+    """Everything changes at once: lengths, a captured tensor, numbers in a closure and in arguments."""
+
+    def model(q, k, v, lens, table, window, cap):
+        def score_mod(score, b, h, q_idx, kv_idx):
+            return cap * torch.tanh(score / cap) + table[h, kv_idx]
+
+        return flex_decode(q, k, v, score_mod, functools.partial(within, window), kv_lens=lens)
+
+    steps = [
+        (*CACHE, torch.tensor([5 + i % 30, 9 + i % 31]), torch.randn(HQ, N), 3 + i, 2.0 + i / 3) for i in range(100)
+    ]
+    check(model, steps, 2)
+
+
+def test_a_divisor_is_a_constant():
+    """As without compilation: another value is another kernel."""
+
+    def model(q, k, v, step):
+        return flex_decode(q, k, v, None, lambda b, h, q_idx, kv_idx: (kv_idx // step) % 2 == 0)
+
+    check(model, [(*CACHE, 2 + i // 2) for i in range(6)], 3)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+LENS = torch.tensor([20, 33], dtype=torch.int32)
+PACKED = torch.randn(5, HQ, D)
+ARGUMENTS = {
+    "numbers": {"scale": 0.5, "kv_starts": 3, "kv_offset": 4, "kv_lens": 30},
+    "tensors": {"kv_lens": LENS, "kv_starts": torch.tensor([1, 4]), "sinks": SLOPES, "q_offset": LENS.long()},
+    "options": {"options": DecodeOptions(backend="torch")},
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments(name):
+    check(lambda q, k, v: flex_decode(q, k, v, None, mods.causal(), **ARGUMENTS[name]), [CACHE])
+
+
+def test_pages_scales_and_packed_tokens():
+    pages = torch.randint(-99, 99, (6, HKV, 8, D), dtype=torch.int8)
+    arguments = {
+        "kv_lens": torch.tensor([11, 23], dtype=torch.int32), "page_table": torch.tensor([[2, 0, 5], [1, 3, 4]]).int(),
+        "cu_seqlens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_q_len": 3, "k_scale": 0.01,
+        "v_scale": torch.rand(HKV),
+    }  # fmt: skip
+    check(lambda q: flex_decode(q, pages, pages, mods.alibi(HQ), mods.causal(), **arguments), [(PACKED,)])
+
+
+def test_log_sum_exp_and_out():
+    def model(q, k, v, out):
+        _, lse = flex_decode(q, k, v, mods.softcap(9.0), return_lse=True, out=out)
+        return lse
+
+    out = torch.empty_like(QUERY)
+    check(model, [(*CACHE, out)])
+    assert torch.equal(out, flex_decode(*CACHE, mods.softcap(9.0)))
+
+
+def test_a_cache_object():
+    cache = KVCache(batch=B, num_kv_heads=HKV, max_kv_len=32, head_dim=D, dtype=torch.float32, device="cpu")
+    cache.append(KEY[:, :, :9], VALUE[:, :, :9])
+    check(lambda q: flex_decode(q, cache=cache, mask_mod=mods.causal()), [(QUERY,)])
+
+
+# --- Export, tensors without values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # torch means the recorder
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_runs_where_its_mods_are_unknown(strict, tmp_path):
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=4096)
+    sizes = {0: batch}, {0: batch, 2: length}, {0: batch, 2: length}
+    exported = torch.export.export(Model().eval(), CACHE, strict=strict, dynamic_shapes=sizes)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    other = torch.randn(3, HQ, 1, D), torch.randn(3, HKV, 77, D), torch.randn(3, HKV, 77, D)
+    torch.save((other, Model()(*other)), tmp_path / "expected.pt")
+    code = (
+        "import torch, flexdecode\n"
+        "inputs, expected = torch.load('expected.pt')\n"
+        "assert torch.equal(torch.export.load('model.pt2').module()(*inputs), expected)\n"
+    )
+    path = os.pathsep.join([*filter(None, sys.path)])
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def test_tensors_without_values():
+    with FakeTensorMode():
+        q, k = torch.empty(B, HQ, 1, D, dtype=torch.float16), torch.empty(B, HKV, N, D, dtype=torch.float16)
+        out, lse = flex_decode(q, k, k, mods.softcap(3.0), mods.causal(), return_lse=True)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
+
+
+TEXT = """captures | 0
+tensor 0: float32 rank 1
+%0 = score(): float32
+%1 = index('h'): int64
+%2 = load(0, %1): float32
+%3 = add(%0, %2): float32
+return %3"""
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ("", [], [], [], "kv_lens|", [LENS], [], None, ""),
+        ("", [], [], [], "|kv_lens", [], [20], 0.5, ""),
+    ],
+    ids=["tensor", "number"],
+)
+def test_the_op_is_what_pytorch_wants(rest):
+    for op in (torch.ops.flexdecode.decode, torch.ops.flexdecode.decode_with_lse):
+        torch.library.opcheck(op.default, (*CACHE, TEXT, [], [], [SLOPES], *rest))
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def reads_a_value(score, b, h, q_idx, kv_idx):
+    return score + TABLE[h, kv_idx].item()
+
+
+def writes_in_place(score, b, h, q_idx, kv_idx):
+    return score.add_(1)
+
+
+def gives_a_row(score, b, h, q_idx, kv_idx):
+    return TABLE[h] + score
+
+
+def gives_nothing(score, b, h, q_idx, kv_idx):
+    pass
+
+
+def unknown_function(score, b, h, q_idx, kv_idx):
+    return torch.special.bessel_j0(score)
+
+
+@pytest.mark.parametrize(
+    ("mod", "message"),
+    [
+        (reads_a_value, r"the value of a tensor was read in a score_mod[\s\S]*in reads_a_value: return score \+ TABLE"),
+        (writes_in_place, r"add_ writes in place[\s\S]*in writes_in_place: return score.add_\(1\)"),
+        (gives_a_row, "score_mod 'gives_a_row' returned a tensor with 1 dimension"),
+        (gives_nothing, r"score_mod 'gives_nothing' returned None"),
+        (unknown_function, r"bessel_j0[\s\S]*in unknown_function: return torch.special"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_errors_come_with_the_users_line_when_the_region_is_compiled(mod, message):
+    run, _ = compiled(lambda q, k, v: flex_decode(q, k, v, mod))
+    with pytest.raises(Exception, match=message):
+        run(*CACHE)
+
+
+def test_gradients_are_refused():
+    run, _ = compiled(lambda q, k, v: flex_decode(q, k, v))
+    with pytest.raises(Exception, match="requires grad, but flex_decode is forward only"):
+        run(QUERY.clone().requires_grad_(), KEY, VALUE)
+    with torch.no_grad():
+        assert torch.equal(run(QUERY.clone().requires_grad_(), KEY, VALUE), flex_decode(*CACHE))
+
+
+def test_a_block_mask_is_refused_with_a_remedy():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    block_mask = create_block_mask(mods.causal(), None, None, N, N, device="cpu")
+    run, _ = compiled(lambda q, k, v: flex_decode(q, k, v, block_mask=block_mask))
+    with pytest.raises(Exception, match="pass its `mask_mod` as `mask_mod`"):
+        run(*CACHE)
+
+
+def test_vmap_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match="make the mapped dimension part of the batch"):
+        torch.vmap(lambda q: flex_decode(q, KEY, VALUE))(torch.stack([QUERY, QUERY]))
