@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .inputs import Inputs
 DEAD, PARTIAL, FULL = 0, 1, 2
 BLOCK_LISTS_TYPES = ("*i32", *["i64"] * 5)  # Triton types of `BlockLists.arguments`
 
-_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
 # The `BlockLists` of the last versions of each BlockMask. They live as long as the BlockMask, because a CUDA graph may
 # hold addresses of their tables.
@@ -46,7 +46,7 @@ class BlockLists:
                 f"`block_mask` must be on the device of `query`, {device}, got {partial.device}: move it there, "
                 f'`block_mask = block_mask.to("{device}")`'
             )
-        self.lists = [getattr(block_mask, name) for name in _LISTS]
+        self.lists = [getattr(block_mask, name) for name in LISTS]
         self.q_block, self.kv_block = block_mask.BLOCK_SIZE
         self.num_q, self.num_kv = block_mask.seq_lengths
         _check_shapes(block_mask, -(-self.num_q // self.q_block))
@@ -76,19 +76,7 @@ class BlockLists:
 
         If the call has `kv_offset` (`shifted`), it is false at positions that the BlockMask does not cover.
         """
-        kinds, q_block, kv_block, num_q = self.kinds, self.q_block, self.kv_block, self.num_q
-
-        def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            kind = kinds[b, h, q_idx // q_block, kv_idx // kv_block]
-            inside = (q_idx >= 0) & (q_idx < num_q)
-            return inside & ((kind > 1) | ((kind > 0) & inner(b, h, q_idx, kv_idx)))  # FULL, PARTIAL
-
-        num_kv = self.num_kv
-
-        def covered(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return (kv_idx >= 0) & (kv_idx < num_kv) & block_mask(b, h, q_idx, kv_idx)
-
-        return covered if shifted else block_mask
+        return mask_of_blocks(self.kinds, (self.q_block, self.kv_block), (self.num_q, self.num_kv), inner, shifted)
 
     def check_positions(self, inputs: Inputs) -> None:
         """Refuses positions that the mask does not cover, as far as the host knows them.
@@ -159,6 +147,51 @@ class BlockLists:
         return address, stride_b, stride_h, self.num_q, self.q_block, self.num_blocks(block_n) + shifted
 
 
+def mask_of_blocks(
+    kinds: torch.Tensor, blocks: tuple[int, int], lengths: tuple[int, int], inner: Callable, shifted: bool
+) -> Callable:
+    """The mask that `BlockLists.mask_mod` gives, from the attributes of the lists."""
+    (q_block, kv_block), (num_q, num_kv) = blocks, lengths
+
+    def block_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        kind = kinds[b, h, q_idx // q_block, kv_idx // kv_block]
+        inside = (q_idx >= 0) & (q_idx < num_q)
+        return inside & ((kind > 1) | ((kind > 0) & inner(b, h, q_idx, kv_idx)))  # FULL, PARTIAL
+
+    def covered(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx >= 0) & (kv_idx < num_kv) & block_mask(b, h, q_idx, kv_idx)
+
+    return covered if shifted else block_mask
+
+
+class ListsOfOp:
+    """A BlockMask as the custom op gets it: its lists, and the whole mask as text.
+
+    Attributes:
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE, seq_lengths: as in PyTorch.
+        mask_mod: the mask of the call, see `mask_of_blocks`; it captures the kinds of blocks.
+        place: where it captures them.
+    """
+
+    def __init__(self, lists: list[torch.Tensor], sizes: Sequence[int]) -> None:
+        self.kv_num_blocks, self.kv_indices = lists[:2]
+        full: Sequence[torch.Tensor | None] = lists[2:] or (None, None)
+        self.full_kv_num_blocks, self.full_kv_indices = full
+        self.BLOCK_SIZE, self.seq_lengths = tuple(sizes[:2]), tuple(sizes[2:])
+        self.mask_mod: Any = None
+        self.place = 0
+
+    @staticmethod
+    def of(lists: list[torch.Tensor], sizes: Sequence[int]) -> ListsOfOp:
+        """Those of some tensors. They live as long as the first one, because a CUDA graph may read their tables."""
+        known = getattr(lists[0], "_flexdecode_lists", None)
+        key = *map(id, lists), *sizes
+        if known is None or known[0] != key:
+            known = key, ListsOfOp(lists, sizes)
+            lists[0]._flexdecode_lists = known  # type: ignore[attr-defined]
+        return known[1]
+
+
 def _table(live: torch.Tensor, full: torch.Tensor) -> list[torch.Tensor]:
     """The four parts of a table for blocks that are live or full, bools [..., blocks]."""
     partial = live & ~full
@@ -182,7 +215,7 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
         TypeError: `block_mask` is not a BlockMask.
         ValueError: it does not fit the query.
     """
-    if not all(hasattr(block_mask, name) for name in (*_LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
+    if not all(hasattr(block_mask, name) for name in (*LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
         raise TypeError(
             "`block_mask` must be a torch.nn.attention.flex_attention.BlockMask, got "
             f"{type(block_mask).__name__}; a function goes to `mask_mod`"
@@ -192,7 +225,7 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
             "`block_mask` is a part of another one, which has no `mask_mod`: set it, `block_mask.mask_mod = ...`, with "
             "one whose `b` and `h` count from the start of the part"
         )
-    versions = [_version(getattr(block_mask, name)) for name in _LISTS]
+    versions = [_version(getattr(block_mask, name)) for name in LISTS]
     sizes = inputs.batch, inputs.num_q_heads, inputs.query.device
     key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, *sizes)
     made = _known.get(block_mask) or _known.setdefault(block_mask, Bounded(limit=8))
@@ -200,7 +233,10 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
     if found is None:
         found = BlockLists(block_mask, *sizes)
         made.add(key, found)
-    return _both(found.mask_mod(block_mask.mask_mod, inputs.kv_offset is not None), mask_mod), found
+    if isinstance(block_mask, ListsOfOp):
+        block_mask.mask_mod.leaves[block_mask.place] = found.kinds
+        return block_mask.mask_mod, found
+    return both_masks(found.mask_mod(block_mask.mask_mod, inputs.kv_offset is not None), mask_mod), found
 
 
 def _version(tensor: torch.Tensor | None) -> tuple | None:
@@ -217,7 +253,7 @@ def _check_shapes(block_mask: Any, rows: int) -> None:
         ValueError: a shape is wrong.
     """
     shape = list(block_mask.kv_num_blocks.shape)
-    for name in _LISTS[1:]:
+    for name in LISTS[1:]:
         lists = getattr(block_mask, name)
         if lists is not None and list(lists.shape[:3]) != shape:
             raise ValueError(
@@ -235,7 +271,8 @@ def _check_shapes(block_mask: Any, rows: int) -> None:
         )
 
 
-def _both(one: Callable, other: Callable | None) -> Callable:
+def both_masks(one: Callable, other: Callable | None) -> Callable:
+    """The mask that is true where both are."""
     if other is None:
         return one
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ..call.block_mask import ListsOfOp
 from ..call.inputs import DecodeOptions, Inputs
 from ..frontend.parse import CanonicalMod
+from ..kv.merge import merge_attention
 from ..runtime.request import read_request
 from ..runtime.run import run_request
 
@@ -22,10 +24,11 @@ LIBRARY = torch.library.Library("flexdecode", "DEF")
 _MOD = "str {0}_mod, SymInt[] {0}_ints, Tensor[] {0}_floats, Tensor[] {0}_tensors"
 _CALL = (
     f"(Tensor query, Tensor key, Tensor value, {_MOD.format('score')}, {_MOD.format('mask')}, str names,"
-    " Tensor[] tensors, SymInt[] ints, float? scale, str options)"
+    " Tensor[] tensors, SymInt[] ints, Tensor[] block_lists, SymInt[] block_sizes, float? scale, str options)"
 )
 LIBRARY.define(f"decode{_CALL} -> Tensor")
 LIBRARY.define(f"decode_with_lse{_CALL} -> (Tensor, Tensor)")
+LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
 
 @functools.lru_cache(maxsize=256)
@@ -52,7 +55,7 @@ def _mod(text: str, ints: list[int], floats: list[torch.Tensor], tensors: list[t
 def _run(call: tuple, return_lse: bool) -> Any:
     """Runs a call that is given by the arguments of an op."""
     query, key, value, s_mod, s_ints, s_floats, s_tensors, m_mod, m_ints, m_floats, m_tensors, *rest = call
-    names, tensors, ints, scale, options_of = rest
+    names, tensors, ints, block_lists, block_sizes, scale, options_of = rest
     given: list = [query, key, value, *[None] * 12, scale, None]
     if names != "|":
         of_tensors, of_ints, of_scales = _places(names)
@@ -64,8 +67,14 @@ def _run(call: tuple, return_lse: bool) -> Any:
             if not given[place].ndim and given[place].device.type == "cpu":
                 given[place] = given[place].item()
     score, mask = _mod(s_mod, s_ints, s_floats, s_tensors), _mod(m_mod, m_ints, m_floats, m_tensors)
-    options = _options(options_of)
-    return run_request(read_request(Inputs(*given), score, mask, options=options), return_lse, options)
+    options, block_mask = _options(options_of), None
+    if block_lists:  # the mask includes that of the lists
+        *sizes, place, is_alone = block_sizes
+        block_mask = ListsOfOp.of(block_lists, sizes)
+        block_mask.mask_mod, block_mask.place = mask, len(m_ints) + len(m_floats) + place
+        mask = None if is_alone else mask
+    request = read_request(Inputs(*given), score, mask, block_mask, options=options)
+    return run_request(request, return_lse, options)
 
 
 def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -76,7 +85,13 @@ def _fake_both(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Ten
     return _fake_out(query, *rest), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
+def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
 LIBRARY.impl("decode", lambda *call: _run(call, False), "CompositeExplicitAutograd")
 LIBRARY.impl("decode_with_lse", lambda *call: _run(call, True), "CompositeExplicitAutograd")
+LIBRARY.impl("merge_attention", merge_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("flexdecode::merge_attention", _fake_merge, lib=LIBRARY)
 torch.library.register_fake("flexdecode::decode", _fake_out, lib=LIBRARY)
 torch.library.register_fake("flexdecode::decode_with_lse", _fake_both, lib=LIBRARY)

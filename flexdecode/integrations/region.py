@@ -14,6 +14,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.overrides import TorchFunctionMode
 
+from ..call.block_mask import LISTS, both_masks, mask_of_blocks
 from ..call.inputs import DecodeOptions, Inputs
 from ..kv.kv_cache import read_cache
 from .canonical import canonical_text, place_of, refuse_grad, refuse_read
@@ -180,13 +181,19 @@ def decode_in_region(
 ) -> Any:
     """As `flexdecode.flex_decode`. `given` has the fields of `Inputs` as the caller gave them."""
     inputs = Inputs(*given)
-    if block_mask is not None:
-        raise NotImplementedError(
-            "`block_mask` is not supported in a compiled region: pass its `mask_mod` as `mask_mod`, which skips dead "
-            "blocks where it is a window, a prefix, chunks or any mask that bounds the keys of a token"
-        )
     if cache is not None:
         inputs = read_cache(cache, inputs)
+    lists: list = []
+    sizes: list = []
+    kinds = None
+    if block_mask is not None:
+        lists = [x for x in [getattr(block_mask, name) for name in LISTS] if x is not None]
+        kinds = inputs.query.new_zeros((1, 1, 1, 1), dtype=torch.int8)  # the op puts the kinds of blocks in its place
+        blocks, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
+        whole = mask_of_blocks(kinds, blocks, lengths, block_mask.mask_mod, inputs.kv_offset is not None)
+        sizes = [*blocks, *lengths]
+        is_alone = mask_mod is None
+        mask_mod = both_masks(whole, mask_mod)
     names: list = []
     numbered: list = []
     tensors: list = []
@@ -211,9 +218,13 @@ def decode_in_region(
             options.backend, options.num_splits, options.block_n, options.num_warps, options.num_stages,
             options.schedule, options.batch_invariant, options.debug,
         )  # fmt: skip
+    mask = _record("mask_mod", mask_mod, query)
+    if kinds is not None:
+        sizes.append([x is kinds for x in mask[3]].index(True))
+        sizes.append(int(is_alone))
     call = (
-        query, key, value, *_record("score_mod", score_mod, query), *_record("mask_mod", mask_mod, query),
-        " ".join(names) + "|" + " ".join(numbered), tensors, ints, scale, chosen,
+        query, key, value, *_record("score_mod", score_mod, query), *mask,
+        " ".join(names) + "|" + " ".join(numbered), tensors, ints, lists, sizes, scale, chosen,
     )  # fmt: skip
     lse = None
     if return_lse:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..call.device import interpreting, without_autocast
 from ..call.inputs import DTYPES, check_place
@@ -58,6 +59,8 @@ def merge_attention(
     )
     _check(*parts)
     first = parts[0][0]
+    if torch.compiler.is_compiling() or first.__class__ is FakeTensor:
+        return torch.ops.flexdecode.merge_attention(*map(list, parts))
     if not first.numel() or not (first.is_cuda or interpreting()):
         return _merge_in_pytorch(*parts)
     if first.is_cuda and first.device.index != torch.cuda.current_device():

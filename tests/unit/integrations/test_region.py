@@ -10,8 +10,9 @@ import torch
 from support import MODS, assert_close_to_reference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, KVCache, flex_decode, mods
+from flexdecode import DecodeOptions, KVCache, flex_decode, merge_attention, mods
 
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
 torch.manual_seed(0)
@@ -251,6 +252,56 @@ def test_a_cache_object():
     check(lambda q: flex_decode(q, cache=cache, mask_mod=mods.causal()), [(QUERY,)])
 
 
+def prefix(b, h, q_idx, kv_idx):
+    return (kv_idx <= q_idx) | (kv_idx < 5 + b)
+
+
+@pytest.mark.parametrize("mask_mod", [None, mods.sliding_window(9)], ids=["alone", "with a mask"])
+@pytest.mark.parametrize("arguments", [{}, {"kv_offset": 3, "kv_lens": 30}, {"kv_lens": LENS}], ids=str)
+def test_a_block_mask(mask_mod, arguments):
+    block_mask = create_block_mask(prefix, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def model(q, k, v, block_mask):
+        return flex_decode(q, k, v, mods.softcap(9.0), mask_mod, block_mask=block_mask, **arguments)
+
+    check(model, [(*CACHE, block_mask)])
+
+
+def test_a_block_mask_that_changes():
+    def model(q, k, v, block_mask):
+        return flex_decode(q, k, v, block_mask=block_mask)
+
+    masks = [create_block_mask(mods.sliding_window(3 + i), None, None, N, N, "cpu", BLOCK_SIZE=8) for i in range(4)]
+    check(model, [(*CACHE, block_mask) for block_mask in [*masks, masks[0]]], 2)
+
+
+def test_lists_of_a_block_mask_that_are_written_in_place():
+    block_mask = create_block_mask(mods.causal(), None, None, N, N, "cpu", BLOCK_SIZE=8)
+    run, _ = compiled(lambda q, k, v, m: flex_decode(q, k, v, block_mask=m))
+    for changed in (False, True):
+        if changed:
+            block_mask.kv_num_blocks.zero_()
+            block_mask.full_kv_num_blocks.fill_(1)
+        assert torch.equal(run(*CACHE, block_mask), flex_decode(*CACHE, block_mask=block_mask))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_merge_attention(stacked):
+    """Every call of a region is an op of its own, and so is the merge of their results."""
+
+    def model(q, k, v):
+        first = flex_decode(q, k[:, :, :15], v[:, :, :15], return_lse=True)
+        second = flex_decode(q, k[:, :, 15:], v[:, :, 15:], return_lse=True)
+        outs, lses = zip(first, second, strict=True)
+        if stacked:
+            outs, lses = torch.stack(outs), torch.stack(lses)
+        return merge_attention(outs, lses)[0]
+
+    counter = check(model, [CACHE], backend="aot_eager")
+    ops = [str(node.target) for node in counter.graphs[0].graph.nodes if "flexdecode" in str(node.target)]
+    assert ops == ["flexdecode.decode_with_lse"] * 2 + ["flexdecode.merge_attention"]
+
+
 # --- Export, tensors without values -----------------------------------------------------------------------------------
 
 
@@ -291,14 +342,19 @@ return %3"""
 @pytest.mark.parametrize(
     "rest",
     [
-        ("", [], [], [], "kv_lens|", [LENS], [], None, ""),
-        ("", [], [], [], "|kv_lens", [], [20], 0.5, ""),
+        ("", [], [], [], "kv_lens|", [LENS], [], [], [], None, ""),
+        ("", [], [], [], "|kv_lens", [], [20], [], [], 0.5, ""),
     ],
     ids=["tensor", "number"],
 )
 def test_the_op_is_what_pytorch_wants(rest):
     for op in (torch.ops.flexdecode.decode, torch.ops.flexdecode.decode_with_lse):
         torch.library.opcheck(op.default, (*CACHE, TEXT, [], [], [SLOPES], *rest))
+
+
+def test_the_op_of_merge_attention_is_what_pytorch_wants():
+    outs, lses = [QUERY, QUERY + 1], [QUERY[..., 0], QUERY[..., 1]]
+    torch.library.opcheck(torch.ops.flexdecode.merge_attention.default, (outs, lses))
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -347,15 +403,6 @@ def test_gradients_are_refused():
         run(QUERY.clone().requires_grad_(), KEY, VALUE)
     with torch.no_grad():
         assert torch.equal(run(QUERY.clone().requires_grad_(), KEY, VALUE), flex_decode(*CACHE))
-
-
-def test_a_block_mask_is_refused_with_a_remedy():
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    block_mask = create_block_mask(mods.causal(), None, None, N, N, device="cpu")
-    run, _ = compiled(lambda q, k, v: flex_decode(q, k, v, block_mask=block_mask))
-    with pytest.raises(Exception, match="pass its `mask_mod` as `mask_mod`"):
-        run(*CACHE)
 
 
 def test_vmap_is_refused_with_a_remedy():

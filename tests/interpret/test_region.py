@@ -1,0 +1,48 @@
+"""Regions that torch.compile traces run the generated kernel, with the lists of a BlockMask too."""
+
+import pytest
+import torch
+from support import make_inputs
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flexdecode import DecodeOptions, flex_decode, mods
+
+B, HQ, HKV, N, D = 2, 4, 2, 70, 16
+TRITON = DecodeOptions(backend="triton", num_splits=2)
+INPUTS = make_inputs(B, HQ, HKV, 1, N, D)
+
+
+def documents(b, h, q_idx, kv_idx):
+    return (kv_idx <= q_idx) & (kv_idx // 33 == q_idx // 33)
+
+
+@pytest.mark.parametrize("mask_mod", [None, mods.sliding_window(20)], ids=["alone", "with a mask"])
+@pytest.mark.parametrize("kv_offset", [None, 7])
+def test_a_block_mask(mask_mod, kv_offset):
+    block_mask = create_block_mask(documents, None, None, 80, 80, device="cpu", BLOCK_SIZE=16)
+    arguments = {"kv_lens": torch.tensor([41, N]), "kv_offset": kv_offset, "return_lse": True, "options": TRITON}
+
+    def model(query, key, value, block_mask):
+        return flex_decode(query, key, value, mods.alibi(HQ), mask_mod, block_mask=block_mask, **arguments)
+
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(*INPUTS, block_mask)
+    for part, expected in zip(found, model(*INPUTS, block_mask), strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_numbers_and_tables_that_change():
+    def model(query, key, value, table, window):
+        def score_mod(score, b, h, q_idx, kv_idx):
+            return score + table[h, kv_idx]
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            return q_idx - kv_idx < window
+
+        return flex_decode(query, key, value, score_mod, mask_mod, options=TRITON)
+
+    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    for window in (5, 9, 33):
+        call = *INPUTS, torch.randn(HQ, N), window
+        assert torch.equal(run(*call), model(*call))
