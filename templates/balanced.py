@@ -1,11 +1,11 @@
 """A balanced schedule: this `attend_items` takes the place of the one in `decode.py`.
 
-The blocks of all sequences, KV heads and row tiles form one line of slots. The tiles of a head follow one another. Each
-worker takes an equal run of the line: the end of one item, some whole items, the beginning of another one. It has two
-places for partial results: one for an item that it continues, one for an item that it begins. `item_parts` [tiles of
-all sequences, num_kv_heads, 2] tells the second pass which worker begins an item and how many workers take part. An
-item has at most `max_weight` slots, so that the number of all slots fits into 32 bits. MANY: the slots are counted in
-chunks of BLOCK_B sequences, not all at once. Grid: (workers,).
+The blocks of all sequences, KV heads and row tiles form one line; a *unit* of it stands for one block. The tiles of a
+head follow one another. Each worker takes an equal run of the line: the end of one item, some whole items, the
+beginning of another one. It has two places for partial results: one for an item that it continues, one for an item that
+it begins. `item_parts` [tiles of all sequences, num_kv_heads, 2] tells the second pass which worker begins an item and
+how many workers take part. An item has at most `max_weight` units, so that the number of all units fits into 32 bits.
+MANY: the units are counted in chunks of BLOCK_B sequences, not all at once. Grid: (workers,).
 """
 
 import triton
@@ -70,23 +70,23 @@ def _sequence_weights(sequences, lengths, captures, last_head, schedule, C: tl.c
 
 
 @triton.jit
-def _find_slot(slot, sequences, starts, weights):
-    """The sequence among `sequences` that holds a slot, its first slot and its slots; zeros if none does."""
-    here = (starts <= slot) & (slot < starts + weights)
+def _find_unit(unit, sequences, starts, weights):
+    """The sequence among `sequences` that holds a unit, its first unit and its units; zeros if none does."""
+    here = (starts <= unit) & (unit < starts + weights)
     found = tl.sum(tl.where(here, sequences, 0), 0)
     return found, tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, weights, 0), 0)
 
 
 @triton.jit
-def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexpr):
-    """As _find_slot, but among all sequences; also gives the number of all slots."""
+def _find_in_chunks(unit, lengths, captures, last_head, schedule, C: tl.constexpr):
+    """As _find_unit, but among all sequences; also gives the number of all units."""
     zero = tl.zeros((), tl.int32)
     found, first, weight, total = zero, zero, zero, zero
     for chunk in tl.range(0, lengths.tokens.batch, C.BLOCK_B):
         sequences = chunk + numbers(C.BLOCK_B)
         weights = _sequence_weights(sequences, lengths, captures, last_head, schedule, C)
         starts = total + _sums_before(weights)
-        found_here, first_here, weight_here = _find_slot(slot, sequences, starts, weights)
+        found_here, first_here, weight_here = _find_unit(unit, sequences, starts, weights)
         found += found_here
         first += first_here
         weight += weight_here
@@ -95,17 +95,17 @@ def _find_in_chunks(slot, lengths, captures, last_head, schedule, C: tl.constexp
 
 
 @triton.jit
-def _worker_of(slot, share, extra):
-    """The worker whose run has a slot. Runs have `share` slots; those of the first `extra` workers have one more."""
-    worker = slot // (share + 1)
+def _worker_of(unit, share, extra):
+    """The worker whose run has a unit. Runs have `share` units; those of the first `extra` workers have one more."""
+    worker = unit // (share + 1)
     if worker >= extra:
-        worker = extra + (slot - extra * (share + 1)) // tl.maximum(share, 1)
+        worker = extra + (unit - extra * (share + 1)) // tl.maximum(share, 1)
     return worker
 
 
 @triton.jit
 def attend_items(keys, values, call, schedule, C: tl.constexpr):
-    """Attends the run of slots of one worker, item by item."""
+    """Attends the run of units of one worker, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
         gdc_wait()
@@ -120,39 +120,39 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
         weights = _sequence_weights(sequences, call.lengths, call.captures, last_head, schedule, C)
         starts = _sums_before(weights)
         total = tl.sum(weights, 0)
-    # Runs of `share` slots; the first `extra` workers have one more.
+    # Runs of `share` units; the first `extra` workers have one more.
     total *= num_kv_heads
     share = total // tl.num_programs(0)
     extra = total % tl.num_programs(0)
-    slot = worker * share + tl.minimum(worker, extra)
-    stop = slot + share + tl.where(worker < extra, 1, 0)
+    unit = worker * share + tl.minimum(worker, extra)
+    stop = unit + share + tl.where(worker < extra, 1, 0)
     b = tl.zeros((), tl.int32)
     weight = tl.full((), 1, tl.int32)
     num_tiles = weight
-    first, past = slot, slot
-    while slot < stop:
-        if slot == past:
+    first, past = unit, unit
+    while unit < stop:
+        if unit == past:
             if C.MANY:
-                sequence = slot // num_kv_heads
-                b, first, slots, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
+                sequence = unit // num_kv_heads
+                b, first, units, _ = _find_in_chunks(sequence, call.lengths, call.captures, last_head, schedule, C)
             else:
-                b, first, slots = _find_slot(slot // num_kv_heads, sequences, starts, weights)
+                b, first, units = _find_unit(unit // num_kv_heads, sequences, starts, weights)
             num_tiles = tiles_of(C.GROUP_SIZE * read_tokens(tokens, b).used, C.BLOCK_M)
-            weight = slots // num_tiles
+            weight = units // num_tiles
             first *= num_kv_heads
-            past = first + num_kv_heads * slots
+            past = first + num_kv_heads * units
         span = read_tokens(tokens, b)
-        item_of_b = (slot - first) // weight
+        item_of_b = (unit - first) // weight
         kv_head = item_of_b // num_tiles
         tile = item_of_b % num_tiles
-        start = slot - first - item_of_b * weight
-        end = tl.minimum(weight, start + stop - slot)
+        start = unit - first - item_of_b * weight
+        end = tl.minimum(weight, start + stop - unit)
         if start == 0:
             index = tile_index(tokens, b, span.first, tile, C.GROUP_SIZE, C.BLOCK_M)
             shared_out = schedule.item_parts + 2 * (index.to(tl.int64) * num_kv_heads + kv_head)
             tl.store(shared_out, worker)
-            tl.store(shared_out + 1, _worker_of(slot + weight - 1, share, extra) - worker + 1)
+            tl.store(shared_out + 1, _worker_of(unit + weight - 1, share, extra) - worker + 1)
         place = (schedule.first_place + 2 * worker + tl.where(start == 0, 1, 0)).to(tl.int64) * C.BLOCK_M
         item = Item(b, kv_head, tile, span, start, end, weight, place, 1, (start == 0) & (end == weight))
         attend_run(item, keys, values, call, C)
-        slot += tl.maximum(end - start, 1)  # 0 only if there are more slots than 32 bits hold, see `max_weight`
+        unit += tl.maximum(end - start, 1)  # 0 only if there are more units than 32 bits hold, see `max_weight`

@@ -466,7 +466,10 @@ def tiles_of(rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def tile_index(tokens, b, first, tile, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The number of a tile among all tiles of the call; `first` is the first token of its sequence."""
+    """The number of a tile among all tiles of the call, as the head of this file says.
+
+    `tile` counts the tiles of sequence `b`, and `first` is its first token. Tokens of no sequence have `b` = batch.
+    """
     if tokens.cu_seqlens_q is not None:
         before = tl.maximum(first - read_total(tokens.cu_seqlens_q, 0, tokens.num_queries), 0)
         later = tokens.batch + GROUP_SIZE * before // BLOCK_M + tile - tl.where(b < tokens.batch, 1, 0)

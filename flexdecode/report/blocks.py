@@ -131,10 +131,10 @@ class Step:
         return torch.bincount(torch.cat(programs), minlength=self.num_splits)
 
     @cached_property
-    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slots of each item, and the worker of each slot.
+    def _units(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The units of each item in the line of `templates/balanced.py`, and the worker of each unit.
 
-        An item has as many slots as the largest item of its sequence has blocks; none if it has no query token.
+        An item has as many units as the largest item of its sequence has blocks; none if it has no query token.
         """
         weights = self.work.view(len(self.kv_lens), -1).amax(1).maximum((self.kv_lens > self.starts).long())
         weights = weights.repeat_interleave(self.num_kv_heads * self.num_tiles) * self.in_use
@@ -143,12 +143,12 @@ class Step:
     def _programs(self, item: int, work: int) -> torch.Tensor:
         """The program that visits each block of an item: its number in the item, or among all programs if balanced.
 
-        The kernel estimates the slots from fewer rows, and counts overlapping intervals twice. So the workers of a
+        The kernel estimates the units from fewer rows, and counts overlapping intervals twice. So the workers of a
         balanced schedule are approximate if heads or tokens differ, or if intervals overlap.
         """
         if not self.balanced:
             return _share_out(torch.tensor(work, device="cpu"), self.num_splits)
-        weights, workers = self._slots
+        weights, workers = self._units
         start, weight = int(weights[:item].sum()), int(weights[item])
         ends = torch.arange(weight + 1, device="cpu") * work // max(weight, 1)
         return workers[start : start + weight].repeat_interleave(ends.diff())

@@ -122,6 +122,10 @@ class FirstPass:
             max_weight,
         ]  # fmt: skip
 
+    def begin_at(self, tile: int) -> None:
+        """Sets where the partial results of the pass begin in the workspace: after so many of its tiles."""
+        self.arguments[PLACES["first_place"]] = tile
+
     def launch(self, call: Call, stream: int, workspace: tuple | None, pick: Pick | None = None) -> tuple | None:
         """Launches the pass. Returns those of its arguments that `pick` takes."""
         form = self.form
@@ -173,7 +177,7 @@ class TritonLauncher:
         rows = [one.chosen.num_places * one.chosen.tiles.block_m for one in passes]
         self.num_rows = sum(rows)
         # Those of the larger tiles come first, so that all of them start at a whole number of tiles.
-        first.arguments[PLACES["first_place"]] = (self.num_rows - rows[0]) // first.chosen.tiles.block_m
+        first.begin_at((self.num_rows - rows[0]) // first.chosen.tiles.block_m)
         self.parts_size = 2 * first.chosen.num_items if first.chosen.tiles.balanced else 0
         # The workspace has largest scores, sums, parts of items and outputs. Each starts at a multiple of 16 bytes.
         self.sums_at = -(-self.num_rows // 4) * 4

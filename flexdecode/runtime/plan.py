@@ -59,7 +59,7 @@ def any_length(
     """
     if not (query.__class__ is key.__class__ is value.__class__ is tuple and len(key[0]) == len(value[0]) == 4):
         return None
-    tokens = _any_tokens(query, value[0][3], out)
+    tokens = _queries_of_any_number(query, value[0][3], out)
     shape, steps, place = key[0], key[1], key[4]
     capacity = shape[2]
     if table is not None:
@@ -76,7 +76,7 @@ def any_length(
     return *tokens, *_without_length(key), *_without_length(value), *same, *scales
 
 
-def _any_tokens(query: tuple, v_head_dim: int, out: Any) -> tuple | None:
+def _queries_of_any_number(query: tuple, v_head_dim: int, out: Any) -> tuple | None:
     """The part of query and output in `any_length`: one token is not any number of them."""
     shape = query[0]
     if len(shape) not in (3, 4) or query[4] is None or 0 in shape:
