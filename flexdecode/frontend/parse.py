@@ -10,15 +10,16 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import FlexDecodeError
-from .graph import INDEX_NAMES, Graph, Node, Source
+from .graph import INDEX_NAMES, Graph, Node, Source, loops_around, topological
 from .ops import DTYPES, FLOAT8, INT_LIMITS, OPS, operand_dtypes, widened
 
-_CAPTURES = re.compile(r"captures ((?:\d+(?:\.\d+)? )*)\|((?: \d+)*)")
-_TENSOR = re.compile(r"tensor (\d+): (\w+) rank (\d+)")
-_NODE = re.compile(r"%(\d+) = (\w+)\((.*)\): (\w+)(\?)?")
-_RETURN = re.compile(r"return %(\d+)")
-_OPERAND = re.compile(r"%(\d+)")
+_CAPTURES = re.compile(r"captures ((?:[0-9]+(?:\.[0-9]+)? )*)\|((?: [0-9]+)*)")
+_TENSOR = re.compile(r"tensor ([0-9]+): ([a-z0-9_]+) rank ([0-9]+)")
+_NODE = re.compile(r"%([0-9]+) = ([a-z0-9_]+)\((.*)\): ([a-z0-9_]+)(\?)?")
+_RETURN = re.compile(r"return %([0-9]+)")
+_OPERAND = re.compile(r"%([0-9]+)")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES, *FLOAT8)}
+MAX_STEPS = 1 << 16  # of a loop; traced ones have at most 256
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -64,7 +65,7 @@ def parse_graph(text: str) -> Graph:
             output = nodes[int(found[1])]
         else:
             _refuse(line)
-    if output is None or len(types) != len(tensors):
+    if output is None or len(types) != len(tensors) or loops_around(topological(output))[output]:
         _refuse(text)
     return Graph(output, numbers, tensors, tuple(types))
 
@@ -126,7 +127,7 @@ def _fits(node: Node, types: list[tuple[torch.dtype, int]], num_numbers: int) ->
             return False
         return dtype == widened(types[attr][0]) and not any(x.dtype.is_floating_point for x in args)
     if op == "fold":
-        return _is_loop(attr, 3) and attr[2] in OPS and len(args) == 1 and args[0].dtype == dtype
+        return _is_loop(attr, 3) and len(args) == 1 and _joins(attr[2], args[0], dtype) and _steps_of(node) <= {attr[1]}
     if op == "cast":
         return attr is None and len(args) == 1
     if op not in OPS or attr is not None or len(args) != OPS[op].arity:
@@ -140,7 +141,21 @@ def _fits(node: Node, types: list[tuple[torch.dtype, int]], num_numbers: int) ->
 
 def _is_loop(attr: Any, size: int) -> bool:
     """Whether an attribute is that of a loop: its number from 1 on, and its number of steps."""
-    return type(attr) is tuple and len(attr) == size and all(type(x) is int and x >= 0 for x in attr[:2])
+    is_loop = type(attr) is tuple and len(attr) == size and all(type(x) is int for x in attr[:2])
+    return is_loop and attr[0] >= 1 and 1 <= attr[1] <= MAX_STEPS
+
+
+def _joins(row: Any, value: Node, dtype: torch.dtype) -> bool:
+    """Whether an operation joins two values of a type to one of the same type."""
+    if not isinstance(row, str) or row not in OPS or OPS[row].arity != 2:
+        return False
+    wanted, result, _ = operand_dtypes(OPS[row], (value, value))
+    return (*wanted, result) == (dtype,) * 3
+
+
+def _steps_of(fold: Node) -> set[int]:
+    """How many steps the loop of a `fold` has, as its `step` nodes say."""
+    return {node.attr[1] for node in topological(fold.args[0]) if node.op == "step" and node.attr[0] == fold.attr[0]}
 
 
 def _holds(dtype: torch.dtype, value: bool | int | float) -> bool:
@@ -197,9 +212,22 @@ class CanonicalMod:
             dtype, rank = graph.tensor_types[slot]
             if not isinstance(given, torch.Tensor) or (given.dtype, given.ndim) != (dtype, rank):
                 raise FlexDecodeError(f"capture {leaf} of {self.__name__} must be a {dtype} tensor of rank {rank}")
-        for leaf, dim in graph.numbers:
+        for slot, (leaf, dim) in enumerate(graph.numbers):
             given = leaves[leaf] if leaf < len(leaves) else None
-            rank = given.ndim if isinstance(given, torch.Tensor) else 0 if isinstance(given, (int, float)) else -1
-            if not (dim < rank if dim >= 0 else rank == 0):
-                raise FlexDecodeError(f"capture {leaf} of {self.__name__} must be a number, or a tensor with that size")
+            dtypes = {node.dtype for node in graph.nodes() if node.op == "number" and node.attr == slot}
+            if not dtypes <= _number_types(given, dim):
+                raise FlexDecodeError(
+                    f"capture {leaf} of {self.__name__} is no number, or has no size, of type {dtypes}"
+                )
         return graph
+
+
+def _number_types(given: object, dim: int) -> set[torch.dtype]:
+    """The types that a number slot may have: for a captured number or 0-d tensor, or for the size of a tensor."""
+    if isinstance(given, torch.Tensor):
+        if dim >= 0:
+            return {torch.int64} if dim < given.ndim else set()
+        return {widened(given.dtype)} if given.ndim == 0 and given.device.type == "cpu" else set()
+    if dim >= 0 or given.__class__ not in (int, float):
+        return set()
+    return {torch.int64} if given.__class__ is int else {torch.float32, torch.float64}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..errors import TraceError, is_user_file, lines
+from ..errors import TraceError, is_user_file, lines, user_line
 from ..frontend import torch_functions
 from ..frontend.captures import Reads
 from ..frontend.graph import Graph, Source
@@ -52,32 +52,69 @@ def place_of() -> str:
         if is_user_file(frame.filename):
             where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
             return f"{where}: {frame.line}" if frame.line else where
-    return ""
+    return user_line()  # torch.export runs the mod as it is
 
 
-def refuse_read(kind: str, name: str) -> NoReturn:
-    """Refuses that a mod reads the value of a tensor.
+# Methods that give a Python value of a tensor, and those that give what is known without its values.
+_READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__")
+_METADATA = (
+    "dim", "ndimension", "size", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
+    "is_signed", "is_contiguous", "get_device", "storage_offset", "__len__", "is_same_size",
+)  # fmt: skip
+_NOT_IN_PLACE = ("__invert__", "__int__", "__index__", "__iter__", "__init__")
+_IN_PLACE_OPERATORS = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
+    "imatmul", "setitem", "delitem",
+)  # fmt: skip
+_REASONS = {
+    "read": (
+        "the value of a tensor was read in a {kind} (.{name}())",
+        "Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be "
+        "captured outside the mod.",
+    ),
+    "write": (
+        "{name} writes in place, which a {kind} must not do",
+        "Use the operation that returns a new value (x = x + y, torch.where for a masked write).",
+    ),
+    "unseen": (
+        "the {kind} uses a value that was computed in a way which torch.compile does not show",
+        "Use functions of torch and operators: torch.abs(x) for abs(x), torch.maximum for max(), torch.transpose for "
+        "x.T, x[0] and x[1] for iterating over x. A tensor that it captures must have values.",
+    ),
+    "grad": (
+        "`query`, `key` or `value` requires grad, but {kind} is forward only",
+        "Run the compiled model under torch.no_grad(), or detach them.",
+    ),
+}
+
+
+def what_it_does(function: Any) -> str:
+    """What a function of PyTorch or Python does, as far as a recorder has to know it."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return "attribute"
+    if name in ("__getitem__", "getitem"):
+        return "index"
+    if name in _READS:
+        return "read"
+    if name in _METADATA:
+        return "metadata"
+    if getattr(function, "__module__", None) == "_operator":
+        return "write" if name in _IN_PLACE_OPERATORS else "call"
+    in_place = name.endswith("_") and not name.endswith("__")
+    in_place |= name.startswith("__i") and name not in _NOT_IN_PLACE
+    return "write" if in_place or name in ("__setitem__", "__delitem__", "__set__") else "call"
+
+
+def refuse(kind: str, why: str, name: str) -> NoReturn:
+    """Refuses something at the line that is being compiled.
 
     Raises:
-        TraceError: always.
+        TraceError: always. For gradients it is a ValueError, as without compilation.
     """
-    raise TraceError(
-        f"the value of a tensor was read in a {kind} (.{name}())\n  {place_of()}\n"
-        "  Use the tensor itself, and torch.where for `if`: it is read afresh at every call. A Python number may be "
-        "captured outside the mod."
-    )
-
-
-def refuse_grad() -> NoReturn:
-    """Refuses a call whose result autograd would follow.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "`query`, `key` or `value` requires grad, but flex_decode is forward only: run the compiled model under "
-        "torch.no_grad(), or detach them"
-    )
+    problem, remedy = (text.format(kind=kind, name=name) for text in _REASONS[why])
+    error = ValueError if why == "grad" else TraceError
+    raise error(f"{problem}\n  {place_of()}\n  {remedy}")
 
 
 def canonical_text(*recorded: Any) -> tuple[str, tuple]:

@@ -35,7 +35,7 @@ LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor
 def _places(names: str) -> tuple[list[int], list[int], list[int]]:
     """The places in `Inputs` of arguments that are tensors, of those that are integers, and of scales."""
     tensors, ints = ([Inputs._fields.index(name) for name in part.split()] for part in names.split("|"))
-    return tensors, ints, [place for place in tensors if Inputs._fields[place] in ("k_scale", "v_scale")]
+    return tensors, ints, [place for place in tensors if Inputs._fields[place] in ("k_scale", "v_scale", "scale")]
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
 """`flex_decode` in a region that torch.compile or torch.export traces: every call becomes one custom op.
 
-Dynamo follows the functions of this module line by line. It runs a mod on 0-d tensors that stand for the score and the
-positions. A `TorchFunctionMode`, which Dynamo follows too, writes down each operation on them. Their own results are
-never used. What the mod did becomes canonical text while the region is compiled.
+Dynamo follows the functions of this module line by line. It runs a mod on 0-d tensors without values that stand for the
+score and the positions. A `TorchFunctionMode`, which Dynamo follows too, writes down each operation. What the mod did
+becomes canonical text while the region is compiled.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from torch.overrides import TorchFunctionMode
 
 from ..call.block_mask import LISTS, both_masks, mask_of_blocks
 from ..call.inputs import DecodeOptions, Inputs
+from ..frontend.ops import widened
 from ..kv.kv_cache import read_cache
-from .canonical import canonical_text, place_of, refuse_grad, refuse_read
+from .canonical import canonical_text, place_of, refuse, what_it_does
 from .ops import options_text
 
 _MAX_ROUNDS = 8  # in which more and more numbers become constants
-_OPTIONAL = Inputs._fields[3:-2]
+_OPTIONAL = Inputs._fields[3:-1]
 _canonical_text = torch.compiler.assume_constant_result(canonical_text)
 _place_of = torch.compiler.assume_constant_result(place_of)
-_refuse_read = torch.compiler.assume_constant_result(refuse_read)
-_refuse_grad = torch.compiler.assume_constant_result(refuse_grad)
+_refuse = torch.compiler.assume_constant_result(refuse)
+_what_it_does = torch.compiler.assume_constant_result(what_it_does)
 _options_text = torch.compiler.assume_constant_result(options_text)
 
 
-# Methods that give a Python value of a tensor, and those that give what is known without its values.
-_READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__")
-_METADATA = (
-    "dim", "ndimension", "size", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-    "is_signed", "is_contiguous", "get_device", "storage_offset", "__len__",
-)  # fmt: skip
-
-
 class _Recorder(TorchFunctionMode):
-    """Writes down what a mod does with the values that stand for its parameters."""
+    """Writes down what a mod does with the values of its parameters and with captured tensors.
+
+    All of these, and all results, are shown to the mod on the meta device: types and shapes are right, and there are no
+    values. So a result that was made unseen is known by its device, and refused.
+
+    Attributes:
+        steps, ints, floats: as in `Recording`; the numbers that are not constants of the region.
+        values: what the mod sees for its parameters and for the result of each step.
+        tensors: captured tensors.
+        twins: what stands for these in the computation of shapes.
+    """
 
     def __init__(self, kind: str, like: torch.Tensor) -> None:
         super().__init__()
@@ -47,45 +50,37 @@ class _Recorder(TorchFunctionMode):
         self.steps: list = []
         self.values: list = []
         self.tensors: list = []
+        self.twins: list = []
         self.ints: list = []
         self.floats: list = []
 
-    def find(self, x: Any) -> int:
-        for i, value in enumerate(self.values):
+    def number_of(self, x: torch.Tensor, known: list) -> int:
+        """The number of an object in a list; -1 if it is not there."""
+        for i, value in enumerate(known):
             if value is x:
                 return i
         return -1
 
-    def knows(self, operands: Iterable) -> bool:
-        """Whether a value that stands for a parameter, or comes from one, is among the operands."""
-        for x in operands:
-            if isinstance(x, (tuple, list)):
-                if self.knows(x):
-                    return True
-            elif isinstance(x, slice):
-                if self.knows((x.start, x.stop, x.step)):
-                    return True
-            elif isinstance(x, torch.Tensor) and self.find(x) >= 0:
-                return True
-        return False
-
     def operand(self, x: Any) -> tuple:
         """How an operand is written, see `Recording`."""
         if isinstance(x, torch.Tensor):
-            at = self.find(x)
+            at = self.number_of(x, self.values)
             if at >= 0:
                 return ("v", at)
-            for i, tensor in enumerate(self.tensors):
-                if tensor is x:
-                    return ("t", i)
-            self.tensors.append(x)
-            return ("t", len(self.tensors) - 1)
+            at = self.number_of(x, self.tensors)
+            if at < 0:
+                if x.device.type == "meta":
+                    _refuse(self.kind, "unseen", "")
+                self.tensors.append(x)
+                self.twins.append(torch.empty(x.shape, dtype=widened(x.dtype), device="meta"))
+                at = len(self.tensors) - 1
+            return ("t", at)
         if isinstance(x, (tuple, list)):
             return ("l", tuple([self.operand(y) for y in x]))
         if isinstance(x, slice):
             return ("s", (self.operand(x.start), self.operand(x.stop), self.operand(x.step)))
         if isinstance(x, bool):
-            return ("c", x)
+            return ("c", True if x else False)  # noqa: SIM210 (this makes a constant of it)
         if isinstance(x, int) and not has_static_value(x):
             self.ints.append(x)
             return ("i", len(self.ints) - 1)
@@ -94,43 +89,81 @@ class _Recorder(TorchFunctionMode):
             return ("f", len(self.floats) - 1)
         return ("c", x)
 
+    def twin(self, x: Any) -> Any:
+        """What stands for an operand in the computation of a shape."""
+        if isinstance(x, torch.Tensor):
+            at = self.number_of(x, self.tensors)
+            return x if at < 0 else self.twins[at]
+        if isinstance(x, tuple):
+            return tuple([self.twin(y) for y in x])
+        if isinstance(x, list):
+            return [self.twin(y) for y in x]
+        return x
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         named = kwargs or {}
-        if func.__name__ == "__get__" or not self.knows((*args, *named.values())):
+        does = _what_it_does(func)
+        if does == "attribute":  # only torch.export shows attributes
+            return self.attribute(func, args[0])
+        if not _has_tensor((*args, *named.values())):
             return func(*args, **named)
-        step = (func, tuple([self.operand(x) for x in args]), tuple([(k, self.operand(v)) for k, v in named.items()]))
-        if func.__name__ in _READS:
-            _refuse_read(self.kind, func.__name__)
-        made = self.shown(func, args, named)
+        if does in ("read", "write"):
+            _refuse(self.kind, does, func.__name__)
+        operands = tuple([self.operand(x) for x in args])
+        step = (func, operands, tuple([(key, self.operand(x)) for key, x in named.items()]), _place_of())
+        seen = self.twin(args)
+        if does == "index":
+            made = seen[0][self.at_zero(seen[1])]
+        else:
+            made = func(*seen, **{key: self.twin(x) for key, x in named.items()})
         if isinstance(made, torch.Tensor):
-            self.steps.append((*step, _place_of()))
+            if self.number_of(made, self.values) >= 0:  # an operation that gives its operand, such as x.float()
+                made = made.view(made.shape)
+            self.steps.append(step)
             self.values.append(made)
         elif isinstance(made, (tuple, list)) and len(made) > 0 and isinstance(made[0], torch.Tensor):
-            self.steps.append((*step, _place_of()))
+            self.steps.append(step)
             self.values.append(None)
             whole = len(self.values) - 1
             for i, part in enumerate(made):
                 self.steps.append((None, (("v", whole), ("c", i)), (), ""))
                 self.values.append(part)
-        elif isinstance(made, (bool, int, float)) and func.__name__ not in _METADATA:
-            _refuse_read(self.kind, func.__name__)
+        elif isinstance(made, (bool, int, float)) and does != "metadata":
+            _refuse(self.kind, "read", func.__name__)
         return made
 
-    def shown(self, func: Any, args: tuple, named: dict) -> Any:
-        """What the mod sees as the result: its type and shape are right, its values mean nothing."""
-        if func.__name__ in ("__getitem__", "getitem"):
-            first = args[0][self.at_zero(args[1])]
-            wide = torch.float32 if first.dtype.is_floating_point and first.dtype != torch.float64 else first.dtype
-            return self.like.new_zeros(first.shape, dtype=wide)
-        return func(*args, **named)
+    def attribute(self, func: Any, x: torch.Tensor) -> Any:
+        """An attribute of a tensor."""
+        name = func.__self__.__name__
+        if self.number_of(x, self.values) < 0:
+            return func(x)
+        if name in ("device", "is_cuda", "is_cpu", "is_meta"):
+            return getattr(self.like, name)
+        made = func(x)
+        if isinstance(made, torch.Tensor):
+            _refuse(self.kind, "unseen", "")
+        return made
 
     def at_zero(self, index: Any) -> Any:
-        """An index with 0 in place of each value of rank 0."""
+        """An index with 0 in place of each number: the shape is the same, and nothing depends on its value."""
         if isinstance(index, tuple):
             return tuple([self.at_zero(x) for x in index])
-        if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool and self.find(index) >= 0:
-            return 0
-        return index
+        if isinstance(index, torch.Tensor):
+            return 0 if index.ndim == 0 and index.dtype != torch.bool else index
+        return 0 if isinstance(index, int) and not isinstance(index, bool) else index
+
+
+def _has_tensor(operands: Iterable) -> bool:
+    for x in operands:
+        if isinstance(x, (tuple, list)):
+            if _has_tensor(x):
+                return True
+        elif isinstance(x, slice):
+            if _has_tensor((x.start, x.stop, x.step)):
+                return True
+        elif isinstance(x, torch.Tensor):
+            return True
+    return False
 
 
 def _record(kind: str, mod: Callable | None, query: torch.Tensor) -> tuple:
@@ -139,9 +172,9 @@ def _record(kind: str, mod: Callable | None, query: torch.Tensor) -> tuple:
         return "", [], [], []
     seen = _Recorder(kind, query)
     if kind == "score_mod":
-        seen.values.append(query.new_zeros((), dtype=torch.float32))
+        seen.values.append(torch.empty((), dtype=torch.float32, device="meta"))
     for _ in range(4):
-        seen.values.append(query.new_zeros((), dtype=torch.int64))
+        seen.values.append(torch.empty((), dtype=torch.int64, device="meta"))
     with seen:
         result = mod(*seen.values[:])
     returned = seen.operand(result)
@@ -170,6 +203,30 @@ def _known_value(seen: _Recorder, leaf: int, dim: int) -> int:
     return range(seen.tensors[leaf - len(seen.ints) - len(seen.floats)].shape[dim]).stop
 
 
+def _optional(inputs: Inputs) -> tuple[str, list, list]:
+    """The arguments that a call may lack: names of tensors and of integers, and these.
+
+    Scales are tensors, because an argument of the op that is a Python float would be a constant of the region.
+    """
+    names: list = []
+    numbered: list = []
+    tensors: list = []
+    ints: list = []
+    for name in _OPTIONAL:
+        x = getattr(inputs, name)
+        if isinstance(x, torch.Tensor):
+            names.append(name)
+            tensors.append(x)
+        elif x is not None and name in ("k_scale", "v_scale", "scale"):
+            if name != "scale" or not has_static_value(x):
+                names.append(name)
+                tensors.append(torch.zeros((), dtype=torch.float64) + x)
+        elif x is not None:
+            numbered.append(name)
+            ints.append(x)
+    return " ".join(names) + "|" + " ".join(numbered), tensors, ints
+
+
 def decode_in_region(
     given: tuple,
     score_mod: Callable | None,
@@ -194,24 +251,12 @@ def decode_in_region(
         sizes = [*blocks, *lengths]
         is_alone = mask_mod is None
         mask_mod = both_masks(whole, mask_mod)
-    names: list = []
-    numbered: list = []
-    tensors: list = []
-    ints: list = []
-    for name in _OPTIONAL:
-        x = getattr(inputs, name)
-        if isinstance(x, torch.Tensor):
-            names.append(name)
-            tensors.append(x)
-        elif isinstance(x, float) or (isinstance(x, int) and name in ("k_scale", "v_scale")):
-            names.append(name)
-            tensors.append(torch.zeros((), dtype=torch.float64) + x)
-        elif x is not None:
-            numbered.append(name)
-            ints.append(x)
     query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+    names, tensors, ints = _optional(inputs)
+    if "scale" in names:
+        scale = None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        _refuse_grad()
+        _refuse("flex_decode", "grad", "")
     chosen = ""
     if options is not None:
         chosen = _options_text(
@@ -224,7 +269,7 @@ def decode_in_region(
         sizes.append(int(is_alone))
     call = (
         query, key, value, *_record("score_mod", score_mod, query), *mask,
-        " ".join(names) + "|" + " ".join(numbered), tensors, ints, lists, sizes, scale, chosen,
+        names, tensors, ints, lists, sizes, scale, chosen,
     )  # fmt: skip
     lse = None
     if return_lse:

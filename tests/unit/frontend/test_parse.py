@@ -48,6 +48,12 @@ tensor 0: float32 rank 1
 return %5"""
 
 
+OTHER_STEPS = """%1 = step((1, 4)): int64
+%2 = load(0, %1): float32
+%3 = number(0): float32?
+%4 = fold((1, 3, 'add'), %2)"""
+
+
 def test_a_text_and_its_captures_are_a_mod():
     query, key, value = torch.randn(B, HQ, 1, 16), torch.randn(B, 2, N, 16), torch.randn(B, 2, N, 16)
     slopes = torch.rand(HQ)
@@ -78,6 +84,14 @@ def test_a_text_and_its_captures_are_a_mod():
         ("index('h'): int64", "index('h'): int8"),
         ("number(0)", "number(1)"),
         ("number(0)", "const(float('nan'))"),
+        (TEXT[TEXT.index("%1") : TEXT.index(": float32\n%5")], OTHER_STEPS),
+        ("%4 = mul(%2, %3): float32", "%4 = fold((1, 0, 'add'), %2): float32"),
+        ("%4 = mul(%2, %3): float32", "%4 = fold((1, 10000000, 'add'), %2): float32"),
+        ("%4 = mul(%2, %3): float32", "%4 = fold((1, 3, 'sin'), %2): float32"),
+        ("%4 = mul(%2, %3): float32", "%4 = fold((1, 3, 'lt'), %2): float32"),
+        ("%4 = mul(%2, %3): float32", "%4 = fold((1, 3, []), %2): float32"),
+        ("%1 = index('h')", "%1 = step((1, 3))"),
+        ("%4 = mul", "%\u0664 = mul"),
         ("float32 rank 1", "float31 rank 1"),
         ("float32 rank 1", "float32 rank 2"),
     ],
@@ -95,9 +109,11 @@ def test_other_text_is_refused(change):
         ([0.5], "capture 1 of mod must be a torch.float32 tensor of rank 1"),
         ([0.5, torch.rand(HQ).half()], "capture 1 of mod must be a torch.float32 tensor of rank 1"),
         ([0.5, torch.rand(HQ, 2)], "capture 1 of mod must be a torch.float32 tensor of rank 1"),
-        ([torch.rand(3), torch.rand(HQ)], "capture 0 of mod must be a number"),
+        ([torch.rand(3), torch.rand(HQ)], "capture 0 of mod is no number"),
+        ([True, torch.rand(HQ)], "capture 0 of mod is no number"),
+        ([3, torch.rand(HQ)], "capture 0 of mod is no number"),
     ],
-    ids=["none", "dtype", "rank", "no number"],
+    ids=["none", "dtype", "rank", "no number", "bool", "integer"],
 )
 def test_captures_that_do_not_fit_are_refused(leaves, message):
     query, key = torch.randn(B, HQ, 1, 16), torch.randn(B, 2, N, 16)

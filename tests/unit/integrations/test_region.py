@@ -397,6 +397,98 @@ def test_errors_come_with_the_users_line_when_the_region_is_compiled(mod, messag
         run(*CACHE)
 
 
+def by_abs(score, b, h, q_idx, kv_idx):
+    return abs(score)
+
+
+def by_attribute(score, b, h, q_idx, kv_idx):
+    return score + (TABLE * 2).T[kv_idx, h] + TABLE.T[kv_idx, h]
+
+
+def by_data(score, b, h, q_idx, kv_idx):
+    return score.data * kv_idx
+
+
+def by_iteration(score, b, h, q_idx, kv_idx):
+    return score + sum(TABLE[h, :3]) * kv_idx
+
+
+def into_a_row(score, b, h, q_idx, kv_idx):
+    row = torch.zeros(3)
+    row[1] = score
+    return score + row.sum() * kv_idx
+
+
+def into_a_capture(score, b, h, q_idx, kv_idx):
+    SLOPES.add_(1)
+    return score + SLOPES[h]
+
+
+def augmented(score, b, h, q_idx, kv_idx):
+    score += kv_idx
+    return score
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [None, True, False])
+@pytest.mark.parametrize(
+    "mod",
+    [
+        by_abs, by_attribute, by_data, by_iteration, into_a_row, into_a_capture, augmented,
+        reads_a_value,
+    ],
+)  # fmt: skip
+def test_what_cannot_be_seen_is_right_or_refused(mod, strict):
+    """Never another result: what PyTorch does not show to a recorder is refused where it is used."""
+    before = SLOPES.clone()
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flex_decode(q, k, v, mod)
+
+    try:
+        if strict is None:
+            out = compiled(Attention())[0](*CACHE)
+        else:
+            out = torch.export.export(Attention(), CACHE, strict=strict).module()(*CACHE)
+    except Exception as error:
+        text = str(error)
+        if "Cannot copy out of meta tensor" not in text:  # torch 2.14 does not show `row[1] = score`
+            assert any(word in text for word in ("writes in place", "does not show", "was read", "not supported"))
+            assert f"in {mod.__name__}" in text or "in forward" in text  # the result itself
+    else:
+        assert torch.equal(out, flex_decode(*CACHE, mod))
+    assert torch.equal(SLOPES, before)
+
+
+def test_half_tables_are_computed_as_without_compilation():
+    half, brain = TABLE.half(), TABLE.bfloat16()
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + (half * 3.3)[h, kv_idx] + (brain[1] * brain[2])[:9].sum() + half[0, 3] * half[1, :7].mean()
+
+    check(lambda q, k, v: flex_decode(q, k, v, score_mod), [CACHE])
+
+
+def test_comparisons_of_numbers():
+    def model(q, k, v, x):
+        return flex_decode(q, k, v, lambda s, b, h, q_idx, kv_idx: s * (x > 3) + kv_idx * (x == 6))
+
+    check(model, [(*CACHE, x) for x in (2, 5, 6, 2, 5)], 4)
+
+
+def test_an_index_that_changes():
+    def model(q, k, v, at):
+        return flex_decode(q, k, v, lambda s, b, h, q_idx, kv_idx: s + TABLE[h, at])
+
+    check(model, [(*CACHE, at) for at in range(4, 9)], 2)
+
+
+@pytest.mark.parametrize("first", [0.1, 2])
+def test_a_scale_that_changes(first):
+    check(lambda q, k, v, scale: flex_decode(q, k, v, scale=scale), [(*CACHE, first * i) for i in range(1, 6)], 2)
+
+
 def test_gradients_are_refused():
     run, _ = compiled(lambda q, k, v: flex_decode(q, k, v))
     with pytest.raises(Exception, match="requires grad, but flex_decode is forward only"):
