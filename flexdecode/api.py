@@ -118,6 +118,8 @@ def flex_decode(
         TraceError: a mod cannot be traced; the message has its line and the remedy.
         UnsupportedOpError: a mod calls an operation that flexdecode does not have.
     """
+    if return_lse is not True and return_lse is not False:
+        raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     given: Any = (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, max_q_len, scale, out,
@@ -127,8 +129,6 @@ def flex_decode(
 
         return decode_in_region(given, score_mod, mask_mod, block_mask, cache, return_lse, options)
     counters.calls += 1
-    if return_lse is not True and return_lse is not False:
-        raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
     return run_request(
         read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
     )

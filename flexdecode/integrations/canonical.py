@@ -1,4 +1,4 @@
-"""Makes the canonical text of a mod from the operations that `recorder` saw. It runs while a region is compiled."""
+"""Makes the canonical text of a mod from the operations that `region` saw. It runs while a region is compiled."""
 
 from __future__ import annotations
 
