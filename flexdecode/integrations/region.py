@@ -113,7 +113,7 @@ class _Recorder(TorchFunctionMode):
         step = (func, operands, tuple([(key, self.operand(x)) for key, x in named.items()]), _place_of())
         seen = self.twin(args)
         if does == "index":
-            made = seen[0][self.at_zero(seen[1])]
+            made = _without_empty(seen[0])[self.at_zero(seen[1])]
         else:
             made = func(*seen, **{key: self.twin(x) for key, x in named.items()})
         if isinstance(made, torch.Tensor):
@@ -151,6 +151,11 @@ class _Recorder(TorchFunctionMode):
         if isinstance(index, torch.Tensor):
             return 0 if index.ndim == 0 and index.dtype != torch.bool else index
         return 0 if isinstance(index, int) and not isinstance(index, bool) else index
+
+
+def _without_empty(x: torch.Tensor) -> torch.Tensor:
+    """The same with one element where a dimension has none, so that an index has a shape."""
+    return torch.empty([max(n, 1) for n in x.shape], dtype=x.dtype, device="meta") if 0 in x.shape else x
 
 
 def _has_tensor(operands: Iterable) -> bool:
@@ -253,8 +258,8 @@ def decode_in_region(
         mask_mod = both_masks(whole, mask_mod)
     query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
     names, tensors, ints = _optional(inputs)
-    if "scale" in names:
-        scale = None
+    if scale is not None and not has_static_value(scale):
+        scale = None  # it is among the tensors
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         _refuse("flex_decode", "grad", "")
     chosen = ""

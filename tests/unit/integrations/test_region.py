@@ -236,6 +236,21 @@ def test_pages_scales_and_packed_tokens():
     check(lambda q: flex_decode(q, pages, pages, mods.alibi(HQ), mods.causal(), **arguments), [(PACKED,)])
 
 
+def test_a_scale_beside_scales():
+    key = torch.randint(-99, 99, (B, HKV, N, D), dtype=torch.int8)
+    check(lambda q, k: flex_decode(q, k, k, k_scale=0.01, v_scale=0.02, scale=0.7), [(QUERY, key)])
+
+
+def test_an_empty_table():
+    empty = torch.empty(0, 3)
+    keep = torch.zeros(B, dtype=torch.bool)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return torch.where(keep[b], score + empty[h, 1], score)
+
+    check(lambda q, k, v: flex_decode(q, k, v, score_mod), [CACHE])
+
+
 def test_log_sum_exp_and_out():
     def model(q, k, v, out):
         _, lse = flex_decode(q, k, v, mods.softcap(9.0), return_lse=True, out=out)
