@@ -154,8 +154,10 @@ def _joins(row: Any, value: Node, dtype: torch.dtype) -> bool:
 
 
 def _steps_of(fold: Node) -> set[int]:
-    """How many steps the loop of a `fold` has, as its `step` nodes say."""
-    return {node.attr[1] for node in topological(fold.args[0]) if node.op == "step" and node.attr[0] == fold.attr[0]}
+    """How many steps the loop of a `fold` has, as its `step` nodes say. An inner loop that has ended is another one."""
+    loop = fold.attr[0]
+    inside = topological(fold.args[0], within=lambda node: node.op != "fold" or node.attr[0] != loop)
+    return {node.attr[1] for node in inside if node.op == "step" and node.attr[0] == loop}
 
 
 def _holds(dtype: torch.dtype, value: bool | int | float) -> bool:

@@ -13,6 +13,10 @@ sizes = torch.randn(3, 5)
 
 OTHERS = {
     "reductions": ("score_mod", lambda s, b, h, q, k: s + table[h].amax() + sizes.sum(1)[b % 3]),
+    "loops": (
+        "score_mod",
+        lambda s, b, h, q, k: s + (sizes[b % 3].sum() * table[h, :4]).sum() + (sizes @ sizes.mT)[b % 3].sum(),
+    ),
     "floats": ("score_mod", lambda s, b, h, q, k: torch.where(k > q, -float("inf"), s * 1e-30 + 0.1)),
     "conversions": ("score_mod", lambda s, b, h, q, k: s + (q - k).to(torch.int8).half() + (k > 3)),
     "bools": ("mask_mod", lambda b, h, q, k: ~((k <= q) ^ (q == 3)) | (h < 0)),
