@@ -18,7 +18,7 @@ from benchmarks.timing import COLD_BYTES, time_graph
 from flexdecode import flex_decode, mods
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-READ_TBPS = 4.6  # read bandwidth of an H200 at 1 GB, as in flexdecode/schedule.py
+READ_TBPS = 4.6  # read bandwidth of an H200 at 1 GB, as in flexdecode/call/device.py
 SLACK_US = 5.0
 MAX_INPUT_BYTES = 60_000_000_000
 TITLES = {

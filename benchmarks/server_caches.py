@@ -18,7 +18,7 @@ from benchmarks.timing import COLD_BYTES, time_graph
 from flexdecode import flex_decode, merge_attention
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-READ_TBPS, TENSOR_TFLOPS = 4.6, 989.0  # of an H200: reads at 1 GB as in flexdecode/schedule.py, dense bfloat16
+READ_TBPS, TENSOR_TFLOPS = 4.6, 989.0  # of an H200: reads at 1 GB as in flexdecode/call/device.py, dense bfloat16
 COLUMNS = {
     "case": "what is decoded",
     "KV, MB": "keys, values and scales that have to be read",

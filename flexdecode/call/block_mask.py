@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -165,21 +165,13 @@ def mask_of_blocks(
 
 
 class ListsOfOp:
-    """A BlockMask as the custom op gets it: its lists, and the whole mask as text.
-
-    Attributes:
-        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE, seq_lengths: as in PyTorch.
-        mask_mod: the mask of the call, see `mask_of_blocks`; it captures the kinds of blocks.
-        place: where it captures them.
-    """
+    """The lists of a BlockMask as the custom op gets them; the attributes are PyTorch's. All calls share them."""
 
     def __init__(self, lists: list[torch.Tensor], sizes: Sequence[int]) -> None:
         self.kv_num_blocks, self.kv_indices = lists[:2]
         full: Sequence[torch.Tensor | None] = lists[2:] or (None, None)
         self.full_kv_num_blocks, self.full_kv_indices = full
         self.BLOCK_SIZE, self.seq_lengths = tuple(sizes[:2]), tuple(sizes[2:])
-        self.mask_mod: Any = None
-        self.place = 0
 
     @staticmethod
     def of(lists: list[torch.Tensor], sizes: Sequence[int]) -> ListsOfOp:
@@ -188,8 +180,22 @@ class ListsOfOp:
         key = *map(id, lists), *sizes
         if known is None or known[0] != key:
             known = key, ListsOfOp(lists, sizes)
-            lists[0]._flexdecode_lists = known  # type: ignore[attr-defined]
+            lists[0]._flexdecode_lists = known  # type: ignore[attr-defined]  # tensors take attributes
         return known[1]
+
+
+class BlockMaskOfOp(NamedTuple):
+    """What stands for a BlockMask in one call of the custom op.
+
+    Attributes:
+        lists: of blocks.
+        mask_mod: the whole mask of the call as text, see `mask_of_blocks`.
+        place: the leaf in which it captures the kinds of blocks.
+    """
+
+    lists: ListsOfOp
+    mask_mod: Any
+    place: int
 
 
 def _table(live: torch.Tensor, full: torch.Tensor) -> list[torch.Tensor]:
@@ -215,6 +221,10 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
         TypeError: `block_mask` is not a BlockMask.
         ValueError: it does not fit the query.
     """
+    if isinstance(block_mask, BlockMaskOfOp):
+        found = _find_lists(block_mask.lists, inputs)
+        block_mask.mask_mod.leaves[block_mask.place] = found.kinds
+        return block_mask.mask_mod, found
     if not all(hasattr(block_mask, name) for name in (*LISTS, "BLOCK_SIZE", "mask_mod", "seq_lengths")):
         raise TypeError(
             "`block_mask` must be a torch.nn.attention.flex_attention.BlockMask, got "
@@ -225,6 +235,12 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
             "`block_mask` is a part of another one, which has no `mask_mod`: set it, `block_mask.mask_mod = ...`, with "
             "one whose `b` and `h` count from the start of the part"
         )
+    found = _find_lists(block_mask, inputs)
+    return both_masks(found.mask_mod(block_mask.mask_mod, inputs.kv_offset is not None), mask_mod), found
+
+
+def _find_lists(block_mask: Any, inputs: Inputs) -> BlockLists:
+    """The lists of a BlockMask for a call: those of its last versions are known."""
     versions = [_version(getattr(block_mask, name)) for name in LISTS]
     sizes = inputs.batch, inputs.num_q_heads, inputs.query.device
     key = (*versions, *block_mask.BLOCK_SIZE, *block_mask.seq_lengths, *sizes)
@@ -233,10 +249,7 @@ def read_block_mask(block_mask: Any, inputs: Inputs, mask_mod: Callable | None) 
     if found is None:
         found = BlockLists(block_mask, *sizes)
         made.add(key, found)
-    if isinstance(block_mask, ListsOfOp):
-        block_mask.mask_mod.leaves[block_mask.place] = found.kinds
-        return block_mask.mask_mod, found
-    return both_masks(found.mask_mod(block_mask.mask_mod, inputs.kv_offset is not None), mask_mod), found
+    return found
 
 
 def _version(tensor: torch.Tensor | None) -> tuple | None:

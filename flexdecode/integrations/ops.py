@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..call.block_mask import ListsOfOp
+from ..call.block_mask import BlockMaskOfOp, ListsOfOp
 from ..call.inputs import DecodeOptions, Inputs
 from ..frontend.parse import CanonicalMod
 from ..kv.merge import merge_attention
@@ -43,9 +43,12 @@ def _options(text: str) -> DecodeOptions | None:
     return DecodeOptions(**json.loads(text)) if text else None
 
 
+OPTION_NAMES = tuple(x.name for x in fields(DecodeOptions))
+
+
 def options_text(*values: Any) -> str:
-    """The `options` argument of the ops, from the fields of a `DecodeOptions`."""
-    return json.dumps(dict(zip([x.name for x in fields(DecodeOptions)], values, strict=True)))
+    """The `options` argument of the ops, from the values of `OPTION_NAMES`."""
+    return json.dumps(dict(zip(OPTION_NAMES, values, strict=True)))
 
 
 def _mod(text: str, ints: list[int], floats: list[torch.Tensor], tensors: list[torch.Tensor]) -> CanonicalMod | None:
@@ -70,8 +73,7 @@ def _run(call: tuple, return_lse: bool) -> Any:
     options, block_mask = _options(options_of), None
     if block_lists:  # the mask includes that of the lists
         *sizes, place, is_alone = block_sizes
-        block_mask = ListsOfOp.of(block_lists, sizes)
-        block_mask.mask_mod, block_mask.place = mask, len(m_ints) + len(m_floats) + place
+        block_mask = BlockMaskOfOp(ListsOfOp.of(block_lists, sizes), mask, len(m_ints) + len(m_floats) + place)
         mask = None if is_alone else mask
     request = read_request(Inputs(*given), score, mask, block_mask, options=options)
     return run_request(request, return_lse, options)

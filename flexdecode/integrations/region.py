@@ -19,9 +19,8 @@ from ..call.inputs import DecodeOptions, Inputs
 from ..frontend.ops import widened
 from ..kv.kv_cache import read_cache
 from .canonical import canonical_text, place_of, refuse, what_it_does
-from .ops import options_text
+from .ops import OPTION_NAMES, options_text
 
-_MAX_ROUNDS = 8  # in which more and more numbers become constants
 _OPTIONAL = Inputs._fields[3:-1]
 _canonical_text = torch.compiler.assume_constant_result(canonical_text)
 _place_of = torch.compiler.assume_constant_result(place_of)
@@ -54,20 +53,13 @@ class _Recorder(TorchFunctionMode):
         self.ints: list = []
         self.floats: list = []
 
-    def number_of(self, x: torch.Tensor, known: list) -> int:
-        """The number of an object in a list; -1 if it is not there."""
-        for i, value in enumerate(known):
-            if value is x:
-                return i
-        return -1
-
     def operand(self, x: Any) -> tuple:
         """How an operand is written, see `Recording`."""
         if isinstance(x, torch.Tensor):
-            at = self.number_of(x, self.values)
+            at = _number_of(x, self.values)
             if at >= 0:
                 return ("v", at)
-            at = self.number_of(x, self.tensors)
+            at = _number_of(x, self.tensors)
             if at < 0:
                 if x.device.type == "meta":
                     _refuse(self.kind, "unseen", "")
@@ -92,7 +84,7 @@ class _Recorder(TorchFunctionMode):
     def twin(self, x: Any) -> Any:
         """What stands for an operand in the computation of a shape."""
         if isinstance(x, torch.Tensor):
-            at = self.number_of(x, self.tensors)
+            at = _number_of(x, self.tensors)
             return x if at < 0 else self.twins[at]
         if isinstance(x, tuple):
             return tuple([self.twin(y) for y in x])
@@ -117,7 +109,7 @@ class _Recorder(TorchFunctionMode):
         else:
             made = func(*seen, **{key: self.twin(x) for key, x in named.items()})
         if isinstance(made, torch.Tensor):
-            if self.number_of(made, self.values) >= 0:  # an operation that gives its operand, such as x.float()
+            if _number_of(made, self.values) >= 0:  # an operation that gives its operand, such as x.float()
                 made = made.view(made.shape)
             self.steps.append(step)
             self.values.append(made)
@@ -135,7 +127,7 @@ class _Recorder(TorchFunctionMode):
     def attribute(self, func: Any, x: torch.Tensor) -> Any:
         """An attribute of a tensor."""
         name = func.__self__.__name__
-        if self.number_of(x, self.values) < 0:
+        if _number_of(x, self.values) < 0:
             return func(x)
         if name in ("device", "is_cuda", "is_cpu", "is_meta"):
             return getattr(self.like, name)
@@ -151,6 +143,14 @@ class _Recorder(TorchFunctionMode):
         if isinstance(index, torch.Tensor):
             return 0 if index.ndim == 0 and index.dtype != torch.bool else index
         return 0 if isinstance(index, int) and not isinstance(index, bool) else index
+
+
+def _number_of(x: Any, known: list) -> int:
+    """The number of an object in a list; -1 if it is not there."""
+    for i, value in enumerate(known):
+        if value is x:
+            return i
+    return -1
 
 
 def _without_empty(x: torch.Tensor) -> torch.Tensor:
@@ -185,15 +185,14 @@ def _record(kind: str, mod: Callable | None, query: torch.Tensor) -> tuple:
     returned = seen.operand(result)
     described = tuple([_described(x) for x in seen.tensors])
     constants: tuple = ()
-    for _ in range(_MAX_ROUNDS):
+    while True:  # each round finds numbers that have to be constants
         text, needed = _canonical_text(
             kind, getattr(mod, "__name__", "mod"), tuple(seen.steps), returned, len(seen.ints), len(seen.floats),
             described, query.device, constants,
         )  # fmt: skip
         if not needed:
-            break
+            return text, seen.ints, seen.floats, seen.tensors
         constants = (*constants, *[(leaf, dim, _known_value(seen, leaf, dim)) for leaf, dim in needed])
-    return text, seen.ints, seen.floats, seen.tensors
 
 
 def _described(tensor: torch.Tensor) -> tuple:
@@ -203,6 +202,8 @@ def _described(tensor: torch.Tensor) -> tuple:
 
 def _known_value(seen: _Recorder, leaf: int, dim: int) -> int:
     """The value of an integer or a size. From now on the region is compiled for this value."""
+    if dim < 0 and leaf >= len(seen.ints):  # PyTorch has no value of a float while it compiles
+        _refuse(seen.kind, "read", "__float__")
     if dim < 0:
         return range(seen.ints[leaf]).stop
     return range(seen.tensors[leaf - len(seen.ints) - len(seen.floats)].shape[dim]).stop
@@ -264,13 +265,10 @@ def decode_in_region(
         _refuse("flex_decode", "grad", "")
     chosen = ""
     if options is not None:
-        chosen = _options_text(
-            options.backend, options.num_splits, options.block_n, options.num_warps, options.num_stages,
-            options.schedule, options.batch_invariant, options.debug,
-        )  # fmt: skip
+        chosen = _options_text(*[getattr(options, name) for name in OPTION_NAMES])
     mask = _record("mask_mod", mask_mod, query)
     if kinds is not None:
-        sizes.append([x is kinds for x in mask[3]].index(True))
+        sizes.append(_number_of(kinds, mask[3]))
         sizes.append(int(is_alone))
     call = (
         query, key, value, *_record("score_mod", score_mod, query), *mask,

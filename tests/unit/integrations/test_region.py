@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,6 +211,21 @@ def test_a_divisor_is_a_constant():
     check(model, [(*CACHE, 2 + i // 2) for i in range(6)], 3)
 
 
+def test_many_divisors():
+    """Each of them becomes a constant in a round of its own."""
+
+    def model(q, k, v, *steps):
+        def mask_mod(b, h, q_idx, kv_idx):
+            alive = kv_idx >= 0
+            for step in steps:
+                alive = alive & ((kv_idx + 1) // step != 3)
+            return alive
+
+        return flex_decode(q, k, v, None, mask_mod)
+
+    check(model, [(*CACHE, *range(first, first + 12)) for first in (2, 3, 4)], 3)
+
+
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 LENS = torch.tensor([20, 33], dtype=torch.int32)
@@ -298,6 +314,28 @@ def test_lists_of_a_block_mask_that_are_written_in_place():
             block_mask.kv_num_blocks.zero_()
             block_mask.full_kv_num_blocks.fill_(1)
         assert torch.equal(run(*CACHE, block_mask), flex_decode(*CACHE, block_mask=block_mask))
+
+
+def test_threads_that_share_a_block_mask():
+    """Each call has its own mask and captures, even where the lists are the same."""
+    block_mask = create_block_mask(prefix, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def model(q, k, v, window):
+        return flex_decode(q, k, v, None, functools.partial(within, window), block_mask=block_mask)
+
+    run, _ = compiled(model)
+    windows = [3, 30]
+    expected = [model(*CACHE, window) for window in windows]
+    for window in windows:
+        run(*CACHE, window)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            outs = list(pool.map(lambda i: (i % 2, run(*CACHE, windows[i % 2])), range(300)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(out, expected[i]) for i, out in outs)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
