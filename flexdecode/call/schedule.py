@@ -144,13 +144,13 @@ class Scheduler:
             One launch, or two of which the second one has the larger tiles. The kernel for latents reads the keys
             through two descriptors.
         """
-        inputs = in_pairs(inputs) if self.paired else inputs
-        strides, matrices, loads = all_strides(inputs), None, Loads.POINTERS
+        key, value = (in_pairs(x) if self.paired else x for x in (inputs.key, inputs.value))
+        strides, matrices, loads = all_strides(inputs, key, value), None, Loads.POINTERS
         if allow_latents and self.has_latents and (self.packed or self.group * sizes.num_queries > LATENT_ROWS):
-            latents = as_matrix(inputs.key, strides[4:8])
+            latents = as_matrix(key, strides[4:8])
             matrices, loads = (None if latents is None else (latents, latents)), Loads.LATENTS
         if matrices is None and self.has_matrices:
-            matrices = as_matrices(inputs.key, inputs.value, strides[4:8], strides[8:12])
+            matrices = as_matrices(key, value, strides[4:8], strides[8:12])
             loads = Loads.DESCRIPTORS
         loads = Loads.POINTERS if matrices is None else loads
         found = []

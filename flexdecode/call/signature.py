@@ -82,7 +82,7 @@ def product_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> torch.dtype:
 def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
     """Makes the signature of checked inputs."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    strides = all_strides(inputs)
+    strides = all_strides(inputs, key, value)
     kinds = {name: kind_of(getattr(inputs, name)) for name in OPTIONAL}
     if kinds["kv_lens"] == NUMBER:  # it is the longest sequence, which a kernel always takes
         kinds["kv_lens"] = None
@@ -111,17 +111,21 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
     )
 
 
-def all_strides(inputs: Inputs) -> tuple[int, ...]:
+def all_strides(inputs: Inputs, key: torch.Tensor, value: torch.Tensor) -> tuple[int, ...]:
     """The 16 strides of query, key, value and output, as the kernels take them.
 
     A packed query and its output have stride 0 over sequences.
+
+    Args:
+        inputs: of the call.
+        key, value: its caches, as the kernel loads them.
     """
     caches = inputs.format.owners(inputs.batch, inputs.key)
     query, out = inputs.query.stride(), inputs.out_strides
     if inputs.packed:
         (t, h, d), (out_t, out_h, out_d) = query, out
         query, out = (0, h, t, d), (0, out_h, out_t, out_d)
-    return *query, *kernel_strides(inputs.key, caches), *kernel_strides(inputs.value, caches), *out
+    return *query, *kernel_strides(key, caches), *kernel_strides(value, caches), *out
 
 
 def shares_storage(key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -139,9 +143,9 @@ def _in_pairs(cache: torch.Tensor) -> bool:
     return last == 1 and cache.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (*strides, cache.shape[3]))
 
 
-def in_pairs(inputs: Inputs) -> Inputs:
-    """The same call with its caches viewed as int16, two columns in one."""
-    return inputs._replace(key=inputs.key.view(torch.int16), value=inputs.value.view(torch.int16))
+def in_pairs(cache: torch.Tensor) -> torch.Tensor:
+    """A quantised cache viewed as int16, two columns in one."""
+    return cache.view(torch.int16)
 
 
 def kind_of(argument: float | torch.Tensor | None) -> Kind:

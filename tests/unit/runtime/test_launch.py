@@ -111,6 +111,26 @@ def test_every_argument_lies_in_its_place(kernels):
     assert len(set(partials)) == 3 and all(place % 16 == 0 for place in partials) and seen["item_parts"] is None
 
 
+@pytest.mark.parametrize("out_given", [False, True], ids=["new", "out"])
+def test_only_caches_that_are_loaded_in_pairs_have_other_strides(kernels, monkeypatch, out_given):
+    """Their columns are counted two by two; those of the query and of the output are not."""
+    monkeypatch.setattr(prepare, "device_facts", lambda _: DeviceFacts("cuda", 89, 142, 99 * 1024))
+    query = torch.randn(B, HQ, Q, D, dtype=torch.float16)
+    key, value = (torch.ones(B, HKV, N, width, dtype=torch.int8) for width in (D, 2 * D))
+    new = torch.empty(B, HQ, Q, 2 * D, dtype=torch.float16)
+    out = flex_decode(
+        query, key, value, k_scale=0.5, v_scale=0.5, out=new if out_given else None,
+        options=DecodeOptions(backend="triton", num_splits=2),
+    )  # fmt: skip
+    seen = kernels[0].run.seen
+    for letter, strides in (("q", query.stride()), ("o", out.stride())):
+        assert tuple(seen[f"stride_{letter}{dim}"] for dim in "bhmd") == strides
+    assert (seen["stride_kn"], seen["stride_vn"], seen["stride_kd"], seen["stride_vd"]) == (D // 2, D, 1, 1)
+    assert seen["key_steps"] == (HKV * N * D // 2, N * D // 2)
+    combine = kernels[1].run.seen
+    assert tuple(combine[f"stride_o{dim}"] for dim in "bhm") == out.stride()[:3]
+
+
 def test_both_passes_share_what_they_share(kernels):
     flex_decode(
         torch.randn(B, HQ, Q, D), torch.randn(B, HKV, N, D), torch.randn(B, HKV, N, DV), kv_lens=torch.tensor([9, N]),
