@@ -174,14 +174,15 @@ class Scheduler:
             block_m = min(max(16, next_power_of_2(rows)), large if is_prompt else most)
             num_tiles = batch * -(-rows // block_m)
             return (Part(block_m, num_tiles, num_tiles, (0, ALL_ROWS), is_prompt),)
-        longest = tokens if hint is None else min(tokens, hint)
-        if hint is None and tokens <= batch:
-            longest = 1  # one token for each sequence, most likely
+        longest = likely = min(tokens, tokens if hint is None else hint)
+        if hint is None:  # then lengths are alike, most likely; a longer sequence has several tiles
+            likely = -(-tokens // batch)
+            longest = tokens if likely > 1 else 1
         few = group * longest <= LARGE_ROWS
         if latent or most == 16:
             return (self._all_sequences(sizes, most, False),)
         if few and not self.options.batch_invariant:
-            return (self._all_sequences(sizes, min(max(16, next_power_of_2(group * longest)), most), False),)
+            return (self._all_sequences(sizes, min(max(16, next_power_of_2(group * likely)), most), False),)
         if batch == 1 and not self.options.batch_invariant:
             return (self._all_sequences(sizes, large, True),)
         # With `batch_invariant`, these sizes may not depend on the other sequences.
