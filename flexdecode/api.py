@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
+from .call.signature import NO_AUX, ONLY_LSE
 from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache, PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
@@ -129,9 +130,9 @@ def flex_decode(
 
         return decode_in_region(given, score_mod, mask_mod, block_mask, cache, return_lse, options)
     counters.calls += 1
-    return run_request(
-        read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options), return_lse, options
-    )
+    request = read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options)
+    out, lse, _ = run_request(request, ONLY_LSE if return_lse else NO_AUX, options)
+    return out if lse is None else (out, lse)
 
 
 def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:

@@ -144,9 +144,9 @@ def _merge(
 
 @triton.jit
 def decode_combine(
-    out, lse, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, kv_starts,
-    sinks, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len, num_queries, row_range,
-    num_splits, first_place, large_splits,
+    out, lse, max_scores, partial_out, partial_max, partial_sum, item_parts, kv_lens, q_lens, cu_seqlens_q,
+    cu_seqlens_k, kv_starts, sinks, stride_ob, stride_oh, stride_om, stride_od, batch, num_kv_heads, max_kv_len,
+    num_queries, row_range, num_splits, first_place, large_splits,
     GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     LARGE_M: tl.constexpr, OF_SMALL: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
     BALANCED: tl.constexpr, PDL: tl.constexpr,
@@ -170,11 +170,11 @@ def decode_combine(
             gdc_launch_dependents()
         row = _packed_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE, BLOCK_M, OF_SMALL)
         out_row = out
-        lse_row = row.place.to(tl.int64) * num_q_heads + row.head
+        place = row.place.to(tl.int64) * num_q_heads + row.head
     else:
         row = _padded_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE)
         out_row = out + row.b.to(tl.int64) * stride_ob
-        lse_row = (row.b.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
+        place = (row.b.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
     out_row += row.head.to(tl.int64) * stride_oh + row.place.to(tl.int64) * stride_om
     parts = _parts_of_splits(
         row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL
@@ -205,8 +205,10 @@ def decode_combine(
         in_use = None
         if q_lens is not None or cu_seqlens_q is not None:
             in_use = row.token < used
-        merged, row_lse = finish_rows(acc, m_i, l_i, sinks, row.head, in_use)
+        merged, row_lse, largest = finish_rows(acc, m_i, l_i, sinks, row.head, in_use)
         tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
-        if lse is not None:
-            if tl.program_id(1) == 0:
-                tl.store(lse + lse_row, row_lse)
+        if tl.program_id(1) == 0:
+            if lse is not None:
+                tl.store(lse + place, row_lse)
+            if max_scores is not None:
+                tl.store(max_scores + place, largest)

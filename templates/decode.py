@@ -54,10 +54,10 @@ Constants = namedtuple(
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
 # Keys or values: where rows start, the descriptor or None, steps between sequences and heads, strides, and the scales.
 Cache = namedtuple("Cache", "start descriptor steps stride_n stride_d scales")
-# Where results go: the output, the log-sum-exp and the sinks of whole items, and the partial results.
+# Where results go: the output, the numbers of rows and the sinks of whole items, and the partial results.
 Outputs = namedtuple(
     "Outputs",
-    "out lse partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
+    "out lse max_scores partial_out partial_max partial_sum sinks stride_b stride_h stride_m stride_d num_kv_heads",
 )
 # Lengths of all sequences, or where each begins in packed keys; positions of their first query tokens; their first live
 # slots; positions of their first slots; the greatest length; and the tokens.
@@ -748,12 +748,13 @@ def across(x):
 
 @triton.jit
 def finish_rows(acc, m_i, l_i, sinks, head, used):
-    """The output and the log-sum-exp of rows, from all keys that they attend to.
+    """The output, the log-sum-exp and the largest score of rows, from all keys that they attend to.
 
-    A sink adds a weight to the softmax, but no value. Rows that are not `used` (None: all are), and rows with neither a
-    live key nor a sink, have output 0 and log-sum-exp -inf. A score of +inf makes the log-sum-exp +inf and the output
-    NaN.
+    A sink adds a weight to the softmax, but no value, and is no score. Rows that are not `used` (None: all are), and
+    rows with neither a live key nor a sink, have output 0 and log-sum-exp -inf. A score of +inf makes the log-sum-exp
+    +inf and the output NaN.
     """
+    largest = m_i
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32)
         m_new = tl.maximum(m_i, sink)
@@ -764,10 +765,12 @@ def finish_rows(acc, m_i, l_i, sinks, head, used):
         acc = acc * across(alpha)
     result = acc / across(tl.where(l_i == 0.0, 1.0, l_i))
     lse = tl.where(m_i == float("inf"), m_i, m_i + tl.log2(l_i) * LN2)
+    largest = tl.where(lse != lse, lse, largest)  # a maximum does not see NaN
     if used is not None:
         result = tl.where(across(used), result, 0.0)
         lse = tl.where(used, lse, float("-inf"))
-    return result, lse
+        largest = tl.where(used, largest, float("-inf"))
+    return result, lse, largest
 
 
 @triton.jit
@@ -831,8 +834,8 @@ def share_of(item, runs, C: tl.constexpr):
 
 
 @triton.jit
-def lse_place(tokens, b, rows, num_q_heads):
-    """Where the log-sum-exps of rows lie: [B, Hq, Q], or [T, Hq] if the queries are packed."""
+def number_place(tokens, b, rows, num_q_heads):
+    """Where the numbers of rows lie (log-sum-exp, largest score): [B, Hq, Q], or [T, Hq] if the queries are packed."""
     if tokens.cu_seqlens_q is not None:
         return rows.place.to(tl.int64) * num_q_heads + rows.head
     else:
@@ -840,8 +843,8 @@ def lse_place(tokens, b, rows, num_q_heads):
 
 
 @triton.jit
-def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C: tl.constexpr):
-    """Writes columns `offs_dv` of a partial result, or of the output of a whole item, with `lse` unless it is None."""
+def store_run(acc, m_i, l_i, rows, offs_dv, FIRST: tl.constexpr, item, call, C: tl.constexpr):
+    """Writes columns `offs_dv` of a partial result, or of the output of a whole item: FIRST ones with row numbers."""
     outputs, tokens = call.outputs, call.lengths.tokens
     store = rows.valid[:, None] & (offs_dv[None, :] < C.V_HEAD_DIM)
     if C.SPLIT:
@@ -855,14 +858,17 @@ def store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C: tl.constexpr):
             used = None
             if C.RAGGED:
                 used = rows.token < item.span.used
-            result, row_lse = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, used)
+            result, row_lse, largest = finish_rows(acc, m_i, l_i, outputs.sinks, rows.head, used)
             out_row = row_start(outputs.out, outputs, item.b, rows)
             # A stride of 1 in a record is no constant in a group of warps.
             pointers = out_row[:, None] + offs_dv[None, :] * (1 if C.UNIT_OUT else outputs.stride_d)
             tl.store(pointers, result.to(outputs.out.dtype.element_ty), mask=store)
-            if lse is not None:
-                places = lse_place(tokens, item.b, rows, outputs.num_kv_heads * C.GROUP_SIZE)
-                tl.store(lse + places, row_lse, mask=rows.valid)
+            if FIRST:
+                places = number_place(tokens, item.b, rows, outputs.num_kv_heads * C.GROUP_SIZE)
+                if outputs.lse is not None:
+                    tl.store(outputs.lse + places, row_lse, mask=rows.valid)
+                if outputs.max_scores is not None:
+                    tl.store(outputs.max_scores + places, largest, mask=rows.valid)
 
 
 @triton.jit
@@ -950,8 +956,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
         factor = item_scale(values.scales, item.b, item.kv_head)
     for part in tl.static_range(len(parts)):
         offs_dv = part * C.BLOCK_DV + tl.arange(0, C.BLOCK_DV)
-        lse = call.outputs.lse if part == 0 else None
-        store_run(parts[part] * factor, state.m_i, state.l_i, rows, offs_dv, lse, item, call, C)
+        store_run(parts[part] * factor, state.m_i, state.l_i, rows, offs_dv, part == 0, item, call, C)
 
 
 @triton.jit
@@ -984,11 +989,11 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
 
 @triton.jit
 def decode_split(
-    query, key, value, key_descriptor, value_descriptor, out, lse, partial_out, partial_max, partial_sum, item_parts,
-    kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, q_offset, kv_starts, kv_offset, page_table, block_lists, key_scales,
-    value_scales, sinks, score_captures, mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd, key_steps,
-    stride_kn, stride_kd, value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od, batch,
-    num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place, max_weight,
+    query, key, value, key_descriptor, value_descriptor, out, lse, max_scores, partial_out, partial_max, partial_sum,
+    item_parts, kv_lens, q_lens, cu_seqlens_q, cu_seqlens_k, q_offset, kv_starts, kv_offset, page_table, block_lists,
+    key_scales, value_scales, sinks, score_captures, mask_captures, scale, stride_qb, stride_qh, stride_qm, stride_qd,
+    key_steps, stride_kn, stride_kd, value_steps, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
+    batch, num_kv_heads, max_kv_len, num_queries, row_range, num_splits, first_place, max_weight,
     GROUP_SIZE: tl.constexpr, ONE_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
@@ -998,15 +1003,16 @@ def decode_split(
 ):  # fmt: skip
     """First pass. Grid: (tiles * num_kv_heads, num_splits), or the one of balanced.py if BALANCED.
 
-    query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse [B, Hq, Q] or None,
-    partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B] or None, q_offset a
-    number, a [B] pointer or None, kv_starts [B] or None, kv_offset like q_offset, page_table empty or (pointer,
-    stride_b, num_pages), block_lists empty or as in block_lists.py, key_scales and value_scales empty, (number,),
-    (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None.
+    query [B, Hq, Q, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv], out [B, Hq, Q, Dv], lse and max_scores
+    [B, Hq, Q] or None, partial_out [places, Dv], partial_max and partial_sum [places], kv_lens [B] or None, q_lens [B]
+    or None, q_offset a number, a [B] pointer or None, kv_starts [B] or None, kv_offset like q_offset, page_table empty
+    or (pointer, stride_b, num_pages), block_lists empty or as in block_lists.py, key_scales and value_scales empty,
+    (number,), (pointer, stride_b, stride_h) or (pointer, stride_b, stride_h, stride_n), sinks [Hq] or None. A row of
+    max_scores is the largest score after the mods, in natural-log units, and -inf without a live key.
 
-    Packed queries have cu_seqlens_q [B + 1], query [T, Hq, D], out [T, Hq, Dv] and lse [T, Hq]; num_queries is T, and
-    row_range says which sequences take part. Packed keys have cu_seqlens_k [B + 1], also as the one element of
-    page_table, key [1, Hkv, Tk, D] and value [1, Hkv, Tk, Dv]. first_place counts the tiles of partial results that
+    Packed queries have cu_seqlens_q [B + 1], query [T, Hq, D], out [T, Hq, Dv], lse and max_scores [T, Hq]; num_queries
+    is T, and row_range says which sequences take part. Packed keys have cu_seqlens_k [B + 1], also as the one element
+    of page_table, key [1, Hkv, Tk, D] and value [1, Hkv, Tk, Dv]. first_place counts the tiles of partial results that
     belong to another launch.
 
     NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is evaluated in every block that is not
@@ -1027,8 +1033,9 @@ def decode_split(
     keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
     values = Cache(value, value_descriptor, value_steps, stride_vn, stride_vd, value_scales)
     outputs = Outputs(
-        out, lse, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od, num_kv_heads
-    )
+        out, lse, max_scores, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od,
+        num_kv_heads,
+    )  # fmt: skip
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
     lengths = Lengths(kv_lens, cu_seqlens_k, q_offset, kv_starts, kv_offset, max_kv_len, tokens)
     captures = Captures(score_captures, mask_captures)

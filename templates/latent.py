@@ -251,13 +251,12 @@ def _attend_right(memory, visit, item, call, C: gl.constexpr, L: gl.constexpr):
 
 @gluon.jit
 def _store_half(acc, m_i, l_i, COLUMN: gl.constexpr, item, call, C: gl.constexpr):
-    """Writes the columns of a result from `COLUMN` on; the left half (COLUMN 0) also writes the log-sum-exp."""
+    """Writes the columns of a result from `COLUMN` on; the left half (COLUMN 0) also writes the numbers of rows."""
     OUTPUT: gl.constexpr = acc.type.layout
     lanes = gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, OUTPUT))
     rows = query_rows(item, lanes, call.lengths.tokens, C)
     offs_dv = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, OUTPUT))
-    lse = call.outputs.lse if COLUMN == 0 else None
-    store_run(acc, m_i, l_i, rows, offs_dv, lse, item, call, C)
+    store_run(acc, m_i, l_i, rows, offs_dv, COLUMN == 0, item, call, C)
 
 
 @gluon.jit

@@ -207,6 +207,18 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1]
 
 
+def strides_in_order_of(query: torch.Tensor, v_head_dim: int) -> tuple[int, ...]:
+    """Strides of a dense output `[B, Hq, Q, Dv]` whose rows lie in memory in the order of those of the query.
+
+    Source: torch/_higher_order_ops/flex_attention.py, `_permute_strides`.
+    """
+    strides, step = [0, 0, 0, 1], v_head_dim
+    for dim in sorted((2, 1, 0), key=query.stride):  # of dimensions with equal strides, the last one is inner
+        strides[dim] = step
+        step *= query.shape[dim]
+    return tuple(strides)
+
+
 class Sizes(NamedTuple):
     """Run-time sizes: they change without a new kernel."""
 

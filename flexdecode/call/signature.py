@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,22 @@ Kind = tuple[torch.dtype | None, int] | None  # of an argument: dtype, None for 
 NUMBER: Kind = (None, 0)
 
 OPTIONAL = Inputs._fields[3:-3]  # what a call may lack, apart from `scale`, `out` and the hint `max_q_len`
+
+
+class Aux(NamedTuple):
+    """Which numbers of rows a call gives beside its output, float32 `[B, Hq, Q]`, of packed queries `[T, Hq]`.
+
+    Attributes:
+        lse: the natural log of the sum of exponentials.
+        max_scores: the largest score that a key has after both mods, in natural-log units; -inf without a live key.
+            A sink is no key.
+    """
+
+    lse: bool = False
+    max_scores: bool = False
+
+
+NO_AUX, ONLY_LSE = Aux(), Aux(lse=True)
 
 
 @hashed_once
@@ -35,7 +52,7 @@ class Signature:
         page_size: tokens of a page; 0 without a page table.
         shared_kv: whether each value is the first columns of its key, in the same memory.
         pairable: whether key and value are quantised and can be viewed as int16, two columns in one.
-        return_lse: whether the log-sum-exp is written.
+        aux: the numbers of rows that are written.
         aligned: whether query, key, value and output all start at a multiple of 16 bytes.
         strides: 16 stride classes, four for each of query, key, value, output. The class is `UNIT` for a last stride
             of 1, else the greatest common divisor of the stride and 16.
@@ -55,7 +72,7 @@ class Signature:
     page_size: int
     shared_kv: bool
     pairable: bool
-    return_lse: bool
+    aux: Aux
     aligned: bool
     strides: tuple[int, ...]
 
@@ -79,7 +96,7 @@ def product_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> torch.dtype:
     return dtype if cache_dtype in QUANTISED else torch.promote_types(dtype, cache_dtype)
 
 
-def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signature:
+def describe(inputs: Inputs, aux: Aux, options: DecodeOptions) -> Signature:
     """Makes the signature of checked inputs."""
     query, key, value = inputs.query, inputs.key, inputs.value
     strides = all_strides(inputs, key, value)
@@ -105,7 +122,7 @@ def describe(inputs: Inputs, return_lse: bool, options: DecodeOptions) -> Signat
         and key.dtype == value.dtype
         and _in_pairs(key)
         and _in_pairs(value),
-        return_lse=return_lse,
+        aux=aux,
         aligned=all(t is None or t.data_ptr() % 16 == 0 for t in (query, key, value, inputs.out)),
         strides=tuple(c for i in range(0, 16, 4) for c in _stride_classes(strides[i : i + 4])),
     )
@@ -118,7 +135,8 @@ def all_strides(inputs: Inputs, key: torch.Tensor, value: torch.Tensor) -> tuple
 
     Args:
         inputs: of the call.
-        key, value: its caches, as the kernel loads them.
+        key: its keys, as the kernel loads them.
+        value: its values, likewise.
     """
     caches = inputs.format.owners(inputs.batch, inputs.key)
     query, out = inputs.query.stride(), inputs.out_strides

@@ -82,7 +82,7 @@ class Call(NamedTuple):
 
     Attributes:
         inputs: its tensors and numbers.
-        out, lse: where the results go: `[B, Hq, Q, Dv]`, and float32 `[B, Hq, Q]` or None.
+        out, lse, max_scores: where the results go: `[B, Hq, Q, Dv]`, and float32 `[B, Hq, Q]` or None.
         score_leaves, mask_leaves: what the mods capture.
         scale: factor of the dot product.
         lists: those of a BlockMask, or None.
@@ -91,6 +91,7 @@ class Call(NamedTuple):
     inputs: Inputs
     out: torch.Tensor
     lse: torch.Tensor | None
+    max_scores: torch.Tensor | None
     score_leaves: list
     mask_leaves: list
     scale: float
@@ -123,6 +124,12 @@ def _pointer(kind: Kind) -> str | None:
 
 def _aligned(spec: KernelSpec) -> int:
     return 16 if spec.signature.aligned else 1
+
+
+def _row_numbers(name: str) -> Argument:
+    """Numbers of rows that a call may ask for."""
+    asked = attrgetter(f"signature.aux.{name}")
+    return Argument(name, lambda spec: "*fp32" if asked(spec) else None, attrgetter(name))
 
 
 def _partial(name: str) -> Argument:
@@ -194,7 +201,8 @@ ARGUMENTS = (
     _descriptor("key_descriptor", "key_columns", "key_type"),
     _descriptor("value_descriptor", "value_columns", "value_type"),
     Argument("out", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("out"), divisor=_aligned),
-    Argument("lse", lambda s: "*fp32" if s.signature.return_lse else None, attrgetter("lse")),
+    _row_numbers("lse"),
+    _row_numbers("max_scores"),
     *map(_partial, ("partial_out", "partial_max", "partial_sum")),
     Argument("item_parts", lambda s: "*i32" if s.tiles.balanced else None),
     _input("kv_lens"),

@@ -14,20 +14,23 @@ from typing import Any
 import torch
 
 from ..call.block_mask import BlockMaskOfOp, ListsOfOp
-from ..call.inputs import DecodeOptions, Inputs
+from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_order_of
+from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..frontend.parse import CanonicalMod
 from ..kv.merge import merge_attention
-from ..runtime.request import read_request
+from ..runtime.plan import Results
+from ..runtime.request import Request, read_request
 from ..runtime.run import run_request
 
 LIBRARY = torch.library.Library("flexdecode", "DEF")
 _MOD = "str {0}_mod, SymInt[] {0}_ints, Tensor[] {0}_floats, Tensor[] {0}_tensors"
 _CALL = (
-    f"(Tensor query, Tensor key, Tensor value, {_MOD.format('score')}, {_MOD.format('mask')}, str names,"
-    " Tensor[] tensors, SymInt[] ints, Tensor[] block_lists, SymInt[] block_sizes, float? scale, str options)"
+    f"Tensor query, Tensor key, Tensor value, {_MOD.format('score')}, {_MOD.format('mask')}, str names,"
+    " Tensor[] tensors, SymInt[] ints, Tensor[] block_lists, SymInt[] block_sizes, float? scale, str options"
 )
-LIBRARY.define(f"decode{_CALL} -> Tensor")
-LIBRARY.define(f"decode_with_lse{_CALL} -> (Tensor, Tensor)")
+LIBRARY.define(f"decode({_CALL}) -> Tensor")
+LIBRARY.define(f"decode_with_lse({_CALL}) -> (Tensor, Tensor)")
+LIBRARY.define(f"flex_attention({_CALL}, bool lse, bool max_scores) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
 
@@ -55,8 +58,8 @@ def _mod(text: str, ints: list[int], floats: list[torch.Tensor], tensors: list[t
     return CanonicalMod(text, [*ints, *[x.item() for x in floats], *tensors]) if text else None
 
 
-def _run(call: tuple, return_lse: bool) -> Any:
-    """Runs a call that is given by the arguments of an op."""
+def _request(call: tuple) -> tuple[Request, DecodeOptions | None]:
+    """The call that the arguments of an op describe."""
     query, key, value, s_mod, s_ints, s_floats, s_tensors, m_mod, m_ints, m_floats, m_tensors, *rest = call
     names, tensors, ints, block_lists, block_sizes, scale, options_of = rest
     given: list = [query, key, value, *[None] * 12, scale, None]
@@ -75,8 +78,35 @@ def _run(call: tuple, return_lse: bool) -> Any:
         *sizes, place, is_alone = block_sizes
         block_mask = BlockMaskOfOp(ListsOfOp.of(block_lists, sizes), mask, len(m_ints) + len(m_floats) + place)
         mask = None if is_alone else mask
-    request = read_request(Inputs(*given), score, mask, block_mask, options=options)
-    return run_request(request, return_lse, options)
+    return read_request(Inputs(*given), score, mask, block_mask, options=options), options
+
+
+def run_in_order(request: Request, aux: Aux, options: DecodeOptions | None) -> Results:
+    """Runs a request; the rows of its output lie in memory in the order of those of the query, as PyTorch's do."""
+    query, width = request.inputs.query, request.inputs.value.shape[3]
+    strides = strides_in_order_of(query, width)
+    shape = *query.shape[:3], width
+    if strides != contiguous_strides(shape):
+        request = request._replace(inputs=request.inputs._replace(out=query.new_empty_strided(shape, strides)))
+    return run_request(request, aux, options)
+
+
+def _decode(*call: Any) -> torch.Tensor:
+    request, options = _request(call)
+    return run_request(request, NO_AUX, options).out
+
+
+def _decode_with_lse(*call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    request, options = _request(call)
+    return run_request(request, ONLY_LSE, options)[:2]
+
+
+def _flex_attention(*call: Any) -> tuple[torch.Tensor, ...]:
+    """What is not asked for is an empty tensor."""
+    *others, lse, max_scores = call
+    request, options = _request(tuple(others))
+    results = run_in_order(request, Aux(lse, max_scores), options)
+    return tuple(results.out.new_empty(0, dtype=torch.float32) if x is None else x for x in results)
 
 
 def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -87,13 +117,22 @@ def _fake_both(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Ten
     return _fake_out(query, *rest), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
+def _fake_flex_attention(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    width = rest[1].shape[3]
+    out = query.new_empty_strided((*query.shape[:3], width), strides_in_order_of(query, width))
+    numbers = [query.new_empty(query.shape[:3] if asked else (0,), dtype=torch.float32) for asked in rest[-2:]]
+    return out, *numbers
+
+
 def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-LIBRARY.impl("decode", lambda *call: _run(call, False), "CompositeExplicitAutograd")
-LIBRARY.impl("decode_with_lse", lambda *call: _run(call, True), "CompositeExplicitAutograd")
+LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
+LIBRARY.impl("decode_with_lse", _decode_with_lse, "CompositeExplicitAutograd")
+LIBRARY.impl("flex_attention", _flex_attention, "CompositeExplicitAutograd")
 LIBRARY.impl("merge_attention", merge_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("flexdecode::merge_attention", _fake_merge, lib=LIBRARY)
 torch.library.register_fake("flexdecode::decode", _fake_out, lib=LIBRARY)
 torch.library.register_fake("flexdecode::decode_with_lse", _fake_both, lib=LIBRARY)
+torch.library.register_fake("flexdecode::flex_attention", _fake_flex_attention, lib=LIBRARY)

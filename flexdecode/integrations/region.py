@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..call.block_mask import LISTS, both_masks, mask_of_blocks
 from ..call.inputs import DecodeOptions, Inputs
+from ..call.signature import Aux
 from ..frontend.ops import widened
 from ..kv.kv_cache import read_cache
 from .canonical import canonical_text, place_of, refuse, what_it_does
@@ -201,12 +202,19 @@ def _described(tensor: torch.Tensor) -> tuple:
 
 
 def _known_value(seen: _Recorder, leaf: int, dim: int) -> int:
-    """The value of an integer or a size. From now on the region is compiled for this value."""
+    """The value of an integer or a size."""
     if dim < 0 and leaf >= len(seen.ints):  # PyTorch has no value of a float while it compiles
         _refuse(seen.kind, "read", "__float__")
     if dim < 0:
-        return range(seen.ints[leaf]).stop
-    return range(seen.tensors[leaf - len(seen.ints) - len(seen.floats)].shape[dim]).stop
+        return _constant(seen.ints[leaf])
+    return _constant(seen.tensors[leaf - len(seen.ints) - len(seen.floats)].shape[dim])
+
+
+def _constant(x: Any) -> Any:
+    """The value of an integer that may change, for which the region is then compiled; anything else as it is."""
+    if isinstance(x, int) and not isinstance(x, bool) and not has_static_value(x):
+        return range(x).stop
+    return x
 
 
 def _optional(inputs: Inputs) -> tuple[str, list, list]:
@@ -233,19 +241,14 @@ def _optional(inputs: Inputs) -> tuple[str, list, list]:
     return " ".join(names) + "|" + " ".join(numbered), tensors, ints
 
 
-def decode_in_region(
-    given: tuple,
+def _call(
+    inputs: Inputs,
     score_mod: Callable | None,
     mask_mod: Callable | None,
     block_mask: Any,
-    cache: Any,
-    return_lse: bool,
     options: DecodeOptions | None,
-) -> Any:
-    """As `flexdecode.flex_decode`. `given` has the fields of `Inputs` as the caller gave them."""
-    inputs = Inputs(*given)
-    if cache is not None:
-        inputs = read_cache(cache, inputs)
+) -> tuple:
+    """The arguments of the ops for a call."""
     lists: list = []
     sizes: list = []
     kinds = None
@@ -261,19 +264,41 @@ def decode_in_region(
     names, tensors, ints = _optional(inputs)
     if scale is not None and not has_static_value(scale):
         scale = None  # it is among the tensors
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        _refuse("flex_decode", "grad", "")
     chosen = ""
     if options is not None:
-        chosen = _options_text(*[getattr(options, name) for name in OPTION_NAMES])
+        chosen = _options_text(*[_constant(getattr(options, name)) for name in OPTION_NAMES])
     mask = _record("mask_mod", mask_mod, query)
     if kinds is not None:
         sizes.append(_number_of(kinds, mask[3]))
         sizes.append(int(is_alone))
-    call = (
+    return (
         query, key, value, *_record("score_mod", score_mod, query), *mask,
         names, tensors, ints, lists, sizes, scale, chosen,
     )  # fmt: skip
+
+
+def _refuse_gradients(inputs: Inputs, function: str, why: str) -> None:
+    if torch.is_grad_enabled() and (
+        inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad
+    ):
+        _refuse(function, why, "")
+
+
+def decode_in_region(
+    given: tuple,
+    score_mod: Callable | None,
+    mask_mod: Callable | None,
+    block_mask: Any,
+    cache: Any,
+    return_lse: bool,
+    options: DecodeOptions | None,
+) -> Any:
+    """As `flexdecode.flex_decode`. `given` has the fields of `Inputs` as the caller gave them."""
+    inputs = Inputs(*given)
+    if cache is not None:
+        inputs = read_cache(cache, inputs)
+    _refuse_gradients(inputs, "flex_decode", "grad")
+    call = _call(inputs, score_mod, mask_mod, block_mask, options)
     lse = None
     if return_lse:
         result, lse = torch.ops.flexdecode.decode_with_lse(*call)
@@ -283,3 +308,18 @@ def decode_in_region(
         inputs.out.copy_(result)
         result = inputs.out
     return (result, lse) if return_lse else result
+
+
+def attend_in_region(
+    inputs: Inputs,
+    score_mod: Callable | None,
+    mask_mod: Callable | None,
+    block_mask: Any,
+    aux: Aux,
+    options: DecodeOptions | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As `run_in_order` for a request of these arguments."""
+    _refuse_gradients(inputs, "flex_attention", "training")
+    call = _call(inputs, score_mod, mask_mod, block_mask, options)
+    out, lse, max_scores = torch.ops.flexdecode.flex_attention(*call, aux.lse, aux.max_scores)
+    return out, lse if aux.lse else None, max_scores if aux.max_scores else None

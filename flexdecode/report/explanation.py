@@ -16,7 +16,7 @@ from ..analysis.proven import ProvenMods
 from ..call.device import BYTES_PER_US, DeviceFacts, Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
 from ..call.schedule import Schedule, Scheduler
-from ..call.signature import Signature, shares_storage
+from ..call.signature import NO_AUX, Signature, shares_storage
 from ..call.tiles import Loads
 from ..codegen.kernels import module_path, template_files
 from ..runtime.identity import Mod
@@ -192,7 +192,7 @@ def _check(request: Request, options: DecodeOptions | None, device: str | Device
         options = replace(options, backend="triton")
     captured = torch.device("cpu") if meta else None
     traced, mods = trace_call(
-        inputs.only_shapes(), (request.score, request.mask), False, options, request.listed, captured
+        inputs.only_shapes(), (request.score, request.mask), NO_AUX, options, request.listed, captured
     )
     place, sizes = captured or query.device, inputs.sizes
     lens, tokens = (_known(given, sizes.batch, place) for given in (inputs.given_kv_lens, inputs.given_q_lens))

@@ -29,7 +29,7 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     """Computes attention by an online softmax over chunks, in float32, or in float64 if an input is float64.
 
     Args:
-        call: checked; its `out` and `lse` are written.
+        call: checked; its `out`, `lse` and `max_scores` are written.
         graphs: of the score_mod and the mask_mod.
         check_indices: raise if the result of an attending pair depends on a read out of range of a captured tensor, or
             if an entry of the page table names no page. On a CPU, such an entry always raises.
@@ -43,18 +43,17 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
         query = inputs.query
     else:
         query = inputs.query[batch.place.clamp(max=inputs.num_tokens - 1)].transpose(1, 2)
-    out, lse = _attend(call, graphs, query, batch, check_indices)
-    if batch.place is not None:
-        # One row more than the output takes what belongs to no token.
-        spread = inputs.num_tokens + 1, inputs.num_q_heads
-        everything = out.new_zeros(*spread, out.shape[-1]), lse.new_full(spread, -torch.inf)
-        out, lse = (
-            whole.index_copy(0, batch.place.flatten(), part.transpose(1, 2).flatten(0, 1))[:-1]
-            for whole, part in zip(everything, (out, lse), strict=True)
-        )
-    call.out.copy_(out)
-    if call.lse is not None:
-        call.lse.copy_(lse)
+    computed = _attend(call, graphs, query, batch, check_indices)
+    results = call.out, call.lse, call.max_scores
+    for part, result, empty in zip(computed, results, (0.0, -torch.inf, -torch.inf), strict=True):
+        if result is None:
+            continue
+        if batch.place is None:
+            result.copy_(part)
+        else:
+            # One row more than the output takes what belongs to no token.
+            whole = part.new_full((inputs.num_tokens + 1, *result.shape[1:]), empty)
+            result.copy_(whole.index_copy(0, batch.place.flatten(), part.transpose(1, 2).flatten(0, 1))[:-1])
 
 
 class _Rows(NamedTuple):
@@ -142,7 +141,7 @@ def _attend(
     query: torch.Tensor,
     batch: _Rows,
     check_indices: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The attention of rows of query tokens.
 
     Args:
@@ -153,7 +152,7 @@ def _attend(
         check_indices: as for `decode`.
 
     Returns:
-        Output [R, Hq, W, Dv] and log-sum-exp [R, Hq, W], in the type of the arithmetic.
+        Output [R, Hq, W, Dv], log-sum-exp and largest score [R, Hq, W], in the type of the arithmetic.
     """
     inputs, device = call.inputs, query.device
     dtype = torch.float64 if torch.float64 in (query.dtype, inputs.key.dtype, inputs.value.dtype) else torch.float32
@@ -192,13 +191,17 @@ def _attend(
         v = _read(inputs.value, inputs.v_scale, gather, read, batch.owner, dtype)
         softmax.add(s, v)
     out, lse = softmax.result()
-    return torch.where(row_live[..., None], out, 0.0), lse  # 0 * NaN would be NaN
+    return torch.where(row_live[..., None], out, 0.0), lse, softmax.largest  # 0 * NaN would be NaN
 
 
 @dataclass
 class _Softmax:
-    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv]."""
+    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv].
 
+    `m_i` includes the sinks, `largest` does not.
+    """
+
+    largest: torch.Tensor
     m_i: torch.Tensor
     l_i: torch.Tensor
     acc: torch.Tensor
@@ -207,17 +210,18 @@ class _Softmax:
     def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor, dtype: torch.dtype) -> _Softmax:
         """Before the first key. Rows that are `live` begin with the sink of their head."""
         device = live.device
-        m_i = torch.full(rows, -torch.inf, dtype=dtype, device=device)
+        largest = m_i = torch.full(rows, -torch.inf, dtype=dtype, device=device)
         l_i = torch.zeros(rows, dtype=dtype, device=device)
         acc = torch.zeros(*rows, inputs.value.shape[3], dtype=dtype, device=device)
         if inputs.sinks is not None:
             m_i = m_i.where(~live, inputs.sinks.to(dtype).view(1, -1, 1))
             l_i = (m_i != -torch.inf).to(dtype)
-        return cls(m_i, l_i, acc)
+        return cls(largest, m_i, l_i, acc)
 
     def add(self, s: torch.Tensor, v: torch.Tensor) -> None:
         """Adds keys with scores [R, Hq, W, n] and values [R or 1, Hkv, n, Dv]."""
-        m_new = torch.maximum(self.m_i, s.amax(-1))
+        self.largest = torch.maximum(self.largest, s.amax(-1))
+        m_new = torch.maximum(self.m_i, self.largest)
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
         p = torch.exp(s - m_safe[..., None])
         alpha = torch.exp(self.m_i - m_safe)

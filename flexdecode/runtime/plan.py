@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from ..call.block_mask import BlockLists
 from ..call.device import without_autocast
 from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale, contiguous_strides
 from ..call.overlap import extent, share_memory
+from ..call.signature import Aux
 from ..codegen.arguments import Call
 from ..errors import FlexDecodeError, IndexRangeError
 from ..frontend.graph import Graph
@@ -99,7 +100,7 @@ def _without_length(layout: tuple) -> tuple:
     return batch, heads, width, gcd(b, 16), gcd(h, 16), gcd(n, 16), d == 1 or gcd(d, 16), *rest
 
 
-Launcher = Callable[[Call], None]  # writes `out` of a call, and `lse` unless it is None
+Launcher = Callable[[Call], None]  # writes `out` of a call, and those of `lse` and `max_scores` that are not None
 
 
 class EagerLauncher:
@@ -139,17 +140,25 @@ def name_graphs(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]
     )
 
 
+class Results(NamedTuple):
+    """What a call gives: its output, and the numbers of rows that it was asked for, see `Aux`."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    max_scores: torch.Tensor | None
+
+
 class Plan:
     """Allocates the outputs of a call and runs it."""
 
     def __init__(
-        self, launcher: Launcher, checker: Launcher | None, inputs: Inputs, return_lse: bool, options: DecodeOptions
+        self, launcher: Launcher, checker: Launcher | None, inputs: Inputs, aux: Aux, options: DecodeOptions
     ) -> None:
         self.launcher = launcher
         self.checker = checker
         self.out_shape = inputs.out_shape
         self.default_scale = 1.0 / math.sqrt(inputs.head_dim)
-        self.return_lse = return_lse
+        self.aux = aux
         self.checks_lens = options.debug or inputs.query.device.type == "cpu"
         self.options = options
         self.empty = inputs.is_empty
@@ -192,12 +201,12 @@ class Plan:
                     self.apart.clear()
                 self.apart.add((place, at - start))
 
-    def run(
-        self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def run(self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None) -> Results:
         """Runs the call on tensors of the layout that the plan was made for."""
         out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
-        lse = inputs.query.new_empty(self.out_shape[:-1], dtype=torch.float32) if self.return_lse else None
+        lse, max_scores = [
+            inputs.query.new_empty(self.out_shape[:-1], dtype=torch.float32) if asked else None for asked in self.aux
+        ]
         if inputs.out is not None:
             self.check_out(inputs, out)
             check_captured_out(out, score_leaves, mask_leaves)
@@ -205,18 +214,20 @@ class Plan:
             check_all_lens(inputs, self.options)
         if self.empty:  # the tokens of a packed query may belong to no sequence
             out.zero_()
-            lse = None if lse is None else lse.fill_(-math.inf)
+            for numbers in (lse, max_scores):
+                if numbers is not None:
+                    numbers.fill_(-math.inf)
         else:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
             if self.numbers:
-                numbers: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}
-                inputs = inputs._replace(**numbers)
+                scales: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}
+                inputs = inputs._replace(**scales)
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
             if self.checker is not None:
-                self.checker(Call(inputs, torch.empty_like(out), None, score_leaves, mask_leaves, scale))
-            self.launcher(Call(inputs, out, lse, score_leaves, mask_leaves, scale, lists))
-        return out if lse is None else (out, lse)
+                self.checker(Call(inputs, torch.empty_like(out), None, None, score_leaves, mask_leaves, scale))
+            self.launcher(Call(inputs, out, lse, max_scores, score_leaves, mask_leaves, scale, lists))
+        return Results(out, lse, max_scores)
 
 
 def _is_number(scale: object) -> bool:

@@ -15,7 +15,7 @@ from ..analysis.proven import Listed, ProvenMods
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
 from ..call.schedule import Scheduler
-from ..call.signature import Signature, describe
+from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
@@ -84,7 +84,7 @@ class Traced:
 def trace_call(
     inputs: Inputs,
     mods: Mods,
-    return_lse: bool,
+    aux: Aux,
     options: DecodeOptions,
     listed: Listed,
     device: torch.device | None = None,
@@ -94,7 +94,7 @@ def trace_call(
     Args:
         inputs: of the call.
         mods: the score_mod and the mask_mod.
-        return_lse: whether the call returns the log-sum-exp.
+        aux: the numbers of rows that the call gives beside its output.
         options: how to execute it.
         listed: whether the lists of a BlockMask say which blocks are visited.
         device: where captured tensors are read, if they may be on any device; by default all are on the query's device.
@@ -112,7 +112,7 @@ def trace_call(
         _check_captures(kind, graph, mod, None if device else inputs.query.device)
         traced.append((graph, mod))
     graphs, (score, mask) = zip(*traced, strict=True)
-    signature = describe(inputs, return_lse, options)
+    signature = describe(inputs, aux, options)
     if signature.backend == "triton":
         _refuse_float64(inputs)
     elif options.batch_invariant:
@@ -137,7 +137,7 @@ def _refuse_float64(inputs: Inputs) -> None:
 
 
 def prepare(
-    inputs: Inputs, mods: Mods, return_lse: bool, options: DecodeOptions | None, listed: Listed = Listed.NO
+    inputs: Inputs, mods: Mods, aux: Aux, options: DecodeOptions | None, listed: Listed = Listed.NO
 ) -> tuple[Prepared, Plan, Mods]:
     """Checks a call and makes its plan.
 
@@ -147,8 +147,8 @@ def prepare(
     Raises:
         TypeError, ValueError, TraceError: as `flex_decode`.
     """
-    traced, mods = trace_call(inputs, mods, return_lse, DEFAULT_OPTIONS if options is None else options, listed)
-    prepared = Prepared(traced, inputs, mods, return_lse)
+    traced, mods = trace_call(inputs, mods, aux, DEFAULT_OPTIONS if options is None else options, listed)
+    prepared = Prepared(traced, inputs, mods, aux)
     plan, mask = prepared.plan(inputs, mods)
     return prepared, plan, (mods[0], mask)
 
@@ -160,12 +160,12 @@ class Prepared:
     them: it finds which indices are in range, the numbers of the schedule, and what is launched.
     """
 
-    def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, return_lse: bool) -> None:
+    def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, aux: Aux) -> None:
         self.traced = traced
         options = traced.options
         names = name_graphs(traced.graphs, mods) if options.debug else None
         self.eager = EagerLauncher(traced.graphs, names)
-        self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, return_lse, options)
+        self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, aux, options)
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device)

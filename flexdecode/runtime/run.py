@@ -7,10 +7,11 @@ from operator import itemgetter
 import torch
 
 from ..call.inputs import DecodeOptions, Inputs
+from ..call.signature import Aux
 from ..memos import Bounded, counters
 from .debug import check_again
 from .identity import Mod, pins_of
-from .plan import Plan, any_length, layout
+from .plan import Plan, Results, any_length, layout
 from .prepare import prepare
 from .request import Request
 
@@ -37,10 +38,8 @@ class _Lengths:
         self.kept = kept
 
 
-def run_request(
-    request: Request, return_lse: bool, options: DecodeOptions | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Runs a request on the current stream; returns what `flex_decode` returns.
+def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Results:
+    """Runs a request on the current stream.
 
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
@@ -50,7 +49,7 @@ def run_request(
     try:
         call = (
             score.identity, mask.identity, *[None if x is None else layout(x) for x in _others(inputs)],
-            _same_start(inputs.key, inputs.value), return_lse, options, torch.is_grad_enabled(), listed,
+            _same_start(inputs.key, inputs.value), aux, options, torch.is_grad_enabled(), listed,
         )  # fmt: skip
         lengths = (
             score.proof_values, mask.proof_values, inputs.max_q_len,
@@ -93,8 +92,8 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
             raise ValueError(
                 "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
             )
-        *_, return_lse, options, _, _ = call
-        prepared, plan, (score, mask) = prepare(inputs, (score, mask), return_lse, options, listed)
+        *_, aux, options, _, _ = call
+        prepared, plan, (score, mask) = prepare(inputs, (score, mask), aux, options, listed)
         call = (score.identity, mask.identity, *call[2:])
         known = _calls.get(call)
         if known is None:

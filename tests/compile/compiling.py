@@ -15,6 +15,7 @@ from flexdecode import DecodeOptions
 from flexdecode.analysis.proven import Listed
 from flexdecode.call.device import DeviceFacts
 from flexdecode.call.inputs import Inputs
+from flexdecode.call.signature import ONLY_LSE
 from flexdecode.codegen import kernels as compiled
 from flexdecode.codegen.arguments import KernelSpec
 from flexdecode.codegen.compile import compile_pass
@@ -83,7 +84,7 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
             found["launches"].append((spec, found[False]))
 
     compiled.forget_kernels()
-    return_lse = arguments.pop("return_lse", True)
+    aux = arguments.pop("aux", ONLY_LSE)
     listed = arguments.pop("listed", Listed.NO)
     with (
         mock.patch.object(prepare, "device_facts", lambda _: DEVICES[device]),
@@ -91,7 +92,7 @@ def compile_call(device, inputs, score_mod=None, mask_mod=None, *, options=None,
     ):
         mods = identify("score_mod", score_mod), identify("mask_mod", mask_mod)
         options = options or DecodeOptions(backend="triton")
-        prepare.prepare(Inputs(*inputs, **arguments), mods, return_lse, options, listed)
+        prepare.prepare(Inputs(*inputs, **arguments), mods, aux, options, listed)
     return Compiled(found["spec"], found["path"], found[False], found.get(True), found["launches"])
 
 

@@ -5,6 +5,8 @@ import torch
 from compile.compiling import DEVICES, DTYPES, FULL, SPILLED_MORE, compile_call, meta_inputs, meta_lengths, resources
 from support import MODS
 
+from flexdecode.call.signature import NO_AUX
+
 SHAPES = {  # B, Hq, Hkv, Q, N, D, Dv
     "crowded": (64, 16, 2, 1, 1024, 128, None),
     "split": (1, 32, 8, 1, 65536, 128, None),
@@ -19,7 +21,7 @@ ARGUMENTS = {
     "plain": lambda B: {},
     "lengths": lambda B: {"kv_lens": meta_lengths(B, torch.int32)},
     "long_lengths_and_offsets": lambda B: {
-        "kv_lens": meta_lengths(B, torch.int64), "q_offset": meta_lengths(B, torch.int64), "return_lse": False,
+        "kv_lens": meta_lengths(B, torch.int64), "q_offset": meta_lengths(B, torch.int64), "aux": NO_AUX,
     },
     "offset_number": lambda B: {"q_offset": 17},
     "offsets": lambda B: {"kv_lens": meta_lengths(B, torch.int64), "q_offset": meta_lengths(B, torch.int32)},

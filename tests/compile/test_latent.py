@@ -16,6 +16,7 @@ from support import MODS
 
 from flexdecode import CompileError, DecodeOptions, explain
 from flexdecode.call import tiles
+from flexdecode.call.signature import NO_AUX
 from flexdecode.codegen import compile as kernel
 from flexdecode.runtime import prepare
 
@@ -131,6 +132,6 @@ def test_another_kernel_takes_over_where_this_one_does_not_compile(monkeypatch):
     tensors, _ = latents()
     text = "flexdecode's kernel for latents did not compile, a slower one takes its place: no such thing as a barrier"
     with mock.patch("compile.compiling.compile_pass", refuse), pytest.warns(RuntimeWarning, match=text):
-        found = compile_call("sm_90", tensors, return_lse=False)
+        found = compile_call("sm_90", tensors, aux=NO_AUX)
     assert not found.spec.tiles.latent and found.spec.tiles.num_warps == 8
-    assert not compile_call("sm_90", latents(B=9)[0], return_lse=False).spec.tiles.latent
+    assert not compile_call("sm_90", latents(B=9)[0], aux=NO_AUX).spec.tiles.latent

@@ -15,6 +15,7 @@ import flexdecode
 from flexdecode import api, triton_api
 from flexdecode.call.device import DeviceFacts
 from flexdecode.call.inputs import DecodeOptions, Inputs
+from flexdecode.call.signature import NO_AUX
 from flexdecode.codegen import kernels as compiled
 from flexdecode.errors import TritonVersionError
 from flexdecode.runtime.identity import identify
@@ -65,7 +66,7 @@ def prepare_a_call(num_keys=4096):
     ):
         mods = identify("score_mod", None), identify("mask_mod", None)
         options = DecodeOptions(backend="triton", num_splits=4)
-        _, plan, *_ = prepare(Inputs(query, key, value), mods, False, options)
+        _, plan, *_ = prepare(Inputs(query, key, value), mods, NO_AUX, options)
     return plan
 
 

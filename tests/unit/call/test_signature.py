@@ -10,7 +10,7 @@ from support import make_inputs
 
 from flexdecode import DecodeOptions, explain, flex_decode
 from flexdecode.call.inputs import DEFAULT_OPTIONS, Inputs, check_inputs, check_lens
-from flexdecode.call.signature import UNIT, describe, kernel_strides
+from flexdecode.call.signature import NO_AUX, ONLY_LSE, UNIT, Aux, describe, kernel_strides
 
 B, Hq, Hkv, Q, N, D, Dv = 2, 4, 2, 3, 9, 16, 32
 QUERY, KEY, VALUE = make_inputs(B, Hq, Hkv, Q, N, D, Dv)
@@ -234,11 +234,11 @@ def test_the_triton_backend_needs_a_gpu(monkeypatch):
 # --- Signatures -------------------------------------------------------------------------------------------------------
 
 
-def signature(query=QUERY, key=KEY, value=VALUE, kv_lens=None, q_offset=None, return_lse=False, **options):
+def signature(query=QUERY, key=KEY, value=VALUE, kv_lens=None, q_offset=None, aux=NO_AUX, **options):
     options = DecodeOptions(**options)
     inputs = Inputs(query, key, value, kv_lens, q_offset=q_offset)
     check_inputs(inputs, options)
-    return describe(inputs, return_lse, options)
+    return describe(inputs, aux, options)
 
 
 def test_sizes():
@@ -261,7 +261,8 @@ def test_batch_and_length_are_no_part_of_a_signature():
         {"q_offset": 3},
         {"q_offset": LENS},
         {"q_offset": LENS.int()},
-        {"return_lse": True},
+        {"aux": ONLY_LSE},
+        {"aux": Aux(max_scores=True)},
         {"backend": "triton"},
         {"key": KEY.half()},
         {"value": VALUE.half()},
@@ -292,13 +293,13 @@ def test_dtypes_of_products():
         (half, half, int8, (half, half)),
     ):
         inputs = Inputs(QUERY.to(query), KEY.to(key), VALUE.to(value))
-        assert describe(inputs, False, DEFAULT_OPTIONS).product_dtypes == expected
+        assert describe(inputs, NO_AUX, DEFAULT_OPTIONS).product_dtypes == expected
 
 
 def test_a_value_of_another_dtype_is_no_part_of_a_key():
     key = KEY.half()
-    assert describe(Inputs(QUERY, key, key[..., :8]), False, DEFAULT_OPTIONS).shared_kv
-    assert not describe(Inputs(QUERY, key, key.view(torch.bfloat16)), False, DEFAULT_OPTIONS).shared_kv
+    assert describe(Inputs(QUERY, key, key[..., :8]), NO_AUX, DEFAULT_OPTIONS).shared_kv
+    assert not describe(Inputs(QUERY, key, key.view(torch.bfloat16)), NO_AUX, DEFAULT_OPTIONS).shared_kv
 
 
 def test_strides():
