@@ -190,6 +190,35 @@ def _assert_small_error(name, actual, expected, measure, slack=SLACK):
     assert error.mean() <= mean, f"{name}: mean error {error.mean():.3e} > {mean:.3e}"
 
 
+def assert_max_scores(found, query, key, score_mod=None, mask_mod=None):
+    """Asserts that the largest scores of rows `[B, Hq, Q]` are as good as PyTorch's, by the rule of `assert_close`.
+
+    All keys are live, and query positions count from 0. A row without a live key has -inf.
+    """
+    expected, measure = (_max_scores(query, key, score_mod, mask_mod, x) for x in (torch.float64, torch.float32))
+    found = found.detach().cpu().double()
+    assert found.shape == expected.shape, f"max_scores has shape {list(found.shape)}, not {list(expected.shape)}"
+    for wrong in (found.isnan() != expected.isnan(), (found == -torch.inf) != (expected == -torch.inf)):
+        assert not wrong.any(), f"max_scores is NaN or -inf in the wrong rows: {_where(wrong)}"
+    _assert_small_error("max_scores", found, expected, measure.double())
+
+
+def _max_scores(query, key, score_mod, mask_mod, dtype):
+    """Computes them in float64, or as PyTorch does: products in the input dtype and all else in float32."""
+    query, key = query.detach().cpu(), key.detach().cpu()
+    (B, Hq, Q, D), (_, Hkv, N, _) = query.shape, key.shape
+    products = query.to(dtype) @ key.to(dtype).expand(B, -1, -1, -1).repeat_interleave(Hq // Hkv, 1).mT
+    if dtype == torch.float32:
+        products = products.to(torch.promote_types(query.dtype, key.dtype)).to(dtype)
+    grid = [torch.arange(n) for n in (B, Hq, Q, N)]
+    score = products * D**-0.5
+    if score_mod is not None:
+        score = evaluate_mod(score_mod, grid, score, dtype=dtype)
+    if mask_mod is not None:
+        score = score.where(evaluate_mod(mask_mod, grid, dtype=dtype), -torch.inf)
+    return score.amax(-1)
+
+
 def _where(mask):
     places = mask.nonzero().tolist()
     return f"{places[:4]}{' ...' if len(places) > 4 else ''} ({len(places)} in all)"

@@ -12,7 +12,7 @@ import torch
 from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
 from ..call.device import without_autocast
-from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale, contiguous_strides
+from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale
 from ..call.overlap import extent, share_memory
 from ..call.signature import Aux
 from ..codegen.arguments import Call
@@ -85,14 +85,24 @@ def _queries_of_any_number(query: tuple, v_head_dim: int, out: Any) -> tuple | N
     if shape[-2 if len(shape) == 4 else 0] > MAX_QUERIES or math.prod(shape[:-1]) >= 1 << 31:
         return None
     if out is not None:
-        whole = *shape[:-1], v_head_dim
-        if out.__class__ is not tuple or out[0] != whole or out[1] != contiguous_strides(whole):
+        if out.__class__ is not tuple or out[0] != (*shape[:-1], v_head_dim) or not _is_dense(*out[:2]):
             return None  # another `out` is checked
-        out = out[2:]
+        *steps, last = out[1]
+        out = *[gcd(step, 16) for step in steps], last == 1 or gcd(last, 16), *out[2:]
     if len(shape) == 3:
         (_, heads, width), (t, h, d) = query[:2]
         return heads, width, gcd(t, 16), gcd(h, 16), d == 1 or gcd(d, 16), *query[2:], out
     return *_without_length(query), shape[2] == 1, out
+
+
+def _is_dense(shape: tuple, strides: tuple) -> bool:
+    """Whether a tensor with elements fills its memory, in any order of dimensions."""
+    step = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _without_length(layout: tuple) -> tuple:

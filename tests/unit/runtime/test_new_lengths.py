@@ -170,6 +170,18 @@ def test_another_out_is_checked(host):
         flex_decode(q, kv, kv, cu_seqlens_q=starts, out=out[:1].expand(7, -1, -1), options=TRITON)
 
 
+def test_an_out_with_tokens_before_heads(host):
+    q, out = query(), torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
+    for length in range(1, 200):
+        flex_decode(q, grown(length), grown(length), out=out, options=TRITON)
+    assert prepared() <= 3
+    apart = torch.zeros(2, 4, 1, 128, dtype=torch.bfloat16)[..., ::2]
+    for length in range(1, 5):
+        flex_decode(q, grown(length), grown(length), out=apart, options=TRITON)
+    with pytest.raises(ValueError, match="`out` must have a place of its own"):
+        flex_decode(q, grown(5), grown(5), out=out[:1].expand(2, -1, -1, -1), options=TRITON)
+
+
 def test_a_growing_page_table(host):
     pages, lens = grown(16, batch=8), torch.tensor([5, 7])
     for width in range(1, 200):
@@ -279,7 +291,7 @@ def test_a_reused_plan_is_a_fresh_one(data):
         options = DecodeOptions(backend="triton", **chosen)
         rows = heads * group
         score_family, mask_family = data.draw(st.sampled_from(MODS)), data.draw(st.sampled_from(MODS))
-        grows = data.draw(st.booleans())
+        grows, in_order = data.draw(st.booleans()), data.draw(st.sampled_from([None, (1, 2), (0, 1), (0, 2)]))
         fixed = score_family.make_score_mod(batch, rows, 300, tokens, "cpu")
         mask_mod = mask_family.make_mask_mod(batch, rows, 300, tokens, "cpu")
         q = torch.zeros(batch, rows, tokens, dim, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
@@ -309,6 +321,9 @@ def test_a_reused_plan_is_a_fresh_one(data):
                 found["kv_lens"] = data.draw(st.integers(0, length))
             elif lens or paged:
                 found["kv_lens"] = torch.full((batch,), min(length, 9))
+            if in_order is not None:  # two dimensions of the output have changed places in memory
+                shape = torch.empty(batch, rows, tokens, value.shape[3], dtype=q.dtype).transpose(*in_order).shape
+                found["out"] = torch.zeros(shape, dtype=q.dtype).transpose(*in_order)
             bias = torch.zeros(rows, length)
             mod = (lambda s, b, h, q_idx, k: s + bias[h, k]) if grows else fixed
             return (q, key, value, mod, mask_mod), found
