@@ -85,6 +85,10 @@ _REASONS = {
         "`query`, `key` or `value` requires grad, but {kind} is forward only",
         "Run the compiled model under torch.no_grad(), or detach them.",
     ),
+    "captured": (
+        "a tensor that the {kind} captures requires grad, but flexdecode is forward only",
+        "Run the compiled model under torch.no_grad(), or capture the tensor's .detach().",
+    ),
     "training": (
         "`query`, `key` or `value` requires grad, but flexdecode's {kind} is forward only",
         "Call it under torch.no_grad() or torch.inference_mode(), or detach them. To train, use "
@@ -118,7 +122,7 @@ def refuse(kind: str, why: str, name: str) -> NoReturn:
         TraceError: always. For gradients it is a ValueError, as without compilation.
     """
     problem, remedy = (text.format(kind=kind, name=name) for text in _REASONS[why])
-    error = ValueError if why in ("grad", "training") else TraceError
+    error = ValueError if why in ("grad", "captured", "training") else TraceError
     raise error(f"{problem}\n  {place_of()}\n  {remedy}")
 
 

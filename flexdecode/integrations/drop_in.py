@@ -75,9 +75,7 @@ def flex_attention(
     """
     in_region = torch.compiler.is_compiling() or query.__class__ is FakeTensor
     _check(query, key, value, enable_gqa)
-    if return_lse and return_aux is not None:
-        raise ValueError("`return_lse` and `return_aux` exclude one another: use `return_aux=AuxRequest(lse=True)`")
-    aux = Aux(return_lse) if return_aux is None else Aux(return_aux.lse, return_aux.max_scores)
+    aux = _aux_of(return_lse, return_aux)
     mask_mod = None
     if block_mask is not None:
         _check_lengths(block_mask, query, key)
@@ -120,16 +118,32 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_g
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4 or tensor.layout != torch.strided:
-            raise ValueError(
-                f"`{name}` must be a dense tensor [B, H, tokens, head_dim], got {tensor.dim()} dimensions and layout "
-                f"{tensor.layout}"
-            )
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout} or a nested tensor")
+        if tensor.dim() != 4:
+            raise ValueError(f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got {tensor.dim()}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(
             f"`query` has {query.shape[1]} heads and `key` has {key.shape[1]}: pass `enable_gqa=True` if query heads "
             "share those of the key"
         )
+
+
+def _aux_of(return_lse: bool, return_aux: Any) -> Aux:
+    """Which numbers of rows a call asks for.
+
+    Raises:
+        TypeError, ValueError: it does so in a wrong way, or in two.
+    """
+    if return_aux is None:
+        return Aux(lse=return_lse)
+    if not (hasattr(return_aux, "lse") and hasattr(return_aux, "max_scores")):
+        raise TypeError(
+            f"`return_aux` must be a torch.nn.attention.flex_attention.AuxRequest, got {type(return_aux).__name__}"
+        )
+    if return_lse:
+        raise ValueError("`return_lse` and `return_aux` exclude one another: use `return_aux=AuxRequest(lse=True)`")
+    return Aux(return_aux.lse, return_aux.max_scores)
 
 
 def _check_lengths(block_mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:

@@ -184,6 +184,10 @@ def _record(kind: str, mod: Callable | None, query: torch.Tensor) -> tuple:
     with seen:
         result = mod(*seen.values[:])
     returned = seen.operand(result)
+    if torch.is_grad_enabled():
+        for tensor in seen.tensors:
+            if tensor.requires_grad:
+                _refuse(kind, "captured", "")
     described = tuple([_described(x) for x in seen.tensors])
     constants: tuple = ()
     while True:  # each round finds numbers that have to be constants

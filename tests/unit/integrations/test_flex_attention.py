@@ -1,5 +1,9 @@
 """`flexdecode.integrations.flex_attention`: what PyTorch's tests of decoding compute, with every value compared."""
 
+import functools
+import inspect
+import re
+
 import pytest
 import torch
 import torch._inductor.config
@@ -17,13 +21,26 @@ from flex_cases import (
     run_case,
     up_to,
 )
-from support import assert_close
+from support import assert_close, assert_close_to_reference
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.experimental._paged_attention import PagedAttention
-from torch.nn.attention.flex_attention import AuxOutput, create_block_mask
+from torch.nn.attention.flex_attention import (
+    AuxOutput,
+    AuxRequest,
+    FlexKernelOptions,
+    _create_empty_block_mask,
+    create_block_mask,
+)
+from torch.nn.attention.flex_attention import flex_attention as pytorchs
+from torch.utils._pytree import tree_leaves
 
+from flexdecode import DecodeOptions, TraceError, flex_decode
 from flexdecode.integrations import flex_attention
+from flexdecode.integrations.drop_in import KERNEL_OPTIONS, WITHOUT_EFFECT, options_of
 
+# PyTorch's own function says so where it is called without torch.compile.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SIZES = Sizes(B=4, HQ=4, HKV=2, Q=1, N=150, D=16)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(8, 1), (8, 2), (4, 4)]
@@ -263,3 +280,299 @@ def test_inductors_autotuning_changes_nothing():
         for mod in (score_mod, SCORE_MODS["doubled"]):
             check(inputs_of(SIZES, torch.float32), mod, attention=compile_whole(flex_attention))
             check_paged(SIZES, torch.float32, mod, None, page_size=64, attention=compile_whole(flex_attention))
+
+
+# --- What else PyTorch's function promises ----------------------------------------------------------------------------
+
+
+def test_the_name_is_a_function_with_the_signature_of_pytorch():
+    ours, theirs = (inspect.signature(function).parameters.values() for function in (flex_attention, pytorchs))
+    assert [(x.name, x.kind, x.default) for x in ours] == [(x.name, x.kind, x.default) for x in theirs]
+
+
+ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3), (0, 1, 3, 2), (3, 2, 1, 0)]
+
+
+@pytest.mark.parametrize("Q", [1, 3])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_the_output_is_what_pytorch_gives(order, Q):
+    """Values, dtype and strides; the query's dimensions lie in memory in some order."""
+    query, key, value = inputs_of(SIZES._replace(Q=Q, DV=24), torch.float32)
+    query = query.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    block_mask = create_block_mask(up_to(40), None, None, Q, 150, device="cpu")
+    call = query, key, value, SCORE_MODS["alibi"], block_mask, 0.3
+    expected = pytorchs(*call, enable_gqa=True)
+    for attention in (flex_attention, compile_whole(flex_attention)):
+        out = attention(*call, enable_gqa=True)
+        torch.testing.assert_close(out, expected)
+        assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_returned(compiled):
+    attend = compile_whole(flex_attention) if compiled else flex_attention
+    inputs = inputs_of(SIZES._replace(HKV=4), torch.float32)
+    out, (lse, max_scores) = attend(*inputs, return_aux=BOTH)
+    assert lse.is_contiguous() and max_scores.is_contiguous() and lse.dtype == max_scores.dtype == torch.float32
+    assert torch.equal(attend(*inputs), out)
+    for found, expected in (
+        (attend(*inputs, return_lse=True), (out, lse)),
+        (attend(*inputs, return_aux=AuxRequest()), (out, AuxOutput())),
+        (attend(*inputs, return_aux=AuxRequest(lse=True)), (out, AuxOutput(lse=lse))),
+        (attend(*inputs, return_aux=AuxRequest(max_scores=True)), (out, AuxOutput(max_scores=max_scores))),
+    ):
+        assert type(found) is tuple and type(found[1]) is type(expected[1])
+        for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            assert x is y is None or torch.equal(x, y)
+
+
+def test_positions_count_from_0():
+    query, key, value = inputs_of(SIZES._replace(Q=3), torch.float32)
+    assert torch.equal(
+        flex_attention(query, key, value, SCORE_MODS["causal"], enable_gqa=True),
+        flex_decode(query, key, value, SCORE_MODS["causal"], q_offset=0),
+    )
+
+
+def test_a_block_mask_of_one_block():
+    """PyTorch's stand-in for no mask, whose lengths say nothing."""
+    inputs = inputs_of(SIZES._replace(HKV=4, Q=3), torch.float32)
+    whole = _create_empty_block_mask(*inputs[:2])
+    assert torch.equal(flex_attention(*inputs, None, whole), flex_attention(*inputs))
+    whole.mask_mod = up_to(40)
+    out, aux = flex_attention(*inputs, None, whole, return_aux=BOTH)
+    assert_right(out, aux, inputs, None, up_to(40))
+
+
+def test_a_block_mask_that_is_cropped():
+    inputs = inputs_of(SIZES._replace(HKV=4, Q=5), torch.float32)
+    block_mask = create_block_mask(up_to(0), None, None, 150, 150, device="cpu", BLOCK_SIZE=32)._adjust(5, 150)
+    out, aux = flex_attention(*inputs, None, block_mask, return_aux=BOTH)
+    assert_right(out, aux, inputs, None, up_to(0))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_autocast(dtype, compiled):
+    """The inputs are rounded to the dtype of autocast, and so is the output; not float64."""
+    attend = compile_whole(flex_attention) if compiled else flex_attention
+    inputs = inputs_of(SIZES._replace(HKV=4), dtype)
+    rounded = [x if dtype == torch.float64 else x.bfloat16() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(*inputs, SCORE_MODS["alibi"])
+    assert out.dtype == rounded[0].dtype
+    assert torch.equal(out, flex_attention(*rounded, SCORE_MODS["alibi"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8(dtype):
+    """The output is float8 if the query is."""
+    inputs = [x.to(dtype) for x in inputs_of(SIZES._replace(HKV=4, Q=2), torch.float32)]
+    out = flex_attention(*inputs, SCORE_MODS["alibi"])
+    wide = [x.float() for x in inputs]
+    expected = flex_decode(*wide, SCORE_MODS["alibi"], q_offset=0)
+    assert out.dtype == dtype
+    step = 2.0 ** (1 - {torch.float8_e4m3fn: 4, torch.float8_e5m2: 3}[dtype])  # from one number to the next
+    assert ((out.float() - expected).abs() <= step * expected.abs() + 2.0**-9).all()
+    cached = flex_attention(wide[0], *inputs[1:], SCORE_MODS["alibi"])
+    assert_close_to_reference(cached, None, wide[0], *inputs[1:], SCORE_MODS["alibi"], q_offset=0)
+
+
+def test_int8_caches_are_taken_as_they_are():
+    query, key, value = inputs_of(SIZES._replace(HKV=4), torch.float32)
+    key, value = ((2 * x).to(torch.int8) for x in (key, value))
+    torch.testing.assert_close(flex_attention(query, key, value), pytorchs(query, key, value))
+
+
+def test_float64():
+    """In float64 as in PyTorch, but the numbers of rows are float32."""
+    query, key, value = inputs_of(SIZES._replace(HKV=4), torch.float64)
+    out, aux = flex_attention(query, key, value, SCORE_MODS["alibi"], return_aux=BOTH)
+    torch.testing.assert_close(out, pytorchs(query, key, value, SCORE_MODS["alibi"]))
+    assert aux.lse.dtype == aux.max_scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes", [{"Q": 0}, {"N": 0}, {"B": 0}], ids=str)
+def test_nothing_to_attend(sizes):
+    sizes = SIZES._replace(HKV=4, **sizes)
+    out, aux = flex_attention(*inputs_of(sizes, torch.float32), return_aux=BOTH)
+    assert out.shape == (sizes.B, 4, sizes.Q, 16) and (out == 0).all()
+    for numbers in aux:
+        assert numbers.shape == out.shape[:3] and (numbers == -torch.inf).all()
+
+
+# --- kernel_options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        ({"BLOCK_N": 32, "num_warps": 2, "num_stages": 3}, {"block_n": 32, "num_warps": 2, "num_stages": 3}),
+        ({"fwd_BLOCK_N": 64, "fwd_num_warps": 8}, {"block_n": 64, "num_warps": 8}),
+        ({"SPLIT_KV": 7}, {"num_splits": 7}),
+        ({"BACKEND": "AUTO"}, {}),
+        ({"BACKEND": "TRITON"}, {"backend": "triton"}),
+        ({"BACKEND": "TRITON_DECODE"}, {"backend": "triton"}),
+        ({"PRESCALE_QK": True, "ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}, {}),
+        ({"FORCE_USE_FLEX_ATTENTION": True, "WRITE_DQ": False, "bwd_BLOCK_M1": 32, "bwd_num_warps": 4}, {}),
+    ],
+    ids=str,
+)
+def test_options_with_a_meaning(given, expected):
+    assert options_of(given) == DecodeOptions(**expected)
+
+
+def test_every_option_of_pytorch_is_honoured_allowed_or_refused():
+    backward = {"BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"}
+    refused = {"BLOCK_M", "USE_TMA", "kpack", "matrix_instr_nonkdim", "waves_per_eu", *backward}
+    allowed = {*KERNEL_OPTIONS, *WITHOUT_EFFECT, "BACKEND"} - {"SPLIT_KV"}
+    assert set(FlexKernelOptions.__annotations__) == refused | allowed
+    for name in refused:
+        with pytest.raises(ValueError, match=re.escape(f'`kernel_options["{name}"]` has no counterpart')):
+            options_of({name: 1})
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+QUERY, KEY, VALUE = inputs_of(SIZES, torch.float32)
+REFUSED = {
+    "heads": ({"enable_gqa": False}, ValueError, "`query` has 4 heads and `key` has 2: pass `enable_gqa=True`"),
+    "dimensions": ({"key": KEY[0]}, ValueError, "`key` must have 4 dimensions [B, H, tokens, head_dim], got 3"),
+    "no tensor": ({"value": 3}, TypeError, "`value` must be a torch.Tensor, got int"),
+    "sparse": ({"value": VALUE.to_sparse()}, ValueError, "`value` must be a dense tensor, got layout torch.sparse_coo"),
+    "another width": ({"key": KEY[..., :8]}, ValueError, "`key` must have shape [B, Hkv, N, D] with D = 16"),
+    "a mask_mod": ({"block_mask": up_to(0)}, TypeError, "`block_mask` must be a BlockMask, got function: make one"),
+    "longer BlockMask": (
+        {"block_mask": create_block_mask(up_to(0), None, None, 150, 150, device="cpu")}, ValueError,
+        "`block_mask` is for 150 query positions and 150 keys, but the call has 1 and 150",
+    ),
+    "part of a BlockMask": (
+        {"block_mask": create_block_mask(up_to(0), None, None, 1, 150, device="cpu")[:, :, :1]}, ValueError,
+        "`block_mask` is a part of another one",
+    ),
+    "both": (
+        {"return_lse": True, "return_aux": BOTH}, ValueError, "`return_lse` and `return_aux` exclude one another",
+    ),
+    "no AuxRequest": ({"return_aux": True}, TypeError, "`return_aux` must be a torch.nn.attention.flex_attention.AuxR"),
+    "unknown option": (
+        {"kernel_options": {"BLOCK_X": 3}}, ValueError,
+        '`kernel_options["BLOCK_X"]` has no counterpart in flexdecode: leave it out. Honoured are BLOCK_N, SPLIT_KV,',
+    ),
+    "bad option": (
+        {"kernel_options": {"BLOCK_N": 48}}, ValueError, '`kernel_options["BLOCK_N"]` must be a power of two, got 48',
+    ),
+    "FLASH": (
+        {"kernel_options": {"BACKEND": "FLASH"}}, ValueError,
+        "`kernel_options[\"BACKEND\"]` must be one of AUTO, TRITON, TRITON_DECODE, got 'FLASH'",
+    ),
+    "a branch": (
+        {"score_mod": lambda score, b, h, q_idx, kv_idx: score if kv_idx > 3 else -score}, TraceError,
+        "A mod is traced, so it cannot branch on a value: use torch.where",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    changed, kind, message = REFUSED[name]
+    call = {"query": QUERY, "key": KEY, "value": VALUE, "enable_gqa": True} | changed
+    with pytest.raises(kind, match=re.escape(message)):
+        flex_attention(**call)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    ragged = torch.nested.nested_tensor([VALUE[0], VALUE[1, :, :9]])
+    with pytest.raises(ValueError, match="`value` must be a dense tensor"):
+        flex_attention(QUERY, KEY, ragged, enable_gqa=True)
+
+
+@pytest.mark.parametrize("name", ["heads", "longer BlockMask", "both", "unknown option", "bad option"])
+def test_what_is_refused_in_a_region(name):
+    changed, _, message = REFUSED[name]
+    call = {"query": QUERY, "key": KEY, "value": VALUE, "enable_gqa": True} | changed
+    with pytest.raises(Exception, match=re.escape(message)):
+        compile_whole(flex_attention)(**call)
+
+
+def test_a_mod_that_cannot_be_traced_in_a_region():
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + KEY[b, h, 0, 0].item()
+
+    with pytest.raises(Exception, match=r"the value of a tensor was read in a score_mod .*\n.*test_flex_attention.py"):
+        compile_whole(flex_attention)(QUERY, KEY, VALUE, score_mod, enable_gqa=True)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_are_refused_with_a_remedy(compiled, place):
+    inputs = [x.detach() for x in (QUERY, KEY, VALUE)]
+    inputs[place] = inputs[place].clone().requires_grad_()
+    attend = compile_whole(flex_attention) if compiled else flex_attention
+    message = r"requires grad, but flexdecode's flex_attention is forward only[\s\S]*To train, use torch.nn.attention"
+    with pytest.raises(Exception, match=message):
+        attend(*inputs, enable_gqa=True)
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            assert torch.equal(attend(*inputs, enable_gqa=True), flex_attention(QUERY, KEY, VALUE, enable_gqa=True))
+
+
+# --- Regions ----------------------------------------------------------------------------------------------------------
+
+
+def test_mods_and_masks_that_change():
+    """A mod of a new table, a BlockMask and a scale are arguments of the graph."""
+
+    def model(query, key, value, table, block_mask, scale):
+        def score_mod(score, b, h, q_idx, kv_idx):
+            return score + table[h, kv_idx]
+
+        return flex_attention(query, key, value, score_mod, block_mask, scale, True, return_aux=BOTH)
+
+    run, counter = counted(model)
+    for step in range(5):
+        block_mask = create_block_mask(up_to(torch.tensor(20 + step)), None, None, 1, 150, device="cpu", BLOCK_SIZE=16)
+        call = QUERY, KEY, VALUE, torch.randn(4, 150), block_mask, 0.1 + step / 7
+        for found, expected in zip(tree_leaves(run(*call)), tree_leaves(model(*call)), strict=True):
+            assert torch.equal(found, expected)
+    assert counter.frame_count <= 2
+
+
+def test_partials_and_plain_compile():
+    """As PyTorch's users write it: without fullgraph, and with the mods bound."""
+    torch._dynamo.reset()
+    bound = functools.partial(flex_attention, score_mod=SCORE_MODS["alibi"], enable_gqa=True)
+    compiled = torch.compile(bound, backend="eager")
+    assert torch.equal(compiled(QUERY, KEY, VALUE), bound(QUERY, KEY, VALUE))
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            return flex_attention(query, key, value, SCORE_MODS["alibi"], enable_gqa=True, return_aux=BOTH)
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(
+        Model(), (QUERY, KEY, VALUE), dynamic_shapes={"query": None, "key": {2: length}, "value": {2: length}}
+    )
+    call = QUERY, KEY[:, :, :99], VALUE[:, :, :99]
+    for found, expected in zip(tree_leaves(exported.module()(*call)), tree_leaves(Model()(*call)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_op_is_what_pytorch_wants():
+    query = QUERY.transpose(1, 2).contiguous().transpose(1, 2)
+    nothing = "", [], [], []
+    for asked in ((False, False), (True, False), (True, True)):
+        call = query, KEY, VALUE, *nothing, *nothing, "|q_offset", [], [0], [], [], None, "", *asked
+        torch.library.opcheck(torch.ops.flexdecode.flex_attention.default, call)
+
+
+def test_tensors_without_values():
+    heads_first = QUERY.transpose(0, 1).contiguous().transpose(0, 1)
+    with FakeTensorMode() as mode:
+        query, key, value = (mode.from_tensor(x) for x in (heads_first, KEY, VALUE))
+        out, aux = flex_attention(query, key, value, SCORE_MODS["alibi"], enable_gqa=True, return_aux=BOTH)
+    assert out.shape == QUERY.shape and out.stride() == query.stride()
+    assert aux.max_scores.shape == QUERY.shape[:3] and aux.lse.dtype == torch.float32

@@ -550,6 +550,21 @@ def test_gradients_are_refused():
         assert torch.equal(run(QUERY.clone().requires_grad_(), KEY, VALUE), flex_decode(*CACHE))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["score_mod", "mask_mod"])
+def test_gradients_of_captured_tensors_are_refused(kind, backend):
+    slopes = torch.rand(HQ, requires_grad=True)
+    mod = {
+        "score_mod": lambda score, b, h, q_idx, kv_idx: score * slopes[h],
+        "mask_mod": lambda b, h, q_idx, kv_idx: slopes[h] > kv_idx / N,
+    }[kind]
+    run, _ = compiled(lambda *cache: flex_decode(*cache, **{kind: mod}), backend)
+    with pytest.raises(Exception, match=f"a tensor that the {kind} captures requires grad"):
+        run(*CACHE)
+    with torch.no_grad():
+        assert torch.equal(run(*CACHE), flex_decode(*CACHE, **{kind: mod}))
+
+
 def test_vmap_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match="make the mapped dimension part of the batch"):
         torch.vmap(lambda q: flex_decode(q, KEY, VALUE))(torch.stack([QUERY, QUERY]))
