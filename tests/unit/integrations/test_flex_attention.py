@@ -290,7 +290,12 @@ def test_the_name_is_a_function_with_the_signature_of_pytorch():
     assert [(x.name, x.kind, x.default) for x in ours] == [(x.name, x.kind, x.default) for x in theirs]
 
 
-ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3), (0, 1, 3, 2), (3, 2, 1, 0)]
+ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3)]
+
+
+def in_order(tensor, order):
+    """The same numbers, with the dimensions in this order in memory, the outermost one first."""
+    return tensor.permute(order).contiguous().permute([order.index(i) for i in range(4)])
 
 
 @pytest.mark.parametrize("Q", [1, 3])
@@ -298,7 +303,7 @@ ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3), 
 def test_the_output_is_what_pytorch_gives(order, Q):
     """Values, dtype and strides; the query's dimensions lie in memory in some order."""
     query, key, value = inputs_of(SIZES._replace(Q=Q, DV=24), torch.float32)
-    query = query.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    query = in_order(query, order)
     block_mask = create_block_mask(up_to(40), None, None, Q, 150, device="cpu")
     call = query, key, value, SCORE_MODS["alibi"], block_mask, 0.3
     expected = pytorchs(*call, enable_gqa=True)
@@ -306,6 +311,14 @@ def test_the_output_is_what_pytorch_gives(order, Q):
         out = attention(*call, enable_gqa=True)
         torch.testing.assert_close(out, expected)
         assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(("order", "strides"), [((0, 1, 3, 2), (288, 72, 24, 1)), ((3, 2, 1, 0), (24, 96, 384, 1))])
+def test_rows_of_the_output_are_dense(order, strides):
+    """Also those of a query whose rows are not; torch 2.9 differs in this."""
+    query, key, value = inputs_of(SIZES._replace(Q=3, DV=24), torch.float32)
+    out = check((in_order(query, order), key, value))
+    assert out.stride() == strides
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -347,6 +360,7 @@ def test_a_block_mask_of_one_block():
 def test_a_block_mask_that_is_cropped():
     inputs = inputs_of(SIZES._replace(HKV=4, Q=5), torch.float32)
     block_mask = create_block_mask(up_to(0), None, None, 150, 150, device="cpu", BLOCK_SIZE=32)._adjust(5, 150)
+    block_mask.seq_lengths = (5, 150)  # torch before 2.13 leaves them at whole blocks
     out, aux = flex_attention(*inputs, None, block_mask, return_aux=BOTH)
     assert_right(out, aux, inputs, None, up_to(0))
 
@@ -381,7 +395,7 @@ def test_float8(dtype):
 def test_int8_caches_are_taken_as_they_are():
     query, key, value = inputs_of(SIZES._replace(HKV=4), torch.float32)
     key, value = ((2 * x).to(torch.int8) for x in (key, value))
-    torch.testing.assert_close(flex_attention(query, key, value), pytorchs(query, key, value))
+    torch.testing.assert_close(flex_attention(query, key, value), pytorchs(query, key.float(), value.float()))
 
 
 def test_float64():
@@ -427,7 +441,7 @@ def test_every_option_of_pytorch_is_honoured_allowed_or_refused():
     backward = {"BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"}
     refused = {"BLOCK_M", "USE_TMA", "kpack", "matrix_instr_nonkdim", "waves_per_eu", *backward}
     allowed = {*KERNEL_OPTIONS, *WITHOUT_EFFECT, "BACKEND"} - {"SPLIT_KV"}
-    assert set(FlexKernelOptions.__annotations__) == refused | allowed
+    assert {*FlexKernelOptions.__annotations__, "BACKEND"} == refused | allowed  # torch 2.9 has no BACKEND
     for name in refused:
         with pytest.raises(ValueError, match=re.escape(f'`kernel_options["{name}"]` has no counterpart')):
             options_of({name: 1})
@@ -446,10 +460,6 @@ REFUSED = {
     "longer BlockMask": (
         {"block_mask": create_block_mask(up_to(0), None, None, 150, 150, device="cpu")}, ValueError,
         "`block_mask` is for 150 query positions and 150 keys, but the call has 1 and 150",
-    ),
-    "part of a BlockMask": (
-        {"block_mask": create_block_mask(up_to(0), None, None, 1, 150, device="cpu")[:, :, :1]}, ValueError,
-        "`block_mask` is a part of another one",
     ),
     "both": (
         {"return_lse": True, "return_aux": BOTH}, ValueError, "`return_lse` and `return_aux` exclude one another",
