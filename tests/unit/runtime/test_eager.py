@@ -6,11 +6,15 @@ import tracemalloc
 
 import pytest
 import torch
-from support import MODS, assert_close_to_reference, make_inputs, paged
+from support import MODS, assert_close_to_reference, assert_max_scores, make_inputs, paged
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, FlexDecodeError, flex_decode, mods
+from flexdecode.call.inputs import Inputs
+from flexdecode.call.signature import Aux
 from flexdecode.runtime import eager
+from flexdecode.runtime.request import read_request
+from flexdecode.runtime.run import run_request
 
 DEBUG = DecodeOptions(debug=True)
 INF, NAN = float("inf"), float("nan")
@@ -303,6 +307,34 @@ def test_default_scale():
 
 def test_no_window():
     check(*make_inputs(2, 4, 2, 3, 21, 16), None, mods.sliding_window(sys.maxsize))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_largest_scores(packed, small_chunks):
+    """Sinks are no scores; a token of no sequence has -inf, and so has one whose sequence has no key."""
+    kv_lens, q_lens = [53, 0, 20], [2, 3, 1]
+    query, key, value = make_inputs(3, 4, 2, 3, 53, 16)
+    sequences = [
+        (query[b : b + 1, :, :m], key[b : b + 1, :, :n]) for b, (n, m) in enumerate(zip(kv_lens, q_lens, strict=True))
+    ]
+    given = {"kv_lens": torch.tensor(kv_lens), "q_offset": torch.zeros(3, dtype=torch.int32)}
+    given["sinks"] = torch.full((4,), 50.0)
+    if packed:
+        rows = torch.cat([part[0].transpose(0, 1) for part, _ in sequences] + [query[0].transpose(0, 1)])
+        inputs = Inputs(rows, key, value, cu_seqlens_q=torch.tensor([0, 2, 5, 6], dtype=torch.int32), **given)
+    else:
+        inputs = Inputs(query, key, value, q_lens=torch.tensor(q_lens), **given)
+    request = read_request(inputs, mods.softcap(2.0), mods.sliding_window(30))
+    found = run_request(request, Aux(max_scores=True), None).max_scores
+    if packed:
+        assert (found[6:] == -INF).all()
+        parts = [part.transpose(0, 1)[None] for part in found[:6].split(q_lens)]
+    else:
+        assert (found[0, :, 2:] == -INF).all() and (found[2, :, 1:] == -INF).all()
+        parts = [found[b : b + 1, :, :m] for b, m in enumerate(q_lens)]
+    assert (parts[1] == -INF).all()
+    for part, (q, k) in zip(parts[::2], sequences[::2], strict=True):
+        assert_max_scores(part, q, k, mods.softcap(2.0), mods.sliding_window(30))
 
 
 # --- Debug checks -----------------------------------------------------------------------------------------------------
