@@ -207,15 +207,19 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1]
 
 
-def strides_in_order_of(query: torch.Tensor, v_head_dim: int) -> tuple[int, ...]:
-    """Strides of a dense output `[B, Hq, Q, Dv]` whose rows lie in memory in the order of those of the query.
+def strides_in_order(shape: Sequence[int], of_query: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense output whose rows lie in memory in the order of those of the query.
+
+    Args:
+        shape: of the output, `[B, Hq, Q, Dv]`.
+        of_query: strides of the query.
 
     Source: torch/_higher_order_ops/flex_attention.py, `_permute_strides`.
     """
-    strides, step = [0, 0, 0, 1], v_head_dim
-    for dim in sorted((2, 1, 0), key=query.stride):  # of dimensions with equal strides, the last one is inner
+    strides, step = [0, 0, 0, 1], shape[3]
+    for dim in sorted((2, 1, 0), key=of_query.__getitem__):  # of dimensions with equal strides, the last one is inner
         strides[dim] = step
-        step *= query.shape[dim]
+        step *= shape[dim]
     return tuple(strides)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..call.block_mask import BlockMaskOfOp, ListsOfOp
-from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_order_of
+from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_order
 from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..frontend.parse import CanonicalMod
 from ..kv.merge import merge_attention
@@ -83,12 +83,24 @@ def _request(call: tuple) -> tuple[Request, DecodeOptions | None]:
 
 def run_in_order(request: Request, aux: Aux, options: DecodeOptions | None) -> Results:
     """Runs a request; the rows of its output lie in memory in the order of those of the query, as PyTorch's do."""
-    query, width = request.inputs.query, request.inputs.value.shape[3]
-    strides = strides_in_order_of(query, width)
-    shape = *query.shape[:3], width
-    if strides != contiguous_strides(shape):
-        request = request._replace(inputs=request.inputs._replace(out=query.new_empty_strided(shape, strides)))
-    return run_request(request, aux, options)
+    inputs = request.inputs
+    shape = inputs.out_shape
+    strides, is_contiguous = _known_strides(shape, inputs.query.stride())
+    if not is_contiguous:
+        out = inputs.query.new_empty_strided(shape, strides)
+        return run_request(request._replace(inputs=inputs._replace(out=out)), aux, options)
+    results = run_request(request, aux, options)
+    if results.out.stride() == strides:
+        return results
+    return results._replace(out=results.out.as_strided(shape, strides))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_strides(shape: tuple[int, ...], of_query: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """As `strides_in_order`, and whether a contiguous output has its elements at the same places."""
+    strides = strides_in_order(shape, of_query)
+    alike = zip(shape, strides, contiguous_strides(shape), strict=True)
+    return strides, all(size == 1 or step == other for size, step, other in alike)
 
 
 def _decode(*call: Any) -> torch.Tensor:
@@ -118,8 +130,8 @@ def _fake_both(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def _fake_flex_attention(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    width = rest[1].shape[3]
-    out = query.new_empty_strided((*query.shape[:3], width), strides_in_order_of(query, width))
+    shape = *query.shape[:3], rest[1].shape[3]
+    out = query.new_empty_strided(shape, strides_in_order(shape, query.stride()))
     numbers = [query.new_empty(query.shape[:3] if asked else (0,), dtype=torch.float32) for asked in rest[-2:]]
     return out, *numbers
 
