@@ -15,6 +15,7 @@ import torch
 
 from ..call.block_mask import BlockMaskOfOp, ListsOfOp
 from ..call.inputs import DecodeOptions, Inputs
+from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
 from ..kv.merge import merge_attention
 from ..runtime.request import read_request
@@ -80,6 +81,9 @@ def _run(call: tuple, return_lse: bool) -> Any:
 
 
 def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    # Compilers write the arguments of an op into comments of their code, where a new line would begin a statement.
+    if not all(x.isprintable() for x in rest if isinstance(x, str)):
+        raise FlexDecodeError("the texts of an op are one line each: this one was not written by flexdecode")
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 

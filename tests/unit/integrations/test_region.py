@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, KVCache, flex_decode, merge_attention, mods
+from flexdecode import DecodeOptions, FlexDecodeError, KVCache, flex_decode, merge_attention, mods
 
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
 torch.manual_seed(0)
@@ -187,19 +188,24 @@ def test_what_changes_compiles_twice_at_most(name, backend):
     check(model, [call(i) for i in range(9)], 2, backend)
 
 
-def test_a_hundred_steps():
+# Inductor warns of what PyTorch deprecates, and of settings of the machine.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_hundred_steps(backend):
     """Everything changes at once: lengths, a captured tensor, numbers in a closure and in arguments."""
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
 
     def model(q, k, v, lens, table, window, cap):
         def score_mod(score, b, h, q_idx, kv_idx):
             return cap * torch.tanh(score / cap) + table[h, kv_idx]
 
-        return flex_decode(q, k, v, score_mod, functools.partial(within, window), kv_lens=lens)
+        return flex_decode(q * 2, k, v, score_mod, functools.partial(within, window), kv_lens=lens) + 1
 
     steps = [
         (*CACHE, torch.tensor([5 + i % 30, 9 + i % 31]), torch.randn(HQ, N), 3 + i, 2.0 + i / 3) for i in range(100)
     ]
-    check(model, steps, 2)
+    check(model, steps, 2, backend)
 
 
 def test_a_divisor_is_a_constant():
@@ -383,13 +389,10 @@ def test_tensors_without_values():
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
 
 
-TEXT = """captures | 0
-tensor 0: float32 rank 1
-%0 = score(): float32
-%1 = index('h'): int64
-%2 = load(0, %1): float32
-%3 = add(%0, %2): float32
-return %3"""
+TEXT = (
+    "captures | 0; tensor 0: float32 rank 1; %0 = score(): float32; %1 = index('h'): int64; %2 = load(0, %1): float32; "
+    "%3 = add(%0, %2): float32; return %3"
+)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +406,18 @@ return %3"""
 def test_the_op_is_what_pytorch_wants(rest):
     for op in (torch.ops.flexdecode.decode, torch.ops.flexdecode.decode_with_lse):
         torch.library.opcheck(op.default, (*CACHE, TEXT, [], [], [SLOPES], *rest))
+
+
+OPTIONS = '{"batch_invariant": true}'
+
+
+@pytest.mark.parametrize("line", [TEXT, "kv_lens|", OPTIONS])
+def test_texts_of_an_op_are_one_line(line):
+    """Inductor writes them into comments of the code that it makes, and a second line of a comment would be code."""
+    rest = [TEXT, [], [], [SLOPES], "", [], [], [], "kv_lens|", [LENS], [], [], [], None, OPTIONS]
+    rest[rest.index(line)] = line.replace(" ", "\n", 1) if " " in line else line + "\n"
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(FlexDecodeError, match="are one line each"):
+        torch.ops.flexdecode.decode(*CACHE, *rest)
 
 
 def test_the_op_of_merge_attention_is_what_pytorch_wants():
