@@ -17,6 +17,7 @@ from ..call.block_mask import BlockMaskOfOp, ListsOfOp
 from ..call.inputs import DecodeOptions, Inputs
 from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
+from ..kv.kv_cache import CacheTensors
 from ..kv.merge import merge_attention
 from ..runtime.request import read_request
 from ..runtime.run import run_request
@@ -29,6 +30,10 @@ _CALL = (
 )
 LIBRARY.define(f"decode{_CALL} -> Tensor")
 LIBRARY.define(f"decode_with_lse{_CALL} -> (Tensor, Tensor)")
+LIBRARY.define(
+    "append(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
+    " Tensor? page_table, Tensor(e!) kv_lens, Tensor limits, Tensor(f!) arrivals) -> ()"
+)
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
 
@@ -95,6 +100,18 @@ def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[tor
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
+def _append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
+    tensors = CacheTensors(*cache)
+    tensors.check_new(k, v)
+    tensors.append_reserved(k, v)
+
+
+def _fake_append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
+    CacheTensors(*cache).check_new(k, v)
+
+
+LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
+torch.library.register_fake("flexdecode::append", _fake_append, lib=LIBRARY)
 LIBRARY.impl("decode", lambda *call: _run(call, False), "CompositeExplicitAutograd")
 LIBRARY.impl("decode_with_lse", lambda *call: _run(call, True), "CompositeExplicitAutograd")
 LIBRARY.impl("merge_attention", merge_attention, "CompositeExplicitAutograd")

@@ -5,7 +5,7 @@ import torch
 from support import make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, flex_decode, mods
+from flexdecode import DecodeOptions, PagedKVCache, flex_decode, mods
 
 B, HQ, HKV, N, D = 2, 4, 2, 70, 16
 TRITON = DecodeOptions(backend="triton", num_splits=2)
@@ -46,3 +46,24 @@ def test_numbers_and_tables_that_change():
     for window in (5, 9, 33):
         call = *INPUTS, torch.randn(HQ, N), window
         assert torch.equal(run(*call), model(*call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_append_and_decode(dtype):
+    caches = [
+        PagedKVCache(batch=B, num_kv_heads=HKV, head_dim=D, num_pages=20, page_size=4, dtype=dtype) for _ in range(2)
+    ]
+
+    def step(query, k, v, cache):
+        cache.append(k, v)
+        return flex_decode(query, mask_mod=mods.causal(), cache=cache, options=TRITON)
+
+    torch._dynamo.reset()
+    run = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for counts in (5, 1, [0, 1], 1):
+        k, v = torch.randn(2, B, HKV, max(counts) if isinstance(counts, list) else counts, D)
+        caches[0].reserve(counts)
+        found = run(INPUTS[0], k, v, caches[0])
+        caches[1].append(k, v, counts)
+        assert torch.equal(found, flex_decode(INPUTS[0], mask_mod=mods.causal(), cache=caches[1], options=TRITON))
+    assert caches[0].kv_lens.tolist() == caches[0].lengths == [7, 8]
