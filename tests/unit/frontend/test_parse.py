@@ -42,8 +42,9 @@ def test_text_is_read_as_it_was_written(kind, mod):
 
 
 TEXT = (
-    "captures 0 | 1; tensor 0: float32 rank 1; %0 = score(): float32; %1 = index('h'): int64; %2 = load(0, %1): float32; "
-    "%3 = number(0): float32?; %4 = mul(%2, %3): float32; %5 = add(%0, %4): float32; return %5"
+    "captures 0 | 1; tensor 0: float32 rank 1; %0 = score(): float32; %1 = index('h'): int64; "
+    "%2 = load(0, %1): float32; %3 = number(0): float32?; %4 = mul(%2, %3): float32; "
+    "%5 = add(%0, %4): float32; return %5"
 )
 OTHER_STEPS = (
     "%1 = step((1, 4)): int64; %2 = load(0, %1): float32; %3 = number(0): float32?; %4 = fold((1, 3, 'add'), %2)"
