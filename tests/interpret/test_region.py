@@ -1,11 +1,15 @@
 """Regions that torch.compile traces run the generated kernel, with the lists of a BlockMask too."""
 
+import sys
+
 import pytest
 import torch
 from support import make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, PagedKVCache, flex_decode, mods
+from flexdecode.call import block_mask as block_mask_module
+from flexdecode.runtime import launch
 
 B, HQ, HKV, N, D = 2, 4, 2, 70, 16
 TRITON = DecodeOptions(backend="triton", num_splits=2)
@@ -29,6 +33,26 @@ def test_a_block_mask(mask_mod, kv_offset):
     found = torch.compile(model, fullgraph=True, backend="eager")(*INPUTS, block_mask)
     for part, expected in zip(found, model(*INPUTS, block_mask), strict=True):
         assert torch.equal(part, expected)
+
+
+def test_nothing_is_kept_where_torch_compile_records_graphs(monkeypatch):
+    """Its CUDA graphs allow no memory that outlives a call, and a replay sees other lists of blocks."""
+    block_mask = create_block_mask(documents, None, None, 80, 80, device="cpu", BLOCK_SIZE=16)
+
+    def model(query, key, value, block_mask):
+        return flex_decode(query, key, value, block_mask=block_mask, options=TRITON)
+
+    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    run(*INPUTS, block_mask)
+    assert hasattr(block_mask.kv_num_blocks, "_flexdecode_lists") and launch._workspaces.kept
+    launch.forget_workspaces()
+    del block_mask.kv_num_blocks._flexdecode_lists
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", None)
+    known = len(block_mask_module._known)
+    assert torch.equal(run(*INPUTS, block_mask), model(*INPUTS, block_mask))
+    assert not hasattr(block_mask.kv_num_blocks, "_flexdecode_lists") and not launch._workspaces.kept
+    assert len(block_mask_module._known) == known + 1  # that of the call outside
 
 
 def test_numbers_and_tables_that_change():
