@@ -10,6 +10,9 @@ from hypothesis import settings
 # Set before anything imports flexdecode, so that no test reads or writes the user's own cache.
 _cache_dir = tempfile.TemporaryDirectory(prefix="flexdecode-tests-")
 os.environ["FLEXDECODE_CACHE_DIR"] = _cache_dir.name
+# Inductor would start as many processes as there are processors in every worker, and keep what others compiled.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_cache_dir.name, "inductor")
 
 # No deadline: the first example of a test pays for imports and compilation. Fixed examples where CI is set.
 settings.register_profile("flexdecode", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 from typing import NamedTuple
 
+import packed_cases
 import torch
 from cache_cases import QUANTISED, Pages, position_score, quantise, spoil
 from support import assert_close_to_reference, make_inputs
@@ -186,6 +187,42 @@ def captured_score(B, Hq, N, device):
     classes = fenced(torch.randint(-3, 9, (N,), generator=torch.Generator().manual_seed(6)).to(torch.int8), device)
     table = fenced(torch.linspace(-1, 1, 5, dtype=torch.float16), device)
     return lambda score, b, h, q, k: score + bias[b, h, k] + table[classes[k]] + table[k - q]
+
+
+# --- Packed queries ---------------------------------------------------------------------------------------------------
+
+MIXED = (1, 70, 0, 9, 1), (66, 130, 0, 64, 63)  # lengths of queries and keys: two launches, of small and large tiles
+FEW = (1, 2, 0, 3), (65, 30, 4, 64)
+
+PACKED = {  # lengths, kind of cache, options, more for `packed_cases.draw`
+    "decodes": ((1, 1, 1), (66, 0, 64), "contiguous", SPLITS, {}),
+    "few tokens, one split": (*FEW, "contiguous", ONE, {"D": 59, "Dv": 33}),
+    "few tokens, balanced": (*FEW, "paged", BALANCED, {"page_size": 16}),
+    "few tokens, int8": (*FEW, "int8", SPLITS, {"D": 64, "scales": "tokens"}),
+    "two launches, one split": (*MIXED, "contiguous", ONE, {"D": 64}),
+    "two launches, splits": (*MIXED, "paged", SPLITS, {"D": 64, "page_size": 16}),
+    "two launches, balanced": (*MIXED, "contiguous", BALANCED, {"D": 64}),
+    "two launches, invariant": (*MIXED, "contiguous", {"batch_invariant": True}, {"D": 64}),
+    "two launches, descriptors": (*MIXED, "paged", {}, {"D": 64, "page_size": 128}),
+    "a prompt": ((130,), (131,), "contiguous", {}, {"D": 128}),
+    "packed keys": (*FEW, "keys", SPLITS, {"D": 64}),
+    "latents": (*MIXED, "latent", SPLITS, {"D": 512, "Hq": 16, "Hkv": 1}),
+}
+
+
+def check_packed(name, device):
+    """Runs a packed call and compares it with the reference."""
+    q_lens, kv_lens, kind, options, more = PACKED[name]
+    call = packed_cases.draw(q_lens, kv_lens, kind, dtype=torch.float16, before=1, after=2, **({"Hq": 8} | more))
+    if kind == "latent":  # 64 more columns than the value has, as the kernel for latents takes them
+        call.arguments["key"] = torch.nn.functional.pad(call.arguments["key"], (0, 56))
+        call = call._replace(query=torch.nn.functional.pad(call.query, (0, 56)))
+    given = {name: fenced(x, device) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()}
+    if kind == "latent":
+        given["value"] = given["key"][..., : more["D"]]
+    call = call._replace(query=fenced(call.query, device), arguments=given)
+    out = fenced(torch.full((*call.query.shape[:2], given["value"].shape[-1]), torch.nan, dtype=torch.float16), device)
+    packed_cases.check(call, None, mods.causal(), out=out, options=DecodeOptions(backend="triton", **options))
 
 
 # --- Caches that grow, and merging ------------------------------------------------------------------------------------

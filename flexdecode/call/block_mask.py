@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..analysis.proven import Listed
 from ..memos import Bounded
+from .device import may_keep_memory
 from .inputs import Inputs
 
 DEAD, PARTIAL, FULL = 0, 1, 2
@@ -175,7 +176,12 @@ class ListsOfOp:
 
     @staticmethod
     def of(lists: list[torch.Tensor], sizes: Sequence[int]) -> ListsOfOp:
-        """Those of some tensors. They live as long as the first one, because a CUDA graph may read their tables."""
+        """Those of some tensors. They live as long as the first one, because a CUDA graph may read their tables.
+
+        The CUDA graphs of torch.compile compute their own tables again at each replay.
+        """
+        if not may_keep_memory():
+            return ListsOfOp(lists, sizes)
         known = getattr(lists[0], "_flexdecode_lists", None)
         key = *map(id, lists), *sizes
         if known is None or known[0] != key:

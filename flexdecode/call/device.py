@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,6 +58,15 @@ class DeviceFacts:
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def may_keep_memory() -> bool:
+    """Whether memory that a call takes may outlive the call.
+
+    CUDA graphs of torch.compile allow it neither while they are recorded nor in the run before, and do not say when
+    that is. So from their first use in a process on it counts as forbidden.
+    """
+    return "torch._inductor.cudagraph_trees" not in sys.modules
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ BALANCED_LENGTH = 8192
 COMBINE_US = 2.0
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
+FEW_ROWS = 128  # where no sequence of packed queries can have more rows, one launch computes all of them
 MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may need for one launch
 LATENT_ROWS = 32  # with more query rows per KV head, the kernel for latents is faster than the general one
 
@@ -178,7 +179,8 @@ class Scheduler:
         if hint is None:  # then lengths are alike, most likely; a longer sequence has several tiles
             likely = -(-tokens // batch)
             longest = tokens if likely > 1 else 1
-        few = group * longest <= LARGE_ROWS
+        # Where most sequences have few rows, several small tiles for a longer one take less time than a second launch.
+        few = group * longest <= (FEW_ROWS if group * likely > FEW_ROWS // 4 else 4 * FEW_ROWS)
         if latent or most == 16:
             return (self._all_sequences(sizes, most, False),)
         if few and not self.options.batch_invariant:

@@ -135,8 +135,8 @@ def all_strides(inputs: Inputs, key: torch.Tensor, value: torch.Tensor) -> tuple
 
     Args:
         inputs: of the call.
-        key: its keys, as the kernel loads them.
-        value: its values, likewise.
+        key: its cache as the kernel loads it.
+        value: likewise.
     """
     caches = inputs.format.owners(inputs.batch, inputs.key)
     query, out = inputs.query.stride(), inputs.out_strides

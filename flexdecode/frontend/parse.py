@@ -19,12 +19,14 @@ _NODE = re.compile(r"%([0-9]+) = ([a-z0-9_]+)\((.*)\): ([a-z0-9_]+)(\?)?")
 _RETURN = re.compile(r"return %([0-9]+)")
 _OPERAND = re.compile(r"%([0-9]+)")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES, *FLOAT8)}
+# Steps are apart by this, not by new lines: compilers write the arguments of an op into comments of their code.
+_BREAK = "; "
 MAX_STEPS = 1 << 16  # of a loop; traced ones have at most 256
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def write_graph(graph: Graph) -> str:
-    """The canonical text of a graph, after a line that says which captures it reads.
+    """The canonical text of a graph in one line, after a step that says which captures it reads.
 
     Raises:
         ValueError: the graph has frozen tensors, which only the process that traced it has.
@@ -32,7 +34,7 @@ def write_graph(graph: Graph) -> str:
     if graph.frozen:
         raise ValueError("a graph with frozen tensors has no text of its own")
     numbers = [f"{leaf}" if dim < 0 else f"{leaf}.{dim}" for leaf, dim in graph.numbers]
-    return "\n".join([" ".join(["captures", *numbers, "|", *map(str, graph.tensors)]), graph.text])
+    return _BREAK.join([" ".join(["captures", *numbers, "|", *map(str, graph.tensors)]), *graph.text.split("\n")])
 
 
 def parse_graph(text: str) -> Graph:
@@ -41,10 +43,10 @@ def parse_graph(text: str) -> Graph:
     Raises:
         FlexDecodeError: it is no such text.
     """
-    first, *lines = text.split("\n")
+    first, *lines = text.split(_BREAK)
     found = _CAPTURES.fullmatch(first)
-    if found is None:
-        _refuse(first)
+    if found is None or not text.isprintable():
+        _refuse(text)
     pairs = [part.split(".") for part in found[1].split()]
     numbers = tuple(Source(int(leaf), int(dim[0]) if dim else -1) for leaf, *dim in pairs)
     tensors = tuple(map(int, found[2].split()))

@@ -16,7 +16,9 @@ import torch
 from ..call.block_mask import BlockMaskOfOp, ListsOfOp
 from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_order
 from ..call.signature import NO_AUX, ONLY_LSE, Aux
+from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
+from ..kv.kv_cache import CacheTensors
 from ..kv.merge import merge_attention
 from ..runtime.plan import Results
 from ..runtime.request import Request, read_request
@@ -31,6 +33,10 @@ _CALL = (
 LIBRARY.define(f"decode({_CALL}) -> Tensor")
 LIBRARY.define(f"decode_with_lse({_CALL}) -> (Tensor, Tensor)")
 LIBRARY.define(f"flex_attention({_CALL}, bool lse, bool max_scores) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "append(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
+    " Tensor? page_table, Tensor(e!) kv_lens, Tensor limits, Tensor(f!) arrivals) -> ()"
+)
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
 
@@ -122,6 +128,9 @@ def _flex_attention(*call: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    # Compilers write the arguments of an op into comments of their code, where a new line would begin a statement.
+    if not all(x.isprintable() for x in rest if isinstance(x, str)):
+        raise FlexDecodeError("the texts of an op are one line each: this one was not written by flexdecode")
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
@@ -130,16 +139,28 @@ def _fake_both(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def _fake_flex_attention(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    shape = *query.shape[:3], rest[1].shape[3]
-    out = query.new_empty_strided(shape, strides_in_order(shape, query.stride()))
-    numbers = [query.new_empty(query.shape[:3] if asked else (0,), dtype=torch.float32) for asked in rest[-2:]]
-    return out, *numbers
+    *others, lse, max_scores = rest
+    shape = _fake_out(query, *others).shape
+    numbers = [query.new_empty(shape[:3] if asked else (0,), dtype=torch.float32) for asked in (lse, max_scores)]
+    return query.new_empty_strided(shape, strides_in_order(shape, query.stride())), *numbers
 
 
 def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
+def _append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
+    tensors = CacheTensors(*cache)
+    tensors.check_new(k, v)
+    tensors.append_reserved(k, v)
+
+
+def _fake_append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
+    CacheTensors(*cache).check_new(k, v)
+
+
+LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
+torch.library.register_fake("flexdecode::append", _fake_append, lib=LIBRARY)
 LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
 LIBRARY.impl("decode_with_lse", _decode_with_lse, "CompositeExplicitAutograd")
 LIBRARY.impl("flex_attention", _flex_attention, "CompositeExplicitAutograd")

@@ -21,6 +21,9 @@ replay, `reserve` does the work of the host:
 
 A captured append takes as many of its tokens as were reserved, so a replay without a reservation appends nothing. The
 graph reads and writes the tensors of the cache, so keep the cache as long as the graph.
+
+**Compiled regions.** For `append` inside `torch.compile` or `torch.export` the same holds: the region keeps only what
+the device does, so call `reserve` before each call of the region.
 """
 
 from __future__ import annotations
@@ -44,15 +47,110 @@ class OutOfPagesError(FlexDecodeError):
     """A `PagedKVCache` has too few free pages for the new tokens; nothing was changed."""
 
 
-class _Cache:
-    """What both caches share: the tensors, and how tokens are written into them.
+class CacheTensors:
+    """The tensors of a cache, and how the device writes tokens into them.
+
+    Attributes:
+        key, value, k_scale, v_scale, page_table, kv_lens: as `flex_decode` takes them.
+        _limits: int32 `[B]`, how long each sequence may become.
+        _arrivals: int32 `[B]`, zeros: programs of the kernel count themselves here.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        page_table: torch.Tensor | None,
+        kv_lens: torch.Tensor,
+        limits: torch.Tensor,
+        arrivals: torch.Tensor,
+    ) -> None:
+        self.key, self.value, self.k_scale, self.v_scale = key, value, k_scale, v_scale
+        self.page_table, self.kv_lens, self._limits, self._arrivals = page_table, kv_lens, limits, arrivals
+
+    def check_new(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Refuses new keys and values that do not match those in the cache."""
+        self._check_new("k", k, self.key)
+        self._check_new("v", v, self.value)
+        if v.shape[2] != k.shape[2]:
+            raise ValueError(f"`v` must have as many tokens as `k`, T = {k.shape[2]}, got {v.shape[2]}")
+
+    def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
+        if not isinstance(new, torch.Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
+        batch, (_, heads, _, width) = len(self.kv_lens), cache.shape
+        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
+            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
+            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
+        if new.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
+        if new.device != cache.device or new.layout != torch.strided:
+            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
+        if new.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
+
+    def append_reserved(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Appends as many of the tokens as there is room for below the limits; `k` and `v` as in `append`."""
+        if k.shape[2] == 0:
+            return
+        if self.key.is_cuda or interpreting():
+            self._launch(k, v, bounded=True)
+        else:
+            self._write(k, v, (self._limits - self.kv_lens).clamp(0, k.shape[2]))
+
+    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
+        """Appends tokens with the kernel."""
+        strides = [_strides(new) for new in (k, v)]
+        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
+        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
+        block_r = max(1, _TILE // max(block_d, block_dv))
+        grid = len(self.kv_lens) * -(-heads * k.shape[2] // block_r)
+        kernel = standalone_kernel(template_folder() / "append.py", "append")
+        with torch.cuda.device_of(self.key):
+            kernel[(grid,)](
+                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
+                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
+                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
+                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
+                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
+                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+
+    @without_autocast()
+    def _write(self, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor) -> None:
+        """Appends tokens with PyTorch operations, like the kernel; `added` int32 `[B]` of them to each sequence."""
+        b, token = (torch.arange(k.shape[2], device=added.device) < added[:, None]).nonzero(as_tuple=True)
+        page, position = b, self.kv_lens[b] + token
+        if self.page_table is not None:
+            page_size = self.key.shape[2]
+            page, position = self.page_table[b, position // page_size], position % page_size
+        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
+            x = new[b, :, token]
+            if scale is not None:
+                largest = _largest(cache.dtype)
+                x = x.float()
+                row_scale = scale
+                if _is_dynamic(scale):
+                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
+                    row_scale = row_scale.where(row_scale != 0, 1.0)
+                    scale[page, :, position] = row_scale
+                x = (x / row_scale[..., None]).clamp(-largest, largest)
+                x = x.round() if cache.dtype == torch.int8 else x
+            cache[page, :, position] = x.to(cache.dtype)
+        self.kv_lens += added
+
+
+class _Cache(CacheTensors):
+    """What both caches share.
 
     Attributes:
         key, value, kv_lens, page_table, k_scale, v_scale: on the device, as `flex_decode` takes them.
         lengths: tokens of each sequence, as the host knows them; a copy.
     """
 
-    page_table: torch.Tensor | None = None
     _length_argument = "max_kv_len"  # the argument that bounds the length of a sequence
 
     def __init__(
@@ -77,11 +175,10 @@ class _Cache:
             known = ", ".join(str(x).removeprefix("torch.") for x in (*DTYPES, *QUANTISED))
             raise ValueError(f"`dtype` must be one of {known}, got {dtype}")
         self.key = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
-        self.k_scale = self._make_scale("k_scale", k_scale)
-        self.v_scale = self._make_scale("v_scale", v_scale)
+        value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
+        scales = self._make_scale("k_scale", k_scale), self._make_scale("v_scale", v_scale)
+        super().__init__(self.key, value, *scales, None, self._zeros(batch), self._zeros(batch), self._zeros(batch))
         self._lengths, self._max_kv_len = [0] * batch, max_kv_len
-        self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.key.device)
@@ -118,7 +215,7 @@ class _Cache:
     def append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None = None) -> None:
         """Appends tokens to all sequences, on the current stream, in one kernel; returns at once.
 
-        While a CUDA graph is captured, only the kernel is recorded; see the module's docstring and `reserve`.
+        CUDA graphs and compiled regions keep only what the device does; see the module's docstring and `reserve`.
 
         Args:
             k: `[B, Hkv, T, D]`, float16, bfloat16 or float32, any strides; rounded to the dtype of the cache.
@@ -131,15 +228,20 @@ class _Cache:
             ValueError: shapes, dtypes, devices or numbers do not match, or a sequence would become too long.
             OutOfPagesError: a `PagedKVCache` has too few free pages.
         """
-        self._check_new("k", k, self.key)
-        self._check_new("v", v, self.value)
+        self.check_new(k, v)
         offered = k.shape[2]
-        if v.shape[2] != offered:
-            raise ValueError(f"`v` must have as many tokens as `k`, T = {offered}, got {v.shape[2]}")
+        compiling = torch.compiler.is_compiling()
+        capturing = not compiling and self._capturing()
+        if (compiling or capturing) and num_tokens is not None:
+            what, run = ("compiled region", "call") if compiling else ("CUDA graph", "replay")
+            raise ValueError(f"a {what} cannot keep `num_tokens`: give it to `reserve()` before each {run}")
+        if compiling:
+            torch.ops.flexdecode.append(
+                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
+                self._arrivals,
+            )  # fmt: skip
+            return
         self._check_writable()
-        capturing = self._capturing()
-        if capturing and num_tokens is not None:
-            raise ValueError("a CUDA graph cannot keep `num_tokens`: give it to `reserve()` before each replay")
         counts = self._counts(offered if num_tokens is None else num_tokens)
         if max(counts) > offered:
             raise ValueError(f"`num_tokens` must be at most T = {offered} (from k), got {counts}")
@@ -153,16 +255,16 @@ class _Cache:
         if self.key.is_cuda or interpreting():
             self._launch(k, v, bounded=capturing or ragged)
         else:
-            self._write(k, v, counts)
+            self._write(k, v, torch.tensor(counts, dtype=torch.int32, device=self.key.device))
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
-        """Does the work of the host for one replay of a CUDA graph with a captured append.
+        """Does the work of the host for one replay of a CUDA graph, or one call of a compiled region, with an append.
 
-        It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
-        writes the tokens. An append outside of a graph does this by itself.
+        It checks that there is room, takes the pages and lengthens `lengths`. The next replay or call on the same
+        stream then writes the tokens. An append elsewhere does this by itself.
 
         Args:
-            num_tokens: how many tokens the replay shall append: one number, or one for each sequence.
+            num_tokens: how many tokens shall be appended: one number, or one for each sequence.
 
         Raises:
             TypeError: it is neither.
@@ -236,21 +338,6 @@ class _Cache:
         if type(sequence) is not int or not 0 <= sequence < len(self._lengths):
             raise ValueError(f"`{name}` must be between 0 and B - 1 = {len(self._lengths) - 1}, got {sequence!r}")
 
-    def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
-        """Refuses new keys or values that do not match those in the cache."""
-        if not isinstance(new, torch.Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
-        batch, (_, heads, _, width) = len(self._lengths), cache.shape
-        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
-            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
-            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
-        if new.dtype not in DTYPES:
-            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
-        if new.device != cache.device or new.layout != torch.strided:
-            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
-        if new.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
-
     def _capturing(self) -> bool:
         return self.key.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -274,50 +361,6 @@ class _Cache:
     def _send_limits(self) -> None:
         """Tells the kernel how long each sequence may become."""
         self._limits.copy_(self._send(self._lengths, torch.int32))
-
-    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
-        """Appends tokens with the kernel."""
-        strides = [_strides(new) for new in (k, v)]
-        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
-        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
-        block_r = max(1, _TILE // max(block_d, block_dv))
-        grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
-        kernel = standalone_kernel(template_folder() / "append.py", "append")
-        with torch.cuda.device_of(self.key):
-            kernel[(grid,)](
-                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
-                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
-                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
-                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
-                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
-                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
-                enable_fp_fusion=False,
-            )  # fmt: skip
-
-    @without_autocast()
-    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
-        """Appends tokens with PyTorch operations, like the kernel."""
-        device = self.key.device
-        added = torch.tensor(counts, dtype=torch.int32, device=device)
-        b, token = (torch.arange(k.shape[2], device=device) < added[:, None]).nonzero(as_tuple=True)
-        page, position = b, self.kv_lens[b] + token
-        if self.page_table is not None:
-            page_size = self.key.shape[2]
-            page, position = self.page_table[b, position // page_size], position % page_size
-        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
-            x = new[b, :, token]
-            if scale is not None:
-                largest = _largest(cache.dtype)
-                x = x.float()
-                row_scale = scale
-                if _is_dynamic(scale):
-                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
-                    row_scale = row_scale.where(row_scale != 0, 1.0)
-                    scale[page, :, position] = row_scale
-                x = (x / row_scale[..., None]).clamp(-largest, largest)
-                x = x.round() if cache.dtype == torch.int8 else x
-            cache[page, :, position] = x.to(cache.dtype)
-        self.kv_lens += added
 
 
 class KVCache(_Cache):
@@ -562,7 +605,7 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
 
 def _check_query(cache: _Cache, inputs: Inputs) -> None:
     """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
-    batch, (_, heads, _, width) = len(cache._lengths), cache.key.shape
+    batch, (_, heads, _, width) = len(cache.kv_lens), cache.key.shape
     query, cu_seqlens = inputs.query, inputs.cu_seqlens_q
     if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.shape != (batch + 1,):
         form = f"[B + 1] = [{batch + 1}] (from cache)"

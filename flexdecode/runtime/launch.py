@@ -10,6 +10,7 @@ import torch
 
 from ..analysis.proven import ProvenMods
 from ..call.descriptor import make_descriptor
+from ..call.device import may_keep_memory
 from ..call.inputs import Inputs, Sizes
 from ..call.schedule import Launch
 from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, PLACES, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
@@ -215,11 +216,11 @@ class TritonLauncher:
         Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured, the
         memory comes from the graph's pool, because it must live as long as the graph.
         """
-        capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
-        kept = None if capturing else _workspaces.kept.get((self.device, stream))
+        keeps = may_keep_memory() and not (self.on_gpu and torch.cuda.is_current_stream_capturing())
+        kept = _workspaces.kept.get((self.device, stream)) if keeps else None
         if kept is None or kept.numel() < self.workspace_size:
             kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
-            if not capturing:
+            if keeps:
                 _workspaces.kept[self.device, stream] = kept
         at, has_parts = kept.data_ptr(), self.parts_size > 0
         if self.on_gpu:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from benchmarks import live_kv, report, server_caches
+import pytest
+
+from benchmarks import live_kv, packed_queries, report, server_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
@@ -15,16 +17,12 @@ def test_performance_page():
     assert page == (ROOT / "docs" / "performance.md").read_text()
 
 
-def test_live_kv_page(tmp_path):
-    page = tmp_path / "live-kv.md"
-    assert live_kv.main(["--read", str(RESULTS / "live_kv.json"), "--page", str(page)]) == 0
-    assert page.read_text() == (ROOT / "docs" / "live-kv.md").read_text()
-
-
-def test_server_caches_page(tmp_path):
-    page = tmp_path / "server-caches.md"
-    assert server_caches.main(["--read", str(RESULTS / "server_caches.json"), "--page", str(page)]) == 0
-    assert page.read_text() == (ROOT / "docs" / "server-caches.md").read_text()
+@pytest.mark.parametrize("benchmark", [live_kv, packed_queries, server_caches], ids=lambda module: module.__name__)
+def test_page_of_a_recorded_run(benchmark, tmp_path):
+    name = benchmark.__name__.rpartition(".")[2]
+    page = tmp_path / "page.md"
+    assert benchmark.main(["--read", str(RESULTS / f"{name}.json"), "--page", str(page)]) == 0
+    assert page.read_text() == (ROOT / "docs" / f"{name.replace('_', '-')}.md").read_text()
 
 
 def test_a_case_over_its_bar_falls_short():

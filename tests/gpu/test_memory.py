@@ -47,6 +47,15 @@ def test_calls(name, tiles):
     assert {field: getattr(tiles[-1], field) for field in call.runs} == call.runs
 
 
+@pytest.mark.parametrize("name", cases.PACKED)
+def test_packed_calls(name, tiles):
+    cases.check_packed(name, "cuda")
+    torch.cuda.synchronize()
+    assert ("two launches" in name) == (len({one.block_m for one in tiles}) == 2)
+    if name == "latents" and torch.cuda.get_device_capability()[0] == 9 and has_gluon():
+        assert tiles[-1].latent
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "pages of 1", "pages of 4", "pages of 16"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e5m2], ids=str)
 def test_appends(stored, kind):

@@ -96,6 +96,26 @@ def test_lists_of_a_block_mask_and_pages(mode, inputs):
         assert_same(run(*inputs), both(*inputs))
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_append_and_decode(mode, inputs):
+    sizes = {"batch": B, "num_pages": 200, "page_size": 16, "num_kv_heads": HKV, "head_dim": D}
+    caches = [PagedKVCache(**sizes, dtype=torch.float8_e5m2, device="cuda") for _ in range(2)]
+    for cache in caches:
+        cache.append(*inputs[1:])
+
+    def step(query, k, v, cache):
+        cache.append(k * 2, v)
+        return flex_decode(query, mask_mod=mods.sliding_window(500), cache=cache) + 1
+
+    run = compiled(step, mode=mode)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        caches[0].reserve(1)
+        query, k, v = (torch.randn(B, heads, 1, D, dtype=torch.bfloat16, device="cuda") for heads in (HQ, HKV, HKV))
+        assert torch.equal(run(query, k, v, caches[0]), step(query, k, v, caches[1]))
+    assert torch.equal(caches[0].kv_lens, caches[1].kv_lens)
+
+
 def test_an_exported_program(inputs, tmp_path):
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):

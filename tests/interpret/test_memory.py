@@ -27,6 +27,11 @@ def test_calls(name):
     cases.check_call(cases.CALLS[name], "cpu")
 
 
+@pytest.mark.parametrize("name", [name for name in cases.PACKED if not name.startswith(OTHER_KERNEL)])
+def test_packed_calls(name):
+    cases.check_packed(name, "cpu")
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "pages of 1", "pages of 4", "pages of 16"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.int8], ids=str)
 def test_appends(stored, kind):

@@ -41,21 +41,14 @@ def test_text_is_read_as_it_was_written(kind, mod):
     assert (again.numbers, again.tensors, again.tensor_types) == (graph.numbers, graph.tensors, graph.tensor_types)
 
 
-TEXT = """captures 0 | 1
-tensor 0: float32 rank 1
-%0 = score(): float32
-%1 = index('h'): int64
-%2 = load(0, %1): float32
-%3 = number(0): float32?
-%4 = mul(%2, %3): float32
-%5 = add(%0, %4): float32
-return %5"""
-
-
-OTHER_STEPS = """%1 = step((1, 4)): int64
-%2 = load(0, %1): float32
-%3 = number(0): float32?
-%4 = fold((1, 3, 'add'), %2)"""
+TEXT = (
+    "captures 0 | 1; tensor 0: float32 rank 1; %0 = score(): float32; %1 = index('h'): int64; "
+    "%2 = load(0, %1): float32; %3 = number(0): float32?; %4 = mul(%2, %3): float32; "
+    "%5 = add(%0, %4): float32; return %5"
+)
+OTHER_STEPS = (
+    "%1 = step((1, 4)): int64; %2 = load(0, %1): float32; %3 = number(0): float32?; %4 = fold((1, 3, 'add'), %2)"
+)
 
 
 def test_a_text_and_its_captures_are_a_mod():
@@ -70,10 +63,10 @@ def test_a_text_and_its_captures_are_a_mod():
 @pytest.mark.parametrize(
     "change",
     [
-        ("captures 0 | 1\n", ""),
+        ("captures 0 | 1; ", ""),
         ("| 1", "| 1 2"),
         ("return %5", "return %6"),
-        ("return %5", "return %5\nreturn %5"),
+        ("return %5", "return %5; return %5"),
         ("return %5", ""),
         ("%5 = add(%0, %4)", "%5 = __import__('os')"),
         ("%5 = add(%0, %4)", "%5 = open('x')"),
@@ -88,7 +81,7 @@ def test_a_text_and_its_captures_are_a_mod():
         ("index('h'): int64", "index('h'): int8"),
         ("number(0)", "number(1)"),
         ("number(0)", "const(float('nan'))"),
-        (TEXT[TEXT.index("%1") : TEXT.index(": float32\n%5")], OTHER_STEPS),
+        (TEXT[TEXT.index("%1") : TEXT.index(": float32; %5")], OTHER_STEPS),
         ("%4 = mul(%2, %3): float32", "%4 = fold((1, 0, 'add'), %2): float32"),
         ("%4 = mul(%2, %3): float32", "%4 = fold((1, 10000000, 'add'), %2): float32"),
         ("%4 = mul(%2, %3): float32", "%4 = fold((1, 3, 'sin'), %2): float32"),
@@ -96,6 +89,8 @@ def test_a_text_and_its_captures_are_a_mod():
         ("%4 = mul(%2, %3): float32", "%4 = fold((1, 3, []), %2): float32"),
         ("%1 = index('h')", "%1 = step((1, 3))"),
         ("%4 = mul", "%\u0664 = mul"),
+        ("; %4", ";\n%4"),
+        ("number(0)", "number(0\r)"),
         ("float32 rank 1", "float31 rank 1"),
         ("float32 rank 1", "float32 rank 2"),
     ],

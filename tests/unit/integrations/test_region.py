@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, KVCache, flex_decode, merge_attention, mods
+from flexdecode import DecodeOptions, FlexDecodeError, KVCache, PagedKVCache, flex_decode, merge_attention, mods
 
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
 torch.manual_seed(0)
@@ -187,19 +188,24 @@ def test_what_changes_compiles_twice_at_most(name, backend):
     check(model, [call(i) for i in range(9)], 2, backend)
 
 
-def test_a_hundred_steps():
+# Inductor warns of what PyTorch deprecates, and of settings of the machine.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_hundred_steps(backend):
     """Everything changes at once: lengths, a captured tensor, numbers in a closure and in arguments."""
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
 
     def model(q, k, v, lens, table, window, cap):
         def score_mod(score, b, h, q_idx, kv_idx):
             return cap * torch.tanh(score / cap) + table[h, kv_idx]
 
-        return flex_decode(q, k, v, score_mod, functools.partial(within, window), kv_lens=lens)
+        return flex_decode(q * 2, k, v, score_mod, functools.partial(within, window), kv_lens=lens) + 1
 
     steps = [
         (*CACHE, torch.tensor([5 + i % 30, 9 + i % 31]), torch.randn(HQ, N), 3 + i, 2.0 + i / 3) for i in range(100)
     ]
-    check(model, steps, 2)
+    check(model, steps, 2, backend)
 
 
 def test_a_divisor_is_a_constant():
@@ -355,6 +361,70 @@ def test_merge_attention(stacked):
     assert ops == ["flexdecode.decode_with_lse"] * 2 + ["flexdecode.merge_attention"]
 
 
+# --- Caches that grow in the region -----------------------------------------------------------------------------------
+
+SIZES = {"batch": B, "num_kv_heads": HKV, "head_dim": D}
+CACHES = {
+    "contiguous": lambda: KVCache(max_kv_len=40, dtype=torch.float32, **SIZES),
+    "int8": lambda: KVCache(max_kv_len=40, dtype=torch.int8, **SIZES),
+    "int8 of one scale": lambda: KVCache(max_kv_len=40, dtype=torch.int8, k_scale=0.1, v_scale=0.1, **SIZES),
+    "pages": lambda: PagedKVCache(num_pages=30, page_size=4, dtype=torch.float32, **SIZES),
+    "float8 pages": lambda: PagedKVCache(num_pages=30, page_size=4, dtype=torch.float8_e5m2, **SIZES),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_append_and_decode_in_one_region(kind, backend):
+    """A step of a model; the reservations of the host are made outside, where they are for all layers."""
+    cache, other = CACHES[kind](), CACHES[kind]()
+
+    def step(query, k, v, cache):
+        cache.append(k, v)
+        return flex_decode(query * 2, None, None, mods.alibi(HQ), mods.causal(), cache=cache)
+
+    run, counter = compiled(step, backend)
+    generator = torch.Generator().manual_seed(1)
+    for counts in (5, 3, [1, 1], [0, 1], 1, [1, 0], 1, 1):
+        k, v = torch.randn(2, B, HKV, max(counts) if isinstance(counts, list) else counts, D, generator=generator)
+        cache.reserve(counts)
+        other.append(k, v, counts)
+        found = run(QUERY, k, v, cache)
+        assert torch.equal(found, flex_decode(QUERY * 2, None, None, mods.alibi(HQ), mods.causal(), cache=other))
+        assert cache.lengths == other.lengths == cache.kv_lens.tolist()
+    assert torch.equal(cache.key.float(), other.key.float()) and torch.equal(cache.value.float(), other.value.float())
+    assert counter.frame_count == 3  # 5 tokens, any number of tokens, one token
+
+
+def test_an_append_without_a_reservation_adds_nothing():
+    cache = CACHES["contiguous"]()
+    run, _ = compiled(lambda k, v: cache.append(k, v))
+    run(KEY[:, :, :3], VALUE[:, :, :3])
+    assert cache.kv_lens.tolist() == cache.lengths == [0, 0] and not cache.key.any()
+
+
+def test_an_append_in_a_region_refuses_what_it_refuses_elsewhere():
+    cache = CACHES["contiguous"]()
+    for call, message in (
+        (lambda: cache.append(KEY, VALUE, 2), "a compiled region cannot keep `num_tokens`: give it to `reserve\\(\\)`"),
+        (lambda: cache.append(KEY, VALUE[:, :, 1:]), "`v` must have as many tokens as `k`, T = 40, got 39"),
+        (lambda: cache.append(KEY[:1], VALUE), r"`k` must have shape \[B, Hkv, T, D\] = \[2, 2, T, 16\], got \[1, 2,"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(call)[0]()
+
+
+def test_the_op_of_append_is_what_pytorch_wants():
+    for kind in CACHES:
+        cache = CACHES[kind]()
+        if cache.key.dtype.itemsize == 1 and cache.key.is_floating_point():
+            continue  # PyTorch's check has no products of float8
+        cache.reserve(3)
+        names = "key", "value", "k_scale", "v_scale", "page_table", "kv_lens", "_limits", "_arrivals"
+        tensors = [getattr(cache, name) for name in names]
+        torch.library.opcheck(torch.ops.flexdecode.append.default, (KEY[:, :, :3], VALUE[:, :, :3], *tensors))
+
+
 # --- Export, tensors without values -----------------------------------------------------------------------------------
 
 
@@ -383,13 +453,10 @@ def test_tensors_without_values():
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
 
 
-TEXT = """captures | 0
-tensor 0: float32 rank 1
-%0 = score(): float32
-%1 = index('h'): int64
-%2 = load(0, %1): float32
-%3 = add(%0, %2): float32
-return %3"""
+TEXT = (
+    "captures | 0; tensor 0: float32 rank 1; %0 = score(): float32; %1 = index('h'): int64; %2 = load(0, %1): float32; "
+    "%3 = add(%0, %2): float32; return %3"
+)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +470,18 @@ return %3"""
 def test_the_op_is_what_pytorch_wants(rest):
     for op in (torch.ops.flexdecode.decode, torch.ops.flexdecode.decode_with_lse):
         torch.library.opcheck(op.default, (*CACHE, TEXT, [], [], [SLOPES], *rest))
+
+
+OPTIONS = '{"batch_invariant": true}'
+
+
+@pytest.mark.parametrize("line", [TEXT, "kv_lens|", OPTIONS])
+def test_texts_of_an_op_are_one_line(line):
+    """Inductor writes them into comments of the code that it makes, and a second line of a comment would be code."""
+    rest = [TEXT, [], [], [SLOPES], "", [], [], [], "kv_lens|", [LENS], [], [], [], None, OPTIONS]
+    rest[rest.index(line)] = line.replace(" ", "\n", 1) if " " in line else line + "\n"
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(FlexDecodeError, match="are one line each"):
+        torch.ops.flexdecode.decode(*CACHE, *rest)
 
 
 def test_the_op_of_merge_attention_is_what_pytorch_wants():
