@@ -1,0 +1,197 @@
+"""The attention function that models call: decode steps through `flex_decode`, prompts through PyTorch's SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ... import mods
+from ...api import flex_decode
+from ...call.inputs import DecodeOptions
+from .masks import ModelMask, padding_mod
+from .user_mods import UserMods, mods_of
+
+FEW_TOKENS = 64  # query tokens of a decode step with drafts; more are a prompt, for which SDPA is made
+_FOREIGN = ("kernel_options", "indices", "block_indices", "sinks")  # of other attention functions, and not in the mask
+
+
+class Frame(NamedTuple):
+    """Where the positions of a call begin, as `flex_decode` takes it.
+
+    Attributes:
+        q_offset: position of the first query token: a number or a 0-d tensor.
+        kv_offset: position of slot 0, a 0-d tensor; None for 0.
+        kv_starts, kv_lens: live slots, int64 `[B]`; None for all.
+    """
+
+    q_offset: int | torch.Tensor = 0
+    kv_offset: torch.Tensor | None = None
+    kv_starts: torch.Tensor | None = None
+    kv_lens: torch.Tensor | None = None
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: ModelMask | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    decode_options: DecodeOptions | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that `register` gives to transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention module; `set_mods` leaves the user's mods on it.
+        query: `[B, Hq, Q, D]`.
+        key: `[B, Hkv, N, D]`: what the cache returns.
+        value: `[B, Hkv, N, Dv]`.
+        attention_mask: of `model_mask`; or a mask `[B or 1, Hq or 1, Q, N]` that the user made, bool or to be added.
+        dropout: probability; only SDPA has it.
+        scaling: factor of the dot product; by default `1 / sqrt(D)`.
+        is_causal: without a mask, whether the query is a prompt in which no token sees a later one; by default
+            what the module says.
+        softcap: the largest absolute logit.
+        s_aux: attention sinks `[Hq]`.
+        position_bias: `[B or 1, Hq or 1, Q, N]`, added to the logits.
+        decode_options: what was given to `register`.
+        **others: what models pass for other attention functions.
+
+    Returns:
+        `[B, Q, Hq, Dv]`, contiguous; and None in place of attention weights.
+
+    Raises:
+        ValueError: flexdecode cannot do what is asked, and neither can SDPA.
+        TraceError, UnsupportedOpError: a mod cannot be traced.
+    """
+    for name in _FOREIGN:
+        if others.get(name) is not None:
+            raise ValueError(_foreign_argument(name, module))
+    user = mods_of(module)
+    needs = _what_needs_flexdecode(softcap, s_aux, user)
+    hinders = _what_hinders_flexdecode(dropout, query, key, value)
+    if needs and hinders:
+        raise ValueError(f"{type(module).__name__}: flexdecode has no {hinders}, and SDPA has no {needs}")
+    if hinders or (not needs and query.shape[2] > FEW_TOKENS):
+        mask = attention_mask.dense() if isinstance(attention_mask, ModelMask) else attention_mask
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **bias, **others
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    frame, score_mods, mask_mods = _of_model(attention_mask, query, is_causal)
+    if softcap is not None:
+        score_mods.insert(0, mods.softcap(softcap))
+    if position_bias is not None:
+        score_mods.append(_biased(position_bias, query, frame))
+    _add_user_mods(user, attention_mask, score_mods, mask_mods)
+    out = flex_decode(
+        query, key, value,
+        mods.compose(*score_mods) if score_mods else None, mods.and_masks(*mask_mods) if mask_mods else None,
+        scale=scaling, sinks=s_aux, options=decode_options, **frame._asdict(),
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _foreign_argument(name: str, module: torch.nn.Module) -> str:
+    """The message for an argument that flexdecode does not have."""
+    if name == "kernel_options":
+        return "`kernel_options` are for flex_attention: flexdecode's own are given as `register(DecodeOptions(...))`"
+    return f"{type(module).__name__} passes `{name}`, which flexdecode does not have: use another attn_implementation"
+
+
+def _what_needs_flexdecode(softcap: float | None, s_aux: torch.Tensor | None, user: UserMods) -> str:
+    """What SDPA cannot compute, in words; empty if it can compute all."""
+    if softcap is not None:
+        return "soft cap: use attn_implementation='eager'"
+    if s_aux is not None:
+        return "attention sinks: use attn_implementation='eager'"
+    return "" if user == (None, None) else "mods: remove them by `set_mods(model)`"
+
+
+def _what_hinders_flexdecode(dropout: float, *inputs: torch.Tensor) -> str:
+    """What `flex_decode` cannot compute, in words; empty if it can compute all."""
+    if dropout > 0:
+        return "dropout (`model.eval()` turns it off)"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return "backward pass (`torch.no_grad()` turns gradients off)"
+    return ""
+
+
+def _of_model(
+    mask: ModelMask | torch.Tensor | None, query: torch.Tensor, is_causal: bool
+) -> tuple[Frame, list[Callable], list[Callable]]:
+    """Where positions begin, and what the mask of the model adds: score_mods and mask_mods."""
+    if isinstance(mask, ModelMask):
+        if mask.padding is None:
+            return Frame(mask.q_offset, mask.kv_offset), [], [mask.mask_mod]
+        frame = Frame(mask.q_offset, mask.kv_offset, mask.padding.starts, mask.padding.ends)
+        return frame, [], [mask.mask_mod, padding_mod(mask.padding, mask.kv_offset)]
+    frame = Frame()
+    if mask is None:
+        return frame, [], [mods.causal()] if is_causal and query.shape[2] > 1 else []
+    if mask.dtype != torch.bool:
+        return frame, [_biased(mask, query, frame)], []
+    allowed = mask.expand(query.shape[0], query.shape[1], -1, -1)
+    return frame, [], [lambda b, h, q_idx, kv_idx: allowed[b, h, q_idx, kv_idx]]
+
+
+def _biased(bias: torch.Tensor, query: torch.Tensor, frame: Frame) -> Callable:
+    """A score_mod that adds a bias `[B or 1, Hq or 1, Q, N]` of query tokens and slots."""
+    bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
+    q_offset, kv_offset = frame.q_offset, frame.kv_offset
+
+    def of_slots(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + bias[b, h, q_idx - q_offset, kv_idx]
+
+    def of_positions(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + bias[b, h, q_idx - q_offset, kv_idx - kv_offset]
+
+    return of_slots if kv_offset is None else of_positions
+
+
+def _add_user_mods(
+    user: UserMods, mask: ModelMask | torch.Tensor | None, score_mods: list[Callable], mask_mods: list[Callable]
+) -> None:
+    """Adds the user's mods, for which positions count from the first token of a sequence.
+
+    Raises:
+        ValueError: the mask does not say which positions the tokens have.
+    """
+    if user == (None, None):
+        return
+    if not isinstance(mask, ModelMask):
+        what = "without a mask" if mask is None else f"beside a mask of shape {list(mask.shape)}"
+        raise ValueError(
+            f"mods of `set_mods` cannot be used {what}, because it does not say which positions the tokens have: pass "
+            "a padding mask [B, N], and what the mask does as a mod"
+        )
+    first = None if mask.padding is None else mask.padding.first
+    if user.score_mod is not None:
+        score_mods.append(_score_from_first(user.score_mod, first))
+    if user.mask_mod is not None:
+        mask_mods.append(_mask_from_first(user.mask_mod, first))
+
+
+def _score_from_first(score_mod: Callable, first: torch.Tensor | None) -> Callable:
+    """A score_mod whose positions count from the first token of each sequence."""
+    if first is None:
+        return score_mod
+    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b, h, q_idx - first[b], kv_idx - first[b])
+
+
+def _mask_from_first(mask_mod: Callable, first: torch.Tensor | None) -> Callable:
+    """A mask_mod whose positions count from the first token of each sequence."""
+    if first is None:
+        return mask_mod
+    return lambda b, h, q_idx, kv_idx: mask_mod(b, h, q_idx - first[b], kv_idx - first[b])
