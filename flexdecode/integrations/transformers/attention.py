@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ... import mods
 from ...api import flex_decode
 from ...call.inputs import DecodeOptions
-from .masks import ModelMask, padding_mod
+from .masks import ModelMask, padding_mod, since
 from .user_mods import UserMods, mods_of
 
 FEW_TOKENS = 64  # query tokens of a decode step with drafts; more are a prompt, for which SDPA is made
@@ -22,12 +22,12 @@ class Frame(NamedTuple):
     """Where the positions of a call begin, as `flex_decode` takes it.
 
     Attributes:
-        q_offset: position of the first query token: a number or a 0-d tensor.
-        kv_offset: position of slot 0, a 0-d tensor; None for 0.
+        q_offset: position of the first query token, int64 `[B]`; 0 for all without it.
+        kv_offset: position of slot 0, int64 `[B]`; 0 for all without it.
         kv_starts, kv_lens: live slots, int64 `[B]`; None for all.
     """
 
-    q_offset: int | torch.Tensor = 0
+    q_offset: torch.Tensor | None = None
     kv_offset: torch.Tensor | None = None
     kv_starts: torch.Tensor | None = None
     kv_lens: torch.Tensor | None = None
@@ -80,7 +80,10 @@ def attention(
     needs = _what_needs_flexdecode(softcap, s_aux, user)
     hinders = _what_hinders_flexdecode(dropout, query, key, value)
     if needs and hinders:
-        raise ValueError(f"{type(module).__name__}: flexdecode has no {hinders}, and SDPA has no {needs}")
+        raise ValueError(
+            f"{type(module).__name__} has {needs[0]}, which SDPA cannot compute, and {hinders[0]}, which flexdecode "
+            f"cannot: use {hinders[1]}, or {needs[1]}"
+        )
     if hinders or (not needs and query.shape[2] > FEW_TOKENS):
         mask = attention_mask.dense() if isinstance(attention_mask, ModelMask) else attention_mask
         bias = {} if position_bias is None else {"position_bias": position_bias}
@@ -98,7 +101,8 @@ def attention(
     out = flex_decode(
         query, key, value,
         mods.compose(*score_mods) if score_mods else None, mods.and_masks(*mask_mods) if mask_mods else None,
-        scale=scaling, sinks=s_aux, options=decode_options, **frame._asdict(),
+        q_offset=0 if frame.q_offset is None else frame.q_offset, kv_offset=frame.kv_offset,
+        kv_starts=frame.kv_starts, kv_lens=frame.kv_lens, scale=scaling, sinks=s_aux, options=decode_options,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -110,22 +114,22 @@ def _foreign_argument(name: str, module: torch.nn.Module) -> str:
     return f"{type(module).__name__} passes `{name}`, which flexdecode does not have: use another attn_implementation"
 
 
-def _what_needs_flexdecode(softcap: float | None, s_aux: torch.Tensor | None, user: UserMods) -> str:
-    """What SDPA cannot compute, in words; empty if it can compute all."""
+def _what_needs_flexdecode(softcap: float | None, s_aux: torch.Tensor | None, user: UserMods) -> tuple[str, str] | None:
+    """What SDPA cannot compute, and what to use in its place, in words; None if it can compute all."""
     if softcap is not None:
-        return "soft cap: use attn_implementation='eager'"
+        return "a soft cap", '`attn_implementation="eager"`'
     if s_aux is not None:
-        return "attention sinks: use attn_implementation='eager'"
-    return "" if user == (None, None) else "mods: remove them by `set_mods(model)`"
+        return "attention sinks", '`attn_implementation="eager"`'
+    return None if user == (None, None) else ("mods of the user", "`set_mods(model)`, which removes them")
 
 
-def _what_hinders_flexdecode(dropout: float, *inputs: torch.Tensor) -> str:
-    """What `flex_decode` cannot compute, in words; empty if it can compute all."""
+def _what_hinders_flexdecode(dropout: float, *inputs: torch.Tensor) -> tuple[str, str] | None:
+    """What `flex_decode` cannot compute, and what to use in its place, in words; None if it can compute all."""
     if dropout > 0:
-        return "dropout (`model.eval()` turns it off)"
+        return "dropout", "`model.eval()`"
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return "backward pass (`torch.no_grad()` turns gradients off)"
-    return ""
+        return "inputs that require a gradient", "`torch.no_grad()`"
+    return None
 
 
 def _of_model(
@@ -151,13 +155,10 @@ def _biased(bias: torch.Tensor, query: torch.Tensor, frame: Frame) -> Callable:
     bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
     q_offset, kv_offset = frame.q_offset, frame.kv_offset
 
-    def of_slots(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return score + bias[b, h, q_idx - q_offset, kv_idx]
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + bias[b, h, since(q_offset, b, q_idx), since(kv_offset, b, kv_idx)]
 
-    def of_positions(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return score + bias[b, h, q_idx - q_offset, kv_idx - kv_offset]
-
-    return of_slots if kv_offset is None else of_positions
+    return score_mod
 
 
 def _add_user_mods(
@@ -176,22 +177,10 @@ def _add_user_mods(
             f"mods of `set_mods` cannot be used {what}, because it does not say which positions the tokens have: pass "
             "a padding mask [B, N], and what the mask does as a mod"
         )
-    first = None if mask.padding is None else mask.padding.first
-    if user.score_mod is not None:
-        score_mods.append(_score_from_first(user.score_mod, first))
-    if user.mask_mod is not None:
-        mask_mods.append(_mask_from_first(user.mask_mod, first))
-
-
-def _score_from_first(score_mod: Callable, first: torch.Tensor | None) -> Callable:
-    """A score_mod whose positions count from the first token of each sequence."""
-    if first is None:
-        return score_mod
-    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b, h, q_idx - first[b], kv_idx - first[b])
-
-
-def _mask_from_first(mask_mod: Callable, first: torch.Tensor | None) -> Callable:
-    """A mask_mod whose positions count from the first token of each sequence."""
-    if first is None:
-        return mask_mod
-    return lambda b, h, q_idx, kv_idx: mask_mod(b, h, q_idx - first[b], kv_idx - first[b])
+    score_mod, mask_mod, first = *user, None if mask.padding is None else mask.padding.first
+    if score_mod is not None:
+        score_mods.append(
+            lambda score, b, h, q_idx, kv_idx: score_mod(score, b, h, since(first, b, q_idx), since(first, b, kv_idx))
+        )
+    if mask_mod is not None:
+        mask_mods.append(lambda b, h, q_idx, kv_idx: mask_mod(b, h, since(first, b, q_idx), since(first, b, kv_idx)))

@@ -44,28 +44,30 @@ class ModelMask(BlockMask):
         given: the arguments of transformers' mask functions.
         mask_mod: transformers' function of the four indices. It knows nothing of padding.
         batch_size, q_length, kv_length: sequences, query tokens, slots of the cache.
-        q_offset: position of the first query token, a 0-d tensor.
-        kv_offset: position of slot 0, a 0-d tensor; None for 0.
+        q_offset: position of the first query token, int64 `[B]`.
+        kv_offset: position of slot 0, int64 `[B]`; None for 0.
         padding: None if every slot holds a token.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
         # BlockMask's constructor wants lists of blocks. Of its methods, models use only `shape`.
+        self.batch_size, self.kv_length = given["batch_size"], given["kv_length"]
         tokens = given.get("cache_position")  # up to transformers 5.2, in place of `q_length` and `q_offset`
-        live, kv_offset = given.get("attention_mask"), given.get("kv_offset", 0)
         if tokens is not None:
             self.q_length, q_offset, device = len(tokens), tokens[0], tokens.device
         else:
             self.q_length, q_offset, device = given["q_length"], given.get("q_offset", 0), given["device"]
-        # A static cache counts on in its own tensor before the first layer attends. A number would be frozen in a
-        # CUDA graph.
-        is_tensor = isinstance(q_offset, torch.Tensor)
-        self.q_offset = q_offset.clone() if is_tensor else torch.full((), q_offset, device=device)
-        self.kv_offset = torch.full((), kv_offset, device=device) if kv_offset else None
-        self.batch_size, self.kv_length = given["batch_size"], given["kv_length"]
+            if isinstance(
+                q_offset, torch.Tensor
+            ):  # the counter of a static cache, which counts on before layers attend
+                q_offset = q_offset.clone()
+                given = {**given, "q_offset": q_offset}
+        self.given = given
+        live, kv_offset = given.get("attention_mask"), given.get("kv_offset", 0)
+        self.q_offset = _for_all(q_offset, self.batch_size, device)
+        self.kv_offset = _for_all(kv_offset, self.batch_size, device) if kv_offset else None
         self.mask_mod = given.get("mask_function", causal_mask_function)
         self.padding = None if live is None else _padding(live, self.batch_size, kv_offset, self.kv_length)
-        self.given = given if tokens is not None else {**given, "q_offset": self.q_offset if is_tensor else q_offset}
         self._dense: tuple[torch.Tensor | None] | None = None
 
     @property
@@ -81,6 +83,13 @@ class ModelMask(BlockMask):
         if self._dense is None:
             self._dense = (sdpa_mask(**self.given),)
         return self._dense[0]
+
+
+def _for_all(position: int | torch.Tensor, batch_size: int, device: torch.device | str) -> torch.Tensor:
+    """A position as a tensor `[B]`. A number would be frozen in a CUDA graph."""
+    if isinstance(position, torch.Tensor):
+        return position.expand(batch_size)
+    return torch.full((batch_size,), position, device=device)
 
 
 def _padding(attention_mask: torch.Tensor, batch_size: int, kv_offset: int, kv_length: int) -> Padding:
@@ -122,16 +131,22 @@ def model_mask(**given: Any) -> ModelMask | torch.Tensor | None:
 
 @lru_cache
 def _without_interface(config_class: type) -> str | None:
-    """The name of the model of a config, if its module does not know the attention interface."""
+    """The name of the model of a config, if its module does not know transformers' attention functions."""
     if config_class not in MODEL_MAPPING:
         return None
-    model = MODEL_MAPPING[config_class]
+    found = MODEL_MAPPING[config_class]
+    model = found[0] if isinstance(found, tuple) else found
     return None if calls_interface(model) else model.__name__
 
 
-def calls_interface(model_class: Any) -> bool:
-    """Whether the attention of a model can be chosen: its module knows transformers' attention functions."""
-    return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
+def calls_interface(kind: type) -> bool:
+    """Whether the module of a class knows transformers' attention functions."""
+    return hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def since(offset: torch.Tensor | None, b: Any, position: Any) -> Any:
+    """What a mod counts from the offset of sequence b: the slot of a position, say."""
+    return position if offset is None else position - offset[b]
 
 
 def padding_mod(padding: Padding, kv_offset: torch.Tensor | None) -> Callable:
@@ -140,11 +155,4 @@ def padding_mod(padding: Padding, kv_offset: torch.Tensor | None) -> Callable:
     Where these are all that there is to it, no key is looked at: blocks of a whole sequence are proven full.
     """
     live, whole = padding.live, padding.whole
-
-    def in_slots(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return whole[b] | live[b, kv_idx]
-
-    def in_positions(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return whole[b] | live[b, kv_idx - kv_offset]
-
-    return in_slots if kv_offset is None else in_positions
+    return lambda b, h, q_idx, kv_idx: whole[b] | live[b, since(kv_offset, b, kv_idx)]

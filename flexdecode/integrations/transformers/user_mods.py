@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .masks import calls_interface
+
 _NAME = "_flexdecode_mods"
 
 
@@ -70,16 +72,12 @@ def _attention_modules(model: Any) -> list[Any]:
     Raises:
         ValueError: there is none that runs with flexdecode.
     """
-    modules = [
-        module
-        for module in model.modules()
-        if getattr(module, "is_causal", False) and getattr(module, "layer_idx", None) is not None
-    ]
+    modules = [module for module in model.modules() if _is_causal_self_attention(module)]
     name = type(model).__name__
     if not modules:
         raise ValueError(
-            f"{name} has no attention modules that flexdecode knows (they have `is_causal` and `layer_idx`): it computes "
-            "its own attention, so mods would have no effect"
+            f"{name} has no attention modules that flexdecode knows: they have `is_causal` and `layer_idx`, and call the "
+            "attention interface of transformers"
         )
     for module in modules:
         used = module.config._attn_implementation
@@ -89,3 +87,10 @@ def _attention_modules(model: Any) -> list[Any]:
                 '`model.set_attn_implementation("flexdecode")` first'
             )
     return modules
+
+
+def _is_causal_self_attention(module: Any) -> bool:
+    """Whether a module is the self-attention of a decoder layer and calls the attention interface."""
+    if not getattr(module, "is_causal", False) or getattr(module, "layer_idx", None) is None:
+        return False
+    return any(calls_interface(kind) for kind in type(module).__mro__)
