@@ -7,21 +7,32 @@ from transformers import CompileConfig
 
 import flexdecode
 from flexdecode.integrations.transformers import register
+from flexdecode.integrations.transformers.masks import calls_interface
 from tests.transformers.models import CONFIGS, cache_of, greedy, make, prompts
 
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 
+def by_eager(name, inputs, num_tokens=64, **options):
+    """Tokens of eager attention; where this transformers cannot make them, the test is skipped."""
+    try:
+        return greedy(make(CONFIGS[name](), "eager"), inputs, num_tokens, **options)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"transformers {transformers.__version__} with eager attention: {error}")
+
+
 @pytest.fixture(scope="module")
 def eager_tokens():
-    """Makes the tokens of a model with eager attention, once for each model."""
+    """Makes the tokens of a model with eager attention, once for each model and cache."""
     known = {}
 
-    def tokens(name):
-        if name not in known:
-            known[name] = greedy(make(CONFIGS[name](), "eager"), prompts())
-            assert len(known[name][:, -64:].unique()) > 10
-        return known[name]
+    def tokens(name, cache="dynamic"):
+        if name == "t5" and not calls_interface(transformers.T5Model):
+            pytest.skip(f"T5 of transformers {transformers.__version__} never calls the attention interface")
+        if (name, cache) not in known:
+            known[name, cache] = greedy(make(CONFIGS[name](), "eager"), prompts(), **CACHES[cache])
+            assert len(known[name, cache][:, -64:].unique()) > 10
+        return known[name, cache]
 
     return tokens
 
@@ -29,14 +40,15 @@ def eager_tokens():
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_are_those_of_eager(name, cache, eager_tokens):
-    expected = eager_tokens(name)
+    expected = eager_tokens(name, cache)
     flexdecode.clear_cache()
     assert torch.equal(greedy(make(CONFIGS[name]()), prompts(), **CACHES[cache]), expected)
     assert flexdecode.cache_info().calls >= 63 * 2  # every layer of every step
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_is_traced_while_tokens_are_produced(name):
+def test_nothing_is_traced_while_tokens_are_produced(name, eager_tokens):
+    eager_tokens(name)
     model = make(CONFIGS[name]())
     greedy(model, prompts(), **CACHES["static"])
     flexdecode.clear_cache()
@@ -48,18 +60,19 @@ def test_nothing_is_traced_while_tokens_are_produced(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5"])
 def test_compiled_path_of_transformers(name, eager_tokens):
+    expected = eager_tokens(name, "static")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True  # also on a CPU
     tokens = greedy(make(CONFIGS[name]()), prompts(), **CACHES["static"], compile_config=config)
-    assert torch.equal(tokens, eager_tokens(name))
+    assert torch.equal(tokens, expected)
     # A window that rolls is another graph than one that fills, as with SDPA.
     graphs = {"llama": 1, "t5": 1, "gemma2": 2, "gpt_oss": 2}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[name]
 
 
-def test_without_padding(eager_tokens):
+def test_without_padding():
     inputs = prompts(padding=(0, 0, 0))
     expected = greedy(make(CONFIGS["gemma2"](), "eager"), inputs)
     assert torch.equal(greedy(make(CONFIGS["gemma2"]()), inputs), expected)
@@ -76,10 +89,10 @@ def test_padding_between_tokens():
             assert torch.equal(greedy(make(CONFIGS[name]()), inputs, **cache), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
 def test_beams(name):
     options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5}
-    expected = greedy(make(CONFIGS[name](), "eager"), prompts(), num_tokens=24, **options)
+    expected = by_eager(name, prompts(), num_tokens=24, **options)
     assert torch.equal(greedy(make(CONFIGS[name]()), prompts(), num_tokens=24, **options), expected)
 
 
@@ -88,22 +101,21 @@ def test_assisted_decoding_and_prompt_lookup(name):
     inputs = prompts(batch=1, padding=(0,))
     inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)  # so that prompt lookup finds something
     inputs["attention_mask"] = inputs["attention_mask"].repeat(1, 2)
-    model, eager = make(CONFIGS[name]()), make(CONFIGS[name](), "eager")
-    expected = greedy(eager, inputs)
-    drafts = {"assistant_model": make(CONFIGS[name](), seed=1)}
-    assert torch.equal(greedy(model, inputs, **drafts), expected)
-    assert torch.equal(greedy(model, inputs, prompt_lookup_num_tokens=4), expected)
+    expected = by_eager(name, inputs)
+    for other in ({"assistant_model": make(CONFIGS[name](), seed=1)}, {"prompt_lookup_num_tokens": 4}):
+        assert torch.equal(by_eager(name, inputs, **other), expected)
+        assert torch.equal(greedy(make(CONFIGS[name]()), inputs, **other), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_prompt_in_chunks(name):
     inputs = prompts(length=100)
-    expected = greedy(make(CONFIGS[name](), "eager"), inputs)
+    expected = by_eager(name, inputs, prefill_chunk_size=8)
     for chunk in (8, 80):  # through flexdecode, and through SDPA
         assert torch.equal(greedy(make(CONFIGS[name]()), inputs, prefill_chunk_size=chunk), expected)
 
 
-def test_long_prompt_goes_through_sdpa(eager_tokens):
+def test_long_prompt_goes_through_sdpa():
     inputs = prompts(length=100)
     expected = greedy(make(CONFIGS["llama"](), "eager"), inputs, num_tokens=8)
     flexdecode.clear_cache()

@@ -112,7 +112,7 @@ def test_a_window_is_that_of_the_model():
 
 
 def test_mods_come_after_the_soft_cap():
-    """Three greedy steps of one token each, whose logits are those of eager attention with a float mask."""
+    """As a float mask, which eager attention adds to capped logits."""
     config, ids = CONFIGS["gemma2"](), prompts(batch=2, padding=(0, 0))["input_ids"][:, :12]
     bias = dense_bias(alibi, None, torch.ones(2, 12, dtype=torch.long))
     model, eager = make(config), make(config, "eager")

@@ -92,13 +92,13 @@ def attention(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    frame, score_mods, mask_mods = _of_model(attention_mask, query, is_causal)
+    frame, score_mods, mask_mods = _of_model(attention_mask, query, key, is_causal)
     if softcap is not None:
         score_mods.insert(0, mods.softcap(softcap))
     if position_bias is not None:
         score_mods.append(_biased(position_bias, query, frame))
     _add_user_mods(user, attention_mask, score_mods, mask_mods)
-    out = flex_decode(
+    out: Any = flex_decode(
         query, key, value,
         mods.compose(*score_mods) if score_mods else None, mods.and_masks(*mask_mods) if mask_mods else None,
         q_offset=0 if frame.q_offset is None else frame.q_offset, kv_offset=frame.kv_offset,
@@ -133,13 +133,16 @@ def _what_hinders_flexdecode(dropout: float, *inputs: torch.Tensor) -> tuple[str
 
 
 def _of_model(
-    mask: ModelMask | torch.Tensor | None, query: torch.Tensor, is_causal: bool
+    mask: ModelMask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, is_causal: bool
 ) -> tuple[Frame, list[Callable], list[Callable]]:
     """Where positions begin, and what the mask of the model adds: score_mods and mask_mods."""
     if isinstance(mask, ModelMask):
         if mask.padding is None:
             return Frame(mask.q_offset, mask.kv_offset), [], [mask.mask_mod]
-        frame = Frame(mask.q_offset, mask.kv_offset, mask.padding.starts, mask.padding.ends)
+        # A few caches return fewer keys than the mask has. As in eager attention, these are the first ones.
+        ends, N = mask.padding.ends, key.shape[2]
+        ends = ends.clamp(max=N) if mask.kv_length > N else ends
+        frame = Frame(mask.q_offset, mask.kv_offset, mask.padding.starts, ends)
         return frame, [], [mask.mask_mod, padding_mod(mask.padding, mask.kv_offset)]
     frame = Frame()
     if mask is None:

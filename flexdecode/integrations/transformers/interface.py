@@ -20,8 +20,8 @@ def register(options: DecodeOptions | None = None) -> None:
     """Makes `attn_implementation="flexdecode"` known to transformers.
 
     Decode steps, with up to 64 query tokens, go through `flex_decode`. Prompts go through PyTorch's SDPA, unless a soft
-    cap, attention sinks or mods of `set_mods` need flexdecode. Models that never call the interface warn, with their name, at
-    their first call. Calling `register` again replaces the options.
+    cap, attention sinks or mods of `set_mods` need flexdecode. Models that never call the interface keep their own
+    attention, with a warning that names them. Calling `register` again replaces the options.
 
     Args:
         options: how `flex_decode` executes each call.

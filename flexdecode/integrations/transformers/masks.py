@@ -118,8 +118,8 @@ def model_mask(**given: Any) -> ModelMask | torch.Tensor | None:
     Returns:
         A `ModelMask`. For a model that never calls the attention interface, the mask that its own attention wants.
     """
-    config = given.get("config")
-    if config is not None and not torch.compiler.is_compiling() and (name := _without_interface(type(config))):
+    config_class: Any = type(given.get("config"))
+    if not torch.compiler.is_compiling() and (name := _without_interface(config_class)):
         warnings.warn(
             f'{name} never calls the attention interface of transformers: attn_implementation="flexdecode" has no '
             "effect on it, and it computes its own attention",
@@ -130,11 +130,11 @@ def model_mask(**given: Any) -> ModelMask | torch.Tensor | None:
 
 
 @lru_cache
-def _without_interface(config_class: type) -> str | None:
+def _without_interface(config_class: Any) -> str | None:
     """The name of the model of a config, if its module does not know transformers' attention functions."""
     if config_class not in MODEL_MAPPING:
         return None
-    found = MODEL_MAPPING[config_class]
+    found: Any = MODEL_MAPPING[config_class]
     model = found[0] if isinstance(found, tuple) else found
     return None if calls_interface(model) else model.__name__
 

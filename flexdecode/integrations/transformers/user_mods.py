@@ -39,9 +39,9 @@ def set_mods(
         >>> set_mods(model, mask_mod=mods.sliding_window(1024), layers=range(0, 32, 2))
         >>> set_mods(model)  # as it was
 
-    A key is live if the model's mask and `mask_mod` allow it. The score_mod comes after the model's soft cap and position
-    bias. Positions count from the first token of each sequence that is no padding. Of an encoder-decoder model, only the
-    causal self-attention of the decoder gets the mods.
+    A key is live if the model's mask and `mask_mod` allow it. The score_mod comes after the model's soft cap and
+    position bias. Positions count from the first token of each sequence that is no padding. Of an encoder-decoder
+    model, only the causal self-attention of the decoder gets the mods.
 
     Args:
         model: a model of transformers with `attn_implementation="flexdecode"`.
@@ -76,8 +76,8 @@ def _attention_modules(model: Any) -> list[Any]:
     name = type(model).__name__
     if not modules:
         raise ValueError(
-            f"{name} has no attention modules that flexdecode knows: they have `is_causal` and `layer_idx`, and call the "
-            "attention interface of transformers"
+            f"{name} has no attention modules that flexdecode knows: they have `is_causal` and `layer_idx`, and call "
+            "the attention interface of transformers"
         )
     for module in modules:
         used = module.config._attn_implementation
