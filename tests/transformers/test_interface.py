@@ -8,7 +8,7 @@ import transformers
 
 from flexdecode import DecodeOptions, cache_info, clear_cache
 from flexdecode.integrations.transformers import register, set_mods
-from tests.transformers.models import CONFIGS, greedy, make, prompts
+from tests.transformers.models import CONFIGS, SMALL, greedy, make, prompts
 
 OWN_ATTENTION = {
     "BloomModel": lambda: transformers.BloomConfig(
@@ -99,6 +99,19 @@ def test_arguments_of_other_attention_functions():
     model = make(CONFIGS["llama"]())
     with pytest.raises(ValueError, match=r"`kernel_options` are for flex_attention.*`register\(DecodeOptions"):
         model(**prompts(), kernel_options={"BLOCK_M": 64})
+
+
+def test_model_that_computes_with_its_mask():
+    kind = getattr(transformers, "DeepseekV32Config", None)
+    if kind is None:
+        pytest.skip(f"transformers {transformers.__version__} has no such model")
+    config = kind(
+        **{**SMALL, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
+        first_k_dense_replace=1, index_n_heads=2, index_head_dim=16, index_topk=8,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match='computes with its attention mask itself.*attn_implementation="sdpa"'):
+        greedy(make(config), prompts(), 4)
 
 
 def test_encoder_without_a_mask():

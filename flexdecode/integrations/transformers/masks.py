@@ -78,6 +78,12 @@ class ModelMask(BlockMask):
     def __repr__(self) -> str:
         return f"ModelMask(shape={self.shape}, mask_mod={getattr(self.mask_mod, '__name__', self.mask_mod)})"
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            "this model computes with its attention mask itself, and flexdecode makes no mask of numbers: use "
+            'attn_implementation="sdpa" or "eager"'
+        )
+
     def dense(self) -> torch.Tensor | None:
         """The bool mask `[B, 1, Q, N]` that transformers makes for SDPA; None where SDPA needs none."""
         if self._dense is None:
