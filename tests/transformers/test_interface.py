@@ -110,7 +110,7 @@ def test_model_that_computes_with_its_mask():
         v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
         first_k_dense_replace=1, index_n_heads=2, index_head_dim=16, index_topk=8,
     )  # fmt: skip
-    with pytest.raises(TypeError, match='computes with its attention mask itself.*attn_implementation="sdpa"'):
+    with pytest.raises(TypeError, match=r'computes with its attention mask itself.*attn_implementation="sdpa"'):
         greedy(make(config), prompts(), 4)
 
 
