@@ -272,15 +272,17 @@ def faster(record: dict) -> float:
 def markdown(document: dict) -> str:
     """The page of a run."""
     results = document["results"]
+    version = results[0]["transformers"]
     intro = (
-        f"A decode step of models of transformers {results[0]['transformers']} with random weights: {GPU.layers} layers,"
+        f"A decode step of models of transformers {version} with random weights: {GPU.layers} layers,"
         f" {GPU.batch} sequences, bfloat16. Each has {GPU.context} tokens, or from {GPU.shortest} to {GPU.context} with"
         f" padding on the left. Windows have {GPU.window} tokens. In float32, greedy tokens were equal to those of the"
         " other implementation."
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | --- | ---: | ---: |"]
     lines += [
-        f"| {r['case']} | {median(r):.1f} | {r['against']}, {r['other_us']:.1f} us | {faster(r):.2f} | {r['at_least']} |"
+        f"| {r['case']} | {median(r):.1f} | {r['against']}, {r['other_us']:.1f} us | {faster(r):.2f}"
+        f" | {r['at_least']} |"
         for r in results
     ]
     columns = "\n".join(f"- {name}: {meaning}" for name, meaning in COLUMNS.items())

@@ -31,7 +31,7 @@ def test_all_implementations_compute_the_same(step):
             for layer in layers:
                 check(layer.call(), in_float64(TINY, step, layer))
     N = layers[0].key.shape[2]
-    assert N == (TINY.window if step.cache == "cropped" else TINY.context)
+    assert (TINY.window if step.cache == "cropped" else TINY.context) == N
 
 
 def test_tokens():

@@ -163,6 +163,26 @@ def test_mask_of_four_dimensions(name, dtype):
     assert not torch.equal(logits["eager"][:, :10].argmax(-1), unmasked.argmax(-1))
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 20, 19), (3, 1, 19, 20), (2, 1, 20, 20), (3, 3, 20, 20)])
+def test_mask_of_a_wrong_shape(shape):
+    model = make(CONFIGS["llama"]())
+    with pytest.raises(ValueError, match=r"must have shape .* = \[3 or 1, 4 or 1, 20, 20\].*got \[\d, \d, \d+, \d+\]"):
+        with torch.no_grad():
+            model(prompts()["input_ids"], attention_mask=torch.zeros(shape))
+
+
+def test_region_that_makes_the_mask():
+    """A user may compile a whole model: then the mask is made in the region too."""
+    torch._dynamo.reset()
+    for name in ("llama", "gemma2"):
+        model = make(CONFIGS[name]())
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            got, expected = compiled(**prompts()).logits, model(**prompts()).logits
+        live = prompts()["attention_mask"].bool()
+        assert torch.equal(got.argmax(-1)[live], expected.argmax(-1)[live])
+
+
 def test_options_reach_the_calls():
     register(flexdecode.DecodeOptions(backend="triton"))
     try:

@@ -147,10 +147,26 @@ def _of_model(
     frame = Frame()
     if mask is None:
         return frame, [], [mods.causal()] if is_causal and query.shape[2] > 1 else []
+    _check_mask(mask, query, key)
     if mask.dtype != torch.bool:
         return frame, [_biased(mask, query, frame)], []
     allowed = mask.expand(query.shape[0], query.shape[1], -1, -1)
     return frame, [], [lambda b, h, q_idx, kv_idx: allowed[b, h, q_idx, kv_idx]]
+
+
+def _check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Checks the shape of a mask that the user made.
+
+    Raises:
+        ValueError: it does not say for each query token which keys it attends to.
+    """
+    (B, Hq, Q, _), N = query.shape, key.shape[2]
+    shape = mask.shape
+    if mask.dim() != 4 or shape[0] not in (1, B) or shape[1] not in (1, Hq) or shape[2] != Q or shape[3] < N:
+        raise ValueError(
+            f"`attention_mask` must have shape [B or 1, Hq or 1, Q, N] = [{B} or 1, {Hq} or 1, {Q}, {N}] (N is the"
+            f" length of the cache), got {list(shape)}"
+        )
 
 
 def _biased(bias: torch.Tensor, query: torch.Tensor, frame: Frame) -> Callable:
