@@ -45,7 +45,7 @@ test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and
 	$(BIN)/python -m pytest tests/compile -n $(JOBS)
 
 test-transformers: $(STAMP)-transformers ## Generate with models of transformers, and run the page about it
-	$(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
 
 lint: $(STAMP)-dev ## Check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What is registered, and what flexdecode leaves to others or refuses."""
 
+import inspect
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 
 from flexdecode import DecodeOptions, cache_info, clear_cache
 from flexdecode.integrations.transformers import register, set_mods
+from flexdecode.integrations.transformers.masks import model_mask
 from tests.transformers.models import CONFIGS, SMALL, greedy, make, prompts
 
 OWN_ATTENTION = {
@@ -112,6 +114,21 @@ def test_model_that_computes_with_its_mask():
     )  # fmt: skip
     with pytest.raises(TypeError, match=r'computes with its attention mask itself.*attn_implementation="sdpa"'):
         greedy(make(config), prompts(), 4)
+
+
+def test_mask_for_another_device():
+    given = {
+        "batch_size": 2, "q_length": 3, "kv_length": 5, "q_offset": 2, "device": "cpu", "config": CONFIGS["llama"](),
+        "attention_mask": torch.ones(2, 5, dtype=torch.bool),
+    }  # fmt: skip
+    if "q_length" not in inspect.signature(transformers.masking_utils.sdpa_mask).parameters:
+        del given["q_length"], given["q_offset"]
+        given["cache_position"] = torch.arange(2, 5)
+    mask = model_mask(**given)
+    assert mask.to("cpu") is mask
+    moved = mask.to("meta")
+    assert moved.shape == mask.shape == (2, 1, 3, 5)
+    assert moved.device.type == "meta"
 
 
 def test_encoder_without_a_mask():

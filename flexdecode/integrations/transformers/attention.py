@@ -85,10 +85,12 @@ def attention(
             f"cannot: use {hinders[1]}, or {needs[1]}"
         )
     if hinders or (not needs and query.shape[2] > FEW_TOKENS):
-        mask = attention_mask.dense() if isinstance(attention_mask, ModelMask) else attention_mask
-        bias = {} if position_bias is None else {"position_bias": position_bias}
+        if isinstance(attention_mask, ModelMask):
+            attention_mask = attention_mask.dense()
+        if position_bias is not None:
+            others["position_bias"] = position_bias
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **bias, **others
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

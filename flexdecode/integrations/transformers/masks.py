@@ -50,23 +50,21 @@ class ModelMask(BlockMask):
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
-        # BlockMask's constructor wants lists of blocks. Of its methods, models use only `shape`.
-        self.batch_size, self.kv_length = given["batch_size"], given["kv_length"]
-        tokens = given.get("cache_position")  # up to transformers 5.2, in place of `q_length` and `q_offset`
+        # BlockMask's constructor wants lists of blocks. Of its methods, models use those below.
+        tokens = given.get("cache_position")  # the first versions of transformers 5 say with it where the query is
         if tokens is not None:
-            self.q_length, q_offset, device = len(tokens), tokens[0], tokens.device
+            q_length, q_offset, device = len(tokens), tokens[0], tokens.device
         else:
-            self.q_length, q_offset, device = given["q_length"], given.get("q_offset", 0), given["device"]
-            if isinstance(
-                q_offset, torch.Tensor
-            ):  # the counter of a static cache, which counts on before layers attend
-                q_offset = q_offset.clone()
-                given = {**given, "q_offset": q_offset}
-        self.given = given
+            q_length, q_offset, device = given["q_length"], given.get("q_offset", 0), given["device"]
+        if isinstance(q_offset, torch.Tensor):
+            q_offset = q_offset.clone()  # that of a static cache counts on before the first layer attends
+            given = given if tokens is not None else {**given, "q_offset": q_offset}
         live, kv_offset = given.get("attention_mask"), given.get("kv_offset", 0)
+        self.given = given
+        self.mask_mod = given.get("mask_function", causal_mask_function)
+        self.batch_size, self.q_length, self.kv_length = given["batch_size"], q_length, given["kv_length"]
         self.q_offset = _for_all(q_offset, self.batch_size, device)
         self.kv_offset = _for_all(kv_offset, self.batch_size, device) if kv_offset else None
-        self.mask_mod = given.get("mask_function", causal_mask_function)
         self.padding = None if live is None else _padding(live, self.batch_size, kv_offset, self.kv_length)
         self._dense: tuple[torch.Tensor | None] | None = None
 
@@ -83,6 +81,14 @@ class ModelMask(BlockMask):
             "this model computes with its attention mask itself, and flexdecode makes no mask of numbers: use "
             'attn_implementation="sdpa" or "eager"'
         )
+
+    def to(self, device: torch.device | str, *_: Any, **__: Any) -> Any:
+        """The mask for layers on a device: on another one than that of the tokens, a dense bool mask `[B, 1, Q, N]`."""
+        if torch.device(device) == self.q_offset.device:
+            return self
+        whole: Any = {**self.given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Any = sdpa_mask(**whole)
+        return mask.to(device)
 
     def dense(self) -> torch.Tensor | None:
         """The bool mask `[B, 1, Q, N]` that transformers makes for SDPA; None where SDPA needs none."""
