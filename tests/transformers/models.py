@@ -30,6 +30,10 @@ def _t5gemma():
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, pad_token_id=0,
+        bos_token_id=1, eos_token_id=None, tie_word_embeddings=False,
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**SMALL, **WINDOW),
     "gemma2": lambda: transformers.Gemma2Config(**SMALL, **WINDOW, head_dim=16, attn_logit_softcapping=2.0),

@@ -126,6 +126,7 @@ def test_mask_for_another_device():
         given["cache_position"] = torch.arange(2, 5)
     mask = model_mask(**given)
     assert mask.to("cpu") is mask
+    assert mask.dim() == mask.ndim == 4
     moved = mask.to("meta")
     assert moved.shape == mask.shape == (2, 1, 3, 5)
     assert moved.device.type == "meta"

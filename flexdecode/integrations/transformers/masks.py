@@ -47,7 +47,10 @@ class ModelMask(BlockMask):
         q_offset: position of the first query token, int64 `[B]`.
         kv_offset: position of slot 0, int64 `[B]`; None for 0.
         padding: None if every slot holds a token.
+        ndim: 4, by which models recognise a finished mask.
     """
+
+    ndim = 4
 
     def __init__(self, given: dict[str, Any]) -> None:
         # BlockMask's constructor wants lists of blocks. Of its methods, models use those below.
@@ -70,8 +73,12 @@ class ModelMask(BlockMask):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(B, 1, Q, N)`: models recognise a finished mask by its four dimensions."""
+        """`(B, 1, Q, N)`."""
         return self.batch_size, 1, self.q_length, self.kv_length
+
+    def dim(self) -> int:
+        """As `ndim`."""
+        return self.ndim
 
     def __repr__(self) -> str:
         return f"ModelMask(shape={self.shape}, mask_mod={getattr(self.mask_mod, '__name__', self.mask_mod)})"
