@@ -118,7 +118,8 @@ def all_strides(inputs: Inputs, key: torch.Tensor, value: torch.Tensor) -> tuple
 
     Args:
         inputs: of the call.
-        key, value: its caches, as the kernel loads them.
+        key: its cache as the kernel loads it.
+        value: likewise.
     """
     caches = inputs.format.owners(inputs.batch, inputs.key)
     query, out = inputs.query.stride(), inputs.out_strides
