@@ -52,8 +52,7 @@ CONFIGS = {
     "t5gemma": _t5gemma,
     "t5": lambda: transformers.T5Config(
         vocab_size=100, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, initializer_factor=5.0,
-        decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=None,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
     ),
     "bart": lambda: transformers.BartConfig(
         vocab_size=100, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
