@@ -14,12 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp carries a checksum of the torch requirement, so that another TORCH is installed rather than ignored.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv demo test test-unit test-interpret test-compile lint format docs clean
+.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers lint format docs clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
 help: ## Show this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  TORCH='$(TORCH)'"
 	@echo
@@ -43,6 +43,9 @@ test-interpret: venv ## Run the generated kernels on the CPU, under Triton's int
 
 test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and gfx942, without a GPU
 	$(BIN)/python -m pytest tests/compile -n $(JOBS)
+
+test-transformers: $(STAMP)-transformers ## Generate with models of transformers, and run the page about it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
 
 lint: $(STAMP)-dev ## Check style and types
 	$(BIN)/ruff check .
@@ -68,6 +71,6 @@ $(STAMP)-core: pyproject.toml
 	$(PIP) install -e '.[test,bench]'
 	@touch $@
 
-$(STAMP)-docs $(STAMP)-dev: $(STAMP)-%: $(STAMP)-core
+$(STAMP)-docs $(STAMP)-dev $(STAMP)-transformers: $(STAMP)-%: $(STAMP)-core
 	$(PIP) install --quiet -e '.[$*]'
 	@touch $@
