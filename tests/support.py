@@ -7,6 +7,7 @@ it computes the same attention in the input dtype.
 import sys
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from flexdecode import mods
@@ -14,6 +15,9 @@ from flexdecode.frontend.captures import walk
 from flexdecode.frontend.trace import trace
 from flexdecode.reference import dequantized_rows, evaluate_mod, reference_decode
 from flexdecode.runtime import eager
+
+# Inductor warns of what PyTorch deprecates, and of settings of the machine.
+OF_INDUCTOR = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import live_kv, packed_queries, report, server_caches
+from benchmarks import live_kv, packed_queries, report, server_caches, transformers_decode
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
@@ -17,7 +17,9 @@ def test_performance_page():
     assert page == (ROOT / "docs" / "performance.md").read_text()
 
 
-@pytest.mark.parametrize("benchmark", [live_kv, packed_queries, server_caches], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [live_kv, packed_queries, server_caches, transformers_decode], ids=lambda module: module.__name__
+)
 def test_page_of_a_recorded_run(benchmark, tmp_path):
     name = benchmark.__name__.rpartition(".")[2]
     page = tmp_path / "page.md"

@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch._inductor.config
 from flex_cases import BOTH, CASES, SCORE_MODS, Sizes, assert_right, check, check_paged, inputs_of, run_case, up_to
+from support import OF_INDUCTOR
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as pytorchs
 
 from flexdecode.integrations import flex_attention
 
-# Inductor warns of what PyTorch deprecates, and of settings that do not concern these tests.
-of_inductor = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
-pytestmark = [pytest.mark.gpu, *of_inductor]
+pytestmark = [pytest.mark.gpu, OF_INDUCTOR]
 
 SIZES = Sizes(B=4, HQ=16, HKV=8, Q=1, N=2048, D=64)
 HEADS = [(16, 1), (8, 2), (16, 16)]

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from support import assert_close_to_reference, make_inputs
+from support import OF_INDUCTOR, assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import PagedKVCache, flex_decode, merge_attention, mods
 
-# Inductor warns of what PyTorch deprecates, and of settings that do not concern these tests.
-of_inductor = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
-pytestmark = [pytest.mark.gpu, *of_inductor]
+pytestmark = [pytest.mark.gpu, OF_INDUCTOR]
 
 B, HQ, HKV, N, D = 2, 8, 2, 1000, 64
 WINDOWS_AND_CAPS = [(20, 30.0), (500, 2.0), (3, 50.0)]

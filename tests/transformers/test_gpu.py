@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from support import OF_INDUCTOR
 
 from flexdecode import mods
 from flexdecode.integrations.transformers import set_mods
 from tests.transformers.models import CONFIGS, greedy, make, prompts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, OF_INDUCTOR]
 
 
 def on_gpu(inputs):

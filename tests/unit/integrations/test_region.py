@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import MODS, assert_close_to_reference
+from support import MODS, OF_INDUCTOR, assert_close_to_reference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
@@ -188,8 +188,7 @@ def test_what_changes_compiles_twice_at_most(name, backend):
     check(model, [call(i) for i in range(9)], 2, backend)
 
 
-# Inductor warns of what PyTorch deprecates, and of settings of the machine.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@OF_INDUCTOR
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_hundred_steps(backend):
     """Everything changes at once: lengths, a captured tensor, numbers in a closure and in arguments."""
