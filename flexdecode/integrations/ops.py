@@ -127,10 +127,17 @@ def _flex_attention(*call: Any) -> tuple[torch.Tensor, ...]:
     return tuple(results.out.new_empty(0, dtype=torch.float32) if x is None else x for x in results)
 
 
-def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    # Compilers write the arguments of an op into comments of their code, where a new line would begin a statement.
-    if not all(x.isprintable() for x in rest if isinstance(x, str)):
+def _check_texts(arguments: tuple) -> None:
+    """Refuses a text that is not one line.
+
+    Compilers write the arguments of an op into comments of their code, where a new line would begin a statement.
+    """
+    if not all(x.isprintable() for x in arguments if isinstance(x, str)):
         raise FlexDecodeError("the texts of an op are one line each: this one was not written by flexdecode")
+
+
+def _fake_out(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_texts(rest)
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 

@@ -479,8 +479,10 @@ def test_texts_of_an_op_are_one_line(line):
     """Inductor writes them into comments of the code that it makes, and a second line of a comment would be code."""
     rest = [TEXT, [], [], [SLOPES], "", [], [], [], "kv_lens|", [LENS], [], [], [], None, OPTIONS]
     rest[rest.index(line)] = line.replace(" ", "\n", 1) if " " in line else line + "\n"
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(FlexDecodeError, match="are one line each"):
-        torch.ops.flexdecode.decode(*CACHE, *rest)
+    ops = torch.ops.flexdecode
+    for op, more in ((ops.decode, ()), (ops.decode_with_lse, ()), (ops.flex_attention, (True, True))):
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(FlexDecodeError, match="are one line each"):
+            op(*CACHE, *rest, *more)
 
 
 def test_the_op_of_merge_attention_is_what_pytorch_wants():
