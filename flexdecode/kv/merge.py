@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..call.checks import check_place
 from ..call.device import interpreting, without_autocast
-from ..call.inputs import DTYPES, check_place
+from ..call.inputs import DTYPES
 from ..codegen.template import template_folder
 from ..triton_api import standalone_kernel
 

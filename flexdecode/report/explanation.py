@@ -13,8 +13,9 @@ import torch
 
 from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
+from ..call.checks import check_all_lens
 from ..call.device import BYTES_PER_US, DeviceFacts, Target, find_target, without_autocast
-from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, check_all_lens
+from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs
 from ..call.schedule import Schedule, Scheduler
 from ..call.signature import NO_AUX, Signature, shares_storage
 from ..call.tiles import Loads

@@ -11,8 +11,9 @@ import torch
 
 from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
+from ..call.checks import check_all_lens, checked_scale
 from ..call.device import without_autocast
-from ..call.inputs import DecodeOptions, Inputs, check_all_lens, checked_scale
+from ..call.inputs import DecodeOptions, Inputs
 from ..call.overlap import extent, share_memory
 from ..call.signature import Aux
 from ..codegen.arguments import Call

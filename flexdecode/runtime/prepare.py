@@ -12,8 +12,9 @@ from ..analysis.bounds import find_bounds
 from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
+from ..call.checks import check_inputs
 from ..call.device import DeviceFacts, device_facts
-from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes, check_inputs
+from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
 from ..call.schedule import Scheduler
 from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
+from ..call.checks import check_inputs
 from ..call.inputs import (
     DEFAULT_OPTIONS,
     DecodeOptions,
@@ -16,7 +17,6 @@ from ..call.inputs import (
     as_kv_starts,
     as_q_offset,
     as_scale,
-    check_inputs,
     per_sequence,
     same_for_all,
     with_packed_keys,

@@ -10,7 +10,7 @@ import torch
 from triton.runtime import interpreter
 
 from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
-from flexdecode.call import inputs
+from flexdecode.call import checks
 from flexdecode.call.device import DeviceFacts
 from flexdecode.runtime import launch, plan, prepare
 
@@ -104,7 +104,7 @@ def test_partial_results_of_packed_queries(kv_lens, chosen, monkeypatch):
 def test_totals_that_do_not_ascend(totals, chosen, monkeypatch):
     """On a GPU they are not looked at. Some results mean nothing then, but nothing outside is accessed."""
     monkeypatch.setattr(plan, "check_all_lens", lambda *_: None)
-    monkeypatch.setattr(inputs, "check_all_lens", lambda *_: None)
+    monkeypatch.setattr(checks, "check_all_lens", lambda *_: None)
     clear_cache()
     watched = Watched(monkeypatch)
     query, slopes = torch.randn(20, 8, 16), torch.randn(8)

@@ -9,7 +9,8 @@ import torch
 from support import make_inputs
 
 from flexdecode import DecodeOptions, explain, flex_decode
-from flexdecode.call.inputs import DEFAULT_OPTIONS, Inputs, check_inputs, check_lens
+from flexdecode.call.checks import check_inputs, check_lens
+from flexdecode.call.inputs import DEFAULT_OPTIONS, Inputs
 from flexdecode.call.signature import NO_AUX, ONLY_LSE, UNIT, Aux, describe, kernel_strides
 
 B, Hq, Hkv, Q, N, D, Dv = 2, 4, 2, 3, 9, 16, 32

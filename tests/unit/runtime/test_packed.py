@@ -9,7 +9,7 @@ from packed_cases import draw
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, KVCache, PagedKVCache, cache_info, clear_cache, flex_decode, mods
-from flexdecode.call import inputs
+from flexdecode.call import checks
 from flexdecode.call.inputs import Inputs
 from flexdecode.call.packing import rows_of_sequences
 from flexdecode.runtime import eager, plan
@@ -137,7 +137,7 @@ def test_where_sequences_begin_is_clamped():
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
 def test_totals_outside_are_clamped(name, monkeypatch):
     """As on a GPU, where nobody reads them before the call."""
-    for module in (inputs, plan):
+    for module in (checks, plan):
         monkeypatch.setattr(module, "check_all_lens", lambda *_: None)
     cases.check_clamped(name)
 
