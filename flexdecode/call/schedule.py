@@ -92,7 +92,7 @@ class Schedule(NamedTuple):
         return 2 * self.num_splits if self.tiles.balanced else self.num_items * self.num_splits
 
 
-class Launch(NamedTuple):
+class PlannedLaunch(NamedTuple):
     """One launch of the first pass.
 
     Attributes:
@@ -133,7 +133,7 @@ class Scheduler:
         self.has_matrices = described and proven.num_full > 0
         self.tiles: dict[tuple[Loads, Use], Tiles] = {}
 
-    def choose(self, inputs: Inputs, sizes: Sizes, allow_latents: bool = True) -> list[Launch]:
+    def choose(self, inputs: Inputs, sizes: Sizes, allow_latents: bool = True) -> list[PlannedLaunch]:
         """Chooses the launches of the first pass, for the longest sequence that the cache can hold.
 
         Args:
@@ -157,7 +157,7 @@ class Scheduler:
         found = []
         for part in self.parts(sizes, loads is Loads.LATENTS):
             chosen = self._schedule(sizes, part, loads)
-            found.append(Launch(chosen, strides, matrices if chosen.tiles.descriptors else None))
+            found.append(PlannedLaunch(chosen, strides, matrices if chosen.tiles.descriptors else None))
         return found
 
     def parts(self, sizes: Sizes, latent: bool = False) -> tuple[Part, ...]:

@@ -12,7 +12,7 @@ from ..analysis.proven import ProvenMods
 from ..call.descriptor import make_descriptor
 from ..call.device import may_keep_memory
 from ..call.inputs import Inputs, Sizes
-from ..call.schedule import Launch
+from ..call.schedule import PlannedLaunch
 from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, PLACES, SAME, WORKSPACE, Call, CaptureTypes, KernelSpec
 from ..codegen.compile import capture_types
 from ..codegen.kernels import Combine, Kernel
@@ -107,7 +107,7 @@ class FirstPass:
         arguments: in the order of `ARGUMENTS`; what a call gives is still missing.
     """
 
-    def __init__(self, form: LaunchForm, sizes: Sizes, launch: Launch) -> None:
+    def __init__(self, form: LaunchForm, sizes: Sizes, launch: PlannedLaunch) -> None:
         self.form = form
         chosen, strides, matrices = launch
         # The kernel may have smaller tiles than were asked for.
