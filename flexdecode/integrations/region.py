@@ -91,6 +91,8 @@ class _Recorder(TorchFunctionMode):
             return tuple([self.twin(y) for y in x])
         if isinstance(x, list):
             return [self.twin(y) for y in x]
+        if isinstance(x, bool):
+            return True if x else False  # noqa: SIM210 (torch 2.9 takes no comparison of numbers that change)
         return x
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -598,21 +598,21 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
         if getattr(inputs, name) is not None:
             raise ValueError(f"`{name}` is given twice: `cache` has it already")
     query: object = inputs.query
-    if isinstance(query, torch.Tensor) and query.dim() == (3 if inputs.packed else 4):
-        _check_query(cache, inputs)
+    packed = inputs.cu_seqlens_q is not None  # torch.compile of 2.9 knows no properties of records
+    if isinstance(query, torch.Tensor) and query.dim() == (3 if packed else 4):
+        _check_query(cache, query, inputs.cu_seqlens_q)
     return inputs._replace(**{name: getattr(cache, name) for name in names})
 
 
-def _check_query(cache: _Cache, inputs: Inputs) -> None:
+def _check_query(cache: _Cache, query: torch.Tensor, cu_seqlens_q: object) -> None:
     """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
     batch, (_, heads, _, width) = len(cache.kv_lens), cache.key.shape
-    query, cu_seqlens = inputs.query, inputs.cu_seqlens_q
-    if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.shape != (batch + 1,):
+    packed = cu_seqlens_q is not None
+    if isinstance(cu_seqlens_q, torch.Tensor) and cu_seqlens_q.shape != (batch + 1,):
         form = f"[B + 1] = [{batch + 1}] (from cache)"
-        raise ValueError(f"`cu_seqlens_q` must have shape {form}, got {list(cu_seqlens.shape)}")
-    is_of_batch = inputs.packed or len(query) == batch
-    if not is_of_batch or inputs.head_dim != width or inputs.num_q_heads % heads:
-        first = "[T, Hq, D] with" if inputs.packed else f"[B, Hq, Q, D] with B = {batch},"
+        raise ValueError(f"`cu_seqlens_q` must have shape {form}, got {list(cu_seqlens_q.shape)}")
+    if not (packed or len(query) == batch) or query.shape[-1] != width or query.shape[1] % heads:
+        first = "[T, Hq, D] with" if packed else f"[B, Hq, Q, D] with B = {batch},"
         form = f"{first} Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
         raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
     if query.device != cache.key.device:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -246,7 +247,7 @@ def _read(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of keys or values in the type of the arithmetic [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
-    rows = gather(cache).to(dtype)
+    rows = _indexed(cache, gather).to(dtype)
     if isinstance(scale, torch.Tensor):
         if scale.dim() == 2 and owner is not None:
             scale = scale[owner]
@@ -257,6 +258,11 @@ def _read(
     if read.device.type == "cpu" and bool(read.all()):
         return rows
     return torch.where(read[..., None], rows, 0.0)
+
+
+def _indexed(tensor: torch.Tensor, index: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Some elements of a tensor. Float8 numbers are taken as bytes: PyTorch 2.9 cannot index them on a CPU."""
+    return index(tensor.view(torch.uint8)).view(tensor.dtype) if tensor.dtype in FLOAT8 else index(tensor)
 
 
 def evaluate(
@@ -387,8 +393,5 @@ class _Evaluation:
             self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:
             return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
-        if tensor.dtype in FLOAT8:  # PyTorch cannot index these on every device
-            found = tensor.view(torch.uint8)[tuple(places)].view(tensor.dtype)
-        else:
-            found = tensor[tuple(places)]
+        found = _indexed(tensor, itemgetter(tuple(places)))
         return torch.where(inside, found.to(node.dtype), torch.zeros((), dtype=node.dtype, device=self.device))

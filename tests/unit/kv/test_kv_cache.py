@@ -38,7 +38,11 @@ def contents(cache, sequence):
         return cache.key[sequence, :, :length], cache.value[sequence, :, :length]
     position = torch.arange(length, device=cache.key.device)
     page = cache.page_table[sequence, position // cache.page_size]
-    return tuple(x[page, :, position % cache.page_size].transpose(0, 1) for x in (cache.key, cache.value))
+    found = []
+    for tensor in (cache.key, cache.value):  # PyTorch 2.9 indexes no float8 on a CPU
+        stored = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        found.append(stored[page, :, position % cache.page_size].transpose(0, 1).view(tensor.dtype))
+    return tuple(found)
 
 
 def state(cache):
