@@ -66,7 +66,7 @@ def trace(mod: Callable, kind: str, leaves: list, device: torch.device, reads: R
         UnsupportedOpError: it calls an operation that flexdecode does not have.
         TypeError: the mod takes the wrong number of parameters.
     """
-    _check_parameters(mod, kind)
+    check_parameters(mod, kind)
     _check_assignments(mod, kind)
     tracer = _Tracer(mod, kind, leaves, device, Reads(kind) if reads is None else reads)
     real = tracer.run(frozenset(), ())
@@ -215,7 +215,12 @@ def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
         return False
 
 
-def _check_parameters(mod: Callable, kind: str) -> None:
+def check_parameters(mod: Callable, kind: str) -> None:
+    """Refuses what cannot be called with the parameters of a mod.
+
+    Raises:
+        TypeError: the mod is not callable, or takes other parameters.
+    """
     if not callable(mod):
         raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
     names = ", ".join(PARAMETERS[kind])

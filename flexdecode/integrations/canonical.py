@@ -57,6 +57,7 @@ def place_of() -> str:
 
 # Methods that give a Python value of a tensor, and those that give what is known without its values.
 _READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__")
+_RANDOM = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "empty")
 _METADATA = (
     "dim", "ndimension", "size", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
     "is_signed", "is_contiguous", "get_device", "storage_offset", "__len__", "is_same_size",
@@ -80,6 +81,10 @@ _REASONS = {
         "the {kind} uses a value that was computed in a way which torch.compile does not show",
         "Use functions of torch and operators: torch.abs(x) for abs(x), torch.maximum for max(), torch.transpose for "
         "x.T, x[0] and x[1] for iterating over x. A tensor that it captures must have values.",
+    ),
+    "random": (
+        "{name} gives other numbers at each call, and a {kind} is run only once, when it is compiled",
+        "Draw the numbers outside of the mod, and capture the tensor.",
     ),
     "grad": (
         "`query`, `key` or `value` requires grad, but {kind} is forward only",
@@ -106,6 +111,8 @@ def what_it_does(function: Any) -> str:
         return "index"
     if name in _READS:
         return "read"
+    if name in _RANDOM:
+        return "random"
     if name in _METADATA:
         return "metadata"
     if getattr(function, "__module__", None) == "_operator":
@@ -124,6 +131,15 @@ def refuse(kind: str, why: str, name: str) -> NoReturn:
     problem, remedy = (text.format(kind=kind, name=name) for text in _REASONS[why])
     error = ValueError if why in ("grad", "captured", "training") else TraceError
     raise error(f"{problem}\n  {place_of()}\n  {remedy}")
+
+
+def refuse_argument(problem: str) -> NoReturn:
+    """Refuses an argument of a call that is being compiled, as a call outside does.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(f"{problem}\n  {place_of()}")
 
 
 def canonical_text(*recorded: Any) -> tuple[str, tuple]:

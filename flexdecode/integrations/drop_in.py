@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..call.device import interpreting
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..memos import counters
@@ -81,7 +82,7 @@ def flex_attention(
         _check_lengths(block_mask, query, key)
         if _is_whole(block_mask):
             mask_mod, block_mask = block_mask.mask_mod, None
-    options = None if kernel_options is None else options_of(kernel_options)
+    options = None if kernel_options is None else options_of(kernel_options, query.is_cuda)
 
     query, key, value = _autocast(query, key, value)
     dtype = query.dtype
@@ -120,6 +121,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_g
             raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested or tensor.layout != torch.strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout} or a nested tensor")
+        if tensor.is_meta:
+            raise ValueError(f"`{name}` must have values, got a tensor on the meta device")
         if tensor.dim() != 4:
             raise ValueError(f"`{name}` must have 4 dimensions [B, H, tokens, head_dim], got {tensor.dim()}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -173,19 +176,23 @@ def _is_whole(block_mask: Any) -> bool:
     return tuple(block_mask.BLOCK_SIZE) == (WHOLE, WHOLE)
 
 
-def options_of(kernel_options: Mapping[str, Any]) -> DecodeOptions:
-    """PyTorch's options of kernels as `DecodeOptions`.
+def options_of(kernel_options: Any, on_gpu: bool) -> DecodeOptions:
+    """PyTorch's options of kernels as `DecodeOptions`, for inputs on a GPU or elsewhere.
 
     Raises:
+        TypeError: they are no mapping of names.
         ValueError: an option has no counterpart or an impossible value; the message has PyTorch's name of it.
     """
     chosen: dict[str, Any] = {}
+    if not isinstance(kernel_options, Mapping) or not all(isinstance(given, str) for given in kernel_options):
+        raise TypeError(f"`kernel_options` must be a dict from names to values, got {kernel_options!r}")
     for given, value in kernel_options.items():
         name = given.removeprefix("fwd_")
         if name in KERNEL_OPTIONS:
             chosen[KERNEL_OPTIONS[name]] = value
-        elif name == "BACKEND" and value in BACKENDS:
-            chosen["backend"] = BACKENDS[value]
+        elif name == "BACKEND" and isinstance(value, str) and value in BACKENDS:
+            # As in PyTorch, there is one backend on a CPU, whatever was chosen.
+            chosen["backend"] = BACKENDS[value] if on_gpu or interpreting() else None
         elif name == "BACKEND":
             raise ValueError(f'`kernel_options["{given}"]` must be one of {", ".join(BACKENDS)}, got {value!r}')
         elif name not in WITHOUT_EFFECT and not name.startswith("bwd_"):

@@ -18,7 +18,7 @@ from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_
 from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
-from ..kv.kv_cache import CacheTensors
+from ..kv.kv_cache import append_in_region, check_new
 from ..kv.merge import merge_attention
 from ..runtime.plan import Results
 from ..runtime.request import Request, read_request
@@ -30,12 +30,14 @@ _CALL = (
     f"Tensor query, Tensor key, Tensor value, {_MOD.format('score')}, {_MOD.format('mask')}, str names,"
     " Tensor[] tensors, SymInt[] ints, Tensor[] block_lists, SymInt[] block_sizes, float? scale, str options"
 )
+_ABSENT = (None,) * (len(Inputs._fields) - 5)  # what a call may lack, without the scale and `out`
 LIBRARY.define(f"decode({_CALL}) -> Tensor")
 LIBRARY.define(f"decode_with_lse({_CALL}) -> (Tensor, Tensor)")
 LIBRARY.define(f"flex_attention({_CALL}, bool lse, bool max_scores) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     "append(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
-    " Tensor? page_table, Tensor(e!) kv_lens, Tensor limits, Tensor(f!) arrivals) -> ()"
+    " Tensor(e!)? page_table, Tensor(f!) kv_lens, Tensor(g!) limits, Tensor(h!) arrivals, Tensor number,"
+    " SymInt[]? num_tokens) -> ()"
 )
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
@@ -68,7 +70,7 @@ def _request(call: tuple) -> tuple[Request, DecodeOptions | None]:
     """The call that the arguments of an op describe."""
     query, key, value, s_mod, s_ints, s_floats, s_tensors, m_mod, m_ints, m_floats, m_tensors, *rest = call
     names, tensors, ints, block_lists, block_sizes, scale, options_of = rest
-    given: list = [query, key, value, *[None] * 12, scale, None]
+    given: list = [query, key, value, *_ABSENT, scale, None]
     if names != "|":
         of_tensors, of_ints, of_scales = _places(names)
         for place, x in zip(of_tensors, tensors, strict=True):
@@ -114,7 +116,7 @@ def _decode(*call: Any) -> torch.Tensor:
     return run_request(request, NO_AUX, options).out
 
 
-def _decode_with_lse(*call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _decode_with_lse(*call: Any) -> tuple[torch.Tensor | None, ...]:
     request, options = _request(call)
     return run_request(request, ONLY_LSE, options)[:2]
 
@@ -156,14 +158,13 @@ def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[tor
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-def _append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
-    tensors = CacheTensors(*cache)
-    tensors.check_new(k, v)
-    tensors.append_reserved(k, v)
+def _append(k: torch.Tensor, v: torch.Tensor, *of_cache: Any) -> None:
+    *tensors, number, num_tokens = of_cache
+    append_in_region(k, v, tensors, number.item(), num_tokens)
 
 
-def _fake_append(k: torch.Tensor, v: torch.Tensor, *cache: torch.Tensor) -> None:
-    CacheTensors(*cache).check_new(k, v)
+def _fake_append(k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> None:
+    check_new(k, v, key, value, len(others[3]))
 
 
 LIBRARY.impl("append", _append, "CompositeExplicitAutograd")

@@ -19,13 +19,14 @@ from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..frontend.ops import widened
 from ..kv.kv_cache import read_cache
-from .canonical import canonical_text, place_of, refuse, what_it_does
+from .canonical import canonical_text, place_of, refuse, refuse_argument, what_it_does
 from .ops import OPTION_NAMES, options_text
 
 _OPTIONAL = Inputs._fields[3:-1]
 _canonical_text = torch.compiler.assume_constant_result(canonical_text)
 _place_of = torch.compiler.assume_constant_result(place_of)
 _refuse = torch.compiler.assume_constant_result(refuse)
+_refuse_argument = torch.compiler.assume_constant_result(refuse_argument)
 _what_it_does = torch.compiler.assume_constant_result(what_it_does)
 _options_text = torch.compiler.assume_constant_result(options_text)
 
@@ -100,6 +101,8 @@ class _Recorder(TorchFunctionMode):
         does = _what_it_does(func)
         if does == "attribute":  # only torch.export shows attributes
             return self.attribute(func, args[0])
+        if does == "random":
+            _refuse(self.kind, does, func.__name__)
         if not _has_tensor((*args, *named.values())):
             return func(*args, **named)
         if does in ("read", "write"):
@@ -247,6 +250,26 @@ def _optional(inputs: Inputs) -> tuple[str, list, list]:
     return " ".join(names) + "|" + " ".join(numbered), tensors, ints
 
 
+def _check_types(inputs: Inputs, score_mod: Any, mask_mod: Any, block_mask: Any, options: Any) -> None:
+    """Refuses arguments of a wrong type, which PyTorch would refuse in words of its own. The op checks the rest."""
+    for name, x in (("query", inputs.query), ("key", inputs.key), ("value", inputs.value)):
+        if not isinstance(x, torch.Tensor):
+            _refuse_argument(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+    for name, x in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if x is not None and not callable(x):
+            _refuse_argument(f"`{name}` must be a callable or None, got {type(x).__name__}")
+    if inputs.scale is not None and not isinstance(inputs.scale, (int, float)):
+        _refuse_argument(f"`scale` must be a number or None, got {type(inputs.scale).__name__}")
+    for name in _OPTIONAL:
+        x = getattr(inputs, name)
+        if x is not None and not isinstance(x, (torch.Tensor, int, float)):
+            _refuse_argument(f"`{name}` must be a number or a tensor, got {type(x).__name__}")
+    if block_mask is not None and not hasattr(block_mask, "kv_num_blocks"):
+        _refuse_argument(f"`block_mask` must be a BlockMask, got {type(block_mask).__name__}")
+    if options is not None and not isinstance(options, DecodeOptions):
+        _refuse_argument(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
+
+
 def _call(
     inputs: Inputs,
     score_mod: Callable | None,
@@ -303,6 +326,7 @@ def decode_in_region(
     inputs = Inputs(*given)
     if cache is not None:
         inputs = read_cache(cache, inputs)
+    _check_types(inputs, score_mod, mask_mod, block_mask, options)
     _refuse_gradients(inputs, "flex_decode", "grad")
     call = _call(inputs, score_mod, mask_mod, block_mask, options)
     lse = None
@@ -325,6 +349,7 @@ def attend_in_region(
     options: DecodeOptions | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """As `run_in_order` for a request of these arguments."""
+    _check_types(inputs, score_mod, mask_mod, block_mask, options)
     _refuse_gradients(inputs, "flex_attention", "training")
     call = _call(inputs, score_mod, mask_mod, block_mask, options)
     out, lse, max_scores = torch.ops.flexdecode.flex_attention(*call, aux.lse, aux.max_scores)

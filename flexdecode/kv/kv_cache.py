@@ -22,135 +22,47 @@ replay, `reserve` does the work of the host:
 A captured append takes as many of its tokens as were reserved, so a replay without a reservation appends nothing. The
 graph reads and writes the tensors of the cache, so keep the cache as long as the graph.
 
-**Compiled regions.** For `append` inside `torch.compile` or `torch.export` the same holds: the region keeps only what
-the device does, so call `reserve` before each call of the region.
+**Compiled regions.** In `torch.compile`, `append` does all that it does outside, the work of the host too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from numbers import Real
 
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN
-from ..call.device import interpreting, without_autocast
+from ..call.device import interpreting, may_keep_memory, without_autocast
 from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED, Inputs
 from ..codegen.template import template_folder
 from ..errors import FlexDecodeError
 from ..triton_api import standalone_kernel
 
 _TILE = 2048  # elements of a key or value that a program holds
+TENSORS = ("key", "value", "k_scale", "v_scale", "page_table", "kv_lens", "_limits", "_arrivals")  # of a cache
+
+_numbers = itertools.count()
+# The caches by their numbers, by which the custom op of a compiled region finds them.
+_caches: weakref.WeakValueDictionary[int, _Cache] = weakref.WeakValueDictionary()
 
 
 class OutOfPagesError(FlexDecodeError):
     """A `PagedKVCache` has too few free pages for the new tokens; nothing was changed."""
 
 
-class CacheTensors:
-    """The tensors of a cache, and how the device writes tokens into them.
-
-    Attributes:
-        key, value, k_scale, v_scale, page_table, kv_lens: as `flex_decode` takes them.
-        _limits: int32 `[B]`, how long each sequence may become.
-        _arrivals: int32 `[B]`, zeros: programs of the kernel count themselves here.
-    """
-
-    def __init__(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_scale: torch.Tensor | None,
-        v_scale: torch.Tensor | None,
-        page_table: torch.Tensor | None,
-        kv_lens: torch.Tensor,
-        limits: torch.Tensor,
-        arrivals: torch.Tensor,
-    ) -> None:
-        self.key, self.value, self.k_scale, self.v_scale = key, value, k_scale, v_scale
-        self.page_table, self.kv_lens, self._limits, self._arrivals = page_table, kv_lens, limits, arrivals
-
-    def check_new(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Refuses new keys and values that do not match those in the cache."""
-        self._check_new("k", k, self.key)
-        self._check_new("v", v, self.value)
-        if v.shape[2] != k.shape[2]:
-            raise ValueError(f"`v` must have as many tokens as `k`, T = {k.shape[2]}, got {v.shape[2]}")
-
-    def _check_new(self, name: str, new: torch.Tensor, cache: torch.Tensor) -> None:
-        if not isinstance(new, torch.Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
-        batch, (_, heads, _, width) = len(self.kv_lens), cache.shape
-        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
-            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
-            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
-        if new.dtype not in DTYPES:
-            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
-        if new.device != cache.device or new.layout != torch.strided:
-            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
-        if new.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
-
-    def append_reserved(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Appends as many of the tokens as there is room for below the limits; `k` and `v` as in `append`."""
-        if k.shape[2] == 0:
-            return
-        if self.key.is_cuda or interpreting():
-            self._launch(k, v, bounded=True)
-        else:
-            self._write(k, v, (self._limits - self.kv_lens).clamp(0, k.shape[2]))
-
-    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
-        """Appends tokens with the kernel."""
-        strides = [_strides(new) for new in (k, v)]
-        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
-        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
-        block_r = max(1, _TILE // max(block_d, block_dv))
-        grid = len(self.kv_lens) * -(-heads * k.shape[2] // block_r)
-        kernel = standalone_kernel(template_folder() / "append.py", "append")
-        with torch.cuda.device_of(self.key):
-            kernel[(grid,)](
-                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
-                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
-                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
-                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
-                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
-                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
-                enable_fp_fusion=False,
-            )  # fmt: skip
-
-    @without_autocast()
-    def _write(self, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor) -> None:
-        """Appends tokens with PyTorch operations, like the kernel; `added` int32 `[B]` of them to each sequence."""
-        b, token = (torch.arange(k.shape[2], device=added.device) < added[:, None]).nonzero(as_tuple=True)
-        page, position = b, self.kv_lens[b] + token
-        if self.page_table is not None:
-            page_size = self.key.shape[2]
-            page, position = self.page_table[b, position // page_size], position % page_size
-        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
-            x = new[b, :, token]
-            if scale is not None:
-                largest = _largest(cache.dtype)
-                x = x.float()
-                row_scale = scale
-                if _is_dynamic(scale):
-                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
-                    row_scale = row_scale.where(row_scale != 0, 1.0)
-                    scale[page, :, position] = row_scale
-                x = (x / row_scale[..., None]).clamp(-largest, largest)
-                x = x.round() if cache.dtype == torch.int8 else x
-            cache[page, :, position] = x.to(cache.dtype)
-        self.kv_lens += added
-
-
-class _Cache(CacheTensors):
-    """What both caches share.
+class _Cache:
+    """What both caches share: the tensors, and how tokens are written into them.
 
     Attributes:
         key, value, kv_lens, page_table, k_scale, v_scale: on the device, as `flex_decode` takes them.
         lengths: tokens of each sequence, as the host knows them; a copy.
     """
 
+    page_table: torch.Tensor | None = None
     _length_argument = "max_kv_len"  # the argument that bounds the length of a sequence
 
     def __init__(
@@ -165,6 +77,8 @@ class _Cache(CacheTensors):
         k_scale: float | torch.Tensor | None,
         v_scale: float | torch.Tensor | None,
     ) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a cache cannot be made while a region is compiled: make it outside of the region")
         if max_kv_len >= MAX_KV_LEN:
             raise ValueError(f"a sequence must have fewer than {MAX_KV_LEN} tokens, got room for {max_kv_len}")
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -175,10 +89,21 @@ class _Cache(CacheTensors):
             known = ", ".join(str(x).removeprefix("torch.") for x in (*DTYPES, *QUANTISED))
             raise ValueError(f"`dtype` must be one of {known}, got {dtype}")
         self.key = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
-        scales = self._make_scale("k_scale", k_scale), self._make_scale("v_scale", v_scale)
-        super().__init__(self.key, value, *scales, None, self._zeros(batch), self._zeros(batch), self._zeros(batch))
+        self.value = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
+        self.k_scale = self._make_scale("k_scale", k_scale)
+        self.v_scale = self._make_scale("v_scale", v_scale)
         self._lengths, self._max_kv_len = [0] * batch, max_kv_len
+        self._take_number()
+        self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
+
+    def _take_number(self) -> None:
+        number = next(_numbers)
+        self._number = torch.tensor(number, device="cpu")  # a Python number would be a constant of a compiled region
+        _caches[number] = self
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        self.__dict__.update(state)
+        self._take_number()
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.key.device)
@@ -215,7 +140,7 @@ class _Cache(CacheTensors):
     def append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None = None) -> None:
         """Appends tokens to all sequences, on the current stream, in one kernel; returns at once.
 
-        CUDA graphs and compiled regions keep only what the device does; see the module's docstring and `reserve`.
+        While a CUDA graph is captured, only the kernel is recorded; see the module's docstring and `reserve`.
 
         Args:
             k: `[B, Hkv, T, D]`, float16, bfloat16 or float32, any strides; rounded to the dtype of the cache.
@@ -226,22 +151,28 @@ class _Cache(CacheTensors):
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: shapes, dtypes, devices or numbers do not match, or a sequence would become too long.
+            RuntimeError: the cache was made in inference mode and is used outside of it; the append is exported, or
+                recorded in a CUDA graph by torch.compile.
             OutOfPagesError: a `PagedKVCache` has too few free pages.
         """
-        self.check_new(k, v)
-        offered = k.shape[2]
-        compiling = torch.compiler.is_compiling()
-        capturing = not compiling and self._capturing()
-        if (compiling or capturing) and num_tokens is not None:
-            what, run = ("compiled region", "call") if compiling else ("CUDA graph", "replay")
-            raise ValueError(f"a {what} cannot keep `num_tokens`: give it to `reserve()` before each {run}")
-        if compiling:
-            torch.ops.flexdecode.append(
-                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
-                self._arrivals,
-            )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            self._append(k, v, num_tokens)
             return
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "append() cannot be exported, because the cache stays in this process: export what is around it"
+            )
+        batch = len(self.kv_lens)
+        counts = [num_tokens] * batch if isinstance(num_tokens, int) else num_tokens
+        tensors = [getattr(self, name) for name in TENSORS]
+        torch.ops.flexdecode.append(k, v, *tensors, self._number, counts)
+
+    def _append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None) -> None:
+        offered = check_new(k, v, self.key, self.value, len(self._lengths))
         self._check_writable()
+        capturing = self._capturing()
+        if capturing and num_tokens is not None:
+            raise ValueError("a CUDA graph cannot keep `num_tokens`: give it to `reserve()` before each replay")
         counts = self._counts(offered if num_tokens is None else num_tokens)
         if max(counts) > offered:
             raise ValueError(f"`num_tokens` must be at most T = {offered} (from k), got {counts}")
@@ -255,16 +186,16 @@ class _Cache(CacheTensors):
         if self.key.is_cuda or interpreting():
             self._launch(k, v, bounded=capturing or ragged)
         else:
-            self._write(k, v, torch.tensor(counts, dtype=torch.int32, device=self.key.device))
+            self._write(k, v, counts)
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
-        """Does the work of the host for one replay of a CUDA graph, or one call of a compiled region, with an append.
+        """Does the work of the host for one replay of a CUDA graph with a captured append.
 
-        It checks that there is room, takes the pages and lengthens `lengths`. The next replay or call on the same
-        stream then writes the tokens. An append elsewhere does this by itself.
+        It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
+        writes the tokens. An append outside of a graph does this by itself.
 
         Args:
-            num_tokens: how many tokens shall be appended: one number, or one for each sequence.
+            num_tokens: how many tokens the replay shall append: one number, or one for each sequence.
 
         Raises:
             TypeError: it is neither.
@@ -347,9 +278,21 @@ class _Cache(CacheTensors):
             raise RuntimeError("the cache was made in torch.inference_mode(): use it there, or make it outside")
 
     def _refuse_capture(self, name: str) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{name}() works on the host: call it outside of a compiled region")
         self._check_writable()
         if self._capturing():
             raise RuntimeError(f"{name}() works on the host: call it before the replay, not while a graph is captured")
+
+    @contextlib.contextmanager
+    def _replaced_by(self, tensors: Sequence[torch.Tensor | None]) -> Iterator[None]:
+        """Lets other tensors take the place of the cache's own, in the order of `TENSORS`."""
+        own = {name: getattr(self, name) for name in TENSORS}
+        self.__dict__.update(zip(TENSORS, tensors, strict=True))
+        try:
+            yield
+        finally:
+            self.__dict__.update(own)
 
     # --- On the device ------------------------------------------------------------------------------------------------
 
@@ -361,6 +304,50 @@ class _Cache(CacheTensors):
     def _send_limits(self) -> None:
         """Tells the kernel how long each sequence may become."""
         self._limits.copy_(self._send(self._lengths, torch.int32))
+
+    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
+        """Appends tokens with the kernel."""
+        strides = [_strides(new) for new in (k, v)]
+        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
+        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
+        block_r = max(1, _TILE // max(block_d, block_dv))
+        grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
+        kernel = standalone_kernel(template_folder() / "append.py", "append")
+        with torch.cuda.device_of(self.key):
+            kernel[(grid,)](
+                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
+                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
+                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
+                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
+                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
+                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+
+    @without_autocast()
+    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
+        """Appends tokens with PyTorch operations, like the kernel."""
+        device = self.key.device
+        added = torch.tensor(counts, dtype=torch.int32, device=device)
+        b, token = (torch.arange(k.shape[2], device=device) < added[:, None]).nonzero(as_tuple=True)
+        page, position = b, self.kv_lens[b] + token
+        if self.page_table is not None:
+            page_size = self.key.shape[2]
+            page, position = self.page_table[b, position // page_size], position % page_size
+        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
+            x = new[b, :, token]
+            if scale is not None:
+                largest = _largest(cache.dtype)
+                x = x.float()
+                row_scale = scale
+                if _is_dynamic(scale):
+                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
+                    row_scale = row_scale.where(row_scale != 0, 1.0)
+                    scale[page, :, position] = row_scale
+                x = (x / row_scale[..., None]).clamp(-largest, largest)
+                x = x.round() if cache.dtype == torch.int8 else x
+            cache[page, :, position] = x.to(cache.dtype)
+        self.kv_lens += added
 
 
 class KVCache(_Cache):
@@ -564,6 +551,51 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}")
+
+
+def check_new(k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int) -> int:
+    """Refuses new keys or values that do not match those in a cache; returns how many tokens there are.
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: a shape, a dtype or a device does not match.
+    """
+    for name, new, cache in (("k", k, key), ("v", v, value)):
+        if not isinstance(new, torch.Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
+        _, heads, _, width = cache.shape
+        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
+            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
+            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
+        if new.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
+        if new.device != cache.device or new.layout != torch.strided:
+            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
+        if new.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"`v` must have as many tokens as `k`, T = {k.shape[2]}, got {v.shape[2]}")
+    return k.shape[2]
+
+
+def append_in_region(
+    k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor | None], number: int, num_tokens: list[int] | None
+) -> None:
+    """Appends to the cache of a number. `tensors`, of `TENSORS`, take the place of its own: they may be copies of them.
+
+    Raises:
+        RuntimeError: there is no such cache, or torch.compile records a CUDA graph.
+    """
+    cache = _caches.get(number)
+    if cache is None:
+        raise RuntimeError("the cache of this compiled region is gone: keep it as long as the region is called")
+    if cache._capturing() and not may_keep_memory():
+        raise RuntimeError(
+            "torch.compile records a CUDA graph of an append, and its replays tell the host nothing: append outside of "
+            'the region, or compile without mode="reduce-overhead"'
+        )
+    with cache._replaced_by(tensors):
+        cache._append(k, v, num_tokens)
 
 
 def _strides(new: torch.Tensor) -> list[int]:

@@ -340,6 +340,6 @@ def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.devi
             raise ValueError(f"the tensor `{name}` captured by {kind} must be dense, got layout {tensor.layout}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"the tensor `{name}` captured by {kind} requires grad, but flex_decode is forward only: call it under "
-                f"torch.no_grad() or capture `{name}.detach()`"
+                f"the tensor `{name}` captured by {kind} requires grad, but flexdecode is forward only: call it under "
+                "torch.no_grad(), or capture the tensor's .detach()"
             )

@@ -149,3 +149,26 @@ def test_encoder_without_a_mask():
         states[implementation] = torch.cat(outputs).argmax(-1)
     assert torch.equal(states["flexdecode"], states["eager"])
     assert cache_info().calls == 2 * 2
+
+
+@pytest.mark.parametrize("length", [6, 80], ids=["flexdecode", "SDPA"])
+def test_masks_of_four_dimensions_that_are_wrong(length):
+    model = make(CONFIGS["llama"]())
+    ids = prompts(length=length)["input_ids"]
+    mask = torch.ones(length, length).tril()[None, None]
+    for wrong, message in (
+        (mask.long(), "must be bool, or float to be added to the scores, got torch.int64"),
+        (mask[:, :, 1:], r"`attention_mask` must have shape \[B or 1, Hq or 1, Q, N\]"),
+        (mask.expand(1, 3, -1, -1), r"`attention_mask` must have shape \[B or 1, Hq or 1, Q, N\]"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(ids, attention_mask=wrong)
+
+
+@pytest.mark.parametrize("length", [6, 80], ids=["flexdecode", "SDPA"])
+def test_a_mask_that_is_longer_than_the_cache(length):
+    model, ids = make(CONFIGS["llama"]()), prompts(length=length)["input_ids"]
+    mask = torch.ones(length, length + 9, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=x, use_cache=False).logits for x in (mask, mask[..., :length]))
+    assert torch.equal(found, expected)

@@ -163,6 +163,13 @@ def test_wrong_mods_and_layers():
     model = make(CONFIGS["llama"]())
     with pytest.raises(TypeError, match="`score_mod` must be a callable or None, got float"):
         set_mods(model, 1.0)
+    with pytest.raises(TypeError, match=r"`mask_mod` must take 4 positional parameters \(b, h, q_idx, kv_idx\)"):
+        set_mods(model, mask_mod=alibi)
+    for layers in (1, [1.0], [True]):
+        with pytest.raises(TypeError, match=r"`layers` must be a list of integers, such as \[0, 2\], got"):
+            set_mods(model, alibi, layers=layers)
+    with pytest.raises(TypeError, match="`model` must be a model of transformers, got NoneType"):
+        set_mods(None, alibi)
     with pytest.raises(ValueError, match=r"`layers` must be among \[0, 1\] \(those of LlamaForCausalLM\), got \[2\]"):
         set_mods(model, alibi, layers=[1, 2])
     eager = make(CONFIGS["llama"](), "eager")

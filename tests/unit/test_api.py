@@ -84,8 +84,8 @@ def test_a_capture_that_requires_grad(capture):
     mod = lambda s, b, h, q, k: s + (capture[h] if capture.ndim else capture)
     refused(
         ValueError,
-        "the tensor `capture` captured by score_mod requires grad, but flex_decode is forward only: call it under "
-        "torch.no_grad() or capture `capture.detach()`",
+        "the tensor `capture` captured by score_mod requires grad, but flexdecode is forward only: call it under "
+        "torch.no_grad(), or capture the tensor's .detach()",
         mod,
     )
     with torch.no_grad():

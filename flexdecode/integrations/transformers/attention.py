@@ -84,6 +84,9 @@ def attention(
             f"{type(module).__name__} has {needs[0]}, which SDPA cannot compute, and {hinders[0]}, which flexdecode "
             f"cannot: use {hinders[1]}, or {needs[1]}"
         )
+    if isinstance(attention_mask, torch.Tensor):
+        _check_mask(attention_mask, query, key)
+        attention_mask = attention_mask[..., : key.shape[2]]
     if hinders or (not needs and query.shape[2] > FEW_TOKENS):
         if isinstance(attention_mask, ModelMask):
             attention_mask = attention_mask.dense()
@@ -149,7 +152,6 @@ def _of_model(
     frame = Frame()
     if mask is None:
         return frame, [], [mods.causal()] if is_causal and query.shape[2] > 1 else []
-    _check_mask(mask, query, key)
     if mask.dtype != torch.bool:
         return frame, [_biased(mask, query, frame)], []
     allowed = mask.expand(query.shape[0], query.shape[1], -1, -1)
@@ -160,7 +162,7 @@ def _check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> N
     """Checks the shape of a mask that the user made.
 
     Raises:
-        ValueError: it does not say for each query token which keys it attends to.
+        ValueError: it does not say for each query token which keys it attends to, or has another dtype.
     """
     (B, Hq, Q, _), N = query.shape, key.shape[2]
     shape = mask.shape
@@ -168,6 +170,10 @@ def _check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> N
         raise ValueError(
             f"`attention_mask` must have shape [B or 1, Hq or 1, Q, N] = [{B} or 1, {Hq} or 1, {Q}, {N}] (N is the"
             f" length of the cache), got {list(shape)}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"`attention_mask` of four dimensions must be bool, or float to be added to the scores, got {mask.dtype}"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...frontend.trace import check_parameters
 from .masks import calls_interface
 
 _NAME = "_flexdecode_mods"
@@ -50,14 +51,18 @@ def set_mods(
         layers: numbers of the layers; by default all. The other layers keep what they have.
 
     Raises:
-        TypeError: a mod is not callable.
+        TypeError: a mod is not callable or takes other parameters, `layers` are no integers, or `model` is no module.
         ValueError: the model does not run with flexdecode, or has no such layer.
     """
     for kind, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if mod is not None and not callable(mod):
-            raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
+        if mod is not None:
+            check_parameters(mod, kind)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"`model` must be a model of transformers, got {type(model).__name__}")
     modules = _attention_modules(model)
     known = sorted({module.layer_idx for module in modules})
+    if layers is not None and (isinstance(layers, int) or any(type(layer) is not int for layer in layers)):
+        raise TypeError(f"`layers` must be a list of integers, such as [0, 2], got {layers!r}")
     chosen = known if layers is None else list(layers)
     if unknown := [layer for layer in chosen if layer not in known]:
         raise ValueError(f"`layers` must be among {known} (those of {type(model).__name__}), got {unknown}")

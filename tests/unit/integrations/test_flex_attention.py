@@ -434,7 +434,7 @@ def test_nothing_to_attend(sizes):
     ids=str,
 )
 def test_options_with_a_meaning(given, expected):
-    assert options_of(given) == DecodeOptions(**expected)
+    assert options_of(given, on_gpu=True) == DecodeOptions(**expected)
 
 
 def test_every_option_of_pytorch_is_honoured_allowed_or_refused():
@@ -444,7 +444,7 @@ def test_every_option_of_pytorch_is_honoured_allowed_or_refused():
     assert {*FlexKernelOptions.__annotations__, "BACKEND"} == refused | allowed  # torch 2.9 has no BACKEND
     for name in refused:
         with pytest.raises(ValueError, match=re.escape(f'`kernel_options["{name}"]` has no counterpart')):
-            options_of({name: 1})
+            options_of({name: 1}, on_gpu=True)
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------

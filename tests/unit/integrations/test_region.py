@@ -1,5 +1,6 @@
 """`flex_decode` in regions that torch.compile and torch.export trace: one custom op for each call, the same result."""
 
+import copy
 import functools
 import os
 import shutil
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, FlexDecodeError, KVCache, PagedKVCache, flex_decode, merge_attention, mods
+from flexdecode.kv.kv_cache import TENSORS
 
 OF_RECORDER = pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects")
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
@@ -376,7 +378,7 @@ CACHES = {
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_append_and_decode_in_one_region(kind, backend):
-    """A step of a model; the reservations of the host are made outside, where they are for all layers."""
+    """A step of a model."""
     cache, other = CACHES[kind](), CACHES[kind]()
 
     def step(query, k, v, cache):
@@ -385,10 +387,9 @@ def test_append_and_decode_in_one_region(kind, backend):
 
     run, counter = compiled(step, backend)
     generator = torch.Generator().manual_seed(1)
-    for counts in (5, 3, [1, 1], [0, 1], 1, [1, 0], 1, 1):
-        k, v = torch.randn(2, B, HKV, max(counts) if isinstance(counts, list) else counts, D, generator=generator)
-        cache.reserve(counts)
-        other.append(k, v, counts)
+    for count in (5, 3, 1, 1, 1, 1):
+        k, v = torch.randn(2, B, HKV, count, D, generator=generator)
+        other.append(k, v)
         found = run(QUERY, k, v, cache)
         assert torch.equal(found, flex_decode(QUERY * 2, None, None, mods.alibi(HQ), mods.causal(), cache=other))
         assert cache.lengths == other.lengths == cache.kv_lens.tolist()
@@ -396,22 +397,81 @@ def test_append_and_decode_in_one_region(kind, backend):
     assert counter.frame_count == 3  # 5 tokens, any number of tokens, one token
 
 
-def test_an_append_without_a_reservation_adds_nothing():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_appends_of_every_kind(backend):
+    """Two caches in one region, one of them twice; numbers of tokens; calls beside the region; a copy."""
+    caches = [CACHES["pages"](), CACHES["int8"]()]
+    others = [CACHES["pages"](), CACHES["int8"]()]
+
+    def step(k, v, one, other, counts):
+        one.append(k, v, counts)
+        other.append(k, v)
+        other.append(v, k, 1)
+
+    run, _ = compiled(step, backend)
+    for turn in range(3):
+        k, v = torch.randn(2, B, HKV, 2, D)
+        run(k, v, *caches, [turn % 2, 2])
+        step(k, v, *others, [turn % 2, 2])
+        caches[0].append(k, v), others[0].append(k, v)
+        caches[0].truncate(1, 3), others[0].truncate(1, 3)
+    copied = copy.deepcopy(caches[0])
+    run(k, v, copied, caches[1], [1, 1])
+    assert all(cache.kv_lens.tolist() == cache.lengths for cache in caches)
+    assert caches[0].lengths == others[0].lengths and torch.equal(caches[0].key, others[0].key)
+    assert copied.lengths == copied.kv_lens.tolist() == [n + 1 for n in caches[0].lengths]
+
+
+def test_a_region_that_is_run_without_compilation_appends_as_often():
     cache = CACHES["contiguous"]()
     run, _ = compiled(lambda k, v: cache.append(k, v))
-    run(KEY[:, :, :3], VALUE[:, :, :3])
-    assert cache.kv_lens.tolist() == cache.lengths == [0, 0] and not cache.key.any()
+    run(KEY[:, :, :2], VALUE[:, :, :2])
+    with torch.compiler.set_stance("force_eager"):
+        run(KEY[:, :, :2], VALUE[:, :, :2])
+    assert cache.lengths == cache.kv_lens.tolist() == [4, 4]
 
 
 def test_an_append_in_a_region_refuses_what_it_refuses_elsewhere():
     cache = CACHES["contiguous"]()
     for call, message in (
-        (lambda: cache.append(KEY, VALUE, 2), "a compiled region cannot keep `num_tokens`: give it to `reserve\\(\\)`"),
+        (lambda: cache.append(KEY, VALUE, [2, 99]), r"`num_tokens` must be at most T = 40 \(from k\), got \[2, 99\]"),
         (lambda: cache.append(KEY, VALUE[:, :, 1:]), "`v` must have as many tokens as `k`, T = 40, got 39"),
         (lambda: cache.append(KEY[:1], VALUE), r"`k` must have shape \[B, Hkv, T, D\] = \[2, 2, T, 16\], got \[1, 2,"),
+        (lambda: cache.append(KEY[:, :, :9], VALUE[:, :, :9]), "sequence 0 has 33 tokens, and 9 more do not fit"),
     ):
-        with pytest.raises(Exception, match=message):
-            compiled(call)[0]()
+        for run in (compiled(call)[0], call):
+            cache.reset()
+            cache.append(KEY[:, :, :33], VALUE[:, :, :33])
+            with pytest.raises(Exception, match=message):
+                run()
+            assert cache.lengths == cache.kv_lens.tolist() == [33, 33]
+
+
+@pytest.mark.parametrize("name", ["reserve", "truncate", "reset"])
+def test_what_works_on_the_host_is_refused(name):
+    cache = CACHES["pages"]()
+    given = {"reserve": (1,), "truncate": (0, 0), "reset": ()}[name]
+    with pytest.raises(Exception, match=r"\(\) works on the host: call it outside of a compiled region"):
+        compiled(lambda: getattr(cache, name)(*given))[0]()
+    with pytest.raises(Exception, match="make it outside of the region"):
+        compiled(CACHES["pages"])[0]()
+
+
+def test_an_append_is_not_exported():
+    """A loaded program would have a copy of the cache that nothing on the host knows."""
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = CACHES["contiguous"]()
+
+        def forward(self, q, k, v):
+            self.cache.append(k, v)
+            return flex_decode(q, cache=self.cache)
+
+    for strict in (True, False):
+        with pytest.raises(Exception, match=r"append\(\) cannot be exported"):
+            torch.export.export(Step(), (QUERY, KEY[:, :, :1], VALUE[:, :, :1]), strict=strict)
 
 
 def test_the_op_of_append_is_what_pytorch_wants():
@@ -419,10 +479,10 @@ def test_the_op_of_append_is_what_pytorch_wants():
         cache = CACHES[kind]()
         if cache.key.dtype.itemsize == 1 and cache.key.is_floating_point():
             continue  # PyTorch's check has no products of float8
-        cache.reserve(3)
-        names = "key", "value", "k_scale", "v_scale", "page_table", "kv_lens", "_limits", "_arrivals"
-        tensors = [getattr(cache, name) for name in names]
-        torch.library.opcheck(torch.ops.flexdecode.append.default, (KEY[:, :, :3], VALUE[:, :, :3], *tensors))
+        tensors = [getattr(cache, name) for name in TENSORS]
+        for counts in (None, [2, 0]):
+            new = KEY[:, :, :2], VALUE[:, :, :2]
+            torch.library.opcheck(torch.ops.flexdecode.append.default, (*new, *tensors, cache._number, counts))
 
 
 # --- Export, tensors without values -----------------------------------------------------------------------------------
@@ -503,6 +563,32 @@ def writes_in_place(score, b, h, q_idx, kv_idx):
     return score.add_(1)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"score_mod": "x"}, "`score_mod` must be a callable or None, got str"),
+        ({"mask_mod": SLOPES}, "`mask_mod` must be a callable or None, got Tensor"),
+        ({"kv_lens": [3, 4]}, "`kv_lens` must be a number or a tensor, got list"),
+        ({"scale": "a"}, "`scale` must be a number or None, got str"),
+        ({"scale": torch.tensor(0.1)}, "`scale` must be a number or None, got Tensor"),
+        ({"block_mask": 3}, "`block_mask` must be a BlockMask, got int"),
+        ({"options": "x"}, "`options` must be a flexdecode.DecodeOptions, got str"),
+        ({"key": None}, "`key` must be a torch.Tensor, got NoneType"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_arguments_of_a_wrong_type(given, message):
+    inputs = dict(zip(("query", "key", "value"), CACHE, strict=True))
+    run, _ = compiled(lambda: flex_decode(**(inputs | given)))
+    with pytest.raises(Exception, match=message) as caught:
+        run()
+    assert str(caught.value).startswith(f"TypeError: {message}")
+
+
+def draws_a_number(score, b, h, q_idx, kv_idx):
+    return torch.where(torch.rand(()) < 0.5, -float("inf"), score)
+
+
 def gives_a_row(score, b, h, q_idx, kv_idx):
     return TABLE[h] + score
 
@@ -519,6 +605,7 @@ def unknown_function(score, b, h, q_idx, kv_idx):
     ("mod", "message"),
     [
         (reads_a_value, r"the value of a tensor was read in a score_mod[\s\S]*in reads_a_value: return score \+ TABLE"),
+        (draws_a_number, r"rand gives other numbers at each call[\s\S]*in draws_a_number: return torch.where"),
         (writes_in_place, r"add_ writes in place[\s\S]*in writes_in_place: return score.add_\(1\)"),
         (gives_a_row, "score_mod 'gives_a_row' returned a tensor with 1 dimension"),
         (gives_nothing, r"score_mod 'gives_nothing' returned None"),
