@@ -605,7 +605,13 @@ def unknown_function(score, b, h, q_idx, kv_idx):
     ("mod", "message"),
     [
         (reads_a_value, r"the value of a tensor was read in a score_mod[\s\S]*in reads_a_value: return score \+ TABLE"),
-        (draws_a_number, r"rand gives other numbers at each call[\s\S]*in draws_a_number: return torch.where"),
+        pytest.param(
+            draws_a_number,
+            r"rand gives other numbers at each call[\s\S]*in draws_a_number: return torch.where",
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.13", reason="older torch does not show a call without a tensor to a recorder"
+            ),
+        ),
         (writes_in_place, r"add_ writes in place[\s\S]*in writes_in_place: return score.add_\(1\)"),
         (gives_a_row, "score_mod 'gives_a_row' returned a tensor with 1 dimension"),
         (gives_nothing, r"score_mod 'gives_nothing' returned None"),
