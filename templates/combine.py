@@ -13,6 +13,7 @@ from decode import (
     finish_rows,
     gdc_launch_dependents,
     gdc_wait,
+    number_place,
     read_length,
     read_start,
     read_tokens,
@@ -162,7 +163,6 @@ def decode_combine(
     at place 0. It is 0 if there was one launch.
     """
     tokens = Tokens(q_lens, cu_seqlens_q, 1 if ONE_TOKEN else num_queries, batch, row_range)
-    num_q_heads = num_kv_heads * GROUP_SIZE
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     if cu_seqlens_q is not None:
         if PDL:
@@ -170,11 +170,10 @@ def decode_combine(
             gdc_launch_dependents()
         row = _packed_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE, BLOCK_M, OF_SMALL)
         out_row = out
-        place = row.place.to(tl.int64) * num_q_heads + row.head
     else:
         row = _padded_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE)
         out_row = out + row.b.to(tl.int64) * stride_ob
-        place = (row.b.to(tl.int64) * num_q_heads + row.head) * (1 if ONE_TOKEN else num_queries) + row.token
+    number = number_place(tokens, row.b, row, num_kv_heads * GROUP_SIZE)
     out_row += row.head.to(tl.int64) * stride_oh + row.place.to(tl.int64) * stride_om
     parts = _parts_of_splits(
         row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL
@@ -209,6 +208,6 @@ def decode_combine(
         tl.store(out_row + offs_dv * stride_od, merged.to(out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
         if tl.program_id(1) == 0:
             if lse is not None:
-                tl.store(lse + place, row_lse)
+                tl.store(lse + number, row_lse)
             if max_scores is not None:
-                tl.store(max_scores + place, largest)
+                tl.store(max_scores + number, largest)
