@@ -165,6 +165,10 @@ def _append(k: torch.Tensor, v: torch.Tensor, *of_cache: Any) -> None:
 
 def _fake_append(k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> None:
     check_new(k, v, key, value, len(others[3]))
+    if torch.compiler.is_exporting():  # not in the cache's own function, where Dynamo of torch 2.9 would say so always
+        raise RuntimeError(
+            "append() cannot be exported, because the cache stays in this process: export what is around it"
+        )
 
 
 LIBRARY.impl("append", _append, "CompositeExplicitAutograd")

@@ -18,12 +18,10 @@ from ..call.block_mask import LISTS, both_masks, mask_of_blocks
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..frontend.ops import widened
-from ..kv.kv_cache import TENSORS, read_cache
+from ..kv.kv_cache import read_cache
 from .canonical import canonical_text, place_of, refuse, refuse_argument, what_it_does
 from .ops import OPTION_NAMES, options_text
 
-# Up to torch 2.11, Dynamo takes this for true in all regions if it follows it.
-_is_exporting = torch.compiler.assume_constant_result(lambda: torch.compiler.is_exporting())
 _OPTIONAL = Inputs._fields[3:-1]
 _canonical_text = torch.compiler.assume_constant_result(canonical_text)
 _place_of = torch.compiler.assume_constant_result(place_of)
@@ -356,14 +354,3 @@ def attend_in_region(
     call = _call(inputs, score_mod, mask_mod, block_mask, options)
     out, lse, max_scores = torch.ops.flexdecode.flex_attention(*call, aux.lse, aux.max_scores)
     return out, lse if aux.lse else None, max_scores if aux.max_scores else None
-
-
-def append_to(cache: Any, k: torch.Tensor, v: torch.Tensor, num_tokens: Any) -> None:
-    """As `append` of the cache."""
-    if _is_exporting():
-        raise RuntimeError(
-            "append() cannot be exported, because the cache stays in this process: export what is around it"
-        )
-    counts = [num_tokens] * len(cache.kv_lens) if isinstance(num_tokens, int) else num_tokens
-    tensors = [getattr(cache, name) for name in TENSORS]
-    torch.ops.flexdecode.append(k, v, *tensors, cache._number, counts)

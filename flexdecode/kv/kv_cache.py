@@ -158,9 +158,9 @@ class _Cache:
         if not torch.compiler.is_compiling():
             self._append(k, v, num_tokens)
             return
-        from ..integrations.region import append_to
-
-        append_to(self, k, v, num_tokens)
+        counts = [num_tokens] * len(self.kv_lens) if isinstance(num_tokens, int) else num_tokens
+        tensors = [getattr(self, name) for name in TENSORS]
+        torch.ops.flexdecode.append(k, v, *tensors, self._number, counts)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, num_tokens: int | Sequence[int] | None) -> None:
         offered = check_new(k, v, self.key, self.value, len(self._lengths))
