@@ -78,16 +78,15 @@ def test_append_and_decode(dtype):
         PagedKVCache(batch=B, num_kv_heads=HKV, head_dim=D, num_pages=20, page_size=4, dtype=dtype) for _ in range(2)
     ]
 
-    def step(query, k, v, cache):
-        cache.append(k, v)
+    def step(query, k, v, cache, counts):
+        cache.append(k, v, counts)
         return flex_decode(query, mask_mod=mods.causal(), cache=cache, options=TRITON)
 
     torch._dynamo.reset()
     run = torch.compile(step, fullgraph=True, backend="aot_eager")
     for counts in (5, 1, [0, 1], 1):
         k, v = torch.randn(2, B, HKV, max(counts) if isinstance(counts, list) else counts, D)
-        caches[0].reserve(counts)
-        found = run(INPUTS[0], k, v, caches[0])
+        found = run(INPUTS[0], k, v, caches[0], counts)
         caches[1].append(k, v, counts)
         assert torch.equal(found, flex_decode(INPUTS[0], mask_mod=mods.causal(), cache=caches[1], options=TRITON))
     assert caches[0].kv_lens.tolist() == caches[0].lengths == [7, 8]
