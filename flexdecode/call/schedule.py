@@ -175,7 +175,7 @@ class Scheduler:
             block_m = min(max(16, next_power_of_2(rows)), large if is_prompt else most)
             num_tiles = batch * -(-rows // block_m)
             return (Part(block_m, num_tiles, num_tiles, (0, ALL_ROWS), is_prompt),)
-        longest = likely = min(tokens, tokens if hint is None else hint)
+        longest = likely = tokens if hint is None else min(tokens, hint)
         if hint is None:  # then lengths are alike, most likely; a longer sequence has several tiles
             likely = -(-tokens // batch)
             longest = tokens if likely > 1 else 1
