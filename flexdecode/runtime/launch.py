@@ -202,7 +202,8 @@ class TritonLauncher:
 
     def _launch(self, call: Call) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
-        workspace = self._workspace(stream) if self.workspace_size else None
+        memory = self._memory(stream) if self.workspace_size else None  # lives until all passes are launched
+        workspace = None if memory is None else self._workspace(memory)
         picked = self.first.launch(call, stream, workspace, self.pick)
         for large in self.large:
             large.launch(call, stream, workspace)
@@ -210,8 +211,8 @@ class TritonLauncher:
             assert picked is not None
             self.combine.run(self.grid, stream, (*picked, self.large_splits))
 
-    def _workspace(self, stream: int) -> tuple:
-        """Memory of the partial results: outputs, maxima, sums, parts of items. The next call on the stream reuses it.
+    def _memory(self, stream: int) -> torch.Tensor:
+        """Memory of the partial results, float32. The next call on the stream reuses it.
 
         Each thread has its own, because two threads may interleave their passes. While a CUDA graph is captured, the
         memory comes from the graph's pool, because it must live as long as the graph.
@@ -222,11 +223,15 @@ class TritonLauncher:
             kept = torch.empty(self.workspace_size, dtype=torch.float32, device=self.device)
             if keeps:
                 _workspaces.kept[self.device, stream] = kept
-        at, has_parts = kept.data_ptr(), self.parts_size > 0
+        return kept
+
+    def _workspace(self, memory: torch.Tensor) -> tuple:
+        """The launch argument `workspace`: outputs, maxima, sums, parts of items."""
+        at, has_parts = memory.data_ptr(), self.parts_size > 0
         if self.on_gpu:
             return at + 4 * self.outs_at, at, at + 4 * self.sums_at, at + 4 * self.parts_at if has_parts else None
-        parts = kept[self.parts_at :].view(torch.int32) if has_parts else None
-        return kept[self.outs_at :], kept, kept[self.sums_at :], parts
+        parts = memory[self.parts_at :].view(torch.int32) if has_parts else None
+        return memory[self.outs_at :], memory, memory[self.sums_at :], parts
 
 
 def _address(value: Any) -> Any:

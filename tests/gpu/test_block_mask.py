@@ -1,11 +1,14 @@
 """BlockMasks on a GPU: results, no waiting, CUDA graphs."""
 
+import weakref
+
 import pytest
 import torch
 from support import assert_close_to_reference, make_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import flex_decode, mods
+from flexdecode import DecodeOptions, flex_decode, mods
+from flexdecode.runtime import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +53,43 @@ def test_no_waiting_and_cuda_graphs():
     graph.replay()
     torch.cuda.synchronize()
     assert_close_to_reference(out, lse, *inputs, mask_mod=scattered, kv_lens=kv_lens)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["fresh", "captured"])
+def test_workspaces_that_are_not_kept_live_until_the_launch(captured, monkeypatch):
+    """The first tables of a mask are made after the workspace, and must not be put into it."""
+    inputs = make_inputs(2, 8, 2, 1, 500, 64, dtype=torch.float16, device="cuda")
+    options = DecodeOptions(num_splits=3, block_n=16)
+
+    def call():
+        block_mask = create_block_mask(mods.causal(), None, None, 500, 500, device="cuda", BLOCK_SIZE=(16, 16))
+        return flex_decode(*inputs, block_mask=block_mask, options=options, return_lse=True)
+
+    call()  # compiles the kernel
+    take, start, taken = launch.TritonLauncher._memory, launch.FirstPass.launch, []
+
+    def taking(self, stream):
+        memory = take(self, stream)
+        taken.append(weakref.ref(memory))
+        return memory
+
+    def starting(self, *arguments):
+        picked = start(self, *arguments)
+        assert taken[-1]() is not None
+        return picked
+
+    monkeypatch.setattr(launch, "may_keep_memory", lambda: captured)
+    monkeypatch.setattr(launch.TritonLauncher, "_memory", taking)
+    monkeypatch.setattr(launch.FirstPass, "launch", starting)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = call()
+        graph.replay()
+    else:
+        out, lse = call()
+    assert taken[-1]() is None
+    assert_close_to_reference(out, lse, *inputs, mask_mod=mods.causal())
 
 
 def test_positions_that_the_host_does_not_know():

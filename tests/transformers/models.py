@@ -2,9 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from flexdecode.integrations.transformers.masks import calls_interface
 
 SMALL = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -82,6 +85,16 @@ def prompts(batch=3, length=20, padding=(7, 0, 3), seed=0):
 def greedy(model, inputs, num_tokens=64, **options):
     """So many new tokens of each sequence, the most probable ones."""
     return model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0, **options)
+
+
+def by_eager(name, inputs, num_tokens=64, **options):
+    """Tokens of eager attention; where this transformers cannot make them, the test is skipped."""
+    if name == "t5" and not calls_interface(transformers.T5Model):
+        pytest.skip(f"T5 of transformers {transformers.__version__} never calls the attention interface")
+    try:
+        return greedy(make(CONFIGS[name](), "eager").to(inputs["input_ids"].device), inputs, num_tokens, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        pytest.skip(f"transformers {transformers.__version__} with eager attention: {error}")
 
 
 def cache_of(outputs):

@@ -6,7 +6,7 @@ from support import OF_INDUCTOR
 
 from flexdecode import mods
 from flexdecode.integrations.transformers import set_mods
-from tests.transformers.models import CONFIGS, greedy, make, prompts
+from tests.transformers.models import CONFIGS, by_eager, greedy, make, prompts
 
 pytestmark = [pytest.mark.gpu, OF_INDUCTOR]
 
@@ -21,7 +21,7 @@ def on_gpu(inputs):
 def test_tokens_are_those_of_eager(name, cache, length):
     inputs = on_gpu(prompts(length=length))
     options = {} if cache is None else {"cache_implementation": cache}
-    expected = greedy(make(CONFIGS[name](), "eager").cuda(), inputs, num_tokens=24)
+    expected = by_eager(name, inputs, num_tokens=24, disable_compile=True, **options)
     torch._dynamo.reset()
     assert torch.equal(greedy(make(CONFIGS[name]()).cuda(), inputs, num_tokens=24, **options), expected)
 

@@ -7,20 +7,9 @@ from transformers import CompileConfig
 
 import flexdecode
 from flexdecode.integrations.transformers import register
-from flexdecode.integrations.transformers.masks import calls_interface
-from tests.transformers.models import CONFIGS, cache_of, greedy, make, prompts
+from tests.transformers.models import CONFIGS, by_eager, cache_of, greedy, make, prompts
 
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
-
-
-def by_eager(name, inputs, num_tokens=64, **options):
-    """Tokens of eager attention; where this transformers cannot make them, the test is skipped."""
-    if name == "t5" and not calls_interface(transformers.T5Model):
-        pytest.skip(f"T5 of transformers {transformers.__version__} never calls the attention interface")
-    try:
-        return greedy(make(CONFIGS[name](), "eager"), inputs, num_tokens, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
-        pytest.skip(f"transformers {transformers.__version__} with eager attention: {error}")
 
 
 @pytest.fixture(scope="module")
