@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from benchmarks.mod_cases import ModCase
-from benchmarks.rows import Row
+from .mod_cases import ModCase
+from .rows import Row
 
 __all__ = ["COLUMNS", "Unsupported", "naive_attention"]
 

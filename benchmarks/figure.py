@@ -10,7 +10,7 @@ from matplotlib import pyplot, ticker  # after the choice of a backend that need
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from benchmarks.table import OURS, groups, median
+from .table import OURS, groups, median
 
 __all__ = ["draw", "draw_all"]
 

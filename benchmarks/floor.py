@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.timing import COLD_BYTES, time_graph
+from .timing import COLD_BYTES, time_graph
 
 __all__ = ["Floor", "FloorMeter", "stream_read"]
 

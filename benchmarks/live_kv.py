@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.recorded import check, median, page
-from benchmarks.recorded import main as recorded_main
-from benchmarks.timing import COLD_BYTES, time_graph
 from flexdecode import flex_decode, mods
+
+from .recorded import check, median, page
+from .recorded import main as recorded_main
+from .timing import COLD_BYTES, time_graph
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 READ_TBPS = 4.6  # read bandwidth of an H200 at 1 GB, as in flexdecode/call/device.py

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.columns import COLUMNS, Unsupported, naive_attention
-from benchmarks.mod_cases import ModCase, make_case
-from benchmarks.rows import Row
-from benchmarks.timing import COLD_BYTES, time_cpu, time_graph
+from .columns import COLUMNS, Unsupported, naive_attention
+from .mod_cases import ModCase, make_case
+from .rows import Row
+from .timing import COLD_BYTES, time_cpu, time_graph
 
 __all__ = ["EmptyCell", "Result", "WrongResult", "measure_row"]
 

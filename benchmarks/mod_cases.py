@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.rows import Row
+from .rows import Row
 
 __all__ = ["MODS", "ModCase", "make_case"]
 

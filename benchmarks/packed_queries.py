@@ -17,10 +17,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.recorded import check, median, page
-from benchmarks.recorded import main as recorded_main
-from benchmarks.timing import time_graph
 from flexdecode import flex_decode, mods
+
+from .recorded import check, median, page
+from .recorded import main as recorded_main
+from .timing import time_graph
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW = 32, 8, 128, 16, 1024
 GROUP = NUM_Q_HEADS // NUM_KV_HEADS

@@ -20,14 +20,14 @@ import warnings
 
 import torch
 
-from benchmarks import report, table
-from benchmarks.columns import COLUMNS
-from benchmarks.environment import describe_environment
-from benchmarks.measure import EmptyCell, Result, measure_row
-from benchmarks.mod_cases import MODS
-from benchmarks.progress import progress_bar
-from benchmarks.rows import Row, load_rows, select_rows, shrink
-from benchmarks.timing import CPU_PROTOCOL, GPU_PROTOCOL
+from . import report, table
+from .columns import COLUMNS
+from .environment import describe_environment
+from .measure import EmptyCell, Result, measure_row
+from .mod_cases import MODS
+from .progress import progress_bar
+from .rows import Row, load_rows, select_rows, shrink
+from .timing import CPU_PROTOCOL, GPU_PROTOCOL
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -201,7 +201,7 @@ def _floor_source(device: torch.device):
     """`(bytes, inputs) -> (microseconds, configuration)`; Nones on a CPU."""
     if device.type != "cuda":
         return lambda num_bytes, inputs: (None, None)
-    from benchmarks.floor import FloorMeter
+    from .floor import FloorMeter
 
     meter = FloorMeter(device)
     return lambda num_bytes, inputs: dataclasses.astuple(meter.floor(num_bytes, inputs))
@@ -217,7 +217,7 @@ def _write_reports(document: dict, out: pathlib.Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no picture (pip install matplotlib, then python -m benchmarks.report)")
     elif document["results"]:
-        from benchmarks.figure import draw_all
+        from .figure import draw_all
 
         pictures = draw_all(document, out / "matrix.png")
     (out / "matrix.md").write_text(report.markdown(document, [picture.name for picture in pictures]))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from benchmarks.environment import describe_environment
-from benchmarks.timing import GPU_PROTOCOL
+from .environment import describe_environment
+from .timing import GPU_PROTOCOL
 
 __all__ = ["check", "main", "median", "page"]
 

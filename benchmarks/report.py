@@ -11,7 +11,7 @@ import pathlib
 import sys
 from statistics import geometric_mean
 
-from benchmarks.table import (
+from .table import (
     OURS,
     SEED_COLUMNS,
     SEED_NOTE,
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     document = json.loads(options.results.read_text())
     pictures: list[pathlib.Path] = []
     if options.png:
-        from benchmarks.figure import draw_all
+        from .figure import draw_all
 
         pictures = draw_all(document, options.png)
     if options.markdown:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.recorded import check, median, page
-from benchmarks.recorded import main as recorded_main
-from benchmarks.timing import time_graph
+from .recorded import check, median, page
+from .recorded import main as recorded_main
+from .timing import time_graph
 
 COLUMNS = {
     "step": "the model's shape, what its cache holds, and the mask",
