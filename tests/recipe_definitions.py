@@ -278,8 +278,8 @@ def cross_attention(r):
 def beam_search(r):
     beams = [[x[0] for x in r.prompt] for _ in range(3)]
     for parents, k, v in r.history:
-        beams = [[torch.cat([old, x[place]], 1) for old, x in zip(beams[parent], (k, v))]
-                 for place, parent in enumerate(parents)]  # fmt: skip
+        new = [(k[place], v[place]) for place in range(3)]
+        beams = [[torch.cat(both, 1) for both in zip(beams[p], new[i], strict=True)] for i, p in enumerate(parents)]
     stacked = SimpleNamespace(key=torch.stack([k for k, _ in beams]), value=torch.stack([v for _, v in beams]))
     stacked.kv_lens, stacked.dtype = torch.tensor([43, 43, 43]), r.dtype
     return {"out": dense(stacked, lambda score, b, h, i, j: score, query=r.q)}
