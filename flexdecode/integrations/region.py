@@ -81,7 +81,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(x, float) and not has_static_value(x):
             self.floats.append(torch.zeros((), dtype=torch.float64) + x)  # the form in which a float stays dynamic
             return ("f", len(self.floats) - 1)
-        return ("c", x)
+        return ("c", _constant(x))
 
     def twin(self, x: Any) -> Any:
         """What stands for an operand in the computation of a shape."""
@@ -220,10 +220,11 @@ def _known_value(seen: _Recorder, leaf: int, dim: int) -> int:
 
 
 def _constant(x: Any) -> Any:
-    """The value of an integer that may change, for which the region is then compiled; anything else as it is."""
-    if isinstance(x, int) and not isinstance(x, bool) and not has_static_value(x):
-        return range(x).stop
-    return x
+    """The value of an integer, for which the region is then compiled; anything else as it is.
+
+    An integer whose value is static already may still be one of PyTorch's symbols.
+    """
+    return range(x).stop if isinstance(x, int) and not isinstance(x, bool) else x
 
 
 def _optional(inputs: Inputs) -> tuple[str, list, list]:
