@@ -82,7 +82,7 @@ def sliding_window(window: int) -> MaskMod:
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
 
-    return _named(mask_mod, f"sliding_window_{window}")
+    return _named(mask_mod, "sliding_window", window)
 
 
 def streaming(sink: int, window: int) -> MaskMod:
@@ -102,7 +102,7 @@ def streaming(sink: int, window: int) -> MaskMod:
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & ((kv_idx < sink) | (q_idx - kv_idx < window))
 
-    return _named(mask_mod, f"streaming_{sink}_{window}")
+    return _named(mask_mod, "streaming", sink, window)
 
 
 def prefix_lm(prefix_lens: int | Tensor) -> MaskMod:
@@ -141,7 +141,7 @@ def chunked(chunk_size: int) -> MaskMod:
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & (q_idx // chunk_size == kv_idx // chunk_size)
 
-    return _named(mask_mod, f"chunked_{chunk_size}")
+    return _named(mask_mod, "chunked", chunk_size)
 
 
 def dilated(window: int, dilation: int) -> MaskMod:
@@ -165,7 +165,7 @@ def dilated(window: int, dilation: int) -> MaskMod:
         distance = q_idx - kv_idx
         return (distance >= 0) & (distance < span) & (distance % dilation == 0)
 
-    return _named(mask_mod, f"dilated_{window}_{dilation}")
+    return _named(mask_mod, "dilated", window, dilation)
 
 
 def document(document_ids: Tensor) -> MaskMod:
@@ -333,7 +333,7 @@ def softcap(cap: float) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return cap * torch.tanh(score * inverse_cap)
 
-    return _named(score_mod, f"softcap_{cap:g}")
+    return _named(score_mod, "softcap", cap)
 
 
 def relative_bias(bias: Tensor) -> ScoreMod:
@@ -492,7 +492,10 @@ def compose(*score_mods: ScoreMod) -> ScoreMod:
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def _named(mod: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _named(mod: Callable[..., Any], name: str, *numbers: float) -> Callable[..., Any]:
+    """Names a mod, with its numbers: `softcap_50`."""
+    if not torch.compiler.is_compiling():  # text of a number would make a constant of it in a compiled region
+        name = "_".join([name, *[f"{x:g}" if isinstance(x, float) else str(x) for x in numbers]])
     mod.__name__ = name
     return mod
 
@@ -511,9 +514,10 @@ def _per_sequence(name: str, number: int | Tensor) -> Callable[[Any], Any]:
 
 
 def _integer(name: str, number: Any, least: int) -> int:
-    if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
-        raise TypeError(f"`{name}` must be an integer, got {type(number).__name__}")
-    number = operator.index(number)
+    if isinstance(number, bool) or not isinstance(number, int):  # PyTorch shows a compiled region no more of an int
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise TypeError(f"`{name}` must be an integer, got {type(number).__name__}")
+        number = operator.index(number)
     if not least <= number <= sys.maxsize:
         raise ValueError(f"`{name}` must be from {least} to sys.maxsize, got {number}")
     return number

@@ -103,6 +103,22 @@ def test_the_catalogue_inside_a_region(name):
     check(lambda q, k, v: flex_decode(q, k, v, *CATALOGUE[name]()), [CACHE])
 
 
+CHANGING = {
+    "softcap": (lambda n: (mods.softcap(10.5 + n), None), 2),
+    "window": (lambda n: (None, mods.sliding_window(n)), 2),
+    "streaming": (lambda n: (None, mods.streaming(2, n)), 2),
+    "prefix": (lambda n: (None, mods.prefix_lm(n)), 2),
+    "chunked": (lambda n: (None, mods.chunked(n)), 4),
+    "dilated": (lambda n: (None, mods.dilated(5, n)), 4),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_the_catalogue_with_a_number_that_changes(name):
+    make, compilations = CHANGING[name]
+    check(lambda q, k, v, n: flex_decode(q, k, v, *make(n)), [(*CACHE, n) for n in (5, 6, 7, 8)], compilations)
+
+
 def test_methods_of_a_module():
     check(Model(), [CACHE])
 
@@ -217,6 +233,25 @@ def test_a_divisor_is_a_constant():
         return flex_decode(q, k, v, None, lambda b, h, q_idx, kv_idx: (kv_idx // step) % 2 == 0)
 
     check(model, [(*CACHE, 2 + i // 2) for i in range(6)], 3)
+
+
+def test_a_divisor_that_is_read_twice():
+    """Its first place makes a constant of it, which in PyTorch's eyes it then is everywhere."""
+
+    def model(q, k, v, size):
+        return flex_decode(q, k, v, None, lambda b, h, q_idx, kv_idx: q_idx // size == kv_idx // size)
+
+    check(model, [(*CACHE, size) for size in (8, 9, 10)], 3)
+
+
+def test_a_divisor_in_both_mods():
+    def model(q, k, v, size):
+        def score_mod(score, b, h, q_idx, kv_idx):
+            return score * (kv_idx % size)
+
+        return flex_decode(q, k, v, score_mod, lambda b, h, q_idx, kv_idx: kv_idx // size < 3)
+
+    check(model, [(*CACHE, size) for size in (8, 9, 10)], 3)
 
 
 def test_many_divisors():
