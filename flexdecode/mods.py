@@ -492,7 +492,7 @@ def compose(*score_mods: ScoreMod) -> ScoreMod:
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def _named(mod: Callable[..., Any], name: str, *numbers: float) -> Callable[..., Any]:
+def _named(mod: Callable[..., Any], name: str, *numbers: Any) -> Callable[..., Any]:
     """Names a mod, with its numbers: `softcap_50`."""
     if not torch.compiler.is_compiling():  # text of a number would make a constant of it in a compiled region
         name = "_".join([name, *[f"{x:g}" if isinstance(x, float) else str(x) for x in numbers]])
@@ -514,7 +514,7 @@ def _per_sequence(name: str, number: int | Tensor) -> Callable[[Any], Any]:
 
 
 def _integer(name: str, number: Any, least: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):  # PyTorch shows a compiled region no more of an int
+    if type(number) is not int:  # in a compiled region a number that changes has no attributes to look at
         if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
             raise TypeError(f"`{name}` must be an integer, got {type(number).__name__}")
         number = operator.index(number)
