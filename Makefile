@@ -29,8 +29,8 @@ help: ## Show this text
 
 venv: $(STAMP)-core ## Create the virtual environment and install the package into it
 
-demo: venv ## Run the performance matrix: in full on a GPU, at small sizes on a CPU
-	$(BIN)/python -m benchmarks.performance_matrix --demo
+demo: venv ## Time decode steps (on a CPU: a few small ones), then run, check, explain and draw a mod
+	$(BIN)/python -m benchmarks.demo
 
 test: test-unit test-interpret test-compile ## Run all tests
 

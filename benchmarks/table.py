@@ -29,6 +29,22 @@ def render_tables(document: dict) -> str:
     return "\n".join(tables + ([SEED_NOTE] if has_seed else []))
 
 
+def short_table(document: dict) -> str:
+    """The times of a run with one kind of mods and inputs, in milliseconds: a row for each shape."""
+    titles = list(document["columns"].values())
+    widths = [max(len(title), 9) for title in titles]
+    lines = ["   ".join([f"{'shape':26}", *[f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)]])]
+    for result in document["results"]:
+        row = result["row"]
+        shape = f"{row['B']} x {row['Mkv']} keys, {row['dtype']}"
+        times = [median(result["times_us"].get(name)) for name in document["columns"]]
+        cells = [
+            f"{'-' if x is None else f'{x / 1000:.2f} ms':>{width}}" for x, width in zip(times, widths, strict=True)
+        ]
+        lines.append("   ".join([f"{shape:26}", *cells]))
+    return "\n".join(lines)
+
+
 def groups(document: dict) -> list[tuple[str, str]]:
     """The (mod, inputs) pairs of a run, in order of first appearance."""
     return list(dict.fromkeys((result["mod"], result["inputs"]) for result in document["results"]))
