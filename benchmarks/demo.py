@@ -15,11 +15,11 @@ import flexdecode
 from flexdecode.reference import reference_decode
 
 from . import my_mod, performance_matrix, table
+from .report import BENCHMARK
 
 OUT = pathlib.Path("flexdecode-results")
 MODS = pathlib.Path(my_mod.__file__)
 PICTURE = "explain.png"
-SHAPES = "https://github.com/facebookresearch/xformers/blob/main/xformers/benchmarks/benchmark_attn_decoding.py"
 SMALL = ["--rows", "Mkv=(256|2048|16384|131072) .*Hkv=2", "--dtypes", "fp16,fp32", "--no-picture"]  # on a CPU
 
 
@@ -39,7 +39,7 @@ def main() -> int:
 def _matrix() -> bool:
     """Times decode steps, and shows the times."""
     on_gpu = torch.cuda.is_available()
-    print(f"1. One decode step, at the shapes of xformers' flash-decoding benchmark\n   ({SHAPES})")
+    print(f"1. One decode step, at the shapes of xformers' flash-decoding benchmark\n   ({BENCHMARK})")
     if on_gpu:
         return performance_matrix.main(["--out", str(OUT)]) == 0
     document = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))

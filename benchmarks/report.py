@@ -4,6 +4,7 @@ python -m benchmarks.report matrix.json --markdown performance.md --png performa
 """
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from .table import (
 __all__ = ["flat_records", "markdown", "summary", "summary_text"]
 
 FAR_FROM_FLOOR = 1.25
+BENCHMARK = "https://github.com/facebookresearch/xformers/blob/main/xformers/benchmarks/benchmark_attn_decoding.py"
 
 
 def flat_records(document: dict) -> list[dict]:
@@ -101,6 +103,23 @@ def summary_text(document: dict) -> str:
             f"  {record['mod']}, {record['inputs']}, {record['dtype']}: {', '.join(parts) or 'nothing to compare'}"
         )
     return "\n".join(lines)
+
+
+def speed_line(document: dict) -> str:
+    """One sentence for the README: how much faster than others, on what, and when."""
+    environment = document["environment"]
+    name = environment["hardware"].split(",")[0].removeprefix("NVIDIA ")
+    torch, triton = (environment[key].split("+")[0] for key in ("torch", "triton"))
+    day = datetime.datetime.fromisoformat(document["timestamp"]).strftime("%d %B %Y").lstrip("0")
+    found = next(r for r in summary(document) if (r["mod"], r["inputs"], r["dtype"]) == ("none", "cold", "bfloat16"))
+    gains = {column: gain for column, (gain, _, _) in found["peers"].items()}
+    fastest = all(ahead == compared for _, ahead, compared in found["peers"].values())
+    fastest = ", and the fastest in every shape" if fastest else ""
+    return (
+        f"Measured on one {name} ({day}, torch {torch}, Triton {triton}), bfloat16, caches read from memory, "
+        f"geometric means over {found['rows']} shapes of [xformers' flash-decoding benchmark]({BENCHMARK}): "
+        f"{gains['sdpa']:.2f} times as fast as SDPA, {gains['flex']:.2f} times as fast as FlexAttention{fastest}."
+    )
 
 
 def markdown(document: dict, pictures: list[str]) -> str:
