@@ -80,7 +80,8 @@ def _panel(axis: Axes, results: list[dict], document: dict, title: str) -> None:
             axis.plot(value, height, marker, color=of_peer, ms=6, mec="white", mew=0.6, zorder=2)
         if ours:
             axis.plot(ours, height, "o", color=ACCENT, ms=8, mec="white", mew=0.8, zorder=1.9 if behind else 3)
-        text = f"{median(result['times_us'][OURS]):.1f} µs" if ours else "–"
+        microseconds = median(result["times_us"].get(OURS))
+        text = f"{microseconds:.{0 if microseconds >= 1000 else 1}f} µs" if microseconds else "–"
         place = {"xy": (1.03, height), "xycoords": ("axes fraction", "data"), "va": "center"}
         axis.annotate(text, fontsize=9.5, color=colour, weight="bold", **place)
     axis.set_yticks(range(len(results)), [f"{r['row']['B']} × {r['row']['Mkv']}" for r in results], fontsize=9.5)
@@ -107,8 +108,8 @@ def limit_axis(axis: Axes, values: list[float], has_limit: bool) -> None:
     axis.set_xscale("log")
     axis.set_xlim(low, high)
     unit = "×" if has_limit else ""
-    if has_limit:
-        axis.xaxis.set_major_locator(ticker.FixedLocator(_apart([t for t in TICKS if t <= high], high / low)))
+    shown = ticker.FixedLocator(_apart([t for t in TICKS if t <= high], high / low))
+    axis.xaxis.set_major_locator(shown if has_limit else ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}{unit}"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.xaxis.set_minor_locator(ticker.NullLocator())

@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import sys
+import textwrap
 from statistics import geometric_mean
 
 from .table import OURS, REPORTED_BY, limit_ratio, results_of
@@ -42,8 +43,8 @@ def draw(document: dict, path: pathlib.Path) -> None:
 
     found = ratios(document)
     with pyplot.rc_context(STYLE):
-        figure, axis = pyplot.subplots(figsize=(6.4, 3.75))
-        figure.subplots_adjust(left=0.235, right=0.87, top=0.8, bottom=0.215)
+        figure, axis = pyplot.subplots(figsize=(5.4, 4.0))
+        figure.subplots_adjust(left=0.275, right=0.85, top=0.74, bottom=0.19)
         for height, (name, values) in enumerate(found.items()):
             marker, colour = MARKS[name]
             mean = geometric_mean(values)
@@ -66,10 +67,9 @@ def draw(document: dict, path: pathlib.Path) -> None:
         axis.axvline(1.0, color=INK, lw=1.8, zorder=0.9)
         figure.text(0.02, 0.075, "time / limit; the limit is reading the keys and values once", fontsize=10)
         figure.text(0.02, 0.02, "lines: the shapes; marks and numbers: geometric means", fontsize=9, color=QUIET)
-        figure.text(0.02, 0.95, "Time of a decode step over its limit", fontsize=14.5, weight="bold", va="center")
-        words = caption(document).split(", ")
-        lines = ", ".join(words[:4]) + ",", ", ".join(words[4:])
-        figure.text(0.02, 0.9, "\n".join(lines), fontsize=9, color=QUIET, va="top", linespacing=1.4)
+        figure.text(0.02, 0.95, "Time of a decode step over its limit", fontsize=14, weight="bold", va="center")
+        lines = textwrap.fill(caption(document), 66)
+        figure.text(0.02, 0.9, lines, fontsize=9, color=QUIET, va="top", linespacing=1.4)
         save(figure, path, document)
         pyplot.close(figure)
 
