@@ -229,7 +229,7 @@ def markdown(document: dict) -> str:
     """The page of a run."""
     results = document["results"]
     intro = (
-        "Calls with query tokens of sequences of any length, packed one after another, and calls with prompts. Plain"
+        "A call has query tokens of sequences of any length, packed one after another, or a prompt. Plain"
         f" attention beside the mask, {NUM_Q_HEADS} query heads, {NUM_KV_HEADS} KV heads, head dimension {HEAD_DIM},"
         f" bfloat16. Windows have {WINDOW_US:.0f} us for free, because few keys take less time than a launch."
     )

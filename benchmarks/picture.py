@@ -1,6 +1,7 @@
 """What all pictures of recorded runs share: colours, marks, letters, and a digest of what they were drawn from."""
 
 import hashlib
+import io
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # after the choice of a backend that needs no display
+from PIL import Image, PngImagePlugin  # which matplotlib needs too
 
 from .table import OURS
 
@@ -29,7 +31,7 @@ STYLE = {
     "ytick.color": INK,
 }
 SOURCES = ("picture.py", "figure.py", "speed.py", "table.py")
-DPI = 160
+DPI, COLOURS = 160, 256
 
 
 def digest(document: dict) -> str:
@@ -40,14 +42,15 @@ def digest(document: dict) -> str:
 
 
 def save(figure: Figure, path: pathlib.Path, document: dict) -> None:
-    """Write a picture of a run, with the digest among its texts. Its ground is white, on dark pages too."""
-    metadata = {"Source": digest(document), "Software": None}
-    figure.savefig(path, dpi=DPI, facecolor="white", metadata=metadata, pil_kwargs={"optimize": True})
+    """Write a picture of a run as PNG, with the digest among its texts. Its ground is white, on dark pages too."""
+    drawn, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+    figure.savefig(drawn, dpi=DPI, facecolor="white")
+    texts.add_text("Source", digest(document))
+    few = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)  # a third of the bytes
+    few.save(path, pnginfo=texts, optimize=True)
 
 
 def read_digest(path: pathlib.Path) -> str | None:
     """The digest that a picture holds; None if it holds none."""
-    from PIL import Image  # matplotlib needs it too
-
     with Image.open(path) as picture:
         return picture.info.get("Source")

@@ -234,7 +234,7 @@ def _shortcomings(document: dict) -> str:
 
 def _short_name(result: dict) -> str:
     row = result["row"]
-    return f"{row['B']} x {row['Mkv']} Hkv={row['Hkv']} {row['dtype']}"
+    return f"{row['B']} × {row['Mkv']} Hkv={row['Hkv']} {row['dtype']}"
 
 
 def _measured(document: dict) -> str:

@@ -68,7 +68,7 @@ def draw(document: dict, path: pathlib.Path) -> None:
         figure.text(0.02, 0.075, "time / limit; the limit is reading the keys and values once", fontsize=10)
         figure.text(0.02, 0.02, "lines: the shapes; marks and numbers: geometric means", fontsize=9, color=QUIET)
         figure.text(0.02, 0.95, "Time of a decode step over its limit", fontsize=14, weight="bold", va="center")
-        lines = textwrap.fill(caption(document), 66)
+        lines = textwrap.fill(caption(document), 66, break_on_hyphens=False)
         figure.text(0.02, 0.9, lines, fontsize=9, color=QUIET, va="top", linespacing=1.4)
         save(figure, path, document)
         pyplot.close(figure)

@@ -37,6 +37,7 @@ SCRIPT = """
 const cut = element => element.clientWidth > 0 && element.scrollWidth > element.clientWidth + 1;
 const told = element => `${element.tagName.toLowerCase()} ${element.scrollWidth} > ${element.clientWidth} px: `
     + element.textContent.trim().slice(0, 60);
+const high = element => element.clientHeight > 3 * parseFloat(getComputedStyle(element).lineHeight);
 const measure = frame => {
     const page = frame.contentDocument, within = page.querySelector(".md-content");
     return {
@@ -44,6 +45,7 @@ const measure = frame => {
         pageWidth: page.documentElement.scrollWidth,
         blocks: within.querySelectorAll("pre").length, tables: within.querySelectorAll("table").length,
         cut: [...within.querySelectorAll("pre, pre code, table, .md-typeset__scrollwrap")].filter(cut).map(told),
+        squeezed: [...within.querySelectorAll("tr:has([style*=right]) > td:first-child")].filter(high).map(told),
         broken: [...within.querySelectorAll("img")].filter(image => !image.naturalWidth).map(image => image.src),
     };
 };
@@ -101,7 +103,6 @@ def measure(site, profile):
 def build(site):
     """The site, built as `make docs` does."""
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # where ruff is
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(site)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -129,6 +130,11 @@ def test_every_page_was_measured(found):
 def test_no_code_block_and_no_table_is_cut_off_on_a_desktop(found):
     cut = {page: record["cut"] for (page, width), record in found.items() if width == WIDE}
     assert not {page: texts for page, texts in cut.items() if texts}
+
+
+def test_the_first_column_of_a_table_of_numbers_is_not_squeezed(found):
+    squeezed = {page: record["squeezed"] for (page, width), record in found.items() if width == WIDE}
+    assert not {page: texts for page, texts in squeezed.items() if texts}
 
 
 def test_no_page_is_wider_than_its_window(found):

@@ -102,7 +102,7 @@ def test_a_case_that_misses_its_goal_falls_short():
     assert "16 of 16 cases reach their goal." in live_kv.markdown(document)
     record["bar_us"] = 0.1
     assert "- prefix of each sequence, 2500 to 3000, B = 1, N = 131072:" in live_kv.markdown(document)
-    assert "15 of 16 cases reach their goal; the others take up to " in live_kv.markdown(document)
+    assert "15 of 16 cases reach their goal; the others miss it by up to " in live_kv.markdown(document)
 
 
 if __name__ == "__main__":
