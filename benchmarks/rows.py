@@ -12,7 +12,7 @@ import torch
 
 __all__ = ["Row", "load_rows", "select_rows", "shrink"]
 
-TABLE = pathlib.Path(__file__).with_name("seed_table.csv")
+TABLE = pathlib.Path(__file__).with_name("xformers_rows.csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Row:
 
 
 def load_rows() -> list[Row]:
-    """Read the 60 rows of `seed_table.csv`, in its order."""
+    """Read the 60 rows of `xformers_rows.csv`, in its order."""
     with TABLE.open(newline="") as file:
         return [_parse(record) for record in csv.DictReader(file)]
 
