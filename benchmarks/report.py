@@ -247,8 +247,8 @@ def _measured(document: dict) -> str:
     ]
     rows = (
         f"The rows are those of [{REPORTED_BY}]({XFORMERS}). A row has B sequences of Mkv cached tokens, one query"
-        " token each, Hq query heads, Hkv KV heads and head dimension K. The column limit has microseconds, and × limit the"
-        " time of flexdecode over it."
+        " token each, Hq query heads, Hkv KV heads and head dimension K. The column limit has microseconds, and × limit"
+        " the time of flexdecode over it."
     )
     protocol = document["protocol"].replace("practical floor", "limit")  # its name in older runs
     return "\n".join([*lines, "", rows, "", protocol])
