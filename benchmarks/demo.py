@@ -15,7 +15,7 @@ import flexdecode
 from flexdecode.reference import reference_decode
 
 from . import my_mod, performance_matrix, table
-from .report import BENCHMARK
+from .report import XFORMERS
 
 OUT = pathlib.Path("flexdecode-results")
 MODS = pathlib.Path(my_mod.__file__)
@@ -39,7 +39,7 @@ def main() -> int:
 def _matrix() -> bool:
     """Times decode steps, and shows the times."""
     on_gpu = torch.cuda.is_available()
-    print(f"1. One decode step, at the shapes of xformers' flash-decoding benchmark\n   ({BENCHMARK})")
+    print(f"1. One decode step, at the shapes of xformers' flash-decoding benchmark\n   ({XFORMERS})")
     if on_gpu:
         return performance_matrix.main(["--out", str(OUT)]) == 0
     document = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))

@@ -1,4 +1,4 @@
-"""The performance matrix: flexdecode and its peers on the 60 rows of the seed table.
+"""The performance matrix: flexdecode and its peers on the 60 rows of xformers' flash-decoding benchmark.
 
     python -m benchmarks.performance_matrix
     python -m benchmarks.performance_matrix --mods none,alibi --inputs both --dtypes float16 --out results
@@ -136,12 +136,12 @@ def _choose_columns(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     columns, notes = list(COLUMNS), []
     if options.device == "cpu":
         columns.remove("sdpa_cudnn")
-        notes.append("SDPA (cuDNN) and the practical floor: GPU only.")
+        notes.append("SDPA (cuDNN) and the limit, which is the time to read the keys and values once: GPU only.")
     if options.flex is False or (options.flex is None and options.device == "cpu"):
         columns.remove("flex")
         notes.append("FlexAttention: left out (--flex adds it; seconds of compilation a row).")
     if options.sizes == "small":
-        notes.append("The seed's own figures: they belong to the full sizes.")
+        notes.append("What was reported for xformers' benchmark: it belongs to the full sizes.")
     return columns, notes
 
 
@@ -204,7 +204,7 @@ def _run_row(row: Row, options: argparse.Namespace, device: torch.device, docume
 
 def _figures(result: Result) -> str:
     fastest = result.median_us("flexdecode")
-    floor = f", floor {result.floor_us:.1f}" if result.floor_us else ""
+    floor = f", limit {result.floor_us:.1f}" if result.floor_us else ""
     return f"{result.mod} {result.inputs}: " + (f"{fastest:.1f} us{floor}" if fastest else "no flexdecode figure")
 
 
