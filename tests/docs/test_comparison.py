@@ -1,6 +1,9 @@
-"""docs/comparison.md: every cell has a source, and nothing is left empty."""
+"""docs/comparison.md: no cell is empty, and each that claims something has a source."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"
 
@@ -17,18 +20,36 @@ def tables():
     return found
 
 
-def test_every_cell_has_a_source():
-    _, cells, sources = tables()
-    assert cells[0] == sources[0] and [row[0] for row in cells] == [row[0] for row in sources]
-    for row, source in zip(cells[2:], sources[2:], strict=True):
-        assert len(row) == len(source) == len(cells[0])
-        for name, cell, where in zip(cells[0], row, source, strict=True):
-            assert cell and where, f"{row[0]}, {name}: an empty cell"
-            known = cell not in ("–", "not checked")
-            assert (where != "–") == known, f"{row[0]}, {name}: {cell!r} has the source {where!r}"
+def cells():
+    """By library: what it offers, by row."""
+    found = {}
+    for table in tables()[1:]:
+        for place, library in enumerate(table[0][1:], start=1):
+            found.setdefault(library, {}).update({row[0]: row[place] for row in table[2:]})
+    return found
 
 
-def test_every_column_names_its_version():
-    versions, cells, _ = tables()
-    assert [row[0] for row in versions[2:]] == cells[0][2:]
-    assert all(any(c.isdigit() for c in row[1]) for row in versions[2:])
+def sources():
+    """By library: the source, by row."""
+    found, library = {}, ""
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("#"):
+            library = line.removeprefix("### Sources: ") if line.startswith("### Sources: ") else ""
+        elif library and (item := re.match(r"- ([^:]+(?:: a logit for each head)?): (.+)", line)):
+            found.setdefault(library, {})[item[1]] = item[2]
+    return found
+
+
+def test_every_library_has_the_same_rows_and_a_version():
+    versions, *rest = tables()
+    libraries = [row[0] for row in versions[2:]]
+    assert set(cells()) == {"flexdecode", *libraries} == set(sources())
+    assert len(rest) == 2 and [row[0] for row in rest[0]] == [row[0] for row in rest[1]]
+    assert all(re.search(r"\d+\.\d+\.\d+", row[1]) for row in versions[2:])
+
+
+@pytest.mark.parametrize("library", cells())
+def test_every_claim_has_a_source(library):
+    claims = {row: cell for row, cell in cells()[library].items() if cell not in ("–", "not checked")}
+    assert all(cells()[library].values())
+    assert claims.keys() == sources()[library].keys()
