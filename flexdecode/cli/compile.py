@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import flexdecode
 
+from .cache import size_text
 from .mods import MODS, load_mods
 from .shapes import SHAPE, make_arguments, parse_shape
 
@@ -43,5 +44,13 @@ def compile_kernels(
         saved = flexdecode.save_kernels(  # type: ignore[attr-defined]
             output, *tensors, score, mask, device=device, **call, **more
         )
-        typer.echo(f"{shape}: {saved}")
+        typer.echo("\n".join([shape, *(_describe(kernel) for kernel in saved)]))
     typer.echo(f"In {output}")
+
+
+def _describe(kernel: Any) -> str:
+    """A line about a record of `save_kernels`."""
+    if not kernel.files:
+        return f"  {kernel.kernel:<15} did not compile; another kernel takes its place"
+    state = "was there" if kernel.was_there else "compiled"
+    return f"  {kernel.kernel:<15} {size_text(kernel.num_bytes):>9}  {state:<9}  {kernel.files[0].name}"

@@ -1,5 +1,6 @@
 """`flexdecode compile`: what it asks of `flexdecode.save_kernels`."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,12 @@ SHAPE = "B=2,Hq=8,Hkv=2,N=1024,D=64"
 
 
 class Saved(NamedTuple):
-    kernels: int
+    """The part of a record of `save_kernels` that is printed."""
+
+    kernel: str
+    files: tuple[Path, ...] | None
+    num_bytes: int
+    was_there: bool
 
 
 @pytest.fixture
@@ -21,7 +27,10 @@ def calls(monkeypatch):
 
     def save_kernels(folder, *arguments, device, **keywords):
         found.append((folder, arguments, device, keywords))
-        return Saved(len(found))
+        return [
+            Saved("decode_split", (folder / "kernels" / "5583.cubin", folder / "a.py"), 84032, len(found) > 1),
+            Saved("decode_combine", None, 0, False),
+        ]
 
     monkeypatch.setattr(flexdecode, "save_kernels", save_kernels, raising=False)
     return found
@@ -32,7 +41,16 @@ def test_shapes_and_mods_of_a_call(run, calls, mods_file, tmp_path):
     place = ("--device", "H100", "-o", tmp_path / "kernels")
     done = run("compile", f"{mods_file}:window_100", f"{mods_file}:alibi", "--shape", SHAPE, "--shapes", more, *place)
     assert (done.status, done.err) == (0, "")
-    assert done.out == f"{SHAPE}: Saved(kernels=1)\n{more}: Saved(kernels=2)\nIn {tmp_path / 'kernels'}\n"
+    failed = "  decode_combine  did not compile; another kernel takes its place"
+    assert done.out.splitlines() == [
+        SHAPE,
+        "  decode_split     82.1 KiB  compiled   5583.cubin",
+        failed,
+        more,
+        "  decode_split     82.1 KiB  was there  5583.cubin",
+        failed,
+        f"In {tmp_path / 'kernels'}",
+    ]
     for (folder, arguments, device, keywords), (batch, tokens) in zip(calls, [(2, 1), (4, 2)], strict=True):
         query, key, value, score, mask = arguments
         assert (folder, device, keywords) == (tmp_path / "kernels", "H100", {})
