@@ -15,6 +15,7 @@ SHAPE = (
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = DTYPES | {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 LENGTHS = {"int32": torch.int32, "int64": torch.int64}
+MAX_SIZE, MAX_BYTES = (1 << 31) - 1, (1 << 63) - 1  # of a dimension, and of a tensor
 _EXAMPLE = "B=8,Hq=32,Hkv=8,N=32768,D=128"
 
 
@@ -41,15 +42,18 @@ def parse_shape(text: str) -> Shape:
         name, _, number = (word.strip() for word in part.partition("="))
         if name not in Shape._fields:
             raise _mistake(text, f"{part.strip()!r} is no NAME=NUMBER with a name of {', '.join(Shape._fields)}")
-        if not number.isascii() or not number.isdigit() or int(number) == 0:
-            raise _mistake(text, f"{name} must be a number from 1 on, got {number!r}")
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MAX_SIZE:
+            raise _mistake(text, f"{name} must be a number from 1 to {MAX_SIZE}, got {number!r}")
         if name in sizes:
             raise _mistake(text, f"{name} is given twice")
         sizes[name] = int(number)
     missing = [name for name in Shape._fields if name not in sizes and name not in Shape._field_defaults]
     if missing:
         raise _mistake(text, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    return Shape(**sizes)
+    shape = Shape(**sizes)
+    if 8 * shape.B * max(shape.Hq * shape.Q, shape.Hkv * shape.N) * max(shape.D, shape.Dv) > MAX_BYTES:
+        raise _mistake(text, "these sizes are more than any memory holds")
+    return shape
 
 
 def _mistake(text: str, problem: str) -> Mistake:
@@ -87,6 +91,8 @@ def make_arguments(
     query_dtype = choose_dtype("--dtype", dtype, DTYPES)
     cache_dtype = query_dtype if kv_dtype is None else choose_dtype("--kv-dtype", kv_dtype, KV_DTYPES)
     batch, tokens, paged = shape.B, shape.N, {}
+    if page_size > shape.N:
+        raise Mistake(f"--page-size {page_size}: a page has at most N = {shape.N} tokens")
     if page_size:
         pages = -(-shape.N // page_size)
         batch, tokens, kv_lens = shape.B * pages, page_size, kv_lens or "int32"
@@ -112,4 +118,7 @@ def _lengths(text: str, shape: Shape) -> torch.Tensor:
         raise Mistake(f"--kv-lens {text!r}: write numbers with commas, or {' or '.join(LENGTHS)} for full sequences")
     if len(words) not in (1, shape.B):
         raise Mistake(f"--kv-lens {text!r}: there are {len(words)} lengths for B = {shape.B} sequences")
+    for word in words:
+        if int(word) > shape.N:
+            raise Mistake(f"--kv-lens {text!r}: a length is at most N = {shape.N}, got {word}")
     return torch.tensor([int(word) for word in words], dtype=torch.int64).expand(shape.B).clone()
