@@ -6,10 +6,9 @@ Out: text, files, and an exit status: 2 for a user's mistake. It calls the publi
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
-
-_NEEDS = "the command line needs typer and rich: pip install 'flexdecode[cli]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,13 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: that of the command, 2 for a user's mistake, 130 after Ctrl-C.
     """
-    try:
-        from .app import run
-    except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
-            raise
-        print(f"flexdecode: {_NEEDS}", file=sys.stderr)
+    if not all(importlib.util.find_spec(name) for name in ("typer", "rich")):
+        print("flexdecode: the command line needs typer and rich: pip install 'flexdecode[cli]'", file=sys.stderr)
         return 2
+    from .app import run
+
     try:
         return run(None if arguments is None else list(arguments))
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import rich as _rich  # noqa: F401 (the extra `cli` brings both, and `bench` shows its progress with it)
 import typer
 
 from ..version import __version__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from traceback import walk_tb
 from types import TracebackType
 
@@ -12,7 +11,7 @@ from ..errors import FlexDecodeError
 
 _UsageError = typer.BadParameter.__mro__[1]  # newer versions of typer have a class of their own for it
 user_files: set[str] = set()  # files of users that this process has imported
-_EXPECTED = (FlexDecodeError, ValueError, TypeError, ImportError, OSError)
+_EXPECTED = (ValueError, TypeError, ImportError, OSError)  # what the library raises for wrong arguments
 
 
 class Mistake(Exception):
@@ -34,7 +33,7 @@ def explain_mistake(error: Exception) -> str | None:
         return f"{place}: {describe(error)}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__ if isinstance(error, _EXPECTED) else None
+    return (str(error) or type(error).__name__) if isinstance(error, _EXPECTED) else None
 
 
 def describe(error: BaseException) -> str:
@@ -56,4 +55,4 @@ def load_error(path: str, error: BaseException) -> Mistake:
     """The mistake of a file that does not import: file, line and exception."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return Mistake(f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}")
-    return Mistake(f"{_place_in(error.__traceback__) or os.fspath(path)}: {describe(error)}")
+    return Mistake(f"{_place_in(error.__traceback__) or path}: {describe(error)}")

@@ -53,6 +53,17 @@ def load_mods(places: Sequence[str], score: str | None, mask: str | None) -> Mod
 
 def _find(place: str, kind: str | None, modules: dict[str, Any]) -> tuple[Callable, str]:
     """A mod and its kind."""
+    value = _look_up(place, modules)
+    kinds = _kinds(value)
+    if kind is None and len(kinds) == 2:
+        raise Mistake(f"{place} takes 4 parameters and also 5: say --score-mod {place} or --mask-mod {place}")
+    if not kinds or kind not in (None, *kinds):
+        raise Mistake(f"{place} is no {kind or 'mod'}: it {_parameters(value)}; {_expected(kind)}")
+    return value, kind or kinds[0]
+
+
+def _look_up(place: str, modules: dict[str, Any]) -> Any:
+    """What a place names, or what it makes; `modules` has the files that are already imported."""
     path, name, arguments = _parse(place)
     if path not in modules:
         modules[path] = _load_file(path)
@@ -64,15 +75,8 @@ def _find(place: str, kind: str | None, modules: dict[str, Any]) -> tuple[Callab
     if not callable(value):
         raise Mistake(f"{place} is no function, but {type(value).__name__}")
     if arguments is not None:
-        value = value(*arguments[0], **arguments[1])
-    elif not _kinds(value) and _needs_nothing(value):
-        value = value()
-    kinds = _kinds(value)
-    if kind is None and len(kinds) == 2:
-        raise Mistake(f"{place} takes 4 parameters and also 5: say --score-mod {place} or --mask-mod {place}")
-    if (kind or kinds[:1]) and (kind is None or kind in kinds):
-        return value, kind or kinds[0]
-    raise Mistake(f"{place} is no {kind or 'mod'}: it {_parameters(value)}; {_expected(kind)}")
+        return value(*arguments[0], **arguments[1])
+    return value() if not _kinds(value) and _needs_nothing(value) else value
 
 
 def _parse(place: str) -> tuple[str, str, tuple[list, dict[str, Any]] | None]:
@@ -142,12 +146,10 @@ def _needs_nothing(value: Callable) -> bool:
 
 
 def _parameters(value: object) -> str:
-    if not callable(value):
-        return f"is a {type(value).__name__}"
     try:
-        return f"takes ({', '.join(inspect.signature(value).parameters)})"
+        return f"takes ({', '.join(inspect.signature(value).parameters)})"  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return f"is a {type(value).__name__}"
+        return f"is of type {type(value).__name__}"
 
 
 def _expected(kind: str | None) -> str:

@@ -108,6 +108,10 @@ def two(a, b):
     return a
 
 
+def three():
+    return 3
+
+
 def any_number(*indices):
     return indices[-1] >= 0
 

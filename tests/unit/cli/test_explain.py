@@ -121,6 +121,11 @@ def test_a_path_with_a_colon(run, write):
         ),
         ("any_number", "{file}:any_number takes 4 parameters and also 5: say --score-mod {file}:any_number or "
          "--mask-mod {file}:any_number"),
+        (
+            "three",
+            "{file}:three is no mod: it is of type int; a score_mod takes (score, b, h, q_idx, kv_idx), "
+            "a mask_mod takes (b, h, q_idx, kv_idx)",
+        ),
         ("fails", "{file}:{line}: RuntimeError: first line"),
         ("window(x)", "'{file}:window(x)': what follows the colon is no name, and no call of one with plain values"),
         ("window(", "'{file}:window(': what follows the colon is no name, and no call of one with plain values"),
