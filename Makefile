@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp carries a checksum of the torch requirement, so that another TORCH is installed rather than ignored.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers lint format docs clean
+.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers test-pages lint format docs clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -29,14 +29,14 @@ help: ## Show this text
 
 venv: $(STAMP)-core ## Create the virtual environment and install the package into it
 
-demo: venv ## Run the performance matrix: in full on a GPU, at small sizes on a CPU
-	$(BIN)/python -m benchmarks.performance_matrix --demo
+demo: venv ## Time decode steps (on a CPU: a few small ones), then run, check, explain and draw a mod
+	$(BIN)/python -m benchmarks.demo
 
 test: test-unit test-interpret test-compile ## Run all tests
 
 # The tiers are separate processes, because Triton reads TRITON_INTERPRET when it is imported.
 test-unit: venv ## Run the unit tests, the code blocks of the docs and, where there is one, the GPU tests
-	$(BIN)/python -m pytest tests/unit tests/docs tests/fuzz tests/gpu -n $(JOBS) -rs
+	$(BIN)/python -m pytest tests/unit tests/docs tests/fuzz tests/gpu -n $(JOBS) -rs --ignore tests/docs/test_browser.py
 
 test-interpret: venv ## Run the generated kernels on the CPU, under Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret tests/fuzz -n $(JOBS)
@@ -46,6 +46,9 @@ test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and
 
 test-transformers: $(STAMP)-transformers ## Generate with models of transformers, and run the page about it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
+
+test-pages: $(STAMP)-docs ## Look at the built documentation in Chromium, where there is one
+	$(BIN)/python -m pytest tests/docs/test_browser.py -rs
 
 lint: $(STAMP)-dev ## Check style and types
 	$(BIN)/ruff check .

@@ -1,173 +1,155 @@
-"""The picture of a run: each row's time over the practical floor, flexdecode against its peers."""
+"""The pictures of a run: each row's time over its limit, flexdecode against its peers, one picture per dtype.
+
+A picture is narrow and its letters are large, so that it can be read on a phone.
+"""
 
 import pathlib
-from statistics import geometric_mean
+import textwrap
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot, ticker  # after the choice of a backend that needs no display
+from matplotlib import pyplot, ticker
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from .table import OURS, groups, median
+from .picture import ACCENT, BEHIND, FAINT, INK, MARKS, QUIET, STYLE, save
+from .table import OURS, Subject, limit_ratio, means, median, results_of, subjects
 
-__all__ = ["draw", "draw_all"]
+__all__ = ["draw", "draw_all", "limit_axis"]
 
-ACCENT, BEHIND, INK, FAINT = "#0b6e4f", "#c0392b", "#22262a", "#c9ced3"
-MARKS = {  # column -> (marker, colour): told apart by shape too
-    "naive": ("X", "#9aa1a8"),
-    "sdpa": ("s", "#d98e04"),
-    "sdpa_cudnn": ("^", "#8e5bbf"),
-    "flex": ("D", "#2f7fd0"),
-}
+WIDTH, ROW = 5.4, 0.25  # inches
+TICKS = (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+CLOSEST = 0.06  # of the axis, between two ticks
 
 
 def draw_all(document: dict, path: pathlib.Path) -> list[pathlib.Path]:
-    """Draw one picture per mod and kind of input; the first is `path`, the others carry their names beside it."""
+    """Draw one picture per mod, kind of input and dtype; the first is `path`, the others lie beside it, with names."""
     written = []
-    for mod, inputs in groups(document):
-        target = path if not written else path.with_name(f"{path.stem}-{mod}-{inputs}{path.suffix}")
-        draw(document, mod, inputs, target)
+    for subject in subjects(document):
+        name = "-".join((path.stem, *subject))
+        target = path.with_name(f"{name}{path.suffix}") if written else path
+        draw(document, subject, target)
         written.append(target)
     return written
 
 
-def draw(document: dict, mod: str, inputs: str, path: pathlib.Path) -> None:
-    """Draw the results of one mod and kind of input: a column of panels per dtype, a row per number of KV heads.
+def draw(document: dict, subject: Subject, path: pathlib.Path) -> None:
+    """Draw the results of one mod, kind of input and dtype: a panel for each number of KV heads.
 
-    The axis is time over the practical floor, or microseconds where no floor was measured (on a CPU).
+    The axis is time over the limit, or microseconds where no limit was measured (on a CPU).
     """
-    results = [r for r in document["results"] if (r["mod"], r["inputs"]) == (mod, inputs)]
-    dtypes = list(dict.fromkeys(r["row"]["dtype"] for r in results))
+    results = results_of(document, *subject)
     heads = list(dict.fromkeys((r["row"]["Hq"], r["row"]["Hkv"]) for r in results))
-    panels = {(h, d): [r for r in results if _key(r) == (h, d)] for h in heads for d in dtypes}
-    tallest = max(len(panel) for panel in panels.values())
-    height = len(heads) * (0.33 * max(tallest, 4) + 0.9) + 1.9
-    width = 5.0 * len(dtypes) + 1.4 if len(dtypes) > 1 else 9.0
-    style = {
-        "font.family": "DejaVu Sans",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    shapes = [[(r["row"]["B"], r["row"]["Mkv"]) for r in panel] for panel in panels.values()]
-    grid = {"sharex": True, "sharey": all(shape == shapes[0] for shape in shapes), "squeeze": False}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(len(heads), len(dtypes), figsize=(width, height), layout="constrained", **grid)
-        for (head, dtype), panel in panels.items():
-            title = f"{dtype}, {head[0]} query heads, {head[1]} KV head{'s' * (head[1] > 1)}"
-            _panel(axes[heads.index(head)][dtypes.index(dtype)], panel, document, title)
-        _share_limits(axes, results, document)
-        for axis in axes[-1]:
-            axis.set_xlabel("time / practical floor" if _has_floor(results) else "microseconds")
-        _titles(figure, document, mod, inputs, height)
-        figure.savefig(path, dpi=130, facecolor="white")
+    panels = [[r for r in results if (r["row"]["Hq"], r["row"]["Hkv"]) == head] for head in heads]
+    ratios = [ROW * max(len(panel), 4) for panel in panels]
+    above, below = 0.95, 1.25
+    height = above + 0.4 + sum(ratios) + 0.7 * (len(panels) - 1) + below
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(
+            len(panels), 1, figsize=(WIDTH, height), sharex=True, squeeze=False,
+            gridspec_kw={"height_ratios": ratios, "hspace": 0.7 / (sum(ratios) / len(panels))},
+        )  # fmt: skip
+        figure.subplots_adjust(left=0.25, right=0.85, top=1 - (above + 0.4) / height, bottom=below / height)
+        for axis, head, panel in zip(axes[:, 0], heads, panels, strict=True):
+            _panel(axis, panel, document, f"{head[0]} query heads, {head[1]} KV head{'s' * (head[1] > 1)}")
+        values = [value for r in results for name in document["columns"] if (value := _value(r, name))]
+        limit_axis(axes[-1, 0], values, _has_limit(results))
+        _texts(figure, document, subject, height)
+        save(figure, path, document)
         pyplot.close(figure)
 
 
-def _key(result: dict) -> tuple[tuple[int, int], str]:
-    return (result["row"]["Hq"], result["row"]["Hkv"]), result["row"]["dtype"]
-
-
-def _has_floor(results: list[dict]) -> bool:
+def _has_limit(results: list[dict]) -> bool:
     return any(result["floor_us"] for result in results)
 
 
 def _value(result: dict, column: str) -> float | None:
-    """Position of a column on the axis: its time over the floor, or its time."""
-    microseconds = median(result["times_us"].get(column))
-    return microseconds / (result["floor_us"] or 1.0) if microseconds else None
+    """Position of a column on the axis: its time over the limit, or its time."""
+    return limit_ratio(result, column) if result["floor_us"] else median(result["times_us"].get(column))
 
 
 def _panel(axis: Axes, results: list[dict], document: dict, title: str) -> None:
-    axis.set_visible(bool(results))
     peers = [name for name in document["columns"] if name != OURS]
     for height, result in enumerate(results):
         ours = _value(result, OURS)
         others = {name: value for name in peers if (value := _value(result, name))}
         behind = bool(ours and others and min(others.values()) < ours)
+        colour = BEHIND if behind else ACCENT
         if ours and others:
-            ends, colour = [ours, min(others.values())], BEHIND if behind else ACCENT
-            axis.plot(ends, [height, height], color=colour, lw=5, alpha=0.3, zorder=1)
+            axis.plot([ours, min(others.values())], [height, height], color=colour, lw=4, alpha=0.3, zorder=1)
         for name, value in others.items():
-            marker, colour = MARKS[name]
-            axis.plot(value, height, marker, color=colour, ms=6.5, mec="white", mew=0.7, zorder=2)
+            marker, of_peer = MARKS[name]
+            axis.plot(value, height, marker, color=of_peer, ms=6, mec="white", mew=0.6, zorder=2)
         if ours:
-            axis.plot(ours, height, "o", color=ACCENT, ms=9, mec="white", mew=1.0, zorder=1.9 if behind else 3)
-        text, colour = f"{median(result['times_us'][OURS]):.1f} µs" if ours else "–", BEHIND if behind else ACCENT
-        place = {"xy": (1.02, height), "xycoords": ("axes fraction", "data"), "va": "center"}
-        axis.annotate(text, fontsize=9, color=colour, weight="bold", **place)
-    axis.set_yticks(range(len(results)), [f"B={r['row']['B']}  Mkv={r['row']['Mkv']}" for r in results], fontsize=9)
+            axis.plot(ours, height, "o", color=ACCENT, ms=8, mec="white", mew=0.8, zorder=1.9 if behind else 3)
+        microseconds = median(result["times_us"].get(OURS))
+        text = f"{microseconds:.{0 if microseconds >= 1000 else 1}f} µs" if microseconds else "–"
+        place = {"xy": (1.03, height), "xycoords": ("axes fraction", "data"), "va": "center"}
+        axis.annotate(text, fontsize=9.5, color=colour, weight="bold", **place)
+    axis.set_yticks(range(len(results)), [f"{r['row']['B']} × {r['row']['Mkv']}" for r in results], fontsize=9.5)
     axis.set_ylim(len(results) - 0.4, -0.6)
-    axis.set_title(f"{title}{_panel_means(results, peers)}", fontsize=10.5, loc="left")
+    axis.set_title(title + _panel_means(results), fontsize=10, loc="left", linespacing=1.3)
     axis.tick_params(length=0)
     axis.grid(axis="x", which="major", color=FAINT, lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
+    if _has_limit(results):
+        axis.axvline(1.0, color=INK, lw=1.6, zorder=0.9)
 
 
-def _panel_means(results: list[dict], peers: list[str]) -> str:
-    """Geometric means of flexdecode and of the best peer, over the rows that have both; empty without a floor."""
-    if not _has_floor(results):
-        return ""
-    pairs = [(_value(r, OURS), [value for name in peers if (value := _value(r, name))]) for r in results]
-    pairs = [(ours, min(others)) for ours, others in pairs if ours and others]
-    if not pairs:
-        return ""
-    ours, best = (geometric_mean([pair[index] for pair in pairs]) for index in (0, 1))
-    return f"\nmean {ours:.2f}x of the floor; best peer per row {best:.2f}x"
+def _panel_means(results: list[dict]) -> str:
+    """Means of flexdecode and of the fastest peer of each row; empty where there is none."""
+    found = means(results)
+    return f"\nmean {found[0]:.2f}×, fastest peer of each row {found[1]:.2f}×" if found else ""
 
 
-def _share_limits(axes, results: list[dict], document: dict) -> None:
-    """One log axis for all panels, with the floor as its left edge."""
-    values = [value for r in results for name in document["columns"] if (value := _value(r, name))]
-    floor = _has_floor(results)
-    low, high = (min([0.94, *[0.94 * v for v in values]]) if floor else 0.8 * min(values)), 1.1 * max(values)
-    for axis in axes.flat:
-        axis.set_xscale("log")
-        axis.set_xlim(low, high)
-        if floor:
-            axis.axvline(1.0, color=INK, lw=1.4, zorder=0)
-            ticks = [t for t in (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if t <= high]
-            axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
-        else:
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.xaxis.set_minor_locator(ticker.NullLocator())
+def limit_axis(axis: Axes, values: list[float], has_limit: bool) -> None:
+    """A log axis from the limit to the largest value, with ticks that do not touch."""
+    high = 1.1 * max(values)
+    low = min([0.96, *(0.96 * value for value in values)]) if has_limit else 0.8 * min(values)
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    unit = "×" if has_limit else ""
+    shown = ticker.FixedLocator(_apart([t for t in TICKS if t <= high], high / low))
+    axis.xaxis.set_major_locator(shown if has_limit else ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}{unit}"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.tick_params(axis="x", labelsize=9.5, length=0)
 
 
-def _titles(figure, document: dict, mod: str, inputs: str, height: float) -> None:
-    environment = document["environment"]
-    versions = f"torch {environment['torch']}, Triton {environment['triton']}, commit {environment['commit']}"
-    if document["device"] == "cuda":
-        title = "One decode step, against the time to merely read its live K/V once"
-    else:
-        title = "One decode step on a CPU, at small sizes: shows that it works, not how fast it is"
-    subtitle = f"mods: {mod}; {inputs} inputs; {environment['hardware']}; {versions}"
-    handles = [
-        Line2D(
-            [],
-            [],
-            marker="o",
-            color="none",
-            mfc=ACCENT,
-            mec="white",
-            ms=11,
-            label="flexdecode (time at the right; red: a peer is faster)",
-        )
+def _apart(ticks: list[float], span: float) -> list[float]:
+    """The ticks whose labels have room on a log axis over `span`."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or (tick / kept[-1]) > span ** (1.5 * CLOSEST):
+            kept.append(tick)
+    return kept
+
+
+def _texts(figure: pyplot.Figure, document: dict, subject: Subject, height: float) -> None:
+    """Title and conditions above, legend and the name of the axis below."""
+    mod, inputs, dtype = subject
+    environment, on_gpu = document["environment"], document["device"] == "cuda"
+    title = f"{dtype}, {inputs} inputs" + ("" if mod == "none" else f", {mod}")
+    conditions = [
+        *textwrap.wrap(f"{environment['hardware']}, {document['timestamp'][:10]}", 62)[:1],
+        f"torch {environment['torch']}, Triton {environment['triton']}, commit {environment['commit']}",
     ]
-    for name, title_of_column in document["columns"].items():
-        if name in MARKS:
-            marker, colour = MARKS[name]
-            handles.append(
-                Line2D([], [], marker=marker, color="none", mfc=colour, mec="white", ms=8, label=title_of_column)
-            )
-    if document["device"] == "cuda":
-        handles.append(Line2D([], [], color=INK, lw=1.4, label="practical floor"))
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.8 / height))  # room for the two lines of text above
-    figure.text(0.01, 1 - 0.3 / height, title, fontsize=15, weight="bold", va="center")
-    figure.text(0.01, 1 - 0.62 / height, subtitle, fontsize=9.5, color="#5a6168", va="center")
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    if not on_gpu:
+        conditions[1] = "a CPU, at small sizes: shows that it works, not how fast it is"
+    figure.text(0.03, 1 - 0.28 / height, title, fontsize=14, weight="bold", va="center")
+    figure.text(0.03, 1 - 0.48 / height, "\n".join(conditions), fontsize=8.5, color=QUIET, va="top", linespacing=1.4)
+    axis_name = "time / limit (the keys and values read once)" if on_gpu else "microseconds"
+    figure.text(0.55, 0.83 / height, axis_name, fontsize=10, ha="center", va="center")
+    figure.text(0.03, 0.83 / height, "sequences\n× tokens", fontsize=9, color=QUIET, va="center")
+    drawn = {name for result in results_of(document, *subject) for name in result["times_us"]}
+    handles = [_handle(name, label) for name, label in document["columns"].items() if name in drawn]
+    handles += [Line2D([], [], color=INK, lw=1.6, label="limit")] if on_gpu else []
+    figure.legend(
+        handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.4, handletextpad=0.4
+    )
+
+
+def _handle(name: str, label: str) -> Line2D:
+    marker, colour = MARKS[name]
+    text = f"{label} (and its time)" if name == OURS else label
+    return Line2D([], [], marker=marker, color="none", mfc=colour, mec="white", ms=8, label=text)

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flexdecode import flex_decode, mods
 
-from .recorded import check, median, page
+from .recorded import check, goals_reached, median, page, span
 from .recorded import main as recorded_main
 from .timing import time_graph
 
@@ -32,7 +32,7 @@ COLUMNS = {
     "us": "the whole call",
     "against": "what it is compared with, in the same run",
     "ratio": "the time over that of what it is compared with",
-    "limit": "the largest ratio that the project accepts",
+    "goal": "the largest ratio that the project accepts",
 }
 
 
@@ -215,13 +215,23 @@ def ratio(record: dict) -> float:
     return (median(record) - record["free_us"]) / record["other_us"]
 
 
+def found(results: list[dict]) -> str:
+    """Three sentences that say what was found."""
+    against = {name: [ratio(r) for r in results if r["against"] == name] for name in ("padded queries", "flash SDPA")}
+    return (
+        f"Packed queries take {span(against['padded queries'], 3)} times as long as the same queries, padded to one"
+        f" length. A prompt takes {span(against['flash SDPA'])} times as long as PyTorch's flash attention."
+        f" {goals_reached(results, 'calls')}"
+    )
+
+
 def markdown(document: dict) -> str:
     """The page of a run."""
     results = document["results"]
     intro = (
-        "Query tokens of sequences of any length, packed one after another, and prompts. Plain attention beside the"
-        f" mask, {NUM_Q_HEADS} query heads, {NUM_KV_HEADS} KV heads, head dimension {HEAD_DIM}, bfloat16. Windows have"
-        f" {WINDOW_US:.0f} us for free, because few keys take less time than a launch."
+        "A call has query tokens of sequences of any length, packed one after another, or a prompt. Plain"
+        f" attention beside the mask, {NUM_Q_HEADS} query heads, {NUM_KV_HEADS} KV heads, head dimension {HEAD_DIM},"
+        f" bfloat16. Windows have {WINDOW_US:.0f} us for free, because few keys take less time than a launch."
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | --- | ---: | ---: |"]
     lines += [
@@ -234,15 +244,15 @@ def markdown(document: dict) -> str:
         for r in results
         if ratio(r) > r["limit"]
     )
-    parts = [intro, "\n".join(lines), "## What the columns mean", columns, "## What falls short"]
+    parts = [found(results), intro, "\n".join(lines), "## What the columns mean", columns, "## What falls short"]
     inputs = "Here every call reads one set of inputs. The caches of 8 and 64 sequences exceed the L2 cache."
     return page(
-        document, "Packed queries and prompts", [*parts, over or "Nothing: every call is under its limit."], inputs
+        document, "Packed queries and prompts", [*parts, over or "Nothing: every call reaches its goal."], inputs
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all cases, which returns 1 if one is over its limit; or make the page of a recorded run."""
+    """Run all cases, which returns 1 if one misses its goal; or make the page of a recorded run."""
     return recorded_main("packed_queries", __doc__.split("\n")[0], run, markdown, arguments)
 
 

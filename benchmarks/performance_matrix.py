@@ -1,6 +1,6 @@
-"""The performance matrix: flexdecode and its peers on the 60 rows of the seed table.
+"""The performance matrix: flexdecode and its peers on the 60 rows of xformers' flash-decoding benchmark.
 
-    python -m benchmarks.performance_matrix --demo
+    python -m benchmarks.performance_matrix
     python -m benchmarks.performance_matrix --mods none,alibi --inputs both --dtypes float16 --out results
 
 Writes matrix.csv, matrix.json, matrix.md and matrix.png.
@@ -27,6 +27,7 @@ from .measure import EmptyCell, Result, measure_row
 from .mod_cases import MODS
 from .progress import progress_bar
 from .rows import Row, load_rows, select_rows, shrink
+from .table import OURS
 from .timing import CPU_PROTOCOL, GPU_PROTOCOL
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -35,7 +36,18 @@ SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the matrix; returns 1 if a flexdecode cell is empty (it failed, or was wrong), else 0."""
-    options = _parse(arguments)
+    options = parse(arguments)
+    document = run(options)
+    print("\n" + table.render_tables(document))
+    print(table.empty_cells_text(document))
+    print("\n" + report.summary_text(document))
+    written = ", ".join(sorted(path.name for path in options.out.glob("matrix*")))
+    print(f"\n{document['protocol']}\n\nIn {options.out}: {written}")
+    return int(has_failed(document))
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Runs what `parse` gives, and writes the records, the page and the picture. Returns what `matrix.json` holds."""
     device = torch.device(options.device)
     try:
         rows = select_rows(load_rows(), options.rows, options.dtypes)
@@ -49,21 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
     document = _new_document(options, device)
     print(f"{len(rows)} rows on {document['environment']['hardware']}: {', '.join(document['columns'].values())}\n")
     _run(rows, options, device, document)
-    print("\n" + table.render_tables(document))
-    print(table.empty_cells_text(document))
-    print("\n" + report.summary_text(document))
-    _write_reports(document, options.out)
-    written = ", ".join(sorted(path.name for path in options.out.glob("matrix*")))
-    print(f"\n{document['protocol']}\n\nIn {options.out}: {written}")
-    return int(any(cell["column"] == "flexdecode" for cell in document["empty_cells"]))
+    _write_reports(document, options.out, not options.no_picture)
+    return document
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def has_failed(document: dict) -> bool:
+    """Whether flexdecode failed in a row, or was wrong."""
+    return any(cell["column"] == OURS for cell in document["empty_cells"])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with its defaults for this machine."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.performance_matrix", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="the defaults: the full matrix on a GPU, small sizes on a CPU"
     )
     parser.add_argument("--mods", type=_names(MODS), default=["none"], help=f"of {','.join(MODS)} (default: none)")
     parser.add_argument(
@@ -90,6 +100,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--window", type=int, default=1024, help="keys that sliding_window sees (default: 1024)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--no-picture", action="store_true", help="draw nothing")
     parser.add_argument("--commit", help="commit to record where there is no git repository")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flexdecode-results"), help="output directory")
     options = parser.parse_args(arguments)
@@ -125,12 +136,12 @@ def _choose_columns(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     columns, notes = list(COLUMNS), []
     if options.device == "cpu":
         columns.remove("sdpa_cudnn")
-        notes.append("SDPA (cuDNN) and the practical floor: GPU only.")
+        notes.append("SDPA (cuDNN) and the limit, which is the time to read the keys and values once: GPU only.")
     if options.flex is False or (options.flex is None and options.device == "cpu"):
         columns.remove("flex")
         notes.append("FlexAttention: left out (--flex adds it; seconds of compilation a row).")
     if options.sizes == "small":
-        notes.append("The seed's own figures: they belong to the full sizes.")
+        notes.append("What was reported for xformers' benchmark: it belongs to the full sizes.")
     return columns, notes
 
 
@@ -193,7 +204,7 @@ def _run_row(row: Row, options: argparse.Namespace, device: torch.device, docume
 
 def _figures(result: Result) -> str:
     fastest = result.median_us("flexdecode")
-    floor = f", floor {result.floor_us:.1f}" if result.floor_us else ""
+    floor = f", limit {result.floor_us:.1f}" if result.floor_us else ""
     return f"{result.mod} {result.inputs}: " + (f"{fastest:.1f} us{floor}" if fastest else "no flexdecode figure")
 
 
@@ -207,16 +218,16 @@ def _floor_source(device: torch.device):
     return lambda num_bytes, inputs: dataclasses.astuple(meter.floor(num_bytes, inputs))
 
 
-def _write_reports(document: dict, out: pathlib.Path) -> None:
+def _write_reports(document: dict, out: pathlib.Path, draws: bool) -> None:
     with (out / "matrix.csv").open("w", newline="") as file:
         records = report.flat_records(document)
         writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
         writer.writeheader()
         writer.writerows(records)
     pictures = []
-    if importlib.util.find_spec("matplotlib") is None:
+    if draws and importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no picture (pip install matplotlib, then python -m benchmarks.report)")
-    elif document["results"]:
+    elif draws and document["results"]:
         from .figure import draw_all
 
         pictures = draw_all(document, out / "matrix.png")

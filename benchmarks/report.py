@@ -4,7 +4,7 @@ python -m benchmarks.report matrix.json --markdown performance.md --png performa
 """
 
 import argparse
-import itertools
+import datetime
 import json
 import os
 import pathlib
@@ -13,20 +13,27 @@ from statistics import geometric_mean
 
 from .table import (
     OURS,
-    SEED_COLUMNS,
-    SEED_NOTE,
+    REPORTED,
+    REPORTED_BY,
+    REPORTED_NOTE,
+    Subject,
     bandwidth_tbps,
     empty_cells_text,
-    floor_ratio,
     group_empty_cells,
     groups,
+    limit_ratio,
+    means,
     median,
     render_tables,
+    results_of,
+    subjects,
 )
 
 __all__ = ["flat_records", "markdown", "summary", "summary_text"]
 
-FAR_FROM_FLOOR = 1.25
+FAR_FROM_LIMIT = 1.25
+ON_A_CPU = "This run was made on a CPU, at small sizes: its times say that the library works, and nothing else."
+XFORMERS = "https://github.com/facebookresearch/xformers/blob/main/xformers/benchmarks/benchmark_attn_decoding.py"
 
 
 def flat_records(document: dict) -> list[dict]:
@@ -39,10 +46,10 @@ def flat_records(document: dict) -> list[dict]:
             "mod": result["mod"],
             "inputs": result["inputs"],
             **{f"{name}_us": _rounded(median(result["times_us"].get(name)), 3) for name in document["columns"]},
-            "floor_us": _rounded(result["floor_us"], 3),
+            "limit_us": _rounded(result["floor_us"], 3),
             "flexdecode_tbps": _rounded(bandwidth_tbps(result), 4),
-            "flexdecode_over_floor": _rounded(floor_ratio(result), 4),
-            **{f"seed_{name}": result["row"][name] for name in SEED_COLUMNS},
+            "flexdecode_over_limit": _rounded(limit_ratio(result), 4),
+            **{f"xformers_{name}": result["row"][name] for name in REPORTED},
         }
         for result in document["results"]
     ]
@@ -56,28 +63,26 @@ def summary(document: dict) -> list[dict]:
     """Geometric means for each mod, kind of input and dtype, in order of appearance.
 
     Returns:
-        Records with `mod`, `inputs`, `dtype`, `rows`, `over_floor` (None without a floor) and `peers`, which maps a
+        Records with `mod`, `inputs`, `dtype`, `rows`, `over_limit` (None without a limit) and `peers`, which maps a
         column to (geometric mean of its time over flexdecode's, rows where flexdecode is faster, rows compared).
     """
     records = []
-    dtypes = dict.fromkeys(result["row"]["dtype"] for result in document["results"])
-    for (mod, inputs), dtype in itertools.product(groups(document), dtypes):
-        key = (mod, inputs, dtype)
-        results = [r for r in document["results"] if (r["mod"], r["inputs"], r["row"]["dtype"]) == key]
-        ratios = [ratio for r in results if (ratio := floor_ratio(r))]
+    for mod, inputs, dtype in subjects(document):
+        results = results_of(document, mod, inputs, dtype)
+        ratios = [ratio for r in results if (ratio := limit_ratio(r))]
         peers = {}
         for column in (name for name in document["columns"] if name != OURS):
             gains = [gain for r in results if (gain := _gain(r, column))]
             if gains:
                 peers[column] = (geometric_mean(gains), sum(gain > 1 for gain in gains), len(gains))
-        over_floor = geometric_mean(ratios) if ratios else None
+        over_limit = geometric_mean(ratios) if ratios else None
         records.append(
             {
                 "mod": mod,
                 "inputs": inputs,
                 "dtype": dtype,
                 "rows": len(results),
-                "over_floor": over_floor,
+                "over_limit": over_limit,
                 "peers": peers,
             }
         )
@@ -94,7 +99,7 @@ def summary_text(document: dict) -> str:
     """The geometric means, for the terminal."""
     lines = ["Geometric means over the rows (peers: their time over flexdecode's, and where flexdecode is faster):"]
     for record in summary(document):
-        parts = [f"{record['over_floor']:.2f}x of the practical floor"] if record["over_floor"] else []
+        parts = [f"{record['over_limit']:.2f}x of the limit"] if record["over_limit"] else []
         for column, (gain, ahead, compared) in record["peers"].items():
             parts.append(f"{document['columns'][column]} {gain:.2f}x ({ahead}/{compared})")
         lines.append(
@@ -103,24 +108,91 @@ def summary_text(document: dict) -> str:
     return "\n".join(lines)
 
 
+def speed_line(document: dict) -> str:
+    """One sentence for the README: how much faster than others, on what, and when."""
+    environment = document["environment"]
+    name = environment["hardware"].split(",")[0].removeprefix("NVIDIA ")
+    torch, triton = (environment[key].split("+")[0] for key in ("torch", "triton"))
+    day = datetime.datetime.fromisoformat(document["timestamp"]).strftime("%d %B %Y").lstrip("0")
+    found = next(r for r in summary(document) if (r["mod"], r["inputs"], r["dtype"]) == ("none", "cold", "bfloat16"))
+    gains = {column: gain for column, (gain, _, _) in found["peers"].items()}
+    fastest = all(ahead == compared for _, ahead, compared in found["peers"].values())
+    fastest = ", and the fastest in every shape" if fastest else ""
+    return (
+        f"Measured on one {name} ({day}, torch {torch}, Triton {triton}), bfloat16, caches read from memory, "
+        f"geometric means over {found['rows']} shapes of [xformers' flash-decoding benchmark]({XFORMERS}): "
+        f"{gains['sdpa']:.2f} times as fast as SDPA, {gains['flex']:.2f} times as fast as FlexAttention{fastest}."
+    )
+
+
 def markdown(document: dict, pictures: list[str]) -> str:
-    """The page: what was measured, the means, what falls short, the tables.
+    """The page: what was found, the pictures, the means, what falls short, what was measured, the tables.
 
     Args:
         document: What `matrix.json` holds.
-        pictures: Addresses of the pictures, relative to the page.
+        pictures: Addresses of the pictures, relative to the page, in the order of `subjects`; none if there are none.
     """
     hardware = document["environment"]["hardware"].split(",")[0]
-    parts = [f"# Performance matrix: {hardware}", *(f"![Time of each row]({picture})" for picture in pictures)]
+    links = {s: _picture(document, s, p) for s, p in zip(subjects(document), pictures, strict=False)}
+    first, *_ = groups(document) or [None]
+    parts = [f"# Performance matrix: {hardware}", _found(document), _pictures(links, first)]
     parts += ["## Summary", _summary_table(document), "## What falls short", _shortcomings(document)]
     parts += ["## What was measured", _measured(document)]
-    for mod, inputs in groups(document):
-        parts.append(f"## Mods: {mod}, {inputs} inputs")
-        results = [r for r in document["results"] if (r["mod"], r["inputs"]) == (mod, inputs)]
-        for dtype in dict.fromkeys(r["row"]["dtype"] for r in results):
-            parts += [f"### {dtype}", _result_table([r for r in results if r["row"]["dtype"] == dtype], document)]
+    for group in groups(document):
+        mod, inputs = group
+        parts += [f"## Mods: {mod}, {inputs} inputs", "" if group == first else _pictures(links, group)]
+        for subject in (s for s in subjects(document) if s[:2] == group):
+            parts += [f"### {subject[2]}", _result_table(results_of(document, *subject), document)]
     parts += ["## Empty cells", _empty_cells(document)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _found(document: dict) -> str:
+    """Three sentences that say what was found with the inputs of the first group; two if there is no peer."""
+    (mod, inputs), *_ = groups(document) or [(None, None)]
+    results = [result for result in results_of(document, mod, inputs) if limit_ratio(result)]
+    if not results:
+        return ON_A_CPU if document["device"] == "cpu" else ""
+    by_dtype = [(d, [r for r in results if r["row"]["dtype"] == d]) for d in {r["row"]["dtype"]: None for r in results}]
+    takes = [f"{geometric_mean(map(limit_ratio, of)):.2f} times its limit in {dtype}" for dtype, of in by_dtype]
+    sentences = [
+        f"With {inputs} inputs, a decode step takes {_listed(takes)} (geometric means over {len(results)} rows).",
+        "The limit is the time to read the keys and values of the row once, by the fastest plain read of as many bytes"
+        " that was found on the same GPU in the same run.",
+    ]
+    found = [(dtype, mean) for dtype, of in by_dtype if (mean := means(of))]
+    others = [f"{peer / ours:.2f} times as long in {dtype}" for dtype, (ours, peer) in found]
+    gains = [gain for result in results if (gain := _gain_of_fastest(result))]
+    if gains:
+        first = f"flexdecode is the fastest column on {sum(gain > 1 for gain in gains)} of {len(gains)} rows"
+        sentences.append(f"{first}; the fastest of the others takes {_listed(others)}.")
+    return " ".join(sentences)
+
+
+def _listed(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _gain_of_fastest(result: dict) -> float | None:
+    """The time of the fastest peer over flexdecode's; None where either is missing."""
+    return min((gain for name in result["times_us"] if name != OURS and (gain := _gain(result, name))), default=None)
+
+
+def _picture(document: dict, subject: Subject, address: str) -> str:
+    """A picture that leads to itself in full size, with a text for those who do not see it."""
+    mod, inputs, dtype = subject
+    title = f"{dtype}, {inputs} inputs" + ("" if mod == "none" else f", {mod}")
+    found, quantity = means(results_of(document, *subject)), "Time over the limit"
+    if found is None:
+        return f'[![Microseconds of each row: {title}]({address} "{title}")]({address})'
+    told = f"flexdecode {found[0]:.2f} times, the fastest peer of each row {found[1]:.2f} times in the geometric mean"
+    return f'[![{quantity} of each row, {title}: {told}]({address} "{title}")]({address})'
+
+
+def _pictures(links: dict[Subject, str], group: tuple[str, str] | None) -> str:
+    """The pictures of a group, in one paragraph."""
+    return "\n".join(link for subject, link in links.items() if subject[:2] == group)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -133,13 +205,13 @@ def _summary_table(document: dict) -> str:
     header = [
         "mods, inputs, dtype",
         "rows",
-        "flexdecode / floor",
+        "flexdecode / limit",
         *(f"{document['columns'][p]} / flexdecode" for p in peers),
     ]
     rows = []
     for record in summary(document):
         cells = [f"{record['mod']}, {record['inputs']}, {record['dtype']}", str(record["rows"])]
-        cells.append(f"{record['over_floor']:.2f}" if record["over_floor"] else "–")
+        cells.append(f"{record['over_limit']:.2f}" if record["over_limit"] else "–")
         for peer in peers:
             gain, ahead, compared = record["peers"].get(peer, (None, 0, 0))
             cells.append(f"{gain:.2f} ({ahead}/{compared})" if gain else "–")
@@ -149,12 +221,12 @@ def _summary_table(document: dict) -> str:
 
 
 def _shortcomings(document: dict) -> str:
-    """Rows where a peer is faster, rows far from the floor, and cells that are missing."""
+    """Rows where a peer is faster, rows far from the limit, and cells that are missing."""
     if document["device"] != "cuda":
-        return "This run was made on a CPU, at small sizes: its times say that the library works, and nothing else."
+        return ON_A_CPU
     lines = []
     for mod, inputs in groups(document):
-        results = [r for r in document["results"] if (r["mod"], r["inputs"]) == (mod, inputs)]
+        results = results_of(document, mod, inputs)
         for peer in (name for name in document["columns"] if name != OURS):
             behind = [(gain, r) for r in results if (gain := _gain(r, peer)) and gain < 1]
             if behind:
@@ -165,22 +237,22 @@ def _shortcomings(document: dict) -> str:
                 lines.append(
                     f"- {mod}, {inputs}: {title} is faster on {len(behind)} rows (its time over ours): {named}."
                 )
-        far = [(ratio, r) for r in results if (ratio := floor_ratio(r)) and ratio > FAR_FROM_FLOOR]
+        far = [(ratio, r) for r in results if (ratio := limit_ratio(r)) and ratio > FAR_FROM_LIMIT]
         if far:
             named = "; ".join(
                 f"{_short_name(r)} ({ratio:.2f})" for ratio, r in sorted(far, key=lambda pair: -pair[0])[:5]
             )
             lines.append(
-                f"- {mod}, {inputs}: {len(far)} rows take over {FAR_FROM_FLOOR} times the floor, most of all {named}."
+                f"- {mod}, {inputs}: {len(far)} rows take over {FAR_FROM_LIMIT} times the limit, most of all {named}."
             )
     missing = sum(cell["column"] == OURS for cell in document["empty_cells"])
     lines += [f"- flexdecode has {missing} empty cells; see the end of the page."] if missing else []
-    return "\n".join(lines) or f"Nothing: the fastest column on every row, and within {FAR_FROM_FLOOR} times the floor."
+    return "\n".join(lines) or f"Nothing: the fastest column on every row, and within {FAR_FROM_LIMIT} times the limit."
 
 
 def _short_name(result: dict) -> str:
     row = result["row"]
-    return f"{row['B']} x {row['Mkv']} Hkv={row['Hkv']} {row['dtype']}"
+    return f"{row['B']} × {row['Mkv']} Hkv={row['Hkv']} {row['dtype']}"
 
 
 def _measured(document: dict) -> str:
@@ -191,24 +263,33 @@ def _measured(document: dict) -> str:
         f"- options: {shown}",
         f"- time: {document['timestamp']}, the run took {document.get('seconds', 0):.0f} s",
     ]
-    return "\n".join([*lines, "", document["protocol"]])
+    rows = (
+        f"The rows are those of [{REPORTED_BY}]({XFORMERS}). A row has B sequences of Mkv cached tokens, one query"
+        " token each, Hq query heads, Hkv KV heads and head dimension K. The column limit has microseconds, and × limit"
+        " the time of flexdecode over it."
+    )
+    protocol = document["protocol"].replace("practical floor", "limit")  # its name in older runs
+    return "\n".join([*lines, "", rows, "", protocol])
 
 
 def _result_table(results: list[dict], document: dict) -> str:
     peers = {name: title for name, title in document["columns"].items() if name != OURS}
-    seeds = {name: title for name, title in SEED_COLUMNS.items() if any(r["row"][name] for r in results)}
-    header = ["B x Mkv, Hq/Hkv, K", "flexdecode", "TB/s", "x floor", "floor", *peers.values(), *seeds.values()]
+    peers = {name: title for name, title in peers.items() if any(r["times_us"].get(name) for r in results)}
+    reported = {name: title for name, title in REPORTED.items() if any(r["row"][name] for r in results)}
+    header = ["B × Mkv, Hq/Hkv, K", "flexdecode", "TB/s", "× limit", "limit", *peers.values(), *reported.values()]
     header = [name.replace("*", r"\*") for name in header]
     rows = []
     for result in results:
         row, times = result["row"], {name: median(result["times_us"].get(name)) for name in document["columns"]}
         fastest = min((time for time in times.values() if time), default=None)
-        cells = [f"{row['B']} x {row['Mkv']}, {row['Hq']}/{row['Hkv']}, {row['K']}", _time(times.get(OURS), fastest)]
-        cells += [_number(bandwidth_tbps(result), 2), _number(floor_ratio(result), 2), _number(result["floor_us"], 1)]
-        cells += [_time(times[name], fastest) for name in peers] + [_number(row[name], 1) for name in seeds]
+        cells = [f"{row['B']} × {row['Mkv']}, {row['Hq']}/{row['Hkv']}, {row['K']}", _time(times.get(OURS), fastest)]
+        cells += [_number(bandwidth_tbps(result), 2), _number(limit_ratio(result), 2), _number(result["floor_us"], 1)]
+        cells += [_time(times[name], fastest) for name in peers] + [_number(row[name], 1) for name in reported]
         rows.append(cells)
     note = "Microseconds per call; the fastest column in bold."
-    return f"{note}{' ' + SEED_NOTE.replace('*', chr(92) + '*', 1) if seeds else ''}\n\n{_table(header, rows)}"
+    if reported:
+        note += " " + REPORTED_NOTE.replace("*", r"\*", 1).replace(REPORTED_BY, f"[{REPORTED_BY}]({XFORMERS})")
+    return f"{note}\n\n{_table(header, rows)}"
 
 
 def _number(value: float | None, digits: int) -> str:

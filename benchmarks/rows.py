@@ -1,4 +1,7 @@
-"""The rows of the performance matrix: the 60 shapes of the seed table, their labels and their byte counts."""
+"""The rows of the performance matrix: 60 shapes with their labels and byte counts.
+
+They are those of xformers' flash-decoding benchmark, xformers/benchmarks/benchmark_attn_decoding.py, in three dtypes.
+"""
 
 import csv
 import dataclasses
@@ -9,22 +12,22 @@ import torch
 
 __all__ = ["Row", "load_rows", "select_rows", "shrink"]
 
-SEED_TABLE = pathlib.Path(__file__).with_name("seed_table.csv")
+TABLE = pathlib.Path(__file__).with_name("xformers_rows.csv")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One shape of the matrix.
 
-    The field names are the seed table's: `B` sequences, `Mq` query tokens and `Mkv` cached tokens each, `Hq` query
-    heads over `Hkv` key/value heads, head dimension `K`.
+    The field names are those of xformers' benchmark: `B` sequences, `Mq` query tokens and `Mkv` cached tokens each,
+    `Hq` query heads over `Hkv` key/value heads, head dimension `K`.
 
     Attributes:
         dtype: Name of the torch dtype ("float16").
-        total_bytes: The label's figure. The seed table counts 2 bytes an element on its float32 rows too, so it is
+        total_bytes: The label's figure. The benchmark counts 2 bytes an element on its float32 rows too, so it is
             part of the label only: bandwidths use `compulsory_bytes`.
-        pytorch_us: The seed's own figure for plain PyTorch in microseconds, measured on other hardware; None if absent.
-        optimized_us: The seed's own figure for its best kernel, likewise.
+        pytorch_us: The benchmark's figure for plain PyTorch in microseconds, measured elsewhere; None if absent.
+        optimized_us: The benchmark's figure for its best kernel, likewise.
     """
 
     B: int
@@ -40,7 +43,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The row's name, exactly as the seed table prints it."""
+        """The row's name, exactly as the benchmark prints it."""
         shape = f"B={self.B} Mq={self.Mq} Mkv={self.Mkv} Hq={self.Hq} Hkv={self.Hkv} K={self.K}"
         return f"{shape} dtype={self.torch_dtype} TotalBytes={self.total_bytes}"
 
@@ -64,8 +67,8 @@ class Row:
 
 
 def load_rows() -> list[Row]:
-    """Read the 60 rows of `seed_table.csv`, in its order."""
-    with SEED_TABLE.open(newline="") as file:
+    """Read the 60 rows of `xformers_rows.csv`, in its order."""
+    with TABLE.open(newline="") as file:
         return [_parse(record) for record in csv.DictReader(file)]
 
 
@@ -78,7 +81,7 @@ def _parse(record: dict[str, str]) -> Row:
 def shrink(row: Row) -> Row:
     """The row scaled to a CPU: 1/16 of the tokens of each sequence, half the head dimension.
 
-    The seed's own figures belong to the full shape and are dropped.
+    The benchmark's own figures belong to the full shape and are dropped.
     """
     small = dataclasses.replace(row, Mkv=row.Mkv // 16, K=row.K // 2, pytorch_us=None, optimized_us=None)
     half_precision_kv = 2 * small.B * small.Hkv * small.Mkv * small.K * 2
@@ -103,5 +106,5 @@ def select_rows(rows: list[Row], selector: str | None, dtypes: list[str]) -> lis
     elif selector:
         chosen = [row for row in chosen if re.search(selector, row.label)]
     if not chosen:
-        raise ValueError(f"no row of the seed table matches --rows {selector!r} with --dtypes {','.join(dtypes)}")
+        raise ValueError(f"no row matches --rows {selector!r} with --dtypes {','.join(dtypes)}")
     return chosen

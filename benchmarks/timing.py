@@ -18,13 +18,14 @@ GPU_PROTOCOL = (
     " events, in microseconds per call; host work is not in it. Inputs are random normal. cold = the calls of a graph"
     f" rotate over input sets that hold at least {COLD_BYTES // 10**6} MB of live K/V in all (with a cap on memory for"
     " sliding windows), so K/V comes from memory; warm = every call reads one and the same set, which may stay in L2."
-    " The practical floor of a row is the best plain read-only stream of the bytes of its live K/V, found by a sweep"
+    " The limit of a row is the best plain read-only stream of the bytes of its live K/V, found by a sweep"
     " over grid sizes, block sizes, warps and stages in the same run under the same protocol (no overlap of one launch"
     " with the next). TB/s counts live K/V, query and output once, over the flexdecode time. Every column is compared"
     " with a float64 result, once before it is timed and once inside the graph after it."
 )
 CPU_PROTOCOL = (
-    "Wall time on one CPU thread, median of `torch.utils.benchmark` blocks, at shapes scaled down from the seed table."
+    "Wall time on one CPU thread, median of `torch.utils.benchmark` blocks, at shapes scaled down from xformers'"
+    " flash-decoding benchmark."
     " These figures only show that the library works without a GPU (its torch backend), not how fast it is."
 )
 

@@ -66,7 +66,7 @@ class Contiguous:
         key: torch.Tensor,
         table: torch.Tensor | None,
         kv: torch.Tensor,
-        read: torch.Tensor,
+        read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
     ) -> Gather:
@@ -76,7 +76,7 @@ class Contiguous:
             key: of the call.
             table: what says where the keys of each sequence lie.
             kv: ascending positions [n] without a gap.
-            read: bool [R, Hkv, n], which of them are read.
+            read: bool [R, Hkv, n], which of them are read; None if all are.
             check: whether to refuse tables that lead out of the cache; on a CPU they are always refused.
             owner: the sequence that each of the R results is for, int64 [R]. By default each sequence has one.
 
@@ -128,7 +128,7 @@ class Paged(Contiguous):
         key: torch.Tensor,
         table: torch.Tensor | None,
         kv: torch.Tensor,
-        read: torch.Tensor,
+        read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
     ) -> Gather:
@@ -136,7 +136,8 @@ class Paged(Contiguous):
         assert table is not None
         table = table if owner is None else table[owner]
         page_size, num_pages = key.shape[2], key.shape[0]
-        pages = torch.where(read.any(1), table[:, kv // page_size], 0).long()
+        pages = table[:, kv // page_size]
+        pages = (pages if read is None else torch.where(read.any(1), pages, 0)).long()
         wrong = (pages < 0) | (pages >= num_pages)
         if (check or pages.device.type == "cpu") and wrong.any():
             found = int(pages[wrong][0])
@@ -180,7 +181,7 @@ class Packed(Contiguous):
         key: torch.Tensor,
         table: torch.Tensor | None,
         kv: torch.Tensor,
-        read: torch.Tensor,
+        read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
     ) -> Gather:
@@ -188,7 +189,8 @@ class Packed(Contiguous):
         assert table is not None and owner is not None
         start, _ = rows_of_sequences(table, key.shape[2])
         # What is not read may lie past the last key.
-        places = torch.where(read.any(1), start[owner][:, None] + kv, 0)
+        places = start[owner][:, None] + kv
+        places = places if read is None else torch.where(read.any(1), places, 0)
         return lambda tensor: tensor[0].transpose(0, 1)[places].transpose(1, 2)
 
 

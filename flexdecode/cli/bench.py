@@ -36,7 +36,7 @@ def bench(
     window: Annotated[int, typer.Option(min=1, help="Keys that the mod sliding_window sees.")] = 1024,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("flexdecode-results"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record here, too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the picture here, too: .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw here, too (.png); other mods and dtypes beside it.")] = None,
 ) -> int:
     """Measures flexdecode and its peers: progress, tables, means, files. On a CPU the shapes are small.
 
@@ -127,8 +127,8 @@ def _check_files(json_file: Path | None, plot: Path | None) -> None:
     for option, path in (("json", json_file), ("plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise Mistake(f"--{option} {path}: there is no folder {path.parent}")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise Mistake(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise Mistake(f"--plot {plot}: the name must end in .png")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise Mistake("--plot needs matplotlib: pip install 'flexdecode[bench]'")
 

@@ -19,7 +19,7 @@ from ..call.inputs import Sizes
 from ..call.schedule import Schedule
 from ..call.signature import Signature
 from ..frontend.graph import Graph, Node, topological
-from ..runtime.eager import evaluate
+from ..runtime.evaluation import evaluate
 from ..runtime.identity import Mod, names_of
 
 UNUSED, DEAD, PARTIAL, FULL = range(4)  # states: outside the sequence, masked out, mask evaluated, mask not needed

@@ -305,8 +305,8 @@ def _report(call: _Call, target: Target) -> Explanation:
         read = _bytes(inputs, step.keys_read)
         if inputs.packed:
             step, unknown = None, "the device divides packed tokens into tiles, so blocks are not counted"
-    elif schedule is None:
-        read = 0 if inputs.is_empty else used
+    elif schedule is None and inputs.is_empty:
+        read = 0
     caches = (f"{name} {inputs.format.shown_shape(getattr(inputs, name))}" for name in ("key", "value"))
     shapes = ", ".join([f"query {list(inputs.query.shape)}", *caches])
     return Explanation(
@@ -332,7 +332,10 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
     """The blocks that a step reads, or why they are not known."""
     if schedule is None:
         if call.signature.backend == "torch":
-            return 'the torch backend reads every key; `device="H200"` explains for a GPU'
+            return (
+                "the torch backend has no blocks, it reads the parts of the cache where the mask can be true; "
+                '`device="H200"` explains for a GPU'
+            )
         return "there is no query, so nothing is launched"
     if call.proven.block_lists:
         return "the lists of `block_mask` say which blocks are read"

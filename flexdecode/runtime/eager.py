@@ -5,25 +5,24 @@ It gives the same results as the generated kernel, on any device. It needs memor
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 
 from ..analysis.analyze import MAX_KV_OFFSET
-from ..call.formats import Gather
+from ..analysis.bounds import find_bounds
+from ..call.formats import CONTIGUOUS, Gather
 from ..call.inputs import Inputs
 from ..call.packing import rows_of_sequences
 from ..codegen.arguments import Call
-from ..errors import IndexRangeError
-from ..frontend.graph import Graph, Node, changing, loops_around, topological
-from ..frontend.ops import FLOAT8, HALF, OPS
+from ..frontend.graph import Graph
+from .evaluation import Evaluation, indexed
+from .parts import Part, Rows, find_parts
 
 CHUNK_ELEMENTS = 1 << 21  # scores in memory at one time
+CONVERTED_ELEMENTS = 1 << 17  # of keys that are converted at one time, so that they stay in a cache of the CPU
 
 
 def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
@@ -169,30 +168,79 @@ def _attend(
     grouped = (query.to(dtype) * call.scale).reshape(*shared, inputs.head_dim)
     row_live = batch.live[:, None].expand(rows)
     softmax = _Softmax.of(rows, inputs, row_live, dtype)
-    end = int(batch.lens.max()) if device.type == "cpu" else inputs.max_kv_len
-    step = max(16, CHUNK_ELEMENTS // max(1, math.prod(rows)))
-    for start in range(0, end, step):
-        kv = torch.arange(start, min(start + step, end), device=device)
-        indices["kv_idx"] = kv.view(1, 1, 1, -1)
-        if inputs.kv_offset is not None:
-            indices["kv_idx"] = indices["kv_idx"] + batch.shift.view(-1, 1, 1, 1)
-        inside = kv < batch.lens[:, None]
-        if inputs.kv_starts is not None:
-            inside = inside & (kv >= batch.starts[:, None])
-        live = inside[:, None, None] & row_live[..., None]
-        live = live if mask[0] is None else live & _Evaluation(mask, indices, None, live, check_indices, dtype).result()
-        # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
-        read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)
-        gather = inputs.format.gather(inputs.key, inputs.table, kv, read, check_indices, batch.owner)
-        k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner, dtype)
-        s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
-        if score[0] is not None:
-            s = _Evaluation(score, indices, s, live, check_indices, dtype).result()
-        s = torch.where(live, s, -torch.inf)
-        v = _read(inputs.value, inputs.v_scale, gather, read, batch.owner, dtype)
-        softmax.add(s, v)
+    step = _step(rows, inputs)
+    for part in _parts(call, graphs, batch, indices, check_indices):
+        for start in range(part.start, part.end, step):
+            kv = torch.arange(start, min(start + step, part.end), device=device)
+            indices["kv_idx"] = kv.view(1, 1, 1, -1)
+            if inputs.kv_offset is not None:
+                indices["kv_idx"] = indices["kv_idx"] + batch.shift.view(-1, 1, 1, 1)
+            live = read = None
+            if not part.whole:
+                live = _live(mask, indices, kv, batch, row_live, check_indices, dtype)
+                # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
+                read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)
+                if device.type == "cpu" and bool(read.all()):
+                    read = None
+            gather = inputs.format.gather(inputs.key, inputs.table, kv, read, check_indices, batch.owner)
+            k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner, dtype)
+            s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
+            if score[0] is not None:
+                among = row_live[..., None] if live is None else live
+                s = Evaluation(score, indices, s, among, check_indices, dtype).result()
+            s = s.expand(*rows, len(kv)) if live is None else torch.where(live, s, -torch.inf)
+            softmax.add(s, _read(inputs.value, inputs.v_scale, gather, read, batch.owner, dtype))
     out, lse = softmax.result()
     return torch.where(row_live[..., None], out, 0.0), lse, softmax.largest  # 0 * NaN would be NaN
+
+
+def _step(rows: tuple[int, ...], inputs: Inputs) -> int:
+    """Keys of a chunk: so many that scores stay within a limit, and keys that are converted within a cache."""
+    step = CHUNK_ELEMENTS // max(1, math.prod(rows))
+    if not inputs.key.dtype.is_floating_point or inputs.key.dtype.itemsize < 4:
+        caches, heads = inputs.key.shape[:2]
+        owners = rows[0] if inputs.format is not CONTIGUOUS or caches > 1 else 1
+        step = min(step, max(256, CONVERTED_ELEMENTS // (owners * heads * inputs.head_dim)))
+    return max(16, step)
+
+
+def _parts(
+    call: Call,
+    graphs: tuple[Graph | None, Graph | None],
+    batch: _Rows,
+    indices: dict[str, torch.Tensor],
+    check_indices: bool,
+) -> list[Part]:
+    """The parts of the cache that are read. On a GPU all of it, because nothing there may be waited for.
+
+    Where indices are checked, all of the sequences is read, because bounds may come from a read out of range.
+    """
+    inputs = call.inputs
+    if batch.lens.device.type != "cpu":
+        return [Part(0, inputs.max_kv_len, False)]
+    if check_indices:
+        return [Part(0, int(batch.lens.max()), False)]
+    bounds = find_bounds(*graphs, inputs.q_offset is not None, inputs.kv_offset is not None)
+    starts, lens, shift = (x[:, None, None] for x in (batch.starts, batch.lens, batch.shift))
+    rows = Rows(batch.live[:, None], starts, lens, shift, indices)
+    return find_parts(call, graphs, bounds, rows)
+
+
+def _live(
+    mask: tuple[Graph | None, list],
+    indices: dict[str, torch.Tensor],
+    kv: torch.Tensor,
+    batch: _Rows,
+    row_live: torch.Tensor,
+    check_indices: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Which rows attend to which of some slots `kv`, bool that broadcasts to [R, Hq, W, n]."""
+    inside = (kv < batch.lens[:, None]) & (kv >= batch.starts[:, None])
+    live = inside[:, None, None] & row_live[..., None]
+    if mask[0] is None:
+        return live
+    return live & Evaluation(mask, indices, None, live, check_indices, dtype).result()
 
 
 @dataclass
@@ -206,6 +254,7 @@ class _Softmax:
     m_i: torch.Tensor
     l_i: torch.Tensor
     acc: torch.Tensor
+    is_new: bool = True
 
     @classmethod
     def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor, dtype: torch.dtype) -> _Softmax:
@@ -224,12 +273,12 @@ class _Softmax:
         self.largest = torch.maximum(self.largest, s.amax(-1))
         m_new = torch.maximum(self.m_i, self.largest)
         m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
-        p = torch.exp(s - m_safe[..., None])
+        p = _exp(s - m_safe[..., None])
         alpha = torch.exp(self.m_i - m_safe)
         self.l_i = self.l_i * alpha + p.sum(-1)
-        partial = p.reshape(len(s), v.shape[1], -1, s.shape[-1]) @ v
-        self.acc = self.acc * alpha[..., None] + partial.view_as(self.acc)
-        self.m_i = m_new
+        partial = (p.reshape(len(s), v.shape[1], -1, s.shape[-1]) @ v).view_as(self.acc)
+        self.acc = partial if self.is_new else self.acc * alpha[..., None] + partial
+        self.m_i, self.is_new = m_new, False
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and its log-sum-exp. A row without a key is 0 and -inf."""
@@ -238,16 +287,22 @@ class _Softmax:
         return out, torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i))
 
 
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """The exponential; 0 near and below the smallest normal number, where CPUs are a hundred times slower."""
+    least = math.ceil(math.log(torch.finfo(x.dtype).tiny))
+    return torch.exp(x.clamp(min=least)).sub_(1.001 * math.exp(least)).relu_()
+
+
 def _read(
     cache: torch.Tensor,
     scale: float | torch.Tensor | None,
     gather: Gather,
-    read: torch.Tensor,
+    read: torch.Tensor | None,
     owner: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of keys or values in the type of the arithmetic [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
-    rows = _indexed(cache, gather).to(dtype)
+    rows = indexed(cache, gather).to(dtype)
     if isinstance(scale, torch.Tensor):
         if scale.dim() == 2 and owner is not None:
             scale = scale[owner]
@@ -255,143 +310,4 @@ def _read(
         rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).to(dtype)
     elif scale is not None:
         rows = rows * scale
-    if read.device.type == "cpu" and bool(read.all()):
-        return rows
-    return torch.where(read[..., None], rows, 0.0)
-
-
-def _indexed(tensor: torch.Tensor, index: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Some elements of a tensor. Float8 numbers are taken as bytes: PyTorch 2.9 cannot index them on a CPU."""
-    return index(tensor.view(torch.uint8)).view(tensor.dtype) if tensor.dtype in FLOAT8 else index(tensor)
-
-
-def evaluate(
-    outputs: Sequence[Node], graph: Graph, leaves: list, indices: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Computes nodes of a graph or of its captures, such as the bounds of a mask, on index tensors that broadcast."""
-    anywhere = torch.ones((), dtype=torch.bool, device=indices["b"].device)
-    return _Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
-
-
-@dataclass
-class _Evaluation:
-    """One run of a graph over broadcast tensors [R, Hq, W, n]."""
-
-    mod: tuple[Graph | None, list]
-    indices: dict[str, torch.Tensor]
-    score: torch.Tensor | None
-    live: torch.Tensor
-    check_indices: bool
-    dtype: torch.dtype = torch.float32  # float64 takes the place of float32 for float64 inputs
-
-    def __post_init__(self) -> None:
-        graph, self.leaves = self.mod
-        assert graph is not None
-        self.graph = graph
-        self.device = self.live.device
-        # Only with `check_indices`: where each load is out of range, and where a value depends on such a load.
-        self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
-        self.unknown: dict[Node, torch.Tensor] = {}
-
-    def result(self) -> torch.Tensor:
-        output = self.graph.output
-        (found,) = self.values([output])
-        for load, (index, wrong) in self.wrong.items():
-            bad = self.live & self.unknown[output] & wrong
-            if bad.any():
-                raise IndexRangeError(self.graph, load, self._where(index, bad, self._tensor(load).shape))
-        return found
-
-    def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
-        values: dict[Node, torch.Tensor] = {}
-        nodes = topological(*outputs)
-        self.loops = loops_around(nodes)
-        self._fill(values, nodes, frozenset())
-        return [values[output] for output in outputs]
-
-    def _fill(self, values: dict[Node, torch.Tensor], nodes: Sequence[Node], inside: frozenset[int]) -> None:
-        """Computes the nodes whose loops are all among `inside`, the loops around this place."""
-        for node in nodes:
-            if node in values or not self.loops[node] <= inside:
-                continue
-            if node.op == "fold":
-                values[node] = self._fold(values, node, inside)
-            else:
-                values[node] = self._value(node, [values[a] for a in node.args])
-                if self.check_indices:
-                    self._follow(node, values)
-
-    def _follow(self, node: Node, values: dict[Node, torch.Tensor]) -> None:
-        """Notes where a value depends on a read out of range. If one operand decides the value, others do not count."""
-        none = torch.zeros((), dtype=torch.bool, device=self.device)
-        unknown = [self.unknown.get(a, none) for a in node.args]
-        if node.op in ("logical_and", "logical_or"):
-            decides = [(values[a] == (node.op == "logical_or")) & ~u for a, u in zip(node.args, unknown, strict=True)]
-            found = (unknown[0] | unknown[1]) & ~(decides[0] | decides[1])
-        elif node.op == "where":
-            found = unknown[0] | torch.where(values[node.args[0]], unknown[1], unknown[2])
-        else:
-            found = functools.reduce(torch.logical_or, (*unknown, *self.wrong.get(node, ())[1:]), none)
-        self.unknown[node] = found
-
-    def _fold(self, values: dict[Node, torch.Tensor], node: Node, inside: frozenset[int]) -> torch.Tensor:
-        loop, count, name = node.attr
-        (body,) = node.args
-        again = changing(node, self.loops)
-        steps = [n for n in again if n.op == "step" and n.attr[0] == loop]
-
-        def value(step: int) -> torch.Tensor:
-            local = values | dict.fromkeys(steps, torch.tensor(step, device=self.device))
-            self._fill(local, again, inside | {loop})
-            if body in self.unknown:
-                self.unknown[node] = self.unknown[body] | self.unknown.get(node, self.unknown[body])
-            return local[body]
-
-        return functools.reduce(OPS[name].torch, map(value, range(count)))
-
-    def _value(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        if node.op == "score":
-            assert self.score is not None
-            return self.score
-        if node.op == "index":
-            return self.indices[node.attr]
-        # As in the kernel, values of half types are rounded and held in float32. A Python number is not rounded.
-        dtype = self.dtype if node.dtype in (*HALF, torch.float32) else node.dtype
-        if node.op == "const":
-            return torch.tensor(node.attr, dtype=dtype, device=self.device)
-        if node.op == "number":
-            return torch.as_tensor(self.graph.numbers[node.attr].read(self.leaves), dtype=dtype, device=self.device)
-        if node.op == "load":
-            return self._load(node, args).to(dtype)
-        value = args[0] if node.op == "cast" else OPS[node.op].torch(*args)
-        return value.to(node.dtype).to(dtype) if node.dtype in HALF and not node.weak else value.to(dtype)
-
-    def _where(self, index: list[torch.Tensor], wrong: torch.Tensor, shape: torch.Size) -> str:
-        """The first pair at which an index is wrong, in words."""
-        *spread, wrong = torch.broadcast_tensors(*self.indices.values(), *index, wrong)
-        first = int(wrong.flatten().to(torch.uint8).argmax())
-        values = [int(x.flatten()[first]) for x in spread]
-        pair = ", ".join(f"{name} = {value}" for name, value in zip(self.indices, values, strict=False))
-        place = values[len(self.indices) :]
-        return f"at {pair}, which attends, the index is {place} in a tensor of shape {list(shape)}"
-
-    def _tensor(self, load: Node) -> torch.Tensor:
-        leaf = self.graph.tensors[load.attr]
-        return self.leaves[leaf] if leaf >= 0 else self.graph.frozen[-1 - leaf]
-
-    def _load(self, node: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        """Reads a captured tensor. Negative indices count from the end; an index out of range reads 0."""
-        tensor = self._tensor(node)
-        inside = torch.ones((), dtype=torch.bool, device=self.device)
-        places = []
-        for index, size in zip(args, tensor.shape, strict=True):
-            place = torch.where(index < 0, index + size, index)
-            inside = inside & (place >= 0) & (place < size)
-            places.append(place.clamp(0, max(size - 1, 0)))
-        if self.check_indices and (self.live & ~inside).any():
-            first, wrong = self.wrong.get(node, (args, ~inside))  # an earlier step of a loop may have made an entry
-            self.wrong[node] = first, wrong | ~inside
-        if tensor.numel() == 0:
-            return torch.zeros(inside.shape, dtype=node.dtype, device=self.device)
-        found = _indexed(tensor, itemgetter(tuple(places)))
-        return torch.where(inside, found.to(node.dtype), torch.zeros((), dtype=node.dtype, device=self.device))
+    return rows if read is None else torch.where(read[..., None], rows, 0.0)

@@ -1,4 +1,4 @@
-"""The 60 shapes of the seed table on every device: what they need of it."""
+"""The 60 shapes of the performance matrix on every device: what they need of it."""
 
 import pytest
 import torch

@@ -200,7 +200,7 @@ def test_a_page_that_says_something_else_fails(tmp_path):
     assert page.read_text().splitlines()[5] == "2"
 
 
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r'\]\(([^)\s]+)(?: "[^"]*")?\)')  # of links and of pictures, which may have a title
 
 
 def _without_code(page):

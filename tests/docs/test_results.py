@@ -1,36 +1,115 @@
-"""The pages of measurements are what the scripts make of the recorded runs: nobody writes their numbers."""
+"""The pages of measurements and their pictures are what the scripts make of the recorded runs: nobody writes numbers.
+
+`python tests/docs/test_results.py` makes the pages and the pictures anew: read the difference.
+"""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import live_kv, packed_queries, report, server_caches, transformers_decode
+from benchmarks import live_kv, packed_queries, report, server_caches, speed, table, transformers_decode
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "h200"
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results" / "h200"
+SPEED, FIRST = DOCS / "images" / "speed.png", DOCS / "images" / "performance.png"
+RECORDED = [live_kv, packed_queries, server_caches, transformers_decode]
+ANEW = "run `python tests/docs/test_results.py` and look at the difference"
+
+
+def name_of(benchmark):
+    return benchmark.__name__.rpartition(".")[2]
+
+
+def page_of(benchmark):
+    return DOCS / f"{name_of(benchmark).replace('_', '-')}.md"
+
+
+def matrix():
+    return json.loads((RESULTS / "matrix.json").read_text())
+
+
+def pictures():
+    """The pictures of the performance page, in its order."""
+    _, *others = table.subjects(matrix())
+    return [FIRST, *(FIRST.with_name("-".join(("performance", *subject)) + ".png") for subject in others)]
+
+
+def performance_page():
+    return report.markdown(matrix(), [picture.relative_to(DOCS).as_posix() for picture in pictures()])
+
+
+def make_page(benchmark, path):
+    return benchmark.main(["--read", str(RESULTS / f"{name_of(benchmark)}.json"), "--page", str(path)])
+
+
+def opening(page):
+    """The paragraph after the title."""
+    return page.split("\n\n")[1]
 
 
 def test_performance_page():
-    document = json.loads((RESULTS / "matrix.json").read_text())
-    page = report.markdown(document, ["performance.png", "performance-none-warm.png"])
-    assert page == (ROOT / "docs" / "performance.md").read_text()
+    assert performance_page() == (DOCS / "performance.md").read_text(), ANEW
 
 
-@pytest.mark.parametrize(
-    "benchmark", [live_kv, packed_queries, server_caches, transformers_decode], ids=lambda module: module.__name__
-)
+@pytest.mark.parametrize("benchmark", RECORDED, ids=name_of)
 def test_page_of_a_recorded_run(benchmark, tmp_path):
-    name = benchmark.__name__.rpartition(".")[2]
     page = tmp_path / "page.md"
-    assert benchmark.main(["--read", str(RESULTS / f"{name}.json"), "--page", str(page)]) == 0
-    assert page.read_text() == (ROOT / "docs" / f"{name.replace('_', '-')}.md").read_text()
+    assert make_page(benchmark, page) == 0
+    assert page.read_text() == page_of(benchmark).read_text(), ANEW
 
 
-def test_a_case_over_its_bar_falls_short():
+@pytest.mark.parametrize("path", [SPEED, *pictures()], ids=lambda path: path.name)
+def test_pictures_are_drawn_from_the_recorded_run(path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: `pip install flexdecode[bench]`")
+    from benchmarks import picture
+
+    assert picture.read_digest(path) == picture.digest(matrix()), ANEW
+
+
+def test_another_run_needs_other_pictures():
+    pytest.importorskip("matplotlib", reason="needs matplotlib: `pip install flexdecode[bench]`")
+    from benchmarks import picture
+
+    document = matrix()
+    document["results"][0]["times_us"]["flexdecode"][0] += 0.1
+    assert picture.read_digest(SPEED) != picture.digest(document)
+
+
+def test_pictures_have_titles_and_texts_of_their_own():
+    found = re.findall(r'\[!\[(.+)\]\((\S+) "(.+)"\)\]\((\S+)\)', performance_page())
+    texts, addresses, titles, goals = zip(*found, strict=True)
+    assert addresses == goals == tuple(picture.relative_to(DOCS).as_posix() for picture in pictures())
+    assert len(set(texts)) == len(set(titles)) == len(pictures())
+
+
+@pytest.mark.parametrize("page", ["performance.md", *(page_of(b).name for b in RECORDED)])
+def test_a_page_of_measurements_begins_with_three_sentences(page):
+    assert len(re.findall(r"\.(?: |$)", opening((DOCS / page).read_text()))) == 3
+
+
+def test_the_index_tells_the_conditions_of_its_picture():
+    index = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", (DOCS / "index.md").read_text())  # links as their texts
+    assert speed.caption(matrix()) in " ".join(index.split())
+
+
+def test_a_case_that_misses_its_goal_falls_short():
     document = json.loads((RESULTS / "live_kv.json").read_text())
     for record in document["results"]:
         record["bar_us"] = 1e6
-    assert "Nothing: every case is under its bar." in live_kv.markdown(document)
+    assert "Nothing: every case reaches its goal." in live_kv.markdown(document)
+    assert "16 of 16 cases reach their goal." in live_kv.markdown(document)
     record["bar_us"] = 0.1
     assert "- prefix of each sequence, 2500 to 3000, B = 1, N = 131072:" in live_kv.markdown(document)
+    assert "15 of 16 cases reach their goal; the others miss it by up to " in live_kv.markdown(document)
+
+
+if __name__ == "__main__":
+    from benchmarks import figure
+
+    speed.draw(matrix(), SPEED)
+    figure.draw_all(matrix(), FIRST)
+    (DOCS / "performance.md").write_text(performance_page())
+    for benchmark in RECORDED:
+        make_page(benchmark, page_of(benchmark))

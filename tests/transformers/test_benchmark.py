@@ -46,13 +46,15 @@ def test_tokens():
 def test_page():
     record = {
         "case": "a step", "times_us": [2.0, 1.0, 3.0], "against": "sdpa", "other_us": 5.0, "at_least": 2.0,
-        "transformers": "5.24.0",
+        "bar_us": 2.5, "transformers": "5.24.0",
     }  # fmt: skip
-    document = {"environment": {"hardware": "a GPU, 1 SM"}, "results": [record]}
+    plain = record | {"case": STEPS[0].case, "other_us": 8.0, "bar_us": 4.0}
+    document = {"environment": {"hardware": "a GPU, 1 SM"}, "results": [plain, record]}
+    assert "equal lengths is 4.00 times as fast as with sdpa." in markdown(document)
     assert "| a step | 2.0 | sdpa, 5.0 us | 2.50 | 2.0 |" in markdown(document)
-    assert "Nothing: every step is as fast as it has to be." in markdown(document)
+    assert "Nothing: every step reaches its goal." in markdown(document)
     record["at_least"] = 3.0
-    assert "- a step: 2.50 times faster than sdpa, not 3.0." in markdown(document)
+    assert "- a step: 2.50 times as fast as with sdpa, not 3.0." in markdown(document)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

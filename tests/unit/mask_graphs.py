@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flexdecode.frontend.build import cast, make
 from flexdecode.frontend.graph import Graph, Node, Source, const, topological
 from flexdecode.frontend.ops import INT_LIMITS, OPS
-from flexdecode.runtime import eager
+from flexdecode.runtime import evaluation
 
 INTEGERS = tuple(dtype for dtype in INT_LIMITS if dtype != torch.bool)
 SMALL = (0, 1, 2, 3, 5, 8, 11, 13, 16, 20, 25, 31, -1, -2, -7)
@@ -61,7 +61,7 @@ class Example:
         queries = _FAR_QUERIES if self.q_idx_given else _NEAR_QUERIES
         indices = {"b": _BATCHES, "h": _HEADS, "q_idx": queries, "kv_idx": KEYS}
         score = torch.linspace(-3.0, 3.0, NUM_ROWS * KEYS.numel()).view(NUM_ROWS, -1)
-        run = eager._Evaluation((self.graph, self.leaves), indices, score, torch.tensor(True), check_indices=False)
+        run = evaluation.Evaluation((self.graph, self.leaves), indices, score, torch.tensor(True), check_indices=False)
         nodes = topological(*outputs)
         return dict(zip(nodes, run.values(nodes), strict=True))
 

@@ -29,7 +29,7 @@ from flexdecode.analysis.intervals import (
 from flexdecode.frontend import build
 from flexdecode.frontend.graph import Node, const, topological
 from flexdecode.frontend.ops import OPS
-from flexdecode.runtime import eager
+from flexdecode.runtime import evaluation
 
 EXAMPLES = int(os.environ.get("FLEXDECODE_EXAMPLES", "2500"))
 EXAMPLES_PER_ROUND = 5000  # hypothesis remembers what it has tried, so a long run is cut into rounds
@@ -173,7 +173,7 @@ def brute_force(mask_mod, grid=GRID, q_idx_given=False, shifted=False):
     """The mask, what the intervals call live, and what they call full: each [B, H, Q, N]."""
     graph, leaves, extent = solve(mask_mod, q_idx_given, shifted)
     nodes = topological(graph.output, *nodes_of(extent.live), *nodes_of(extent.full))
-    values = dict(zip(nodes, eager.evaluate(nodes, graph, leaves, grid), strict=True))
+    values = dict(zip(nodes, evaluation.evaluate(nodes, graph, leaves, grid), strict=True))
     shape = torch.broadcast_shapes(*(index.shape for index in grid.values()))
     regions = (in_region(region, values, grid["kv_idx"]) for region in (extent.live, extent.full))
     return [x.expand(shape) for x in (values[graph.output], *regions)]
@@ -583,7 +583,7 @@ def check_shifted_example(example):
         "b": mask_graphs._BATCHES[:rows], "h": mask_graphs._HEADS[:rows], "q_idx": queries,
         "kv_idx": SHIFTED_GRID["kv_idx"].view(1, -1),
     }  # fmt: skip
-    values = dict(zip(nodes, eager.evaluate(nodes, example.graph, example.leaves, indices), strict=True))
+    values = dict(zip(nodes, evaluation.evaluate(nodes, example.graph, example.leaves, indices), strict=True))
     live, full = (in_region(region, values, indices["kv_idx"]) for region in (extent.live, extent.full))
     assert not (values[output] & ~live).any(), example
     assert not (full & ~values[output]).any(), example

@@ -21,7 +21,7 @@ from flexdecode.analysis.proofs import (
     unproven,
 )
 from flexdecode.frontend.graph import Graph, Node
-from flexdecode.runtime import eager
+from flexdecode.runtime import evaluation
 
 B, HQ, N = 2, 6, 20
 SIZES = CallSizes(B, HQ, True, N)
@@ -563,7 +563,7 @@ def test_no_witnesses_without_an_index():
 # --- Never too much ---------------------------------------------------------------------------------------------------
 
 
-class _Evaluation(eager._Evaluation):
+class _Evaluation(evaluation.Evaluation):
     """Keeps the indices of each load, and reads garbage where a load proven by the mask is not read."""
 
     def __init__(self, mod, indices, checks, live):

@@ -19,7 +19,7 @@ from flexdecode import TraceError, UnsupportedOpError, flex_decode
 from flexdecode.frontend.captures import walk
 from flexdecode.frontend.graph import Source
 from flexdecode.frontend.trace import trace
-from flexdecode.runtime import eager
+from flexdecode.runtime import evaluation
 from flexdecode.runtime.identity import graph_of, identify
 from flexdecode.runtime.launch import CaptureReader
 
@@ -814,7 +814,7 @@ def test_a_number_that_outgrows_int64_is_named(use, backend):
         if backend == "triton":
             read(found.leaves)
         else:
-            eager.evaluate([graph.output], graph, found.leaves, one)
+            evaluation.evaluate([graph.output], graph, found.leaves, one)
 
 
 def test_a_first_number_beyond_int64_has_the_users_line():

@@ -307,8 +307,10 @@ def test_the_facts_of_another_device():
 def test_real_tensors_without_a_gpu_use_the_torch_backend():
     found = explain(*make_inputs(2, 4, 2, 1, 64, 16), mask_mod=mods.sliding_window(8))
     assert found.schedule is None and found.source is None
-    assert 'the torch backend reads every key; `device="H200"` explains for a GPU' in str(found)
-    with pytest.raises(ValueError, match="there are no blocks to draw: the torch backend reads every key"):
+    assert found.read_bytes is None and found.share_of_bytes is None
+    reason = "the torch backend has no blocks, it reads the parts of the cache where the mask can be true"
+    assert f'  read      not known: {reason}; `device="H200"` explains for a GPU\n' in str(found)
+    with pytest.raises(ValueError, match=f"there are no blocks to draw: {reason}"):
         found.save_picture("never.png")
     same = explain(*make_inputs(2, 4, 2, 1, 64, 16), mask_mod=mods.sliding_window(8), device="H200")
     assert same.mask_mod == found.mask_mod and same.step is not None
