@@ -105,21 +105,53 @@ def device_facts(device: torch.device) -> DeviceFacts:
 # --- Devices that are not at hand -------------------------------------------------------------------------------------
 
 
+class Bandwidth(NamedTuple):
+    """How fast a device reads its memory.
+
+    Attributes:
+        bytes_per_us: bytes in a microsecond.
+        measured: whether it was measured; otherwise the fact sheet says so, and a kernel reaches less.
+    """
+
+    bytes_per_us: float
+    measured: bool
+
+    def __str__(self) -> str:
+        source = "measured" if self.measured else "of the fact sheet; a kernel reaches less"
+        return f"{self.bytes_per_us / 1e6:.2f}".removesuffix("0") + f" TB/s ({source})"
+
+
 class Target(NamedTuple):
     """What a call is explained for.
 
     Attributes:
         name: the device in words.
         facts: of the device; None if no kernel is launched.
-        bytes_per_us: its read bandwidth; None if that is not known.
+        bandwidth: of its memory; None if that is not known.
     """
 
     name: str
     facts: DeviceFacts | None
-    bytes_per_us: float | None
+    bandwidth: Bandwidth | None
 
 
-KNOWN_DEVICES = {"H200": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232448), BYTES_PER_US)}
+# Source: the data sheets of the makers. Shared memory: compute capability 8.0 gives one program 163 KiB; 9.0 and 10.0,
+# 227 KiB; a compute unit of gfx942 has 64 KiB. A100 is the one with 80 GB, A100 and H100 are those for SXM.
+KNOWN_DEVICES = {
+    "H100": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232448), Bandwidth(3.35e6, measured=False)),
+    "H200": (DeviceFacts("cuda", 90, num_sms=132, shared_memory=232448), Bandwidth(BYTES_PER_US, measured=True)),
+    "A100": (DeviceFacts("cuda", 80, num_sms=108, shared_memory=166912), Bandwidth(2.039e6, measured=False)),
+    "B200": (DeviceFacts("cuda", 100, num_sms=148, shared_memory=232448), Bandwidth(8e6, measured=False)),
+    "MI300X": (DeviceFacts("hip", "gfx942", num_sms=304, shared_memory=65536), Bandwidth(5.3e6, measured=False)),
+}
+# What drivers call them. Other models of the same name (PCIe, NVL, 40 GB) have other bandwidths.
+_DRIVER_NAMES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA B200": "B200",
+    "AMD Instinct MI300X": "MI300X",
+}
 
 
 def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | None) -> Target:
@@ -128,24 +160,43 @@ def find_target(device: torch.device, backend: str, chosen: str | DeviceFacts | 
     Args:
         device: of the tensors.
         backend: `triton` or `torch`.
-        chosen: another device, as its name or its facts.
+        chosen: another device: its name, its facts, or `cuda` for the present GPU.
 
     Raises:
         ValueError: there is no such device, or the call does not say for which device it is meant.
     """
-    if chosen is not None and not isinstance(chosen, DeviceFacts) and chosen not in KNOWN_DEVICES:
-        names = ", ".join(f'"{name}"' for name in KNOWN_DEVICES)
-        raise ValueError(f"`device` must be {names} or a flexdecode.call.device.DeviceFacts, got {chosen!r}")
+    if chosen is not None and not isinstance(chosen, DeviceFacts):
+        _check_name(chosen)
     if backend == "torch":
         return Target(f"{device}, by PyTorch operations", None, None)
     if chosen is None and device.type == "meta":
         raise ValueError('`query` is on the meta device: say for which GPU, e.g. `device="H200"`')
-    if isinstance(chosen, str):
-        name, facts = chosen, KNOWN_DEVICES[chosen][0]
-    elif chosen is not None:
+    bandwidth = None
+    if isinstance(chosen, DeviceFacts):
         name, facts = "given by its facts", chosen
+    elif chosen is not None and chosen != "cuda":
+        name, (facts, bandwidth) = chosen, KNOWN_DEVICES[chosen]
     else:
-        facts = device_facts(device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
-    bandwidth = next((speed for known, (_, speed) in KNOWN_DEVICES.items() if known in name), None)
+        place = device if chosen is None else torch.device("cuda", torch.cuda.current_device())
+        facts = device_facts(place)
+        name = torch.cuda.get_device_name(place) if place.type == "cuda" else "Triton's interpreter"
+        if name in _DRIVER_NAMES:
+            bandwidth = KNOWN_DEVICES[_DRIVER_NAMES[name]][1]
     return Target(f"{name}: {facts.backend} {facts.arch}, {facts.num_sms} multiprocessors", facts, bandwidth)
+
+
+def _check_name(name: object) -> None:
+    """Refuses what names no device.
+
+    Raises:
+        ValueError: it is not known, or `cuda` on a machine without a GPU.
+    """
+    known = ", ".join(f'"{known}"' for known in KNOWN_DEVICES)
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f'`device="cuda"` is the present GPU, and PyTorch finds none: name one of {known}')
+    elif not isinstance(name, str) or name not in KNOWN_DEVICES:
+        raise ValueError(
+            f'`device` must be {known}, "cuda" for the present GPU, or a flexdecode.call.device.DeviceFacts, '
+            f"got {name!r}"
+        )

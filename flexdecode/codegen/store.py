@@ -39,7 +39,7 @@ def stored_module(identity: str, generate: Callable[[], str]) -> Path:
         PermissionError: other users could put code into the folder, and it would be imported.
     """
     entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
-    folder = _checked_folder()
+    folder = checked_folder()
     index = folder / "index" / entry
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = _find_module(folder, index.read_text())
@@ -60,8 +60,19 @@ def fixed_module(text: str) -> Path:
     Raises:
         PermissionError: as for `stored_module`.
     """
-    folder = _checked_folder()
+    folder = checked_folder()
     return _find_module(folder, _name_of(text.encode())) or _publish_module(folder, text)
+
+
+def stored_modules() -> list[Path]:
+    """The files of all modules on disk, also those that another version of the library made."""
+    return sorted((store_folder() / "modules").glob("*.py"))
+
+
+def clear_store() -> None:
+    """Removes the modules and their index from the disk. Calls that come later make them again."""
+    for path in (*stored_modules(), *(store_folder() / "index").glob("*")):
+        path.unlink(missing_ok=True)
 
 
 def _name_of(text: bytes) -> str:
@@ -86,8 +97,12 @@ def _publish_module(folder: Path, text: str) -> Path:
         return _publish(_temporary_folder() / name, text)
 
 
-def _checked_folder() -> Path:
-    """The folder of the store. It is refused if everybody can write into any part, because code is imported from it."""
+def checked_folder() -> Path:
+    """The folder of the store. It is refused if everybody can write into any part, because code is imported from it.
+
+    Raises:
+        PermissionError: everybody can.
+    """
     folder = store_folder()
     for place in (folder, folder / "index", folder / "modules"):
         try:

@@ -77,6 +77,13 @@ class Step:
         return {DEAD: used - live, PARTIAL: live - full, FULL: full}
 
     @property
+    def share_read(self) -> float | None:
+        """The part of the blocks in use that is read, from 0 to 1; None if no block is in use."""
+        counts = self.counts
+        used = sum(counts.values())
+        return (counts[FULL] + counts[PARTIAL]) / used if used else None
+
+    @property
     def work(self) -> torch.Tensor:
         """How many blocks each item reads, int64 [items]."""
         return (self.live[..., 1] - self.live[..., 0]).sum(1)

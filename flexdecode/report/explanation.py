@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ import torch
 from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
 from ..call.checks import check_all_lens
-from ..call.device import BYTES_PER_US, DeviceFacts, Target, find_target, without_autocast
+from ..call.device import Bandwidth, DeviceFacts, Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs
 from ..call.schedule import Schedule, Scheduler
 from ..call.signature import NO_AUX, Signature, shares_storage
@@ -25,12 +27,13 @@ from ..runtime.prepare import allows_latents, trace_call
 from ..runtime.request import Request
 from .blocks import DEAD, FULL, PARTIAL, Step, find_step
 from .mod_report import ModReport, report_mod
+from .page import body, page
 from .picture import count, draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a call of `flex_decode` does; `print` it for the report.
+    """What a call of `flex_decode` does; `print` and `repr` give the report, and notebooks show the picture too.
 
     Attributes:
         shapes: of query, key and value.
@@ -44,6 +47,7 @@ class Explanation:
         cache_bytes: bytes of all keys and values of the cache.
         used_bytes: bytes of the keys within `kv_lens` and their values; None if the lengths are not known.
         read_bytes: bytes of the keys and values that one decode step reads, in whole blocks; None if not known.
+        bandwidth: of the device, measured or of its fact sheet; None if it is not known.
         floor_us: microseconds that the device needs to read `read_bytes`; None if its bandwidth is not known.
         source: file of the generated Triton module; None if no kernel is launched.
     """
@@ -60,13 +64,41 @@ class Explanation:
     cache_bytes: int
     used_bytes: int | None
     read_bytes: int | None
+    bandwidth: Bandwidth | None
     floor_us: float | None
     source: Path | None
 
+    @property
+    def title(self) -> str:
+        """The names of the mods."""
+        names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        return " and ".join(names) or "plain attention"
+
+    @property
+    def share_of_bytes(self) -> float | None:
+        """The part of the bytes in use that a step reads, from 0 to 1; None if not known or if none are in use."""
+        return None if self.read_bytes is None or not self.used_bytes else self.read_bytes / self.used_bytes
+
+    @property
+    def share_of_blocks(self) -> float | None:
+        """The part of the blocks in use that a step reads, from 0 to 1; None if not known or if none are in use.
+
+        Each tile of query rows has blocks of its own, and a block that is read in part counts as one. So this is
+        another number than the share of the bytes.
+        """
+        return None if self.step is None else self.step.share_read
+
     def __str__(self) -> str:
+        return "\n\n".join(self.sections())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def sections(self) -> list[str]:
+        """The parts of the report: the shapes, each mod, the bytes, the schedule and the source."""
         mods = [str(mod) for mod in (self.score_mod, self.mask_mod) if mod is not None]
-        sections = [self.shapes, *(mods or ["no mods: plain attention"]), self._memory(), self._schedule()]
-        return "\n\n".join([*sections, *([f"source\n  {self.source}"] if self.source is not None else [])])
+        source = [f"source\n  {self.source}"] if self.source is not None else []
+        return [self.shapes, *(mods or ["no mods: plain attention"]), self._memory(), self._schedule(), *source]
 
     def _memory(self) -> str:
         lines = ["KV bytes of one decode step", f"  cache     {_size(self.cache_bytes)}"]
@@ -74,17 +106,21 @@ class Explanation:
             lines.append(f"  in use    {_size(self.used_bytes)}")
         if self.read_bytes is None:
             return "\n".join([*lines, f"  read      not known: {self.unknown}"])
-        share = f", {100 * self.read_bytes / self.used_bytes:.1f}% of what is in use" if self.used_bytes else ""
+        share = "" if self.share_of_bytes is None else f", {100 * self.share_of_bytes:.1f}% of the bytes in use"
         lines.append(f"  read      {_size(self.read_bytes)}{share}")
-        if self.step is None:
-            lines.append(f"            {self.unknown}")
-        else:
-            counts = self.step.counts
-            kinds = f"{counts[FULL]} full, {counts[PARTIAL]} partial (checked key by key), {counts[DEAD]} dead"
-            lines.append(f"  blocks    of {self.step.block_n} keys: {kinds} (never loaded)")
+        lines += [f"            {self.unknown}"] if self.step is None else self._blocks(self.step)
         if self.floor_us is not None:
-            lines.append(f"  floor     {self.floor_us:.1f} us at {BYTES_PER_US / 1e6:.1f} TB/s")
+            lines.append(f"  floor     {self.floor_us:.1f} us at {self.bandwidth}")
         return "\n".join(lines)
+
+    def _blocks(self, step: Step) -> list[str]:
+        counts, share = step.counts, step.share_read
+        read = f"{counts[FULL] + counts[PARTIAL]} of {sum(counts.values())} are read"
+        read += "" if share is None else f", {100 * share:.1f}% of the blocks in use"
+        kinds = (
+            f"{counts[FULL]} full, {counts[PARTIAL]} partial (checked key by key), {counts[DEAD]} dead (never loaded)"
+        )
+        return [f"  blocks    of {step.block_n} keys: {read}", f"            {kinds}"]
 
     def _schedule(self) -> str:
         if self.schedule is None:
@@ -137,8 +173,36 @@ class Explanation:
             raise ValueError(f"`path` must end in .png, .svg or .pdf, got {str(path)!r}")
         if self.step is None:
             raise ValueError(f"there are no blocks to draw: {self.unknown}")
-        names = [mod.name for mod in (self.score_mod, self.mask_mod) if mod is not None]
-        draw(self.step, " and ".join(names) or "plain attention", Path(path))
+        draw(self.step, self.title, Path(path), Path(path).suffix[1:].lower())
+
+    def save_page(self, path: str | PathLike[str]) -> None:
+        """Writes the report and its picture as one HTML file that needs no other file.
+
+        The picture is left out where matplotlib is missing or the blocks are not known.
+
+        Args:
+            path: the file to write.
+        """
+        Path(path).write_text(page(self.title, self._repr_html_()), encoding="utf-8")
+
+    @cached_property
+    def _png(self) -> bytes | None:
+        if self.step is None:
+            return None
+        drawn = io.BytesIO()
+        try:
+            draw(self.step, self.title, drawn, "png")
+        except ImportError:
+            return None
+        return drawn.getvalue()
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture for notebooks; None without matplotlib, or if the blocks are not known."""
+        return self._png
+
+    def _repr_html_(self) -> str:
+        """The report for notebooks, with the picture if there is one."""
+        return body(self.sections(), self._png)
 
 
 @without_autocast()
@@ -241,8 +305,8 @@ def _report(call: _Call, target: Target) -> Explanation:
         read = _bytes(inputs, step.keys_read)
         if inputs.packed:
             step, unknown = None, "the device divides packed tokens into tiles, so blocks are not counted"
-    elif schedule is None:
-        read = 0 if inputs.is_empty else used
+    elif schedule is None and inputs.is_empty:
+        read = 0
     caches = (f"{name} {inputs.format.shown_shape(getattr(inputs, name))}" for name in ("key", "value"))
     shapes = ", ".join([f"query {list(inputs.query.shape)}", *caches])
     return Explanation(
@@ -258,7 +322,8 @@ def _report(call: _Call, target: Target) -> Explanation:
         cache_bytes=_bytes(inputs, lambda _: math.prod(inputs.key.shape[:3])),
         used_bytes=used,
         read_bytes=read,
-        floor_us=None if read is None or target.bytes_per_us is None else read / target.bytes_per_us,
+        bandwidth=target.bandwidth,
+        floor_us=None if read is None or target.bandwidth is None else read / target.bandwidth.bytes_per_us,
         source=source,
     )
 
@@ -267,7 +332,10 @@ def _find_step(call: _Call, schedule: Schedule | None) -> Step | str:
     """The blocks that a step reads, or why they are not known."""
     if schedule is None:
         if call.signature.backend == "torch":
-            return 'the torch backend reads every key; `device="H200"` explains for a GPU'
+            return (
+                "the torch backend has no blocks, it reads the parts of the cache where the mask can be true; "
+                '`device="H200"` explains for a GPU'
+            )
         return "there is no query, so nothing is launched"
     if call.proven.block_lists:
         return "the lists of `block_mask` say which blocks are read"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -33,8 +33,8 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def draw(step: Step, title: str, path: Path) -> None:
-    """Draws a step in the format that the suffix of the path names.
+def draw(step: Step, title: str, file: Path | IO[bytes], kind: str) -> None:
+    """Draws a step.
 
     The upper part is a map with a row per item and a column per block. The lower part shows the work of one item in the
     order in which its splits take it.
@@ -42,7 +42,8 @@ def draw(step: Step, title: str, path: Path) -> None:
     Args:
         step: what is read.
         title: names of the mods.
-        path: the file to write.
+        file: what to write to.
+        kind: `png`, `svg` or `pdf`.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -63,7 +64,7 @@ def draw(step: Step, title: str, path: Path) -> None:
         _draw_map(upper, step)
         _draw_work(lower, step)
         _draw_legend(figure, "past the end of the sequence" if step.kv_starts is None else "outside the sequence")
-        figure.savefig(path, dpi=110, facecolor="white", format=path.suffix[1:].lower())
+        figure.savefig(file, dpi=110, facecolor="white", format=kind)
 
 
 def cells(step: Step) -> tuple[torch.Tensor, int, int]:
@@ -113,11 +114,11 @@ def _draw_map(axes: Axes, step: Step) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.tick_params(length=0)
     counts = step.counts
-    used, read = sum(counts.values()), counts[FULL] + counts[PARTIAL]
+    used, read, share = sum(counts.values()), counts[FULL] + counts[PARTIAL], step.share_read or 0.0
     programs = f"{count(step.num_items, 'item')} x {count(step.num_splits, 'split')}"
     if step.balanced:
         programs = f"{count(step.num_items, 'item')} shared by {count(step.num_splits, 'worker')}"
-    title = f"{read:,} of {used:,} blocks in use are read ({100 * read / max(used, 1):.1f}%), by {programs}"
+    title = f"{read:,} of {used:,} blocks in use are read ({100 * share:.1f}% of the blocks), by {programs}"
     axes.set_title(title, loc="left", fontsize=10)
 
 

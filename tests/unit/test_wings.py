@@ -8,9 +8,9 @@ import pytest
 import flexdecode
 
 PACKAGE = Path(flexdecode.__file__).parent
-WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report", "integrations")
+WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report", "integrations", "cli")
 FOUNDATION = ("errors", "memos", "triton_api", "version")  # modules that every wing may import
-CALLERS = "integrations/transformers/"  # calls the public functions from another library, so it stands above api.py
+CALLERS = ("integrations/transformers/", "cli/")  # they call the public functions, so they stand above api.py
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
 
 

@@ -1,7 +1,9 @@
 """The report of `explain`: its wording, its numbers, its errors and its picture."""
 
+import re
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 import torch
@@ -208,7 +210,19 @@ def test_bytes_of_a_window(window):
     assert found.used_bytes == int(kv_lens.sum()) * per_key
     assert found.cache_bytes == 2 * 4096 * per_key
     assert found.floor_us == found.read_bytes / 4.6e6
-    assert f"{100 * found.read_bytes / found.used_bytes:.1f}% of what is in use" in str(found)
+    assert found.share_of_bytes == found.read_bytes / found.used_bytes
+    assert f"{100 * found.read_bytes / found.used_bytes:.1f}% of the bytes in use" in str(found)
+
+
+def test_the_share_of_bytes_and_that_of_blocks_have_their_names():
+    found = report(mods.sliding_window(30), kv_lens=torch.tensor([100, 100]), options=DecodeOptions(block_n=64))
+    assert (found.share_of_blocks, found.share_of_bytes) == (0.5, 0.36)  # of each sequence the last 36 tokens
+    assert "36.0% of the bytes in use\n" in str(found)
+    assert "of 64 keys: 4 of 8 are read, 50.0% of the blocks in use\n" in str(found)
+    empty = report(kv_lens=torch.zeros(2, dtype=torch.int32))
+    assert empty.share_of_blocks is None and empty.share_of_bytes is None and "%" not in str(empty)
+    unknown = report(kv_lens=torch.empty(2, dtype=torch.int32, device="meta"))
+    assert unknown.share_of_blocks is None and unknown.share_of_bytes is None
 
 
 def test_a_changed_capture_is_seen():
@@ -293,8 +307,10 @@ def test_the_facts_of_another_device():
 def test_real_tensors_without_a_gpu_use_the_torch_backend():
     found = explain(*make_inputs(2, 4, 2, 1, 64, 16), mask_mod=mods.sliding_window(8))
     assert found.schedule is None and found.source is None
-    assert 'the torch backend reads every key; `device="H200"` explains for a GPU' in str(found)
-    with pytest.raises(ValueError, match="there are no blocks to draw: the torch backend reads every key"):
+    assert found.read_bytes is None and found.share_of_bytes is None
+    reason = "the torch backend has no blocks, it reads the parts of the cache where the mask can be true"
+    assert f'  read      not known: {reason}; `device="H200"` explains for a GPU\n' in str(found)
+    with pytest.raises(ValueError, match=f"there are no blocks to draw: {reason}"):
         found.save_picture("never.png")
     same = explain(*make_inputs(2, 4, 2, 1, 64, 16), mask_mod=mods.sliding_window(8), device="H200")
     assert same.mask_mod == found.mask_mod and same.step is not None
@@ -370,12 +386,134 @@ def test_errors_are_those_of_flex_decode():
 def test_errors_of_its_own():
     with pytest.raises(ValueError, match=r'`query` is on the meta device: say for which GPU, e.g. `device="H200"`'):
         explain(*meta_inputs())
-    with pytest.raises(ValueError, match=r"`device` must be .H200. or a flexdecode.call.device.DeviceFacts, got 'H20'"):
-        explain(*meta_inputs(), device="H20")
+    for wrong in ("H20", "h200", "", 90, ["H200"], torch.device("cuda")):
+        with pytest.raises(ValueError) as caught:
+            explain(*meta_inputs(), device=wrong)
+        assert str(caught.value) == (
+            '`device` must be "H100", "H200", "A100", "B200", "MI300X", "cuda" for the present GPU, or a '
+            f"flexdecode.call.device.DeviceFacts, got {wrong!r}"
+        )
     with pytest.raises(ValueError, match=r"`kv_lens` must lie between 0 and N = 4096"):
         report(kv_lens=torch.tensor([1, 5000]))
     with pytest.raises(TypeError):
         explain(*meta_inputs(), device="H200", colour="red")
+
+
+# --- Devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "floor"),
+    [
+        ("H100", "cuda 90, 132 multiprocessors", "20.0 us at 3.35 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("H200", "cuda 90, 132 multiprocessors", "14.6 us at 4.6 TB/s (measured)"),
+        ("A100", "cuda 80, 108 multiprocessors", "32.9 us at 2.04 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("B200", "cuda 100, 148 multiprocessors", "8.4 us at 8.0 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("MI300X", "hip gfx942, 304 multiprocessors", "12.7 us at 5.3 TB/s (of the fact sheet; a kernel reaches less)"),
+    ],
+)
+def test_devices_that_are_known_by_name(name, facts, floor):
+    found = explain(*meta_inputs(B=16), device=name)
+    assert found.read_bytes == 1 << 26
+    assert f"\n  device    {name}: {facts}\n" in str(found)
+    assert f"\n  floor     {floor}\n" in str(found)
+    assert found.schedule.tiles.descriptors == (name in ("H100", "H200", "B200"))
+
+
+def test_a_device_of_the_users_own_has_no_floor():
+    found = explain(*meta_inputs(), device=DeviceFacts("cuda", 89, num_sms=128, shared_memory=101376))
+    assert "device    given by its facts: cuda 89, 128 multiprocessors\n" in str(found)
+    assert found.bandwidth is None and found.floor_us is None and "floor" not in str(found)
+
+
+class TestThePresentGpu:
+    """What PyTorch says of a GPU is invented here."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        def install(name):
+            facts = DeviceFacts("cuda", 90, num_sms=114, shared_memory=232448)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: name)
+            monkeypatch.setattr("flexdecode.call.device.device_facts", lambda place: facts)
+
+        return install
+
+    def test_cuda_names_it(self, gpu):
+        gpu("NVIDIA H200")
+        found = explain(*meta_inputs(), device="cuda")
+        assert "device    NVIDIA H200: cuda 90, 114 multiprocessors\n" in str(found)
+        assert "TB/s (measured)" in str(found)
+
+    @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB"])
+    def test_other_models_have_other_bandwidths(self, gpu, name):
+        gpu(name)
+        assert explain(*meta_inputs(), device="cuda").bandwidth is None
+
+    def test_without_one(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError) as caught:
+            explain(*meta_inputs(), device="cuda")
+        assert str(caught.value) == (
+            '`device="cuda"` is the present GPU, and PyTorch finds none: name one of "H100", "H200", "A100", "B200", '
+            '"MI300X"'
+        )
+
+
+# --- Notebooks --------------------------------------------------------------------------------------------------------
+
+
+def test_repr_is_the_report():
+    found = report(mods.causal())
+    assert repr(found) == str(found) and "mask_mod causal" in repr(found)
+
+
+def test_html_has_the_report_and_the_picture():
+    pytest.importorskip("matplotlib")
+    html = report(mods.sliding_window(100), mods.alibi(8))._repr_html_()
+    assert "(kv_idx &lt;= q_idx) &amp; (q_idx - kv_idx &lt; window)" in html
+    text = re.sub(r"<[^>]*>", "\n", html)
+    lines = {unescape(line) for line in text.splitlines()}
+    assert set(str(report(mods.sliding_window(100), mods.alibi(8))).splitlines()) - {"", "  graph"} <= lines
+    assert html.count("<img") == 1 and 'src="data:image/png;base64,' in html
+    assert "http" not in html and "<script" not in html
+    # Nothing sets a colour of text or ground, apart from the white ground of the picture.
+    assert re.findall(r"(?:color|background):([^;\"]*)", html) == ["transparent", "inherit"] * html.count("<pre") + [
+        "white"
+    ]
+
+
+def test_html_escapes_names_and_values():
+    def mod(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx
+
+    mod.__name__ = "<script>alert('&')</script>"
+    found = report(mod)
+    assert "<script" not in found._repr_html_()
+    assert "mask_mod &lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in found._repr_html_()
+
+
+def test_a_page_of_its_own(tmp_path):
+    def mod(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx
+
+    mod.__name__ = "<b>"
+    found = report(mod)
+    found.save_page(tmp_path / "step.html")
+    text = (tmp_path / "step.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "<title>&lt;b&gt;</title>" in text
+    assert "color-scheme: light dark" in text and found._repr_html_() in text
+
+
+def test_png_for_notebooks(monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert report(mods.causal())._repr_png_().startswith(b"\x89PNG")
+    unknown = report(kv_lens=torch.empty(2, dtype=torch.int32, device="meta"))
+    assert unknown._repr_png_() is None and "<img" not in unknown._repr_html_()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = report(mods.causal())
+    assert found._repr_png_() is None and "<img" not in found._repr_html_() and "mask_mod causal" in found._repr_html_()
 
 
 # --- Picture ----------------------------------------------------------------------------------------------------------
@@ -459,7 +597,7 @@ def test_a_missing_matplotlib_is_named(monkeypatch, tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, flexdecode; print(*(m for m in ('sympy', 'matplotlib') if m in sys.modules))"
+    code = "import sys, flexdecode; print(*(m for m in ('sympy', 'matplotlib', 'typer', 'rich') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -1,0 +1,92 @@
+"""`flexdecode cache`: the store of generated modules on disk."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..codegen.store import clear_store, store_folder, stored_modules
+
+# How the text of a module shows that it has a mod. The template has `return live` where there is no mask.
+_HOOKS = {
+    "score_mod": r"\nHAS_SCORE_MOD = tl\.constexpr\(True\)",
+    "mask_mod": r'\ndef mask_mod\([^)]*\):\n    """[^"]*"""\n(?!    return live\n)',
+}
+_AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def list_modules() -> None:
+    """Lists the generated modules: name, size, age, and what each is."""
+    modules = stored_modules()
+    for path in modules:
+        found = path.stat()
+        age = _age(time.time() - found.st_mtime)
+        typer.echo(
+            f"{path.stem}  {size_text(found.st_size):>9}  {age:>6}  {_describe(path.read_text(errors='replace'))}"
+        )
+    _say_where(modules)
+
+
+def show_size() -> None:
+    """Says how many modules there are, how large they are, and where."""
+    _say_where(stored_modules())
+
+
+def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Removes the generated modules. Calls that come later make them again."""
+    modules = stored_modules()
+    _say_where(modules)
+    if not modules:
+        return
+    if not yes and not typer.confirm("Remove them?"):
+        typer.echo("Nothing was removed.")
+        return
+    clear_store()
+    typer.echo(f"{_count(modules)} removed.")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"list": list_modules, "size": show_size, "clear": clear}
+
+
+def size_text(number: int) -> str:
+    """A number of bytes, for people."""
+    return f"{number / 1024:.1f} KiB" if number < 1 << 20 else f"{number / (1 << 20):.1f} MiB"
+
+
+def triton_folder() -> str:
+    """Where Triton keeps machine code; empty if it cannot be imported."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return ""
+    return str(knobs.cache.dir)
+
+
+def _say_where(modules: list[Path]) -> None:
+    total = sum(path.stat().st_size for path in modules)
+    typer.echo(f"{_count(modules)}, {size_text(total)}, in {store_folder()}")
+    folder = triton_folder()
+    if folder:
+        typer.echo(f"Triton's machine code is not part of it: that is in {folder}")
+
+
+def _count(modules: Iterable[Path]) -> str:
+    number = len(list(modules))
+    return f"{number} module{'' if number == 1 else 's'}"
+
+
+def _age(seconds: float) -> str:
+    size, unit = next(((size, unit) for size, unit in _AGES if seconds >= size), _AGES[-1])
+    return f"{seconds // size:.0f} {unit}"
+
+
+def _describe(text: str) -> str:
+    """What a module is, from its text: the first words of its docstring, and the mods that it has."""
+    kind = text.removeprefix('"""').partition("\n")[0].partition(":")[0].rstrip('."')
+    mods = [name for name, pattern in _HOOKS.items() if re.search(pattern, text)]
+    return f"{kind}, with {' and '.join(mods)}" if mods else kind
