@@ -48,7 +48,7 @@ class Explanation:
         used_bytes: bytes of the keys within `kv_lens` and their values; None if the lengths are not known.
         read_bytes: bytes of the keys and values that one decode step reads, in whole blocks; None if not known.
         bandwidth: of the device, measured or of its fact sheet; None if it is not known.
-        floor_us: microseconds that the device needs to read `read_bytes`; None if its bandwidth is not known.
+        limit_us: microseconds that the device needs to read `read_bytes`; None if its bandwidth is not known.
         source: file of the generated Triton module; None if no kernel is launched.
     """
 
@@ -65,7 +65,7 @@ class Explanation:
     used_bytes: int | None
     read_bytes: int | None
     bandwidth: Bandwidth | None
-    floor_us: float | None
+    limit_us: float | None
     source: Path | None
 
     @property
@@ -109,8 +109,8 @@ class Explanation:
         share = "" if self.share_of_bytes is None else f", {100 * self.share_of_bytes:.1f}% of the bytes in use"
         lines.append(f"  read      {_size(self.read_bytes)}{share}")
         lines += [f"            {self.unknown}"] if self.step is None else self._blocks(self.step)
-        if self.floor_us is not None:
-            lines.append(f"  floor     {self.floor_us:.1f} us at {self.bandwidth}")
+        if self.limit_us is not None:
+            lines.append(f"  limit     {self.limit_us:.1f} us to read this at {self.bandwidth}")
         return "\n".join(lines)
 
     def _blocks(self, step: Step) -> list[str]:
@@ -323,7 +323,7 @@ def _report(call: _Call, target: Target) -> Explanation:
         used_bytes=used,
         read_bytes=read,
         bandwidth=target.bandwidth,
-        floor_us=None if read is None or target.bandwidth is None else read / target.bandwidth.bytes_per_us,
+        limit_us=None if read is None or target.bandwidth is None else read / target.bandwidth.bytes_per_us,
         source=source,
     )
 

@@ -209,7 +209,7 @@ def test_bytes_of_a_window(window):
     assert found.read_bytes == keys * per_key
     assert found.used_bytes == int(kv_lens.sum()) * per_key
     assert found.cache_bytes == 2 * 4096 * per_key
-    assert found.floor_us == found.read_bytes / 4.6e6
+    assert found.limit_us == found.read_bytes / 4.6e6
     assert found.share_of_bytes == found.read_bytes / found.used_bytes
     assert f"{100 * found.read_bytes / found.used_bytes:.1f}% of the bytes in use" in str(found)
 
@@ -301,7 +301,7 @@ def test_the_facts_of_another_device():
     facts = DeviceFacts("cuda", 80, num_sms=108, shared_memory=166912)
     found = explain(*meta_inputs(), device=facts)
     assert "cuda 80, 108 multiprocessors" in str(found) and "by pointers" in str(found)
-    assert found.floor_us is None and "floor" not in str(found)
+    assert found.limit_us is None and "limit" not in str(found)
 
 
 def test_real_tensors_without_a_gpu_use_the_torch_backend():
@@ -403,27 +403,27 @@ def test_errors_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "facts", "floor"),
+    ("name", "facts", "limit"),
     [
-        ("H100", "cuda 90, 132 multiprocessors", "20.0 us at 3.35 TB/s (of the fact sheet; a kernel reaches less)"),
-        ("H200", "cuda 90, 132 multiprocessors", "14.6 us at 4.6 TB/s (measured)"),
-        ("A100", "cuda 80, 108 multiprocessors", "32.9 us at 2.04 TB/s (of the fact sheet; a kernel reaches less)"),
-        ("B200", "cuda 100, 148 multiprocessors", "8.4 us at 8.0 TB/s (of the fact sheet; a kernel reaches less)"),
-        ("MI300X", "hip gfx942, 304 multiprocessors", "12.7 us at 5.3 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("H100", "cuda 90, 132 multiprocessors", "20.0 us to read this at 3.35 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("H200", "cuda 90, 132 multiprocessors", "14.6 us to read this at 4.6 TB/s (measured)"),
+        ("A100", "cuda 80, 108 multiprocessors", "32.9 us to read this at 2.04 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("B200", "cuda 100, 148 multiprocessors", "8.4 us to read this at 8.0 TB/s (of the fact sheet; a kernel reaches less)"),
+        ("MI300X", "hip gfx942, 304 multiprocessors", "12.7 us to read this at 5.3 TB/s (of the fact sheet; a kernel reaches less)"),
     ],
 )
-def test_devices_that_are_known_by_name(name, facts, floor):
+def test_devices_that_are_known_by_name(name, facts, limit):
     found = explain(*meta_inputs(B=16), device=name)
     assert found.read_bytes == 1 << 26
     assert f"\n  device    {name}: {facts}\n" in str(found)
-    assert f"\n  floor     {floor}\n" in str(found)
+    assert f"\n  limit     {limit}\n" in str(found)
     assert found.schedule.tiles.descriptors == (name in ("H100", "H200", "B200"))
 
 
-def test_a_device_of_the_users_own_has_no_floor():
+def test_a_device_of_the_users_own_has_no_limit():
     found = explain(*meta_inputs(), device=DeviceFacts("cuda", 89, num_sms=128, shared_memory=101376))
     assert "device    given by its facts: cuda 89, 128 multiprocessors\n" in str(found)
-    assert found.bandwidth is None and found.floor_us is None and "floor" not in str(found)
+    assert found.bandwidth is None and found.limit_us is None and "limit" not in str(found)
 
 
 class TestThePresentGpu:

@@ -23,7 +23,7 @@ def test_bytes_are_those_of_the_padded_call(kind, device):
     window = mods.sliding_window(100)
     packed = explain(call.query, mask_mod=window, device=device, **call.arguments)
     padded = explain(mask_mod=window, device=device, **call.padded())
-    assert packed.used_bytes == padded.used_bytes and packed.floor_us == (device and packed.read_bytes / 4.6e6)
+    assert packed.used_bytes == padded.used_bytes and packed.limit_us == (device and packed.read_bytes / 4.6e6)
     if not kind.startswith("keys"):
         assert packed.cache_bytes == padded.cache_bytes
     if device is None or packed.schedule.tiles.block_n == padded.schedule.tiles.block_n:
