@@ -50,7 +50,7 @@ def read_template(name: str) -> str:
 def sources_digest() -> str:
     """Hash of all template files and of this package. After an edit of one of them, modules are generated again."""
     package = Path(__file__).parents[1]
-    paths = [*sorted(template_folder().glob("*.py")), *sorted(package.rglob("*.py"))]
+    paths = [*sorted(template_folder().glob("*.py")), *sorted(package.rglob("*.py")), *sorted(package.rglob("*.c"))]
     texts = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 

@@ -8,8 +8,8 @@ import pytest
 import flexdecode
 
 PACKAGE = Path(flexdecode.__file__).parent
-WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report", "integrations")
-FOUNDATION = ("errors", "memos", "triton_api", "version")  # modules that every wing may import
+WINGS = ("frontend", "analysis", "call", "ahead", "codegen", "kv", "runtime", "report", "integrations")
+FOUNDATION = ("errors", "memos", "switch", "triton_api", "version")  # modules that every wing may import
 CALLERS = "integrations/transformers/"  # calls the public functions from another library, so it stands above api.py
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
 

@@ -1,0 +1,76 @@
+"""What identifies a kernel in every process: its text, and what it is compiled from besides."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ..analysis.proven import ProvenMods
+from ..call.device import DeviceFacts
+from ..call.signature import NUMBER, OPTIONAL, Signature
+from .arguments import KernelSpec
+
+SPLIT, COMBINE = "decode_split", "decode_combine"  # names of the kernels of both passes
+
+
+def target_of(facts: DeviceFacts) -> tuple[str, int | str]:
+    """The part of the facts that decides which machine code runs."""
+    return facts.backend, facts.arch
+
+
+def identity_of(kernel: str, spec: KernelSpec, proven: ProvenMods | None) -> str:
+    """The text that identifies a kernel for one architecture and one version of the library.
+
+    Args:
+        kernel: `SPLIT` or `COMBINE`.
+        spec: of the kernel. Its device does not matter.
+        proven: the mods of a first pass; None for a second pass, which does not depend on them.
+    """
+    signature = _plain(spec.signature, without=("device", "format"))
+    signature["format"] = type(spec.signature.format).__name__
+    others = _plain(spec, without=("signature",))
+    return f"{kernel}\n{signature}\n{others}\n{proven.text if proven is not None else ''}"
+
+
+def _plain(record: Any, without: tuple[str, ...]) -> dict[str, str]:
+    """The fields of a dataclass as text."""
+    return {f.name: repr(getattr(record, f.name)) for f in fields(record) if f.name not in without}
+
+
+def signature_text(kernel: str, spec: KernelSpec, facts: DeviceFacts) -> str:
+    """A kernel in one line, for people."""
+    signature, tiles = spec.signature, spec.tiles
+    target = f"sm_{facts.arch}" if facts.backend == "cuda" else str(facts.arch)
+    caches = {_short(signature.key_dtype): "", _short(signature.value_dtype): ""}
+    parts = [
+        f"{kernel} for {target}",
+        f"query {_short(signature.dtype)}",
+        f"cache {' and '.join(caches)}",
+        f"D {signature.head_dim}, Dv {signature.v_head_dim}",
+        f"{signature.group_size} query heads per KV head",
+        "one query token" if signature.one_token else "several query tokens",
+        *_optional(signature),
+        *([f"pages of {signature.page_size}"] if signature.page_size else []),
+        *(["a BlockMask"] if spec.block_lists else []),
+        f"captures {spec.score_captures} and {spec.mask_captures}",
+        *(name for name, asked in signature.aux._asdict().items() if asked),
+        *([] if signature.aligned else ["not aligned"]),
+        f"strides {signature.strides}",
+        f"tiles of {tiles.block_m} rows and {tiles.block_n} keys, {tiles.loads!r}",
+        *(name for name in ("split", "balanced", "shared", "paired") if getattr(tiles, name)),
+    ]
+    return ", ".join(parts)
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _optional(signature: Signature) -> list[str]:
+    """The arguments that a call may lack."""
+    found = []
+    for name, kind in zip(OPTIONAL, signature.kinds, strict=True):
+        if kind is not None:
+            is_number = kind == NUMBER or kind[0] is None
+            found.append(f"{name} a number" if is_number else f"{name} {_short(kind[0])} of rank {kind[1]}")
+    return found
