@@ -23,8 +23,8 @@ from .kernels import Combine, Kernel, first_module, second_module
 from .template import sources_digest
 
 # The characters of the C helper for Triton's types, and bytes of each.
-_CHARACTERS = {"i1": "b", "i8": "b", "u8": "b", "i16": "h", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
-_BYTES = {"P": 8, "b": 1, "h": 2, "i": 4, "l": 8, "f": 4, "d": 8, "T": 128}
+CHARACTERS = {"i1": "b", "i8": "b", "u8": "b", "i16": "h", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
+BYTES = {"P": 8, "b": 1, "h": 2, "i": 4, "l": 8, "f": 4, "d": 8, "T": 128}
 _REMEDY = "Call flexdecode.allow_compilation() to write a folder."
 
 
@@ -124,7 +124,7 @@ class Writer:
                 raise CompileError(f"{kernel} needs `{name}`, which folders of kernels do not support")
         if getattr(metadata, "num_ctas", 1) != 1:
             raise CompileError(f"{kernel} is launched in clusters, which folders of kernels do not support")
-        expected = [_BYTES[kind] for kind in form if kind in _BYTES] + [8, 8]  # and two pointers to scratch memory
+        expected = [BYTES[kind] for kind in form if kind in BYTES] + [8, 8]  # and two pointers to scratch memory
         found = parameter_bytes(compiled.asm)
         if found != expected:
             raise CompileError(
@@ -147,9 +147,9 @@ def form_of(kind: Any) -> str:
         return "P"
     if kind.startswith("tensordesc<"):  # the descriptor, its shape and its strides
         return "Tiill"
-    if kind not in _CHARACTERS:
+    if kind not in CHARACTERS:
         raise CompileError(f"folders of kernels do not support arguments of the type {kind}")
-    return _CHARACTERS[kind]
+    return CHARACTERS[kind]
 
 
 def parameter_bytes(asm: Any) -> list[int]:
