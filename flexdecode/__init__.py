@@ -4,6 +4,8 @@
 >>> out = flexdecode.flex_decode(query, key, value, score_mod=flexdecode.mods.softcap(50.0))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import mods as mods
 from .api import cache_info as cache_info
 from .api import clear_cache as clear_cache
@@ -25,13 +27,15 @@ from .kv.kv_cache import OutOfPagesError as OutOfPagesError
 from .kv.kv_cache import PagedKVCache as PagedKVCache
 from .kv.merge import merge_attention as merge_attention
 from .memos import CacheInfo as CacheInfo
-from .report.explanation import Explanation as Explanation
 from .runtime.ahead import LoadedKernels as LoadedKernels
 from .runtime.ahead import SavedKernel as SavedKernel
 from .runtime.ahead import load as load
 from .switch import allow_compilation as allow_compilation
 from .switch import forbid_compilation as forbid_compilation
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .report.explanation import Explanation as Explanation
 
 __all__ = [
     "CacheInfo",
@@ -62,3 +66,12 @@ __all__ = [
     "save_kernels",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what few programs need when it is asked for, because programs wait for the import of the package."""
+    if name == "Explanation":
+        from .report.explanation import Explanation
+
+        return Explanation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

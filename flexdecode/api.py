@@ -16,7 +16,6 @@ from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache, PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
-from .report.explanation import Explanation, explain_request
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
 from .runtime.request import Request, read_request
@@ -24,6 +23,8 @@ from .runtime.run import run_request
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from .report.explanation import Explanation
 
 
 def flex_decode(
@@ -157,6 +158,8 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
     """
+    from .report.explanation import explain_request  # few programs need it
+
     request, _, options = _read("explain", arguments, keywords)
     return explain_request(request, options, device)
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from ..ahead.folder import MadeWith
+from ..ahead.helper import system
 from ..analysis.proven import ProvenMods
 from ..call.device import DeviceFacts
 from ..call.signature import NUMBER, OPTIONAL, Signature
+from ..triton_api import triton_release
+from ..version import __version__
 from .arguments import KernelSpec
+from .template import sources_digest
 
 SPLIT, COMBINE = "decode_split", "decode_combine"  # names of the kernels of both passes
+
+
+def made_with(facts: DeviceFacts) -> MadeWith:
+    """What a folder of kernels for a device has to be made with, to be used by this installation."""
+    return MadeWith(__version__, sources_digest(), triton_release(), system(), facts.backend, facts.arch)
 
 
 def target_of(facts: DeviceFacts) -> tuple[str, int | str]:

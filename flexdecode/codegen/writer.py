@@ -7,30 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..ahead.folder import LAUNCHER, Entry, MadeWith
-from ..ahead.helper import build_launcher, system
+from ..ahead.folder import LAUNCHER, Entry
+from ..ahead.helper import build_launcher
 from ..ahead.loaded import hash_of
 from ..analysis.proven import ProvenMods
 from ..call.device import DeviceFacts
 from ..errors import CompilationForbiddenError, CompileError
 from ..switch import check_allowed
 from ..triton_api import triton_release
-from ..version import __version__
 from .arguments import KernelSpec
 from .compile import argument_types, compile_pass
 from .identity import COMBINE, SPLIT, identity_of, signature_text
 from .kernels import Combine, Kernel, first_module, second_module
-from .template import sources_digest
 
 # The characters of the C helper for Triton's types, and bytes of each.
 CHARACTERS = {"i1": "b", "i8": "b", "u8": "b", "i16": "h", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
 BYTES = {"P": 8, "b": 1, "h": 2, "i": 4, "l": 8, "f": 4, "d": 8, "T": 128}
 _REMEDY = "Call flexdecode.allow_compilation() to write a folder."
-
-
-def made_with(facts: DeviceFacts) -> MadeWith:
-    """What a folder for a device has to be made with, to be used by this installation."""
-    return MadeWith(__version__, sources_digest(), triton_release(), system(), facts.backend, facts.arch)
 
 
 class Writer:

@@ -14,8 +14,8 @@ from ..ahead.loaded import register
 from ..call.device import DeviceFacts, device_facts, find_target, interpreting
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions
 from ..call.signature import Aux
+from ..codegen.identity import made_with
 from ..codegen.kernels import find_combine, find_kernel
-from ..codegen.writer import Writer, made_with
 from .prepare import Prepared, Target, trace_call
 from .request import Request
 from .run import find_plan
@@ -71,6 +71,8 @@ def save_request(
     device: str | DeviceFacts | None,
 ) -> list[SavedKernel]:
     """As `flexdecode.save_kernels`, for arguments that are already read."""
+    from ..codegen.writer import Writer  # where kernels are only loaded, it is not needed
+
     options = _for_kernels(DEFAULT_OPTIONS if options is None else options)
     if interpreting():
         raise ValueError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it to write a folder of kernels")

@@ -16,7 +16,10 @@ static Function functions[64];
 static int num_told, num_found;
 static CUcontext context;
 
-static FILE *log_file(void) { return fopen(getenv("FAKE_DRIVER_LOG"), "a"); }
+static FILE *log_file(void) {
+  const char *name = getenv("FAKE_DRIVER_LOG");
+  return fopen(name ? name : "/dev/null", "a");
+}
 
 /* Says how many bytes each parameter of a kernel has; told in the order in which the kernels are loaded. */
 void fake_tell_sizes(int count, const int *sizes) {

@@ -22,6 +22,7 @@ def driver(tmp_path_factory):
         ["cc", "-shared", "-fPIC", f"-I{cuda_headers()}", HERE / "fake_driver.c", "-o", folder / "libcuda.so.1"],
         check=True,
     )
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # Triton 3.5 links it by this name
     return folder
 
 
