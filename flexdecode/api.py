@@ -249,7 +249,7 @@ def cache_info() -> CacheInfo:
 
 
 def clear_cache() -> None:
-    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays.
+    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache and loaded folders stay.
 
     From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
     """

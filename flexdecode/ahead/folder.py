@@ -154,19 +154,19 @@ def read_folder(path: Path, here: MadeWith) -> Folder:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("checksum", None)
-        made_with = MadeWith(**manifest["made_with"])
+        written = dict(manifest["made_with"])
     except OSError as error:
         raise damaged(path, f"{MANIFEST} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise damaged(path, f"{MANIFEST} is no manifest") from None
-    check_made_with(path, made_with, here)  # before all else: another version may write other things
+    check_made_with(path, written, here)  # before all else: another version may write other things
     if manifest.get("format") != FORMAT or claimed != _checksum(manifest):
         raise damaged(path, f"{MANIFEST} has another checksum")
     entries = {identity: Entry(**entry) for identity, entry in manifest["entries"].items()}
     checksums = manifest["checksums"]
     if not all(map(_FILE_NAME.fullmatch, checksums)):
         raise damaged(path, f"{MANIFEST} names files outside of it")
-    return Folder(path, made_with, entries, checksums)
+    return Folder(path, MadeWith(**written), entries, checksums)
 
 
 def check_files(folder: Folder) -> None:
@@ -183,18 +183,18 @@ def check_files(folder: Folder) -> None:
         _refuse_open(folder.path / name)
 
 
-def check_made_with(path: Path, made_with: MadeWith, here: MadeWith) -> None:
-    """Refuses a folder of other versions.
+def check_made_with(path: Path, written: Mapping[str, Any], here: MadeWith) -> None:
+    """Refuses a folder of other versions. Those of the folder are not checked yet.
 
     Raises:
         KernelFolderError: a version or the system differs.
     """
     again = "write it again with flexdecode.save_kernels"
     for name, spelled in (("flexdecode", "flexdecode {}"), ("triton", "Triton {}"), ("system", "{}")):
-        theirs, ours = (spelled.format(getattr(made, name)) for made in (made_with, here))
+        theirs, ours = spelled.format(written.get(name)), spelled.format(getattr(here, name))
         if theirs != ours:
             raise KernelFolderError(f"the folder {path} was written with {theirs}, this is {ours}: {again}")
-    if made_with.sources != here.sources:
+    if written.get("sources") != here.sources:
         raise KernelFolderError(
             f"the folder {path} was written by flexdecode {here.flexdecode} with other source files: {again}"
         )

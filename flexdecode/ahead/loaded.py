@@ -107,11 +107,6 @@ def register(folder: Folder) -> None:
         _loaded[folder.path] = found
 
 
-def forget_folders() -> None:
-    """Registers no folder any more."""
-    _loaded.clear()
-
-
 def any_folder() -> bool:
     """Whether any folder is registered."""
     return bool(_loaded)

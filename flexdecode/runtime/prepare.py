@@ -272,14 +272,14 @@ class _Loaded:
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         passes = []
-        for launch in self.scheduler.choose(inputs, sizes, allows_latents()):
+        for launch in self.scheduler.choose(inputs, sizes, allows_latents(self.facts)):
             tiles = launch.schedule.tiles
             try:
                 form = self.forms.get(tiles) or self._find(tiles)
             except CompileError as error:
                 if not tiles.latent or isinstance(error, CompilationForbiddenError):
                     raise
-                _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
+                _refusals[self.facts] = str(error)  # the error itself would keep the tensors of its call alive
                 text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 return self.launcher(inputs, sizes)
@@ -326,12 +326,13 @@ class _Loaded:
                 tiles = replace(tiles, block_n=tiles.block_n // 2)
 
 
-_refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
+# Why the kernel for latents did not compile for a device; then it is not tried again.
+_refusals: dict[DeviceFacts, str] = {}
 
 
-def allows_latents() -> bool:
-    """Whether the kernel for latents can be tried."""
-    return not _refusals
+def allows_latents(facts: DeviceFacts) -> bool:
+    """Whether the kernel for latents can be tried on a device."""
+    return facts not in _refusals
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:

@@ -2,8 +2,8 @@
 
     python ahead_process.py NAME FOLDER (save | triton | folder)
 
-`save` writes the kernels of a call. `triton` and `folder` run it twice, and the driver logs what it gets. `folder` prints
-the milliseconds of `load` and the first call; no compiler can be started there.
+`save` writes the kernels of a call. `triton` and `folder` run it twice, and the driver logs what it gets. `folder`
+prints the milliseconds of `load` and the first call; no compiler can be started there.
 """
 
 import contextlib
