@@ -16,11 +16,12 @@ from unittest import mock
 
 import torch
 import triton
+from no_compiler import no_compiler
 
 import flexdecode
 from flexdecode.ahead import loaded
 from flexdecode.call.device import DeviceFacts
-from flexdecode.codegen import kernels, writer
+from flexdecode.codegen import writer
 from flexdecode.runtime import prepare
 
 H200 = DeviceFacts("cuda", 90, num_sms=132, shared_memory=227 * 1024)
@@ -90,26 +91,6 @@ def use_driver():
     driver.get_current_device = lambda: 0
     driver.get_device_capability = lambda device: (9, 0)
     triton.runtime.driver.set_active(driver)
-
-
-def _fails(*arguments, **keywords):
-    raise AssertionError("a compiler was started")
-
-
-@contextlib.contextmanager
-def no_compiler():
-    """Replaces Triton's compiler and the C compiler by failures."""
-    with contextlib.ExitStack() as stack:
-        for place, name in (
-            (triton, "compile"),
-            (triton.compiler, "compile"),
-            (triton.runtime.build, "_build"),
-            (kernels, "compile_pass"),
-            (writer, "build_launcher"),
-        ):
-            stack.enter_context(mock.patch.object(place, name, _fails))
-        stack.enter_context(mock.patch("subprocess.Popen", _fails))
-        yield
 
 
 def tell_sizes(folder):
