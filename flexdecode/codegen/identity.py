@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ..ahead.folder import MadeWith
@@ -36,6 +36,8 @@ def identity_of(kernel: str, spec: KernelSpec, proven: ProvenMods | None) -> str
         spec: of the kernel. Its device does not matter.
         proven: the mods of a first pass; None for a second pass, which does not depend on them.
     """
+    if proven is None:
+        spec = replace(spec, score_captures=(), mask_captures=(), num_live=0, num_full=0, block_lists=False)
     signature = _plain(spec.signature, without=("device", "format"))
     signature["format"] = type(spec.signature.format).__name__
     others = _plain(spec, without=("signature",))
@@ -61,8 +63,7 @@ def signature_text(kernel: str, spec: KernelSpec, facts: DeviceFacts) -> str:
         "one query token" if signature.one_token else "several query tokens",
         *_optional(signature),
         *([f"pages of {signature.page_size}"] if signature.page_size else []),
-        *(["a BlockMask"] if spec.block_lists else []),
-        f"captures {spec.score_captures} and {spec.mask_captures}",
+        *_of_mods(kernel, spec),
         *(name for name, asked in signature.aux._asdict().items() if asked),
         *([] if signature.aligned else ["not aligned"]),
         f"strides {signature.strides}",
@@ -70,6 +71,15 @@ def signature_text(kernel: str, spec: KernelSpec, facts: DeviceFacts) -> str:
         *(name for name in ("split", "balanced", "shared", "paired") if getattr(tiles, name)),
     ]
     return ", ".join(parts)
+
+
+def _of_mods(kernel: str, spec: KernelSpec) -> list[str]:
+    """What a first pass is specialised to in its mods."""
+    if kernel == COMBINE:
+        return []
+    captures = {"score_mod": spec.score_captures, "mask_mod": spec.mask_captures}
+    found = [f"{name} captures {', '.join(types)}" for name, types in captures.items() if types]
+    return [*found, *(["a BlockMask"] if spec.block_lists else [])]
 
 
 def _short(dtype: Any) -> str:
