@@ -277,10 +277,8 @@ static int read_arguments(const char **form, PyObject *arguments, Value **values
     return 0;
   }
   Py_ssize_t count = is_list ? PyList_Size(arguments) : PyTuple_Size(arguments), place = 0;
-  for (; **form && **form != ')'; ++place) {
+  for (; **form && **form != ')' && place < count; ++place) {
     char kind = *(*form)++;
-    if (place >= count)
-      break;
     PyObject *argument = is_list ? PyList_GetItem(arguments, place) : PyTuple_GetItem(arguments, place);
     if (kind == '(') {
       if (!read_arguments(form, argument, values))
@@ -292,7 +290,7 @@ static int read_arguments(const char **form, PyObject *arguments, Value **values
       ++*values;
     }
   }
-  if (place != count) {
+  if (place != count || (**form && **form != ')')) {
     PyErr_SetString(PyExc_TypeError, "the number of arguments is not that of the kernel");
     return 0;
   }

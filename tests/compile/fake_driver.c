@@ -82,6 +82,16 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   return memcpy(map, words, sizeof(words)), CUDA_SUCCESS;
 }
 
+static void log_params(FILE *file, const Function *launched, void **params) {
+  fprintf(file, " params");
+  for (int i = 0; i < launched->num_sizes; ++i) {
+    fprintf(file, " ");
+    for (int j = 0; j < launched->sizes[i]; ++j)
+      fprintf(file, "%02x", ((const unsigned char *)params[i])[j]);
+  }
+  fprintf(file, "\n");
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
   const Function *launched = (const Function *)function;
   if (!getenv("FAKE_DRIVER_LOG"))
@@ -92,12 +102,23 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
           config->blockDimZ, config->sharedMemBytes, (void *)config->hStream);
   for (unsigned i = 0; i < config->numAttrs; ++i)
     fprintf(file, " %d=%d", config->attrs[i].id, config->attrs[i].value.programmaticStreamSerializationAllowed);
-  fprintf(file, " params");
-  for (int i = 0; i < launched->num_sizes; ++i) {
-    fprintf(file, " ");
-    for (int j = 0; j < launched->sizes[i]; ++j)
-      fprintf(file, "%02x", ((const unsigned char *)params[i])[j]);
-  }
-  fprintf(file, "\n");
+  log_params(file, launched, params);
   return fclose(file), CUDA_SUCCESS;
+}
+
+/* --- The same for HIP --------------------------------------------------------------------------------------------- */
+
+const char *hipGetErrorString(int code) { return "made up"; }
+int hipModuleLoadData(void **module, const void *image) { return cuModuleLoadData((CUmodule *)module, image); }
+int hipModuleGetFunction(void **function, void *module, const char *name) {
+  return cuModuleGetFunction((CUfunction *)function, (CUmodule)module, name);
+}
+int hipModuleLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                          unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **params,
+                          void **extra) {
+  FILE *file = log_file();
+  fprintf(file, "%s grid %u %u %u block %u %u %u shared %u stream %p", ((const Function *)function)->name, grid_x,
+          grid_y, grid_z, block_x, block_y, block_z, shared, stream);
+  log_params(file, function, params);
+  return fclose(file), 0;
 }

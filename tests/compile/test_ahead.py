@@ -35,7 +35,8 @@ def driver(tmp_path_factory):
         ["cc", "-shared", "-fPIC", f"-I{cuda_headers()}", HERE / "fake_driver.c", "-o", folder / "libcuda.so.1"],
         check=True,
     )
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # Triton 3.5 links it by this name
+    for other in ("libcuda.so", "libamdhip64.so"):  # Triton 3.5 links the first one
+        (folder / other).symlink_to("libcuda.so.1")
     return folder
 
 
@@ -81,6 +82,75 @@ def test_loading_and_the_first_call_are_quick(driver, tmp_path):
     variables = {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     milliseconds = [float(run("mods", folder, "folder", driver, **variables)[0]) for _ in range(4)]
     assert min(milliseconds) < 100, milliseconds
+
+
+PACKING = """
+import ctypes, sys
+from pathlib import Path
+from flexdecode.ahead.helper import build_launcher, import_launcher
+
+backend = sys.argv[1]
+path = Path(sys.argv[2]) / "launcher.abi3.so"
+path.write_bytes(build_launcher())
+launcher = import_launcher(path, "checksum")
+sizes = [8, 8, 1, 4, 8, 2, 4, 128, 8, 8]
+tell = ctypes.CDLL({"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}[backend]).fake_tell_sizes
+tell(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+kernel = launcher.load(backend, "some_kernel", b"\\x7fELF", "P(l(bx))()xfdhiT", 0, 64, 100, 1)
+good = [None, (-1, (True, "skipped")), (), object(), 1.5, 2, -2, 1 << 31, bytes(range(128))]
+launcher.launch(kernel, 3, 4, 5, good)
+launcher.launch(kernel, 0, 4, 5, good)  # nothing to do
+launcher.launch(kernel, 3, 4, 5, tuple([1 << 63, *good[1:]]))
+
+
+def refused(*arguments):
+    try:
+        launcher.launch(kernel, 3, 4, 5, *arguments)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+
+
+refused(good[:-1])
+refused([*good, 1])
+refused([*good[:7], 1 << 32, good[8]])
+refused([*good[:8], b"short"])
+refused([*good[:4], "text", *good[5:]])
+refused([good[0], 7, *good[2:]])
+refused(7)
+try:
+    launcher.load(backend, "some_kernel", b"damaged", "P", 0, 64, 100, 1)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_the_helper_packs_arguments(backend, driver, tmp_path):
+    log = tmp_path / "log"
+    known = {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(HERE.parents[1]), "FAKE_DRIVER_LOG": str(log)}
+    command = [sys.executable, "-c", PACKING, backend, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = log.read_text().splitlines()
+    head, params = first.split(" params ")
+    attributes = " attributes 6=1" if backend == "cuda" else ""
+    assert head == f"some_kernel grid 3 4 1 block 64 1 1 shared 100 stream 0x5{attributes}"
+    assert params.split() == [
+        "00" * 8, "ff" * 8, "01", "0000c03f", "0000000000000040", "feff", "00000080", bytes(range(128)).hex(), "00" * 8,
+        "00" * 8,
+    ]  # fmt: skip
+    assert second.split(" params ")[1].split()[0] == "00" * 7 + "80"
+    name = backend.upper()
+    assert done.stdout.splitlines() == [
+        "TypeError: the number of arguments is not that of the kernel",
+        "TypeError: the number of arguments is not that of the kernel",
+        "OverflowError: 4294967296 does not fit into 32 bits",
+        "TypeError: a descriptor must be what encode() made",
+        "TypeError: must be real number, not str",
+        "TypeError: arguments must be a tuple",
+        "TypeError: arguments must be a tuple",
+        f"{name} error 200 while loading some_kernel: made up",
+    ]
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
