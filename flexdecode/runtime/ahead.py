@@ -11,7 +11,7 @@ import torch
 
 from ..ahead.folder import MANIFEST, Entry, MadeWith, add_to_folder, check_files, check_target, read_folder
 from ..ahead.loaded import register
-from ..call.device import DeviceFacts, device_facts, find_target, interpreting
+from ..call.device import DeviceFacts, check_architecture, device_facts, find_target, interpreting
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions
 from ..call.signature import Aux
 from ..codegen.identity import made_with
@@ -78,6 +78,7 @@ def save_request(
         raise ValueError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it to write a folder of kernels")
     facts = find_target(request.inputs.query.device, "triton", device).facts
     assert facts is not None
+    check_architecture(facts)
     path = Path(folder).resolve()
     here = made_with(facts)
     known: dict[str, Entry] = {}

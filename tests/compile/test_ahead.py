@@ -16,6 +16,7 @@ from compile.compiling import DEVICES, meta_inputs
 import flexdecode
 from flexdecode import CompilationForbiddenError, CompileError, DecodeOptions, KernelFolderError, triton_api
 from flexdecode.ahead import loaded
+from flexdecode.call.device import DeviceFacts
 from flexdecode.codegen import writer
 from flexdecode.codegen.compile import compile_pass
 from flexdecode.codegen.template import template_folder
@@ -251,6 +252,18 @@ def test_an_unknown_device(tmp_path):
         save(tmp_path / "kernels", device="H900")
     with pytest.raises(ValueError, match="`query` is on the meta device: say for which GPU"):
         save(tmp_path / "kernels", device=None)
+    assert not (tmp_path / "kernels").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch"), [("cuda", 77), ("cuda", "sm_90"), ("hip", "gfx000"), ("hip", 90), ("tpu", 5), ("cpu", "x")]
+)
+def test_an_unknown_architecture(backend, arch, tmp_path):
+    """Some of these would end the process."""
+    with pytest.raises(
+        ValueError, match=rf"^there is no architecture {backend} {arch!r}: known are cuda 75, .*gfx950$"
+    ):
+        save(tmp_path / "kernels", device=DeviceFacts(backend, arch, 100, 100000))
     assert not (tmp_path / "kernels").exists()
 
 

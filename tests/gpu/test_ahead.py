@@ -184,6 +184,23 @@ def test_a_miss_names_the_signature():
     assert not kernels._kernels
 
 
+def test_an_append_that_would_compile_is_refused():
+    from flexdecode.triton_api import standalone_kernel
+
+    standalone_kernel.cache_clear()
+    cache = flexdecode.KVCache(batch=2, num_kv_heads=2, head_dim=64, max_kv_len=64, dtype=torch.float16, device="cuda")
+    new = normal(2, 2, 1, 64, dtype=torch.float16)
+    with (
+        flexdecode.forbid_compilation(),
+        pytest.raises(flexdecode.CompilationForbiddenError, match=r"kernel append of append\.py"),
+    ):
+        cache.append(new, new)
+    cache = flexdecode.KVCache(batch=2, num_kv_heads=2, head_dim=64, max_kv_len=64, dtype=torch.float16, device="cuda")
+    cache.append(new, new)
+    with flexdecode.forbid_compilation():
+        cache.append(new, new)
+
+
 def test_loading_and_the_first_call_are_quick(tmp_path):
     """Below 100 ms in a fresh process; the fastest of several counts."""
     command = [sys.executable, str(ROOT / "benchmarks" / "ahead.py"), "--child", str(tmp_path / "kernels")]
