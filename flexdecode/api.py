@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
-from .call.signature import NO_AUX, ONLY_LSE
+from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache, PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
-from .report.explanation import Explanation, explain_request
+from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
-from .runtime.request import read_request
+from .runtime.request import Request, read_request
 from .runtime.run import run_request
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from .report.explanation import Explanation
 
 
 def flex_decode(
@@ -155,20 +158,89 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
     """
+    from .report.explanation import explain_request  # few programs need it
+
+    request, _, options = _read("explain", arguments, keywords)
+    return explain_request(request, options, device)
+
+
+def save_kernels(
+    folder: str | PathLike[str], *arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any
+) -> list[SavedKernel]:
+    """Compiles what a call of `flex_decode` needs, and writes it into a folder for `load`. No GPU is needed.
+
+        >>> save_kernels("kernels", query, key, value, score_mod=alibi, kv_lens=kv_lens, device="H100")
+
+    The folder keeps what it has, so several calls can be written into it. It serves one architecture, one version of
+    flexdecode and one of Triton. Writing it needs a C compiler and Python's headers. Loading it does not.
+
+    Query, key and value may be on the meta device (`torch.empty(..., device="meta")`): only their shapes, strides and
+    dtypes matter, and lengths and captured tensors may then be anywhere. Tensors on the meta device count as aligned to
+    16 bytes. Number and length of the sequences decide which tiles a call uses, so write a call for each that matters.
+
+    Args:
+        folder: where to write; it is made if it does not exist.
+        arguments: those of `flex_decode`, by place.
+        device: the GPU to compile for, where it is not that of the tensors: `"H100"`, or the facts of another one.
+        keywords: those of `flex_decode`, by name.
+
+    Returns:
+        A record of each kernel that the call needs, also of those that the folder had.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`; also if the device is not known.
+        CompileError: a kernel or the C helper did not compile.
+        CompilationForbiddenError: something would have to be compiled after `forbid_compilation()`.
+        KernelFolderError: the folder is damaged, or was written for something else.
+        PermissionError: everybody can write into the folder.
+    """
+    return save_request(folder, *_read("save_kernels", arguments, keywords), device)
+
+
+def warmup(*arguments: Any, **keywords: Any) -> None:
+    """Prepares a call of `flex_decode` on the present device, so that the next such call compiles nothing.
+
+        >>> warmup(query, key, value, score_mod=alibi, kv_lens=kv_lens)
+
+    Nothing is computed. Kernels come from memory, from folders that `load` registered, or from the compiler. Query, key
+    and value may be on the meta device: then the call is prepared for the current GPU, or for the CPU if there is none.
+    The number and the length of the sequences decide which tiles a call uses, so warm up each that matters.
+
+    Args:
+        arguments: those of `flex_decode`, by place.
+        keywords: those of `flex_decode`, by name.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError, CompileError: as `flex_decode`.
+        CompilationForbiddenError: a kernel would have to be compiled after `forbid_compilation()`.
+    """
+    warm_request(*_read("warmup", arguments, keywords))
+
+
+def _read(name: str, arguments: tuple, keywords: dict[str, Any]) -> tuple[Request, Aux, DecodeOptions | None]:
+    """Reads the arguments of `flex_decode` that the function `name` was given.
+
+    Returns:
+        The request, the numbers of rows that it asks for, and the options.
+    """
     try:
         given = inspect.signature(flex_decode).bind(*arguments, **keywords)
     except TypeError as error:
-        raise TypeError(f"explain() {error}") from None
+        raise TypeError(f"{name}() {error}") from None
     given.apply_defaults()
     asked = given.arguments
     inputs = Inputs(**{name: asked[name] for name in Inputs._fields})
     others = (asked[name] for name in ("score_mod", "mask_mod", "block_mask", "cache", "options"))
-    return explain_request(read_request(inputs, *others), asked["options"], device)
+    return read_request(inputs, *others), ONLY_LSE if asked["return_lse"] else NO_AUX, asked["options"]
 
 
 # What `help` and notebooks show; the types of functions do not know the attribute.
-_SHOWN = [*inspect.signature(flex_decode).parameters.values(), inspect.signature(explain).parameters["device"]]
-explain.__signature__ = inspect.Signature(_SHOWN)  # type: ignore[attr-defined]
+_GIVEN = [*inspect.signature(flex_decode).parameters.values()]
+_DEVICE = inspect.signature(explain).parameters["device"]
+_FOLDER = inspect.signature(save_kernels).parameters["folder"]
+explain.__signature__ = inspect.Signature([*_GIVEN, _DEVICE])  # type: ignore[attr-defined]
+save_kernels.__signature__ = inspect.Signature([_FOLDER, *_GIVEN, _DEVICE])  # type: ignore[attr-defined]
+warmup.__signature__ = inspect.Signature(_GIVEN)  # type: ignore[attr-defined]
 
 
 def cache_info() -> CacheInfo:
@@ -177,7 +249,7 @@ def cache_info() -> CacheInfo:
 
 
 def clear_cache() -> None:
-    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache stays.
+    """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache and loaded folders stay.
 
     From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
     """

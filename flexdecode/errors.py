@@ -36,6 +36,14 @@ class CompileError(FlexDecodeError):
     """The generated kernel did not compile; the message names the source file."""
 
 
+class CompilationForbiddenError(CompileError):
+    """A kernel would have to be compiled after `forbid_compilation()`; the message names its signature."""
+
+
+class KernelFolderError(FlexDecodeError):
+    """A folder of kernels is damaged, or was written for something else; the message is one line with the remedy."""
+
+
 class TritonVersionError(FlexDecodeError):
     """The installed Triton is one that flexdecode cannot launch kernels with; the message names it and the remedy."""
 

@@ -19,9 +19,10 @@ class CacheInfo:
         hits: calls that found everything prepared (mods, shapes and strides seen before).
         traces: mods traced.
         generations: modules written from graphs.
-        compilations: kernels compiled or loaded from Triton's cache. The second pass, which merges the parts of a row,
+        compilations: kernels compiled or found in Triton's cache. The second pass, which merges the parts of a row,
             is not counted: calls share it.
         disk_hits: modules found on disk, with no analysis and no generation.
+        loads: kernels taken from a folder that `load` registered, with no compilation.
     """
 
     calls: int = 0
@@ -30,6 +31,7 @@ class CacheInfo:
     generations: int = 0
     compilations: int = 0
     disk_hits: int = 0
+    loads: int = 0
 
 
 counters = CacheInfo()

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import TritonVersionError
+from .errors import CompileError, TritonVersionError
+from .switch import check_allowed
 
 OLDEST, NEWEST = (3, 5), (3, 9)  # versions of Triton that the tests ran with
 
@@ -32,6 +33,32 @@ def triton_version() -> tuple[int, int] | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return int(major), int(minor)
+
+
+@functools.cache
+def triton_release() -> str:
+    """The whole version of the installed Triton."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        import triton
+
+        return triton.__version__
+
+
+def cuda_headers() -> Path:
+    """The folder with `cuda.h`, which Triton brings along.
+
+    Raises:
+        CompileError: it does not.
+    """
+    found = importlib.util.find_spec("triton")
+    places = [] if found is None else found.submodule_search_locations or []
+    for place in places:
+        folder = Path(place) / "backends" / "nvidia" / "include"
+        if (folder / "cuda.h").is_file():
+            return folder
+    raise CompileError("a folder of kernels needs cuda.h, which this Triton does not have: install Triton from PyPI")
 
 
 def _spelled(version: tuple[int, int] | None) -> str:
@@ -79,7 +106,17 @@ def load_module(path: Path) -> ModuleType:
 def standalone_kernel(path: Path, name: str) -> Any:
     """A kernel of a template that is used as it stands, for Triton's own `kernel[grid](...)`."""
     check_version()
-    return getattr(load_module(path), name)
+    kernel = getattr(load_module(path), name)
+    compile_variant: Any = getattr(kernel, "_do_compile", None)  # of a `JITFunction`; the interpreter has none
+
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        remedy = "Call it once before flexdecode.forbid_compilation(): folders of kernels do not have this one."
+        check_allowed(f"the kernel {name} of {path.name}", "", remedy)
+        return compile_variant(*arguments, **keywords)
+
+    if compile_variant is not None:
+        kernel._do_compile = checked
+    return kernel
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------------

@@ -55,6 +55,24 @@ class DeviceFacts:
         return self.has_pdl
 
 
+# What can be compiled for without a GPU at hand. For other architectures, LLVM may end the whole process.
+ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
+    "cuda": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
+    "hip": ("gfx90a", "gfx942", "gfx950"),
+}
+
+
+def check_architecture(facts: DeviceFacts) -> None:
+    """Refuses a device that nothing can be compiled for.
+
+    Raises:
+        ValueError: its architecture is not known.
+    """
+    if facts.arch not in ARCHITECTURES.get(facts.backend, ()):
+        known = ", ".join(f"{backend} {arch}" for backend, archs in ARCHITECTURES.items() for arch in archs)
+        raise ValueError(f"there is no architecture {facts.backend} {facts.arch!r}: known are {known}")
+
+
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

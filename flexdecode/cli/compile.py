@@ -41,9 +41,7 @@ def compile_kernels(
     more = {"return_lse": True} if return_lse else {}
     for shape, call in zip(shapes, calls, strict=True):
         tensors = (call.pop(name) for name in ("query", "key", "value"))
-        saved = flexdecode.save_kernels(  # type: ignore[attr-defined]
-            output, *tensors, score, mask, device=device, **call, **more
-        )
+        saved = flexdecode.save_kernels(output, *tensors, score, mask, device=device, **call, **more)
         typer.echo("\n".join([shape, *(_describe(kernel) for kernel in saved)]))
     typer.echo(f"In {output}")
 

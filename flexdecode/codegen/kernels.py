@@ -7,16 +7,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from ..ahead import loaded
+from ..ahead.loaded import FolderLaunch
 from ..analysis.proven import ProvenMods
 from ..call.device import DeviceFacts
 from ..call.signature import Signature
 from ..call.tiles import Tiles
 from ..errors import CompileError
 from ..memos import counters, lock
+from ..switch import check_allowed
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
 from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
+from .identity import COMBINE, SPLIT, identity_of, signature_text, target_of
 from .lower import lower, lower_bounds
 from .template import generate, sources_digest, standalone
 
@@ -26,12 +32,12 @@ class Kernel:
 
     Attributes:
         path: the generated module.
-        run: `run(grid, stream, arguments)`; a `Launch`, except in the interpreter.
+        run: `run(grid, stream, arguments)`; a `Launch` or a `FolderLaunch`, except in the interpreter.
     """
 
-    def __init__(self, module: ModuleType, path: Path, spec: KernelSpec, facts: DeviceFacts) -> None:
+    def __init__(self, path: Path, run: Any) -> None:
         self.path = path
-        self.run = _pass(module, spec, facts, combine=False)
+        self.run = run
 
 
 class Combine:
@@ -44,16 +50,30 @@ class Combine:
         of_small: whether it merges the rows of small tiles only.
     """
 
-    def __init__(self, spec: KernelSpec, facts: DeviceFacts) -> None:
-        module = _second_module()
-        self.run = _pass(module, spec, facts, combine=True)
-        self.pick = itemgetter(*[PLACES[n] for n in module.decode_combine.arg_names if n in PLACES])
+    def __init__(self, spec: KernelSpec, run: Any, names: list[str]) -> None:
+        """`names`: of the parameters."""
+        self.run = run
+        self.pick = itemgetter(*[PLACES[n] for n in names if n in PLACES])
         self.block_dv = combine_block_dv(spec)
         self.of_small = spec.of_small
 
 
-def _second_module() -> ModuleType:
+def second_module() -> ModuleType:
+    """The module of the second pass."""
     return load_module(store.fixed_module(standalone("combine.py")))
+
+
+def first_module(proven: ProvenMods, spec: KernelSpec) -> tuple[ModuleType, Path]:
+    """The module of a first pass, and its file.
+
+    Raises:
+        CompileError: the installed Triton lacks what it imports.
+    """
+    path = module_path(proven, template_files(proven, spec.signature, spec.tiles))
+    try:
+        return load_module(path), path
+    except ImportError as error:  # Gluon's names change between releases
+        raise CompileError(f"{error}\n  source: {path}") from error
 
 
 def _pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
@@ -71,29 +91,73 @@ _combines: dict[tuple, Combine] = {}
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
-    """The kernel for a spec and two mods: from memory, from a module on disk, or generated."""
+    """The kernel for a spec and two mods: from memory, from a loaded folder, from a module on disk, or generated.
+
+    Raises:
+        CompilationForbiddenError: it would have to be compiled, and that is forbidden.
+    """
     key = (spec, facts, proven.text)
     with lock:
         if key not in _kernels:
-            path = module_path(proven, template_files(proven, spec.signature, spec.tiles))
-            try:
-                module = load_module(path)
-            except ImportError as error:  # Gluon's names change between releases
-                raise CompileError(f"{error}\n  source: {path}") from error
-            _kernels[key] = Kernel(module, path, spec, facts)
-            counters.compilations += 1
+            launch = _find_loaded(SPLIT, spec, facts, proven)
+            if launch is not None:
+                _kernels[key] = Kernel(launch.source, launch)
+            else:
+                _refuse_compilation(SPLIT, spec, facts)
+                module, path = first_module(proven, spec)
+                _kernels[key] = Kernel(path, _pass(module, spec, facts, combine=False))
+                counters.compilations += 1
         return _kernels[key]
 
 
 def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
-    """The second pass for the partial results of a spec. Specs that differ in other things share it."""
-    types = argument_types(spec, _second_module().decode_combine.arg_names)
-    given = attributes(spec, types)
-    key = *constants(spec, facts, combine=True).items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
+    """The second pass for the partial results of a spec. Specs that differ in other things share it.
+
+    Raises:
+        CompilationForbiddenError: as for `find_kernel`.
+    """
     with lock:
+        launch = _find_loaded(COMBINE, spec, facts, None)
+        if launch is not None:
+            return Combine(spec, launch, launch.entry.arguments)
+        module = second_module()
+        names = module.decode_combine.arg_names
+        types = argument_types(spec, names)
+        given = attributes(spec, types)
+        known = constants(spec, facts, combine=True)
+        key = *known.items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
         if key not in _combines:
-            _combines[key] = Combine(spec, facts)
+            _refuse_compilation(COMBINE, spec, facts)
+            _combines[key] = Combine(spec, _pass(module, spec, facts, combine=True), names)
         return _combines[key]
+
+
+def _find_loaded(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> FolderLaunch | None:
+    """A kernel of a loaded folder, on the device of the spec.
+
+    Raises:
+        CompileError: it did not compile when the folder was written.
+    """
+    if facts.backend == "cpu" or not loaded.any_folder():
+        return None
+    found = loaded.find(target_of(facts), identity_of(kernel, spec, proven))
+    if found is None:
+        return None
+    folder, name = found
+    with torch.cuda.device(spec.signature.device):
+        launch = folder.launch(name, spec.signature.device.index)
+    counters.loads += 1
+    return launch
+
+
+def _refuse_compilation(kernel: str, spec: KernelSpec, facts: DeviceFacts) -> None:
+    """Raises if compilations are forbidden; Triton's interpreter compiles nothing."""
+    if facts.backend != "cpu":
+        remedy = (
+            "Write it ahead of time with flexdecode.save_kernels(folder, ...), or prepare the call with "
+            "flexdecode.warmup(...) before compilation is forbidden."
+        )
+        check_allowed(kernel, signature_text(kernel, spec, facts), remedy)
 
 
 def template_files(proven: ProvenMods, signature: Signature, tiles: Tiles) -> tuple[str, ...]:

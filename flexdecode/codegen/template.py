@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,11 +49,21 @@ def read_template(name: str) -> str:
 
 @functools.cache
 def sources_digest() -> str:
-    """Hash of all template files and of this package. After an edit of one of them, modules are generated again."""
-    package = Path(__file__).parents[1]
-    paths = [*sorted(template_folder().glob("*.py")), *sorted(package.rglob("*.py"))]
-    texts = [path.read_bytes() for path in paths]
-    return hashlib.sha256(b"".join(texts)).hexdigest()
+    """Hash of all template files and of this package. After an edit of one of them, modules are generated again.
+
+    It is the same for a checkout and for an installed package.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = []
+    for place, folders, names in os.walk(package):
+        if place == package and "templates" in folders:  # in an installed package
+            folders.remove("templates")
+        found += [os.path.join(place, name) for name in names if name.endswith((".py", ".c"))]
+    digest = hashlib.sha256()
+    for path in (*sorted(map(str, template_folder().glob("*.py"))), *sorted(found)):
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:

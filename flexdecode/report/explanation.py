@@ -290,7 +290,7 @@ def _report(call: _Call, target: Target) -> Explanation:
     if target.facts is not None and not inputs.is_empty:
         schedule = (
             Scheduler(signature, call.proven, target.facts, call.options)
-            .choose(inputs, inputs.sizes, allows_latents())[0]
+            .choose(inputs, inputs.sizes, allows_latents(target.facts))[0]
             .schedule
         )
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))

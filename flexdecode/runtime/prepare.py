@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -20,14 +22,27 @@ from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
-from ..codegen.kernels import Combine, find_combine, find_kernel
-from ..errors import CompileError, SharedMemoryError
+from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel
+from ..errors import CompilationForbiddenError, CompileError, SharedMemoryError
 from ..frontend.graph import Graph
 from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
 
 Mods = tuple[Mod, Mod]  # the score_mod and the mask_mod
+
+
+class Target(NamedTuple):
+    """Where kernels come from, if not for the device of the tensors.
+
+    Attributes:
+        facts: about the device that they are for.
+        find_kernel, find_combine: take the place of those of `codegen.kernels`.
+    """
+
+    facts: DeviceFacts
+    find_kernel: Callable[[KernelSpec, DeviceFacts, ProvenMods], Kernel]
+    find_combine: Callable[[KernelSpec, DeviceFacts], Combine]
 
 
 @dataclass(frozen=True)
@@ -161,15 +176,15 @@ class Prepared:
     them: it finds which indices are in range, the numbers of the schedule, and what is launched.
     """
 
-    def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, aux: Aux) -> None:
-        self.traced = traced
+    def __init__(self, traced: Traced, inputs: Inputs, mods: Mods, aux: Aux, target: Target | None = None) -> None:
+        self.traced, self.target = traced, target
         options = traced.options
         names = name_graphs(traced.graphs, mods) if options.debug else None
         self.eager = EagerLauncher(traced.graphs, names)
         self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, aux, options)
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
-            self.facts = device_facts(traced.signature.device)
+            self.facts = device_facts(traced.signature.device) if target is None else target.facts
             interpreted = self.facts.backend == "cpu"
             if interpreted and inputs.query.dtype == torch.bfloat16:
                 raise ValueError(
@@ -233,7 +248,8 @@ class Prepared:
             self.num_proof_values = len(mask.proof_values)
         loaded = self.loaded.get(key)
         if loaded is None:
-            loaded = _Loaded(self.traced, self.traced.proven(*key), self.facts)
+            target = self.target or Target(self.facts, find_kernel, find_combine)
+            loaded = _Loaded(self.traced, self.traced.proven(*key), target)
             self.loaded[key] = loaded
         return loaded, mask
 
@@ -241,12 +257,12 @@ class Prepared:
 class _Loaded:
     """The kernels of one `ProvenMods`, by their tiles."""
 
-    def __init__(self, traced: Traced, proven: ProvenMods, facts: DeviceFacts) -> None:
+    def __init__(self, traced: Traced, proven: ProvenMods, target: Target) -> None:
         self.proven = proven
         self.signature = traced.signature
-        self.facts = facts
+        self.facts, self.find_kernel, self.find_combine = target
         self.options = traced.options
-        self.scheduler = Scheduler(traced.signature, proven, facts, traced.options)
+        self.scheduler = Scheduler(traced.signature, proven, self.facts, traced.options)
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
         self.combines: dict[tuple, Combine] = {}
 
@@ -256,14 +272,14 @@ class _Loaded:
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         passes = []
-        for launch in self.scheduler.choose(inputs, sizes, allows_latents()):
+        for launch in self.scheduler.choose(inputs, sizes, allows_latents(self.facts)):
             tiles = launch.schedule.tiles
             try:
                 form = self.forms.get(tiles) or self._find(tiles)
             except CompileError as error:
-                if not tiles.latent:
+                if not tiles.latent or isinstance(error, CompilationForbiddenError):
                     raise
-                _refusals.append(str(error))  # the error itself would keep the tensors of its call alive
+                _refusals[self.facts] = str(error)  # the error itself would keep the tensors of its call alive
                 text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 return self.launcher(inputs, sizes)
@@ -283,7 +299,7 @@ class _Loaded:
             spec = replace(passes[0].form.spec, tiles=replace(first, split=True), block_s=block_s)
             if large is not None:
                 spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
-            found = self.combines[key] = find_combine(spec, self.facts)
+            found = self.combines[key] = self.find_combine(spec, self.facts)
         return found
 
     def _find(self, wanted: Tiles) -> LaunchForm:
@@ -301,7 +317,7 @@ class _Loaded:
                 block_lists=proven.block_lists,
             )
             try:
-                kernel = find_kernel(spec, self.facts, proven)
+                kernel = self.find_kernel(spec, self.facts, proven)
                 self.forms[wanted] = LaunchForm(kernel, spec, proven, self.facts.backend != "cpu")
                 return self.forms[wanted]
             except SharedMemoryError:
@@ -310,12 +326,13 @@ class _Loaded:
                 tiles = replace(tiles, block_n=tiles.block_n // 2)
 
 
-_refusals: list[str] = []  # why the kernel for latents did not compile; then it is not tried again
+# Why the kernel for latents did not compile for a device; then it is not tried again.
+_refusals: dict[DeviceFacts, str] = {}
 
 
-def allows_latents() -> bool:
-    """Whether the kernel for latents can be tried."""
-    return not _refusals
+def allows_latents(facts: DeviceFacts) -> bool:
+    """Whether the kernel for latents can be tried on a device."""
+    return facts not in _refusals
 
 
 def _check_captures(kind: str, graph: Graph | None, mod: Mod, device: torch.device | None) -> None:

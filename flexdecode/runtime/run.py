@@ -44,7 +44,24 @@ def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Re
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
     """
-    inputs, score, mask, lists, listed = request
+    plan, score, mask = find_plan(request, aux, options)
+    inputs = request.inputs
+    if plan.options.debug:
+        check_again("score_mod", score, inputs.query.device)
+        check_again("mask_mod", mask, inputs.query.device)
+    return plan.run(inputs, score.leaves, mask.leaves, request.lists)
+
+
+def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tuple[Plan, Mod, Mod]:
+    """Finds the plan of a request, or makes it; nothing is computed.
+
+    Returns:
+        The plan, and both mods with what tracing found of them.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
+    """
+    inputs, score, mask, _, listed = request
     length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
     try:
         call = (
@@ -65,13 +82,9 @@ def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Re
     known = _calls.get(call)
     plan = None if known is None else known.plans.get(lengths)
     if plan is None:
-        plan, score, mask = _make_plan(known, request, call, lengths)
-    else:
-        counters.hits += 1
-    if plan.options.debug:
-        check_again("score_mod", score, inputs.query.device)
-        check_again("mask_mod", mask, inputs.query.device)
-    return plan.run(inputs, score.leaves, mask.leaves, lists)
+        return _make_plan(known, request, call, lengths)
+    counters.hits += 1
+    return plan, score, mask
 
 
 def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: tuple) -> tuple[Plan, Mod, Mod]:
@@ -90,7 +103,8 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
     else:
         if getattr(inputs.query, "is_meta", False):
             raise ValueError(
-                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes"
+                "flex_decode needs tensors with values, got the meta device; flexdecode.explain takes shapes, and so "
+                "do flexdecode.warmup and flexdecode.save_kernels"
             )
         *_, aux, options, _, _ = call
         prepared, plan, (score, mask) = prepare(inputs, (score, mask), aux, options, listed)

@@ -111,7 +111,7 @@ def test_a_triton_whose_gluon_is_another(where, name, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEXDECODE_CACHE_DIR", str(tmp_path / "flexdecode"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(compiling, "_compiled", {})
-    monkeypatch.setattr(prepare, "_refusals", [])
+    monkeypatch.setattr(prepare, "_refusals", {})
     monkeypatch.delattr(importlib.import_module(f"triton.experimental.gluon.{where}"), name)
     tensors, _ = latents()
     with pytest.warns(RuntimeWarning, match=rf"(?s)kernel for latents did not compile, .*{name}"):
@@ -122,7 +122,7 @@ def test_a_triton_whose_gluon_is_another(where, name, monkeypatch, tmp_path):
 def test_another_kernel_takes_over_where_this_one_does_not_compile(monkeypatch):
     """It is not tried again, and only the first call warns."""
     real = kernel.compile_pass
-    monkeypatch.setattr(prepare, "_refusals", [])
+    monkeypatch.setattr(prepare, "_refusals", {})
     monkeypatch.setattr("compile.compiling._compiled", {})  # an earlier test may have compiled this kernel
 
     def refuse(module, spec, *rest):

@@ -22,6 +22,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -111,9 +112,11 @@ def fresh_process():
     Yields the namespace of the module, which can be imported (FlexAttention imports the module of a mod).
     """
     import flexdecode
+    from flexdecode.ahead import loaded
 
     before = os.environ.get("FLEXDECODE_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="flexdecode-docs-") as folder:
+    registered = mock.patch.dict(loaded._loaded, clear=True)
+    with registered, tempfile.TemporaryDirectory(prefix="flexdecode-docs-") as folder:
         os.environ["FLEXDECODE_CACHE_DIR"] = folder
         flexdecode.clear_cache()
         module = sys.modules["example"] = types.ModuleType("example")

@@ -8,8 +8,8 @@ import pytest
 import flexdecode
 
 PACKAGE = Path(flexdecode.__file__).parent
-WINGS = ("frontend", "analysis", "call", "codegen", "kv", "runtime", "report", "integrations", "cli")
-FOUNDATION = ("errors", "memos", "triton_api", "version")  # modules that every wing may import
+WINGS = ("frontend", "analysis", "call", "ahead", "codegen", "kv", "runtime", "report", "integrations", "cli")
+FOUNDATION = ("errors", "memos", "switch", "triton_api", "version")  # modules that every wing may import
 CALLERS = ("integrations/transformers/", "cli/")  # they call the public functions, so they stand above api.py
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
 

@@ -405,11 +405,27 @@ def test_errors_of_its_own():
 @pytest.mark.parametrize(
     ("name", "facts", "limit"),
     [
-        ("H100", "cuda 90, 132 multiprocessors", "20.0 us to read this at 3.35 TB/s (of the fact sheet; a kernel reaches less)"),
+        (
+            "H100",
+            "cuda 90, 132 multiprocessors",
+            "20.0 us to read this at 3.35 TB/s (of the fact sheet; a kernel reaches less)",
+        ),
         ("H200", "cuda 90, 132 multiprocessors", "14.6 us to read this at 4.6 TB/s (measured)"),
-        ("A100", "cuda 80, 108 multiprocessors", "32.9 us to read this at 2.04 TB/s (of the fact sheet; a kernel reaches less)"),
-        ("B200", "cuda 100, 148 multiprocessors", "8.4 us to read this at 8.0 TB/s (of the fact sheet; a kernel reaches less)"),
-        ("MI300X", "hip gfx942, 304 multiprocessors", "12.7 us to read this at 5.3 TB/s (of the fact sheet; a kernel reaches less)"),
+        (
+            "A100",
+            "cuda 80, 108 multiprocessors",
+            "32.9 us to read this at 2.04 TB/s (of the fact sheet; a kernel reaches less)",
+        ),
+        (
+            "B200",
+            "cuda 100, 148 multiprocessors",
+            "8.4 us to read this at 8.0 TB/s (of the fact sheet; a kernel reaches less)",
+        ),
+        (
+            "MI300X",
+            "hip gfx942, 304 multiprocessors",
+            "12.7 us to read this at 5.3 TB/s (of the fact sheet; a kernel reaches less)",
+        ),
     ],
 )
 def test_devices_that_are_known_by_name(name, facts, limit):
