@@ -4,8 +4,10 @@ python -m benchmarks.demo
 """
 
 import contextlib
+import io
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -29,7 +31,9 @@ def main() -> int:
     right = _matrix()
     right &= _own_mod()
     _explain()
-    script = shutil.copy(MODS, OUT)
+    script = OUT / MODS.name
+    if not script.exists():  # else it may be changed
+        shutil.copy(MODS, script)
     print(f"\n4. Written\n\n{_indented(_written())}")
     python = os.path.relpath(sys.executable) if pathlib.Path(sys.executable).is_relative_to(os.getcwd()) else "python"
     print(f"\nNext: change the functions in {script}, and run them:\n\n   {python} {script}")
@@ -38,16 +42,14 @@ def main() -> int:
 
 def _matrix() -> bool:
     """Times decode steps, and shows the times."""
-    on_gpu = torch.cuda.is_available()
-    print(f"1. One decode step, at the shapes of xformers' flash-decoding benchmark\n   ({XFORMERS})")
-    if on_gpu:
+    print(f"1. One decode step, at shapes of xformers' flash-decoding benchmark\n   {XFORMERS}\n")
+    if torch.cuda.is_available():
         return performance_matrix.main(["--out", str(OUT)]) == 0
-    document = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))
-    print("\n" + table.short_table(document))
-    print(
-        "\nThe shapes are scaled down, because this machine has no GPU. flexdecode computes them by PyTorch operations."
-    )
-    print("So the times show that it works. They say nothing about its speed on a GPU.")
+    print("   This machine has no GPU, so the shapes are scaled down, and flexdecode computes by PyTorch operations.")
+    print("   The times show that it works. They say nothing about its speed on a GPU.\n")
+    with contextlib.redirect_stdout(io.StringIO()):
+        document = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))
+    print(_indented(table.short_table(document)))
     return not performance_matrix.has_failed(document)
 
 
@@ -75,11 +77,16 @@ def _explain() -> None:
         my_mod.query, my_mod.key, my_mod.value, my_mod.score_mod, my_mod.mask_mod, kv_lens=my_mod.kv_lens,
         options=options, device=None if on_gpu else "H200",
     )  # fmt: skip
-    print(
-        f"\n3. What this call does{'' if on_gpu else ' on an H200'}, by flexdecode.explain\n\n{_indented(str(found))}"
-    )
+    print(f"\n3. What this call does{'' if on_gpu else ' on an H200'}, by flexdecode.explain\n")
+    print(_indented(_short(str(found))))
+    print("\n   docs/explain.md explains each line. The graphs of the two functions are left out here.")
     with contextlib.suppress(ImportError):
         found.save_picture(OUT / PICTURE)
+
+
+def _short(report: str) -> str:
+    """A report without the graphs of the mods."""
+    return re.sub(r"\n  graph\n(?:    .*\n?)+", "\n", report)
 
 
 def _written() -> str:

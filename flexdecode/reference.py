@@ -27,8 +27,8 @@ def _plainly() -> Iterator[None]:
 @_plainly()
 def reference_decode(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
     *,
@@ -45,6 +45,7 @@ def reference_decode(
     max_q_len: int | None = None,
     kv_starts: int | torch.Tensor | None = None,
     kv_offset: int | torch.Tensor | None = None,
+    cache: Any = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes `softmax(mask(score_mod(query @ key^T * scale))) @ value` over the live keys.
@@ -79,6 +80,7 @@ def reference_decode(
         kv_starts: `[B]` integers, or one for all; keys before this row of the cache are not live. Default: 0.
         kv_offset: `[B]` integers, or one for all; mods see row `n` of sequence `b` at position `n + kv_offset[b]`.
             Default: 0.
+        cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
@@ -88,9 +90,16 @@ def reference_decode(
         for every row that shares them may hold anything.
 
     Raises:
-        ValueError: a `page_table` without `kv_lens`.
+        TypeError: a mod does what no function of one pair can do.
+        ValueError: shapes do not fit together, or there is a `page_table` without `kv_lens`.
         IndexError: an entry of `page_table` with such a key is not the number of a page.
     """
+    if cache is not None:
+        key, value, kv_lens, page_table = cache.key, cache.value, cache.kv_lens, cache.page_table
+        k_scale, v_scale = cache.k_scale, cache.v_scale
+    if key is None or value is None:
+        raise TypeError("reference_decode needs `key` and `value`, or a `cache` that has them")
+    _check_shapes(query, key, value, cu_seqlens_q is not None, cu_seqlens_k is not None)
     if page_table is not None and kv_lens is None:
         raise ValueError("`page_table` needs `kv_lens`")
     packed = cu_seqlens_q is not None
@@ -130,6 +139,26 @@ def reference_decode(
         else:
             out[batch, :, :m], lse[batch, :, :m] = result, total
     return (out, lse) if return_lse else out
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: bool, packed_k: bool) -> None:
+    """Refuses tensors of which one cannot say what they mean.
+
+    Raises:
+        ValueError: a number of dimensions is wrong, the heads do not divide, or a width differs.
+    """
+    forms = {"query": "[T, Hq, D]" if packed else "[B, Hq, Q, D]"}
+    forms |= {"key": "[Tk, Hkv, D]", "value": "[Tk, Hkv, Dv]"} if packed_k else {
+        "key": "[B, Hkv, N, D]", "value": "[B, Hkv, N, Dv]"
+    }  # fmt: skip
+    for (name, form), tensor in zip(forms.items(), (query, key, value), strict=True):
+        if tensor.dim() != form.count(",") + 1:
+            raise ValueError(f"`{name}` must have shape {form}, got {list(tensor.shape)}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the {heads} heads of `query` must be a multiple of the {kv_heads} heads of `key`")
+    if query.shape[-1] != key.shape[-1] or key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"shapes do not fit together: {[list(x.shape) for x in (query, key, value)]}")
 
 
 def _attend(
@@ -265,6 +294,9 @@ def evaluate_mod(
 
     Returns:
         `[B, Hq, Q, N]`: scores of type `dtype`, or bools.
+
+    Raises:
+        TypeError: the mod does what no function of one pair can do.
     """
     result_dtype = torch.bool if score is None else dtype
     scores = () if score is None else (score.to(dtype),)
@@ -283,7 +315,16 @@ def evaluate_mod(
         in_dims = [0] * len(scores) + [0 if i == axis else None for i in range(4)]
         over_grid = torch.vmap(over_grid, in_dims=tuple(in_dims))
     with _plainly():
-        return over_grid(*scores, *grid)
+        try:
+            return over_grid(*scores, *grid)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise TypeError(
+                f"the reference cannot call {getattr(mod, '__name__', 'the mod')!r} at one pair of query and key, "
+                "where its arguments are 0-d tensors\n  Use torch.where for `if`, & and | for `and` and `or`, and "
+                "captured tensors for lists. The error of flex_decode names the line."
+            ) from error
 
 
 _CONVERSIONS = {"to", "type", "type_as", "float", "half", "double", "bfloat16", "view", "_to_copy"}

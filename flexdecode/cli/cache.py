@@ -21,8 +21,8 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def list_modules() -> None:
-    """Lists the generated modules: name, size, age, and what each is."""
-    modules = stored_modules()
+    """Lists the generated modules, the newest first: name, size, age, and what each is."""
+    modules = sorted(stored_modules(), key=lambda path: -path.stat().st_mtime)
     for path in modules:
         found = path.stat()
         age = _age(time.time() - found.st_mtime)

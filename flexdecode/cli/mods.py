@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ def _find(place: str, kind: str | None, modules: dict[str, Any]) -> tuple[Callab
     if kind is None and len(kinds) == 2:
         raise Mistake(f"{place} takes 4 parameters and also 5: say --score-mod {place} or --mask-mod {place}")
     if not kinds or kind not in (None, *kinds):
-        raise Mistake(f"{place} is no {kind or 'mod'}: it {_parameters(value)}; {_expected(kind)}")
+        call = f"call it, `{place}(...)`" if place.startswith("mods:") and "(" not in place else _expected(kind)
+        raise Mistake(f"{place} is no {kind or 'mod'}: it {_parameters(value)}; {call}")
     return value, kind or kinds[0]
 
 
@@ -70,7 +72,8 @@ def _look_up(place: str, modules: dict[str, Any]) -> Any:
     value = modules[path]
     for part in name.split("."):
         if not hasattr(value, part):
-            raise Mistake(f"{path} has no {name!r}")
+            near = difflib.get_close_matches(part, dir(value), 1, cutoff=0.75)
+            raise Mistake(f"{path} has no {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         value = getattr(value, part)
     if not callable(value):
         raise Mistake(f"{place} is no function, but {type(value).__name__}")
@@ -110,6 +113,8 @@ def _load_file(path: str) -> ModuleType:
     file = Path(path).expanduser()
     if not file.is_file():
         raise Mistake(f"{path}: there is no such file")
+    if file.suffix != ".py":
+        raise Mistake(f"{path} is no Python file: its name must end in .py")
     name, full = f"flexdecode_file_{file.stem}", str(file.resolve())
     sys.path.insert(0, str(file.resolve().parent))
     user_files.add(full)

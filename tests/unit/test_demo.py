@@ -25,4 +25,12 @@ def test_demo(tmp_path):
     assert names == {"matrix.json", "matrix.csv", "matrix.md", "explain.png", "my_mod.py"}
     assert all(f"flexdecode-results/{name}" in shown for name in names)
     assert not {word for word in ("seed", "prototype", "floor of") if word in shown}
-    assert "largest difference" in run(results / "my_mod.py", folder=tmp_path)
+    assert "Right." in run(results / "my_mod.py", folder=tmp_path)
+
+
+def test_a_changed_mod_is_kept(tmp_path):
+    script = tmp_path / "flexdecode-results" / "my_mod.py"
+    script.parent.mkdir()
+    script.write_text("# changed\n")
+    run("-m", "benchmarks.demo", folder=tmp_path)
+    assert script.read_text() == "# changed\n"

@@ -12,7 +12,7 @@ from cache_cases import position_score
 from support import MODS, assert_close_to_reference, make_inputs, paged, pytorch_decode
 from torch.nn.attention import flex_attention as flex
 
-from flexdecode import mods
+from flexdecode import PagedKVCache, flex_decode, mods
 from flexdecode.reference import evaluate_mod, reference_decode
 
 
@@ -456,8 +456,35 @@ def test_python_constants_as_results():
 
 
 def test_python_control_flow_on_an_index_raises():
-    with pytest.raises(RuntimeError, match="data-dependent"):
+    with pytest.raises(
+        TypeError, match=r"at one pair of query and key, where its arguments are 0-d tensors\n  Use torch\.where"
+    ):
         lse_of(None, lambda b, h, q, k: bool(k > 2))
+
+
+def test_shapes_that_mean_nothing():
+    q, k = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 5, 8)
+    for query, key, value, message in [
+        (q[0], k, k, r"`query` must have shape \[B, Hq, Q, D\], got \[4, 1, 8\]"),
+        (q, k[0], k, r"`key` must have shape \[B, Hkv, N, D\], got \[2, 5, 8\]"),
+        (q[:, :3], k, k, "the 3 heads of `query` must be a multiple of the 2 heads of `key`"),
+        (q[..., :4], k, k, "shapes do not fit together"),
+        (q, k, k[:, :, :4], "shapes do not fit together"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reference_decode(query, key, value)
+    with pytest.raises(TypeError, match="needs `key` and `value`, or a `cache`"):
+        reference_decode(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_cache_stands_for_what_it_has(dtype):
+    cache = PagedKVCache(batch=2, num_kv_heads=2, head_dim=8, num_pages=8, page_size=4, dtype=dtype)
+    cache.append(*torch.randn(2, 2, 2, 7, 8), num_tokens=[7, 3])
+    query = torch.randn(2, 4, 1, 8)
+    given = {name: getattr(cache, name) for name in ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")}
+    assert torch.equal(reference_decode(query, cache=cache), reference_decode(query, **given))
+    assert torch.allclose(flex_decode(query, cache=cache).double(), reference_decode(query, cache=cache), atol=1e-5)
 
 
 def test_callables_of_every_kind():
