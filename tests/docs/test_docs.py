@@ -208,7 +208,8 @@ def test_a_page_that_says_something_else_fails(tmp_path):
 def test_a_line_of_python_fits_into_a_window(page):
     for block in read_blocks(page):
         for number, line in enumerate(block.text.splitlines(), start=block.start + 1):
-            assert block.language != "python" or len(line) <= LONGEST, f"{page.name}:{number}: {len(line)} characters"
+            fits = block.language != "python" or len(line) <= LONGEST
+            assert fits, f"{page.name}:{number}: {len(line)} characters, but only {LONGEST} fit"
 
 
 LINK = re.compile(r'\]\(([^)\s]+)(?: "[^"]*")?\)')  # of links and of pictures, which may have a title
