@@ -61,6 +61,7 @@ format: $(STAMP)-dev ## Put the code into the common style
 
 docs: $(STAMP)-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'Open site/index.html in a browser.'
 
 clean: ## Remove the virtual environment and everything that was built
 	test ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'

@@ -15,6 +15,7 @@ from .table import OURS, REPORTED_BY, limit_ratio, results_of
 __all__ = ["MOD", "caption", "draw", "ratios"]
 
 MOD, INPUTS, DTYPE = "none", "cold", "bfloat16"
+READ = "caches read from memory"  # what cold inputs are
 
 
 def ratios(document: dict) -> dict[str, list[float]]:
@@ -29,7 +30,7 @@ def caption(document: dict) -> str:
     environment, of_rows = document["environment"], len(ratios(document)[OURS])
     return (
         f"{environment['hardware'].split(',')[0]}, {document['timestamp'][:10]}, {DTYPE}, {of_rows} shapes of"
-        f" {REPORTED_BY}, {INPUTS} inputs, torch {environment['torch'].partition('+')[0]},"
+        f" {REPORTED_BY}, {READ}, torch {environment['torch'].partition('+')[0]},"
         f" Triton {environment['triton']}, commit {environment['commit']}"
     )
 

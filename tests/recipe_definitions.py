@@ -308,7 +308,7 @@ RECIPES = {
     "FIRE": Recipe(fire, (("min=threshold", "min=threshold + 60"), (" + b2[h]", " + b2[0] * kv_idx / 512"))),
     "T5": Recipe(t5, (("t5_bias(table)", "t5_bias(table, 64)"), (", scale=1.0", ""))),
     "MLA: DeepSeek-V2, DeepSeek-V3, Kimi K2": Recipe(mla, (("(nope + rope)", "(rank + rope)"),)),
-    "Differential Transformer": Recipe(differential, (("lam * flex_decode(q2", "lam * flex_decode(q1"),)),
+    "Differential Transformer": Recipe(differential, (("second = flex_decode(q2", "second = flex_decode(q1"),)),
     "Draft trees: Medusa, EAGLE": Recipe(draft_trees, (("== above", "== above or len(above) == 1"),)),
     "DSA: DeepSeek-V3.2": Recipe(dsa, ((".relu()", ""), ("(B,), k)", "(B,), k - 1)"))),
     "NSA: native sparse attention": Recipe(

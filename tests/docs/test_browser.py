@@ -35,9 +35,12 @@ pytestmark = [
 # Measures every frame when all have been loaded. A pixel is left to rounding.
 SCRIPT = """
 const cut = element => element.clientWidth > 0 && element.scrollWidth > element.clientWidth + 1;
-const told = element => `${element.tagName.toLowerCase()} ${element.scrollWidth} > ${element.clientWidth} px: `
+const kind = element => (element.closest(".language-python") ? "python " : "") + element.tagName.toLowerCase();
+const told = element => `${kind(element)} ${element.scrollWidth} > ${element.clientWidth} px: `
     + element.textContent.trim().slice(0, 60);
 const high = element => element.clientHeight > 3 * parseFloat(getComputedStyle(element).lineHeight);
+const shade = element => element && getComputedStyle(element).backgroundColor;
+const like = page => element => shade(element) === shade(page.querySelector(".language-python code"));
 const measure = frame => {
     const page = frame.contentDocument, within = page.querySelector(".md-content");
     return {
@@ -46,6 +49,9 @@ const measure = frame => {
         blocks: within.querySelectorAll("pre").length, tables: within.querySelectorAll("table").length,
         cut: [...within.querySelectorAll("pre, pre code, table, .md-typeset__scrollwrap")].filter(cut).map(told),
         squeezed: [...within.querySelectorAll("tr:has([style*=right]) > td:first-child")].filter(high).map(told),
+        outputs: within.querySelectorAll(".language-text").length,
+        buttons: [...within.querySelectorAll(".language-text .md-code__nav")].filter(e => e.offsetParent).map(told),
+        alike: [...within.querySelectorAll(".language-text code")].filter(like(page)).map(told),
         broken: [...within.querySelectorAll("img")].filter(image => !image.naturalWidth).map(image => image.src),
     };
 };
@@ -84,14 +90,18 @@ def pages_in(site):
     return sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if path.name != "404.html")
 
 
+def show(address, profile, *flags):
+    """Opens a page and prints it as it is when its scripts have run."""
+    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={profile}", f"--window-size={WIDE},900", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def measure(site, profile):
     """What Chromium finds in each page of a built site, by (page, width)."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        address = f"http://127.0.0.1:{server.server_port}/measure"
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={WIDE},900", address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = show(f"http://127.0.0.1:{server.server_port}/measure", profile)
     finally:
         server.shutdown()
         server.server_close()
@@ -121,7 +131,7 @@ def found(site, tmp_path_factory):
 
 def test_every_page_was_measured(found):
     names = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert {page for page, _ in found} == {"index.html", *(f"{name}/index.html" for name in names - {"index"})}
+    assert {page for page, _ in found} == {f"{name}.html" for name in names}
     assert all(record["title"] for record in found.values())
     assert sum(record["blocks"] for record in found.values()) > 100
     assert sum(record["tables"] for record in found.values()) > 100
@@ -141,22 +151,47 @@ def test_no_page_is_wider_than_its_window(found):
     assert not {key: record["pageWidth"] for key, record in found.items() if record["pageWidth"] > key[1]}
 
 
-def test_no_code_block_is_cut_off_on_a_phone(found):
+def test_no_output_is_cut_off_on_a_phone(found):
     cut = {
-        page: [text for text in record["cut"] if not text.startswith(("table", "div"))]  # tables scroll there
+        page: [text for text in record["cut"] if not text.startswith(("python", "table", "div"))]  # these scroll there
         for (page, width), record in found.items()
         if width == NARROW
     }
     assert not {page: texts for page, texts in cut.items() if texts}
 
 
+def test_output_does_not_look_like_code(found):
+    assert sum(record["outputs"] for record in found.values()) > 200
+    assert not {page: record["buttons"] for (page, _), record in found.items() if record["buttons"]}
+    assert not {page: record["alike"] for (page, _), record in found.items() if record["alike"]}
+
+
 def test_every_picture_is_there(found):
     assert not {page: record["broken"] for (page, _), record in found.items() if record["broken"]}
 
 
+def test_links_between_pages_name_files(site):
+    for page in pages_in(site):
+        for link in re.findall(r'<a [^>]*href="([^"#?]+)', (site / page).read_text()):
+            assert re.match("https?://", link) or (site / page).parent.joinpath(link).is_file(), f"{page}: {link}"
+
+
+def test_no_page_loads_anything_from_elsewhere(site):
+    for page in pages_in(site):
+        assert not re.findall(
+            r'<(?:script|img|link|iframe)[^>]* (?:src|href)="https?:[^"]*"', (site / page).read_text()
+        )
+
+
+def test_the_search_works_from_disk(site, tmp_path):
+    shown = show(f"{(site / 'index.html').as_uri()}?q=sliding", tmp_path / "profile", "--virtual-time-budget=20000")
+    found = re.findall(r'<a href="([^"]*)" class="md-search-result__link"', shown.stdout)
+    assert any("writing-mods.html" in link for link in found), found
+
+
 def test_the_signatures_of_the_api_are_broken_over_lines(site):
-    page = (site / "api" / "index.html").read_text()
-    signatures = re.findall(r'<div class="doc-signature.*?</div>', page, re.DOTALL)
+    page = (site / "api.html").read_text()
+    signatures = re.findall(r'<div class="[^"]*doc-signature.*?</div>', page, re.DOTALL)
     longest = max(len(line) for text in signatures for line in html.unescape(re.sub(r"<[^>]+>", "", text)).splitlines())
     assert len(signatures) > 20
     assert longest <= 88

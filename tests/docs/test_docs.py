@@ -29,6 +29,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"transformers.md": "transformers.masking_utils"}  # pages that need more than the tests do otherwise
+LONGEST = 100  # characters of a line of Python: in a window of 1440 px 108 fit, beside a scroll bar
 FILE_NAME = "example.py"  # what error messages in the pages show in place of a path
 
 
@@ -201,6 +202,14 @@ def test_a_page_that_says_something_else_fails(tmp_path):
     write_outputs(page, gpu=False)
     run_page(page, gpu=False)
     assert page.read_text().splitlines()[5] == "2"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=_names(PAGES[1:]))
+def test_a_line_of_python_fits_into_a_window(page):
+    for block in read_blocks(page):
+        for number, line in enumerate(block.text.splitlines(), start=block.start + 1):
+            fits = block.language != "python" or len(line) <= LONGEST
+            assert fits, f"{page.name}:{number}: {len(line)} characters, but only {LONGEST} fit"
 
 
 LINK = re.compile(r'\]\(([^)\s]+)(?: "[^"]*")?\)')  # of links and of pictures, which may have a title

@@ -10,7 +10,7 @@ from tests.docs.test_docs import read_blocks
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "troubleshooting.md"
-ROW = re.compile(r"\| (`+)\s?(.+?)\s?\1 \| .+ \| \[[^\]]+\]\(([\w-]+\.md)#([\w-]+)\) \|")
+ROW = re.compile(r"\| (`+)\s?(.+?)\s?\1 \| \[.+\]\(([\w-]+\.md)#([\w-]+)\) \|")
 ROWS = [match.groups()[1:] for line in PAGE.read_text().splitlines() if (match := ROW.match(line))]
 
 
