@@ -10,6 +10,7 @@ import linecache
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from traceback import walk_stack, walk_tb
 from types import TracebackType
@@ -89,6 +90,14 @@ def user_line(traceback: TracebackType | None = None) -> str:
             where = f"{name}:{line}, in {frame.f_code.co_name}"
             return f"{where}: {text}" if text else where
     return "<unknown line>"
+
+
+def warn_user(text: str) -> None:
+    """Gives a RuntimeWarning that shows the line of the user's code that called flexdecode."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and not is_user_file(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 class _Lines(threading.local):

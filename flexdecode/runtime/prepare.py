@@ -28,6 +28,7 @@ from ..frontend.graph import Graph
 from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
+from .short_tables import ShortTables
 
 Mods = tuple[Mod, Mod]  # the score_mod and the mask_mod
 
@@ -182,6 +183,7 @@ class Prepared:
         names = name_graphs(traced.graphs, mods) if options.debug else None
         self.eager = EagerLauncher(traced.graphs, names)
         self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, aux, options)
+        self.short_tables = ShortTables(traced.graphs)
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device) if target is None else target.facts
@@ -214,6 +216,7 @@ class Prepared:
         Returns:
             The plan, and the mask_mod with the numbers that the proofs use.
         """
+        self.short_tables.warn(mods, inputs.num_q_heads, inputs.batch)
         if self.facts is None:
             same = inputs.out is None and inputs.out_shape == self.plan_of_any.out_shape
             return self.plan_of_any if same else self.plan_of_any.launched_by(self.eager, inputs), mods[1]
