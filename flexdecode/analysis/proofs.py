@@ -83,7 +83,7 @@ class DirectRead(NamedTuple):
 
     leaf: int
     dim: int
-    index: str
+    by: str
 
 
 _GUARDS = ("where", "logical_and", "logical_or")  # what may throw away a value that was read out of range

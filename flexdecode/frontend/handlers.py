@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import UnsupportedOpError, at_user_line
+from .graph import topological
 from .ops import GROUPS as GROUPS_OF_ROWS
 from .ops import OPS
-from .symbol import TraceContext
+from .symbol import Symbol, TraceContext
 
 Handler = Callable[..., Any]
 
@@ -104,6 +105,17 @@ def refuse(context: TraceContext, name: str, unknown: bool = False) -> NoReturn:
         "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
         + (f" The nearest supported name is `{close}`." if close else ""),
     )
+
+
+def refuse_score(symbol: Symbol, name: str) -> None:
+    """Raises the error for a function of a whole row, if it is given the score, which is one number."""
+    if symbol.rank == 0 and any(node.op == "score" for node in topological(symbol.node)):
+        raise at_user_line(
+            UnsupportedOpError,
+            f"torch.{name} of the score in a {symbol.context.kind}",
+            "A mod sees one pair of query and key: there is no row of scores to reduce. The softmax, which subtracts "
+            "the maximum of the row, comes after the mod.",
+        )
 
 
 def refuse_in_place(context: TraceContext, name: str) -> NoReturn:

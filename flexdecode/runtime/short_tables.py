@@ -26,7 +26,7 @@ class ShortTables:
         for kind, mod, reads in zip(("score_mod", "mask_mod"), mods, self.reads, strict=True):
             for read in reads:
                 size = mod.leaves[read.leaf].shape[read.dim]
-                last = (num_q_heads if read.index == "h" else batch) - 1
+                last = (num_q_heads if read.by == "h" else batch) - 1
                 if size <= last and (kind, read) not in self.told:
                     self.told.add((kind, read))
                     name = names_of(mod)[read.leaf].partition(" (in ")[0]
@@ -36,6 +36,6 @@ class ShortTables:
 def _text(kind: str, name: str, read: DirectRead, size: int, last: int) -> str:
     entries = f"{size} {'entry' if size == 1 else 'entries'}"
     return (
-        f"{kind}: `{name}` has {entries} in dimension {read.dim}, which is indexed by `{read.index}` from 0 to {last}; "
+        f"{kind}: `{name}` has {entries} in dimension {read.dim}, which is indexed by `{read.by}` from 0 to {last}; "
         "reads out of range give 0. Make it longer, or guard the read with torch.where."
     )
