@@ -7,7 +7,6 @@ captured tensors, so no value of a captured tensor is read while tracing.
 from __future__ import annotations
 
 import dis
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +23,8 @@ from .build import cast, remake
 from .captures import CannotRebuild, Reads, copy_for_trace, uncompiled
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .leaks import check_leaks
+from .parameters import check_parameters
 from .symbol import Consumed, Symbol, TraceContext
-
-PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
 
 
 @dataclass(frozen=True)
@@ -213,38 +211,3 @@ def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
         return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
     except (ArithmeticError, ValueError, TypeError):  # Python refuses some arithmetic that PyTorch allows: 1 / 0
         return False
-
-
-def check_parameters(mod: Callable, kind: str) -> None:
-    """Refuses what cannot be called with the parameters of a mod.
-
-    Raises:
-        TypeError: the mod is not callable, or takes other parameters.
-    """
-    if not callable(mod):
-        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
-    names = ", ".join(PARAMETERS[kind])
-    name = getattr(mod, "__name__", type(mod).__name__)
-    called = uncompiled(mod) or mod
-    if isinstance(called, torch.nn.Module) and type(called).__call__ is torch.nn.Module.__call__:
-        called = called.forward
-    try:
-        signature = inspect.signature(called)
-        signature.bind(*PARAMETERS[kind])
-        return
-    except ValueError:  # a builtin without a signature
-        if not _is_library(called):
-            return  # the call itself will show whether it works
-        problem = f"{name!r} is a function of numbers"
-    except TypeError:
-        problem = f"{name!r} has the signature {signature}"
-    raise TypeError(
-        f"`{kind}` must take {len(PARAMETERS[kind])} positional parameters ({names}), but {problem}\n"
-        f"  Call it in a function that does: `def my_{kind}({names}): ...`"
-    )
-
-
-def _is_library(function: Any) -> bool:
-    """Whether a callable without a signature is one of PyTorch, numpy or Python."""
-    module = str(getattr(function, "__module__", None) or type(function).__module__)
-    return module.partition(".")[0] in ("torch", "numpy", "math", "builtins", "_operator")

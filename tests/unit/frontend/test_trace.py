@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import POINTS, assert_close_to_reference, assert_same_as_pytorch, evaluate_graph, make_inputs, trace_mod
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
-from flexdecode import TraceError, UnsupportedOpError, flex_decode
+from flexdecode import TraceError, UnsupportedOpError, flex_decode, mods
 from flexdecode.frontend.captures import walk
 from flexdecode.frontend.graph import Source
 from flexdecode.frontend.trace import trace
@@ -478,7 +478,7 @@ def test_bad_results_of_a_mask_mod(mod, message):
 @pytest.mark.parametrize(
     "mod, signature",
     [
-        (lambda s, b, h, q: s, r"\(s, b, h, q\)"),
+        (lambda s, b, h: s, r"\(s, b, h\)"),
         (lambda s, b, h, q, k, extra: s, r"\(s, b, h, q, k, extra\)"),
         (lambda s, b, h, q, k, *, extra: s, r"\(s, b, h, q, k, \*, extra\)"),
     ],
@@ -490,9 +490,41 @@ def test_wrong_parameters(mod, signature):
 
 
 def test_a_score_mod_in_the_place_of_a_mask_mod():
-    expected = r"`mask_mod` must take 4 positional parameters \(b, h, q_idx, kv_idx\), but 'nested' has the signature "
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(TypeError) as caught:
         flex_decode(QUERY, KEY, VALUE, None, nested)
+    assert str(caught.value).splitlines() == [
+        "`mask_mod` must take 4 positional parameters (b, h, q_idx, kv_idx), but 'nested' has the five parameters of a "
+        "score_mod: (score, b, h, q_idx, kv_idx)",
+        "  Pass it as `score_mod=`.",
+    ]
+
+
+def test_a_mask_mod_in_the_place_of_a_score_mod():
+    with pytest.raises(TypeError) as caught:
+        flex_decode(QUERY, KEY, VALUE, mods.causal())
+    assert "'causal' has the four parameters of a mask_mod: (b" in str(caught.value)
+    assert str(caught.value).endswith("\n  Pass it as `mask_mod=`.")
+
+
+@pytest.mark.parametrize(
+    "kind, shape, remedy",
+    [
+        ("mask_mod", (6, 6), "lambda b, h, q_idx, kv_idx: mask[q_idx, kv_idx]"),
+        ("mask_mod", (2, 4, 6, 6), "lambda b, h, q_idx, kv_idx: mask[b, h, q_idx, kv_idx]"),
+        ("mask_mod", (6,), "lambda b, h, q_idx, kv_idx: mask[kv_idx]"),
+        ("score_mod", (4, 6, 6), "lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx, kv_idx]"),
+    ],
+)
+def test_a_tensor_in_the_place_of_a_mod(kind, shape, remedy):
+    tensor = torch.zeros(shape, dtype=torch.bool if kind == "mask_mod" else torch.float32)
+    with pytest.raises(TypeError) as caught:
+        flex_decode(QUERY, KEY, VALUE, **{kind: tensor})
+    assert str(caught.value).splitlines() == [
+        f"`{kind}` must be a callable or None, got Tensor",
+        f"  Capture it: `{kind}={remedy}`",
+    ]
+    made = eval(remedy, {"mask": tensor, "bias": tensor})
+    assert flex_decode(QUERY, KEY, VALUE, **{kind: made}).shape == QUERY.shape
 
 
 @pytest.mark.parametrize("kind", ["score_mod", "mask_mod"])
