@@ -4,6 +4,7 @@ import collections
 import enum
 import functools
 import math
+import operator
 import sys
 import types
 
@@ -543,10 +544,8 @@ BRANCH = {
     "chain": lambda s, b, h, q, k: s * (0 <= q - k < 3),
     "max": lambda s, b, h, q, k: max(s, 0),
     "min": lambda s, b, h, q, k: min(s, 0),
-    "in_tuple": lambda s, b, h, q, k: s if k in (1, 2) else -s,
     "captured": lambda s, b, h, q, k: s if slopes[0] > 0 else -s,
     "while": lambda s, b, h, q, k: [s for _ in iter(lambda: bool(k), False)],
-    "in": lambda s, b, h, q, k: s if 3 in k else -s,
 }
 
 
@@ -555,26 +554,72 @@ def test_branches(mod):
     with pytest.raises(TraceError) as caught:
         trace_mod(mod)
     problem, line, remedy = str(caught.value).splitlines()
-    assert problem in (
-        "the truth of a traced value was asked for in a score_mod",
-        "`in` was applied to a traced value in a score_mod",
-    )
+    assert problem == "the truth of a traced value was asked for in a score_mod"
     assert line.startswith(f"  {__file__}:")
     for advice in ("torch.where(cond, a, b) for if/else", "`&`, `|`, `~`", "torch.maximum/torch.minimum for max/min"):
         assert advice in remedy
 
 
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, k: s if k in [1, 2, 3] else -s,
+        lambda s, b, h, q, k: s if k not in {1, 2, 3} else -s,
+        lambda s, b, h, q, k: s if k - q in (s, 2) else -s,
+        lambda s, b, h, q, k: s if k in {1: 2} else -s,
+        lambda s, b, h, q, k: s if 3 in k else -s,
+    ],
+)
+def test_in(mod):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    problem, line, remedy = str(caught.value).splitlines()
+    assert problem == "`in` was applied to a traced value in a score_mod"
+    assert line.startswith(f"  {__file__}:")
+    assert remedy.startswith(
+        "  Compare with each value, `(kv_idx == 1) | (kv_idx == 2)`, or index a captured bool table"
+    )
+
+
+def loop(s, b, h, q, k):
+    for _ in range(h):
+        s = s * 2
+    return s
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not say where on the line it is")
+@pytest.mark.parametrize(
+    "mod, called, advice",
+    [
+        (lambda s, b, h, q, k: s + int(k), "int()", "Use `x.long()`"),
+        (lambda s, b, h, q, k: s + (1, float(h))[1], "float()", "Use `x.float()`"),
+        (lambda s, b, h, q, k: math.exp(s), "math.exp()", "Use the function of torch: torch.exp for math.exp."),
+        (loop, "range()", "A loop runs over Python numbers only"),
+    ],
+)
+def test_functions_of_python_numbers_are_named(mod, called, advice):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    problem, line, remedy = str(caught.value).splitlines()
+    assert problem == f"{called} was applied to a traced value in a score_mod"
+    assert line.startswith(f"  {__file__}:")
+    assert remedy.startswith(f"  {advice}")
+
+
+def test_calls_without_source_are_refused_in_general():
+    mod = eval("lambda s, b, h, q, k: s + int(k)", {"__name__": "nowhere"})
+    with pytest.raises(TraceError, match="a traced value was used as a Python integer in a score_mod"):
+        trace_mod(mod)
+
+
 NUMBERS = {
-    "int": (lambda s, b, h, q, k: s + int(k), "used as a Python integer"),
-    "float": (lambda s, b, h, q, k: s + float(s), "used as a Python float"),
     "complex": (lambda s, b, h, q, k: complex(s).real, "used as a Python number"),
-    "range": (lambda s, b, h, q, k: s + len(range(k)), "used as a Python integer"),
+    "index": (lambda s, b, h, q, k: s + operator.index(k), "used as a Python integer"),
     "list": (lambda s, b, h, q, k: s + [1, 2, 3][k], "used as a Python integer"),
     "list_slice": (lambda s, b, h, q, k: s + len([1, 2, 3][k:]), "used as a Python integer"),
     "tensor_slice": (lambda s, b, h, q, k: s + table[h, k:][0], "used as a Python integer"),
     "dict": (lambda s, b, h, q, k: s + {0: 1}[k], "used as a dict key or set member"),
     "set": (lambda s, b, h, q, k: s + len({k}), "used as a dict key or set member"),
-    "math": (lambda s, b, h, q, k: math.exp(s), "used as a Python float"),
     "numpy_index": (lambda s, b, h, q, k: s + np.arange(9)[k], "met numpy"),
     "iteration": (lambda s, b, h, q, k: s + sum(k), "iterated over"),
     "unpacking": (lambda s, b, h, q, k: torch.maximum(*k), "iterated over"),
