@@ -46,7 +46,7 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
         return func(*args, **kwargs)
     if name in _OF_ROWS and args and isinstance(args[0], Symbol):
         refuse_score(args[0], name)
-    refuse(context, name, unknown=True)
+    refuse(context, name)
 
 
 # Functions of whole rows, which are not supported. Of the score they would be meant for the row of all keys.
@@ -86,10 +86,10 @@ def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
     if name not in HANDLERS and name not in ROWS and not hasattr(torch.Tensor, name):
         close = nearest(name)
         hint = f", the nearest supported name is `{close}`" if close else ""
-        raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}")
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}", name=name, obj=symbol)
     method = getattr(torch.Tensor, name)
     if not callable(method):
-        refuse(context, f"Tensor.{name}", unknown=True)
+        refuse(context, f"Tensor.{name}")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return context.do("dispatch", method, (symbol, *args), kwargs)

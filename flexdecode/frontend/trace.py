@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from ..errors import FlexDecodeError, TraceError, raised, user_line
 from . import factories, joins, reductions, views  # noqa: F401 (they register their functions)
 from . import torch_functions as tf
-from .build import cast, remake
+from .build import remake
 from .captures import CannotRebuild, Reads, copy_for_trace, uncompiled
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .leaks import check_leaks
 from .parameters import check_parameters
+from .results import checked_result
 from .symbol import Consumed, Symbol, TraceContext
 
 
@@ -150,39 +151,28 @@ def run_mod(mod: Callable, context: TraceContext) -> Node:
     except Exception as error:  # any error of the user's code; the message names its line
         raise TraceError(
             f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
-            "  A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
-            "operators on tensors and numbers, and compute everything else outside the mod."
+            f"  {_remedy_for(error)}"
         ) from error
-    return _checked_result(result, mod, context)
+    return checked_result(result, mod, context)
+
+
+def _remedy_for(error: Exception) -> str:
+    """What to do about an error of the user's own code."""
+    if isinstance(error, NameError):
+        return "Define the name before the call, or correct it."
+    if isinstance(error, AttributeError) and isinstance(error.obj, Symbol):
+        return "Correct the name: the page Operations of the docs lists the methods of tensors."
+    if isinstance(error, AttributeError):
+        return "Correct the name of the attribute."
+    return (
+        "A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and operators on "
+        "tensors and numbers, and compute everything else outside the mod."
+    )
 
 
 def _as_it_was_written() -> AbstractContextManager:
     """Makes functions compiled by `torch.compile` run as plain Python, if `torch.compile` was ever used."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
-    """Converts what a mod returned into a float32 score or a bool mask."""
-    is_mask = context.kind == "mask_mod"
-    who = f"{context.kind} {getattr(mod, '__name__', type(mod).__name__)!r} returned"
-    wanted = "it must return a bool" if is_mask else "it must return a score"
-    if type(result).__module__ == "numpy" and getattr(result, "ndim", 1) == 0:
-        result = result.item()
-    if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
-        got = "None" if result is None else f"a {type(result).__name__}"
-        hint = " (forgot `return`?)" if result is None else ""
-        raise TraceError(f"{who} {got}; {wanted}{'' if is_mask else ' (a float)'}{hint}")
-    symbol = context.symbol(result)
-    if symbol.rank:
-        raise TraceError(
-            f"{who} a tensor with {symbol.rank} dimension(s); it must return one value for one (query, key) pair: "
-            "index the captured tensor with b, h, q_idx or kv_idx"
-        )
-    if is_mask and symbol.dtype != torch.bool:
-        raise TraceError(f"{who} {symbol.dtype}; {wanted}: compare it, e.g. `x != 0`")
-    if not is_mask and symbol.dtype == torch.bool:
-        raise TraceError(f"{who} a bool; {wanted}: use torch.where(condition, score, -inf)")
-    return cast(symbol.node, torch.bool if is_mask else torch.float32)
 
 
 def _check_assignments(mod: Callable, kind: str) -> None:

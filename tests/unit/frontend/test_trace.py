@@ -456,6 +456,48 @@ def test_bad_results_of_a_score_mod(mod, message):
         flex_decode(QUERY, KEY, VALUE, mod)
 
 
+def halves(score, b, h, q_idx, kv_idx):
+    yield score / 2
+
+
+async def later(score, b, h, q_idx, kv_idx):
+    return score
+
+
+class Unindexed:
+    bias = torch.zeros(4, 3)
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return score + self.bias[h] + slopes[h]
+
+
+@pytest.mark.parametrize(
+    "mod, problem, defined",
+    [
+        (halves, "'halves' returned a generator; it must return a score (a float) (use return, not yield)", halves),
+        (later, "'later' returned a coroutine; it must return a score (a float) (use def, not async def)", later),
+        (nothing, "'nothing' returned None; it must return a score (a float) (forgot `return`?)", nothing),
+        (
+            functools.partial(lambda s, b, h, q, k: (s, s)),
+            "'partial' returned a tuple; it must return a score (a float) (return one value)",
+            None,
+        ),
+        (
+            Unindexed(),
+            "'Unindexed' returned a tensor with 1 dimension(s); it must return one value for one (query, key) pair: "
+            "index the captured tensor `self.bias` with b, h, q_idx or kv_idx",
+            Unindexed.__call__,
+        ),
+    ],
+)
+def test_a_bad_result_names_the_definition(mod, problem, defined):
+    with pytest.raises(TraceError) as caught:
+        flex_decode(QUERY, KEY, VALUE, mod)
+    first, place = str(caught.value).splitlines()
+    assert first == f"score_mod {problem}"
+    assert place.startswith(f"  {__file__}:{'' if defined is None else defined.__code__.co_firstlineno}")
+
+
 @pytest.mark.parametrize(
     "mod, message",
     [
@@ -643,9 +685,7 @@ def test_python_values(name):
         (lambda s, b, h, q, k: s / [1.0], r"TypeError: unsupported operand type\(s\) for /: 'Tensor' and 'list'"),
         (lambda s, b, h, q, k: s + None, "unsupported operand type.*'Tensor' and 'NoneType'"),
         (lambda s, b, h, q, k: s + 1j, "unsupported operand type.*'Tensor' and 'complex'"),
-        (lambda s, b, h, q, k: s + undefined, "NameError: name 'undefined' is not defined"),  # noqa: F821
         (lambda s, b, h, q, k: s + 1 // 0, "ZeroDivisionError"),
-        (lambda s, b, h, q, k: s.no_such_method(), "AttributeError: 'Tensor' object has no attribute 'no_such_method'"),
     ],
 )
 def test_exceptions_of_the_mod(mod, message):
@@ -655,6 +695,34 @@ def test_exceptions_of_the_mod(mod, message):
         trace_mod(mod)
     assert "use PyTorch's functions and operators on tensors and numbers" in str(caught.value)
     assert __file__ in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mod, problem, remedy",
+    [
+        (
+            lambda s, b, h, q, k: s + undefined,  # noqa: F821
+            "NameError: name 'undefined' is not defined",
+            "Define the name before the call, or correct it.",
+        ),
+        (
+            lambda s, b, h, q, k: s.no_such_method(),
+            "AttributeError: 'Tensor' object has no attribute 'no_such_method'",
+            "Correct the name: the page Operations of the docs lists the methods of tensors.",
+        ),
+        (
+            lambda s, b, h, q, k: s * math.no_such_name,
+            "AttributeError: module 'math' has no attribute 'no_such_name'",
+            "Correct the name of the attribute.",
+        ),
+    ],
+)
+def test_misspelt_names(mod, problem, remedy):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    first, line, last = str(caught.value).splitlines()
+    assert (first, last) == (f"score_mod raised {problem}", f"  {remedy}")
+    assert line.startswith(f"  {__file__}:")
 
 
 def test_numpy_arrays_are_no_operands():
