@@ -14,7 +14,7 @@ from ..analysis.bounds import find_bounds
 from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
-from ..call.checks import check_inputs
+from ..call.checks import check_device, check_inputs
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
 from ..call.schedule import Scheduler
@@ -187,19 +187,7 @@ class Prepared:
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device) if target is None else target.facts
-            interpreted = self.facts.backend == "cpu"
-            if interpreted and inputs.query.dtype == torch.bfloat16:
-                raise ValueError(
-                    "`query` is bfloat16, which Triton's interpreter computes wrongly: convert it to float16 or "
-                    'float32, or pass `options=DecodeOptions(backend="torch")`'
-                )
-            has_type = interpreted or self.facts.can_unpack
-            stored = traced.signature.key_dtype, traced.signature.value_dtype
-            if torch.float8_e4m3fn in stored and not has_type:
-                raise ValueError(
-                    "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got "
-                    f"{self.facts.backend} {self.facts.arch}: use float8_e5m2 or int8"
-                )
+            check_device(inputs, self.facts)
         self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
         # The values that the last proofs used, their result, and the shortest and the longest length it holds for.

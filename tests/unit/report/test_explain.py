@@ -396,13 +396,23 @@ def test_errors_of_its_own():
         with pytest.raises(ValueError) as caught:
             explain(*meta_inputs(), device=wrong)
         assert str(caught.value) == (
-            '`device` must be "H100", "H200", "A100", "B200", "MI300X", "cuda" for the present GPU, or a '
-            f"flexdecode.call.device.DeviceFacts, got {wrong!r}"
+            '`device` must be "H100", "H200", "A100", "B200", "MI300X" or "cuda" for the present GPU, or facts of your '
+            f"own (see explain), got {wrong!r}"
         )
     with pytest.raises(ValueError, match=r"`kv_lens` must lie between 0 and N = 4096"):
         report(kv_lens=torch.tensor([1, 5000]))
     with pytest.raises(TypeError):
         explain(*meta_inputs(), device="H200", colour="red")
+
+
+def test_a_cache_that_the_device_cannot_read_is_refused_as_in_a_call():
+    query, key, value = meta_inputs()
+    cache = key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)
+    message = "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got cuda 80"
+    with pytest.raises(ValueError, match=message):
+        explain(query, *cache, device="A100")
+    assert explain(query, *cache, device="H100").schedule is not None
+    assert explain(query, key.to(torch.float8_e5m2), value.to(torch.float8_e5m2), device="A100").schedule is not None
 
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
