@@ -148,7 +148,8 @@ def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords
 
     Args:
         arguments: those of `flex_decode`, by place.
-        device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or the facts of another one.
+        device: the GPU to explain for, where it is not that of the tensors: `"H200"`, or facts of your own, a
+            `flexdecode.call.device.DeviceFacts`.
         keywords: those of `flex_decode`, by name. Which blocks a `block_mask` lists is not reported, and the contents
             of a `page_table` do not matter, like `return_lse`.
 

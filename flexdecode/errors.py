@@ -6,14 +6,16 @@ Wrong tensors and options raise `ValueError` or `TypeError`; a mod that cannot b
 from __future__ import annotations
 
 import contextlib
+import dis
 import linecache
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from traceback import walk_stack, walk_tb
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,6 +91,37 @@ def user_line(traceback: TracebackType | None = None) -> str:
             where = f"{name}:{line}, in {frame.f_code.co_name}"
             return f"{where}: {text}" if text else where
     return "<unknown line>"
+
+
+class UserStep(NamedTuple):
+    """The operation that the user's code is at: its name in bytecode, and its text if Python knows where it is."""
+
+    operation: str
+    text: str
+
+
+def user_step() -> UserStep:
+    """The operation of the innermost frame of the user's code."""
+    for frame, _ in walk_stack(sys._getframe(1)):
+        if is_user_file(frame.f_code.co_filename):
+            steps = dis.get_instructions(frame.f_code)
+            step = next((step for step in steps if step.offset == frame.f_lasti), None)
+            if step is None:
+                break
+            place = getattr(step, "positions", None)  # since Python 3.11
+            if place is None or place.lineno is None or place.col_offset is None:
+                return UserStep(step.opname, "")
+            line = linecache.getline(frame.f_code.co_filename, place.lineno).encode()
+            return UserStep(step.opname, line[place.col_offset :].decode(errors="replace").strip())
+    return UserStep("", "")
+
+
+def warn_user(text: str) -> None:
+    """Gives a RuntimeWarning that shows the line of the user's code that called flexdecode."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and not is_user_file(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 class _Lines(threading.local):

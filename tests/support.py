@@ -14,7 +14,7 @@ from flexdecode import mods
 from flexdecode.frontend.captures import walk
 from flexdecode.frontend.trace import trace
 from flexdecode.reference import dequantized_rows, evaluate_mod, reference_decode
-from flexdecode.runtime import eager
+from flexdecode.runtime.evaluation import Evaluation
 
 # Inductor warns of what PyTorch deprecates, and of settings of the machine.
 OF_INDUCTOR = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -240,7 +240,7 @@ def trace_mod(mod, kind="score_mod"):
 def evaluate_graph(graph, leaves, score, b, h, q_idx, kv_idx):
     """Computes a graph by the op table's torch column, on tensors that broadcast."""
     indices = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
-    return eager._Evaluation((graph, leaves), indices, score, torch.tensor(True), check_indices=False).result()
+    return Evaluation((graph, leaves), indices, score, torch.tensor(True), check_indices=False).result()
 
 
 # Score, b, h, q_idx and kv_idx of some (query, key) pairs, with what floats and decoding have in stock.

@@ -78,6 +78,29 @@ def proof_sources(graph: Graph) -> tuple[Source, ...]:
     return tuple(found)
 
 
+class DirectRead(NamedTuple):
+    """A dimension `dim` of captured tensor `leaf` that is indexed by `h` or `b` itself, without a guard."""
+
+    leaf: int
+    dim: int
+    by: str
+
+
+_GUARDS = ("where", "logical_and", "logical_or")  # what may throw away a value that was read out of range
+
+
+def direct_reads(graph: Graph) -> tuple[DirectRead, ...]:
+    """The dimensions of captured tensors that a graph indexes by `h` or `b` itself, and reads for every pair."""
+    reads = [
+        DirectRead(graph.tensors[node.attr], dim, index.attr)
+        for node in topological(graph.output, within=lambda node: node.op not in _GUARDS)
+        if node.op == "load" and graph.tensors[node.attr] >= 0
+        for dim, index in enumerate(node.args)
+        if index.op == "index" and index.attr in ("h", "b")
+    ]
+    return tuple(dict.fromkeys(reads))
+
+
 def captured_integers(graph: Graph) -> tuple[Source, ...]:
     """The captured integers of a graph."""
     return tuple(graph.numbers[n.attr] for n in graph.nodes() if _is_integer(n))

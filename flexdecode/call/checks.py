@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN, MAX_KV_OFFSET, MAX_QUERIES
+from .device import DeviceFacts
 from .inputs import DTYPES, FLOATS, MAX_HEAD_DIM, QUANTISED, DecodeOptions, Inputs
 from .overlap import overlaps_itself
 from .packing import check_ascending
@@ -51,6 +52,25 @@ def check_inputs(inputs: Inputs, options: DecodeOptions) -> None:
         _check_sinks(inputs.sinks, query)
     if inputs.out is not None:
         _check_out(inputs.out, inputs)
+
+
+def check_device(inputs: Inputs, facts: DeviceFacts) -> None:
+    """Refuses dtypes that the kernels for a device do not compute.
+
+    Raises:
+        ValueError: the query is bfloat16 in Triton's interpreter, or the cache is float8_e4m3fn on an older GPU.
+    """
+    interpreted = facts.backend == "cpu"
+    if interpreted and inputs.query.dtype == torch.bfloat16:
+        raise ValueError(
+            "`query` is bfloat16, which Triton's interpreter computes wrongly: convert it to float16 or "
+            'float32, or pass `options=DecodeOptions(backend="torch")`'
+        )
+    if torch.float8_e4m3fn in (inputs.key.dtype, inputs.value.dtype) and not (interpreted or facts.can_unpack):
+        raise ValueError(
+            "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got "
+            f"{facts.backend} {facts.arch}: use float8_e5m2 or int8"
+        )
 
 
 def _check_query(inputs: Inputs) -> None:

@@ -215,6 +215,5 @@ def _check_name(name: object) -> None:
             raise ValueError(f'`device="cuda"` is the present GPU, and PyTorch finds none: name one of {known}')
     elif not isinstance(name, str) or name not in KNOWN_DEVICES:
         raise ValueError(
-            f'`device` must be {known}, "cuda" for the present GPU, or a flexdecode.call.device.DeviceFacts, '
-            f"got {name!r}"
+            f'`device` must be {known} or "cuda" for the present GPU, or facts of your own (see explain), got {name!r}'
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import flexdecode
 
-from ..frontend.trace import PARAMETERS, check_parameters
+from ..frontend.parameters import PARAMETERS, check_parameters
 from .mistakes import Mistake, load_error, user_files
 
 Mods = tuple[Callable | None, Callable | None]  # score_mod and mask_mod

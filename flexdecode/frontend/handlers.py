@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import UnsupportedOpError, at_user_line
+from .graph import topological
 from .ops import GROUPS as GROUPS_OF_ROWS
 from .ops import OPS
-from .symbol import TraceContext
+from .symbol import Symbol, TraceContext
 
 Handler = Callable[..., Any]
 
@@ -91,19 +92,38 @@ def nearest(name: str) -> str | None:
     for other in (*ROWS, *HANDLERS):
         if group_of(other) and (text := spelled(other)):
             known.setdefault(text.rpartition(".")[2], text)
-    found = difflib.get_close_matches(name.removeprefix("special_").removeprefix("linalg_"), known, n=1, cutoff=0.75)
+    found = difflib.get_close_matches(name.removeprefix("special_").removeprefix("linalg_"), known, n=1, cutoff=0.85)
     return known[found[0]] if found else None
 
 
-def refuse(context: TraceContext, name: str, unknown: bool = False) -> NoReturn:
-    """Raises the error for an unsupported operation. For an `unknown` name, it suggests the nearest supported one."""
-    close = nearest(name) if unknown else None
-    raise at_user_line(
-        UnsupportedOpError,
-        f"{spelled(name) or f'torch.{name}'} is not supported in {context.kind}",
-        "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
-        + (f" The nearest supported name is `{close}`." if close else ""),
+_RANDOM = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial",
+    "normal", "poisson", "binomial", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout", "feature_dropout", "gumbel_softmax",
+}  # fmt: skip
+
+
+def refuse(context: TraceContext, name: str) -> NoReturn:
+    """Raises the error for an unsupported operation."""
+    remedy = (
+        "Write it with supported operations (the page Operations of the docs lists them), or compute it outside the "
+        "mod and capture the result as a tensor."
     )
+    if name in _RANDOM:
+        remedy = "A mod has no random numbers: draw them outside the mod, and capture them as a tensor."
+    text = spelled(name) or f"torch.{name}"
+    raise at_user_line(UnsupportedOpError, f"{text} is not supported in {context.kind}", remedy)
+
+
+def refuse_score(symbol: Symbol, name: str) -> None:
+    """Raises the error for a function of a whole row, if it is given the score, which is one number."""
+    if symbol.rank == 0 and any(node.op == "score" for node in topological(symbol.node)):
+        raise at_user_line(
+            UnsupportedOpError,
+            f"torch.{name} of the score in a {symbol.context.kind}",
+            "A mod sees one pair of query and key: there is no row of scores to reduce. The softmax, which subtracts "
+            "the maximum of the row, comes after the mod.",
+        )
 
 
 def refuse_in_place(context: TraceContext, name: str) -> NoReturn:

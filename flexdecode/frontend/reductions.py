@@ -16,7 +16,7 @@ from ..errors import TraceError, at_user_line
 from .build import cast, make
 from .elementwise import as_dtype, broadcast, elementwise
 from .graph import Node, const
-from .handlers import HANDLERS, Handler, handles, of_symbol, refuse
+from .handlers import HANDLERS, Handler, handles, of_symbol, refuse, refuse_score
 from .joins import checked_count
 from .ops import HALF
 from .symbol import Symbol, TraceContext, innermost
@@ -98,6 +98,7 @@ def _reduced(
         named: `axis` and `keepdims`, which are numpy's names.
     """
     context = symbol.context
+    refuse_score(symbol, what)
     dim, keepdim = named.pop("axis", dim), named.pop("keepdims", keepdim)
     if named:
         refuse(context, f"{what}({', '.join(named)}=)")
@@ -221,6 +222,7 @@ def _extreme(name: str, row: str) -> None:
         if "other" in named or (args and isinstance(args[0], (Symbol, torch.Tensor))):
             return of_two(context, x, *args, **named)
         symbol = context.symbol(x)
+        refuse_score(symbol, name)
         values = values_of(symbol, *args, **named)
         dim = args[0] if args else named.get("dim", named.get("axis"))
         return values if dim is None else ValuesAndIndices(values, indices_of(symbol, *args, **named))

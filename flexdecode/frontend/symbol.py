@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..errors import TraceError, UnsupportedOpError, at_user_line
+from ..errors import TraceError, UnsupportedOpError, at_user_line, user_step
 from .build import check_constant, remake, sources
 from .captures import Reads
 from .graph import Node, Source, const, loops_around, rewrite, topological
@@ -28,6 +28,16 @@ _NO_NUMBER = (
     "A traced value has no Python number: use the torch function (torch.exp for math.exp), and capture a list, dict or "
     "numpy array as a tensor to index it."
 )
+_IN = "Compare with each value, `(kv_idx == 1) | (kv_idx == 2)`, or index a captured bool table, `table[kv_idx]`."
+_OF_CALLS = {  # Python's functions that need the value, with what to write instead
+    "int": "Use `x.long()`, which stays a tensor.",
+    "float": "Use `x.float()`, which stays a tensor.",
+    "math": "Use the function of torch: torch.exp for math.exp.",
+    "range": (
+        "A loop runs over Python numbers only: loop over a number that is known outside the mod, and use torch.where "
+        "for what depends on a traced value."
+    ),
+}
 
 
 _MAX_WAITING = 40  # this many symbols with dimensions compute elements on demand; later ones use `_settled`
@@ -245,6 +255,12 @@ class Symbol:
         """Refuses to become a Python value. But a captured number becomes a constant."""
         if self.rank == 0 and self.node.weak and (found := sources(self.node)):
             raise Consumed(found)
+        operation, text = user_step()
+        called = text.partition("(")[0]
+        if operation == "CONTAINS_OP":
+            problem, remedy = "`in` was applied to a traced value", _IN
+        elif operation.startswith("CALL") and called.partition(".")[0] in _OF_CALLS:
+            problem, remedy = f"{called}() was applied to a traced value", _OF_CALLS[called.partition(".")[0]]
         raise at_user_line(TraceError, f"{problem} in a {self.context.kind}", remedy)
 
     def __bool__(self) -> bool:
@@ -298,7 +314,7 @@ class Symbol:
         return self.context.do("dispatch", torch.Tensor.__iter__, (self,), {})
 
     def __contains__(self, _: Any) -> NoReturn:
-        self.python_value("`in` was applied to a traced value", _NO_BRANCH)
+        self.python_value("`in` was applied to a traced value", _IN)
 
     def __setitem__(self, *_: Any) -> None:
         self.context.do("refuse_in_place", "__setitem__")

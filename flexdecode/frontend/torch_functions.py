@@ -15,7 +15,7 @@ import torch
 from ..errors import TraceError, at_user_line
 from . import activations  # noqa: F401 its functions register themselves
 from .elementwise import as_dtype, elementwise
-from .handlers import HANDLERS, ROWS, handlers_of, handles, nearest, of_symbol, refuse, refuse_in_place
+from .handlers import HANDLERS, ROWS, handlers_of, handles, nearest, of_symbol, refuse, refuse_in_place, refuse_score
 from .symbol import OPERATORS, Symbol, TraceContext
 
 _REFLECTED = {"__rdiv__": "div", **{f"__r{name}__": row for name, row in OPERATORS.items()}}
@@ -44,7 +44,17 @@ def dispatch(context: TraceContext, func: Any, args: tuple, kwargs: dict) -> Any
         refuse_in_place(context, name)
     if name == "_set_grad_enabled" or (type(func).__name__ == "method-wrapper" and name in _METADATA):
         return func(*args, **kwargs)
-    refuse(context, name, unknown=True)
+    if name in _OF_ROWS and args and isinstance(args[0], Symbol):
+        refuse_score(args[0], name)
+    refuse(context, name)
+
+
+# Functions of whole rows, which are not supported. Of the score they would be meant for the row of all keys.
+_OF_ROWS = {
+    "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort",
+    "topk", "kthvalue", "median", "nanmedian", "quantile", "nanquantile", "nansum", "nanmean", "aminmax", "std_mean",
+    "var_mean", "normalize", "layer_norm", "rms_norm",
+}  # fmt: skip
 
 
 _METADATA = {
@@ -76,10 +86,10 @@ def attribute(context: TraceContext, symbol: Symbol, name: str) -> Any:
     if name not in HANDLERS and name not in ROWS and not hasattr(torch.Tensor, name):
         close = nearest(name)
         hint = f", the nearest supported name is `{close}`" if close else ""
-        raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}")
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}{hint}", name=name, obj=symbol)
     method = getattr(torch.Tensor, name)
     if not callable(method):
-        refuse(context, f"Tensor.{name}", unknown=True)
+        refuse(context, f"Tensor.{name}")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return context.do("dispatch", method, (symbol, *args), kwargs)

@@ -7,7 +7,6 @@ captured tensors, so no value of a captured tensor is read while tracing.
 from __future__ import annotations
 
 import dis
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from ..errors import FlexDecodeError, TraceError, raised, user_line
 from . import factories, joins, reductions, views  # noqa: F401 (they register their functions)
 from . import torch_functions as tf
-from .build import cast, remake
+from .build import remake
 from .captures import CannotRebuild, Reads, copy_for_trace, uncompiled
 from .graph import INDEX_NAMES, Graph, Node, Source, const, rewrite
 from .leaks import check_leaks
+from .parameters import check_parameters
+from .results import checked_result
 from .symbol import Consumed, Symbol, TraceContext
-
-PARAMETERS = {"score_mod": ("score", *INDEX_NAMES), "mask_mod": INDEX_NAMES}
 
 
 @dataclass(frozen=True)
@@ -152,39 +151,28 @@ def run_mod(mod: Callable, context: TraceContext) -> Node:
     except Exception as error:  # any error of the user's code; the message names its line
         raise TraceError(
             f"{context.kind} raised {type(error).__name__}: {error}\n  {user_line(error.__traceback__)}\n"
-            "  A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and "
-            "operators on tensors and numbers, and compute everything else outside the mod."
+            f"  {_remedy_for(error)}"
         ) from error
-    return _checked_result(result, mod, context)
+    return checked_result(result, mod, context)
+
+
+def _remedy_for(error: Exception) -> str:
+    """What to do about an error of the user's own code."""
+    if isinstance(error, NameError):
+        return "Define the name before the call, or correct it."
+    if isinstance(error, AttributeError) and isinstance(error.obj, Symbol):
+        return "Correct the name: the page Operations of the docs lists the methods of tensors."
+    if isinstance(error, AttributeError):
+        return "Correct the name of the attribute."
+    return (
+        "A mod is run on symbols that stand for 0-d tensors of any value: use PyTorch's functions and operators on "
+        "tensors and numbers, and compute everything else outside the mod."
+    )
 
 
 def _as_it_was_written() -> AbstractContextManager:
     """Makes functions compiled by `torch.compile` run as plain Python, if `torch.compile` was ever used."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _checked_result(result: Any, mod: Callable, context: TraceContext) -> Node:
-    """Converts what a mod returned into a float32 score or a bool mask."""
-    is_mask = context.kind == "mask_mod"
-    who = f"{context.kind} {getattr(mod, '__name__', type(mod).__name__)!r} returned"
-    wanted = "it must return a bool" if is_mask else "it must return a score"
-    if type(result).__module__ == "numpy" and getattr(result, "ndim", 1) == 0:
-        result = result.item()
-    if not isinstance(result, (bool, int, float, torch.Tensor, Symbol)):
-        got = "None" if result is None else f"a {type(result).__name__}"
-        hint = " (forgot `return`?)" if result is None else ""
-        raise TraceError(f"{who} {got}; {wanted}{'' if is_mask else ' (a float)'}{hint}")
-    symbol = context.symbol(result)
-    if symbol.rank:
-        raise TraceError(
-            f"{who} a tensor with {symbol.rank} dimension(s); it must return one value for one (query, key) pair: "
-            "index the captured tensor with b, h, q_idx or kv_idx"
-        )
-    if is_mask and symbol.dtype != torch.bool:
-        raise TraceError(f"{who} {symbol.dtype}; {wanted}: compare it, e.g. `x != 0`")
-    if not is_mask and symbol.dtype == torch.bool:
-        raise TraceError(f"{who} a bool; {wanted}: use torch.where(condition, score, -inf)")
-    return cast(symbol.node, torch.bool if is_mask else torch.float32)
 
 
 def _check_assignments(mod: Callable, kind: str) -> None:
@@ -213,38 +201,3 @@ def _same(symbolic: _Run, real: _Run, leaves: list) -> bool:
         return rewrite(symbolic.output, substitute) == rewrite(real.output, remake)
     except (ArithmeticError, ValueError, TypeError):  # Python refuses some arithmetic that PyTorch allows: 1 / 0
         return False
-
-
-def check_parameters(mod: Callable, kind: str) -> None:
-    """Refuses what cannot be called with the parameters of a mod.
-
-    Raises:
-        TypeError: the mod is not callable, or takes other parameters.
-    """
-    if not callable(mod):
-        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}")
-    names = ", ".join(PARAMETERS[kind])
-    name = getattr(mod, "__name__", type(mod).__name__)
-    called = uncompiled(mod) or mod
-    if isinstance(called, torch.nn.Module) and type(called).__call__ is torch.nn.Module.__call__:
-        called = called.forward
-    try:
-        signature = inspect.signature(called)
-        signature.bind(*PARAMETERS[kind])
-        return
-    except ValueError:  # a builtin without a signature
-        if not _is_library(called):
-            return  # the call itself will show whether it works
-        problem = f"{name!r} is a function of numbers"
-    except TypeError:
-        problem = f"{name!r} has the signature {signature}"
-    raise TypeError(
-        f"`{kind}` must take {len(PARAMETERS[kind])} positional parameters ({names}), but {problem}\n"
-        f"  Call it in a function that does: `def my_{kind}({names}): ...`"
-    )
-
-
-def _is_library(function: Any) -> bool:
-    """Whether a callable without a signature is one of PyTorch, numpy or Python."""
-    module = str(getattr(function, "__module__", None) or type(function).__module__)
-    return module.partition(".")[0] in ("torch", "numpy", "math", "builtins", "_operator")

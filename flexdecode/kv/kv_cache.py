@@ -96,6 +96,15 @@ class _Cache:
         self._take_number()
         self.kv_lens, self._limits, self._arrivals = self._zeros(batch), self._zeros(batch), self._zeros(batch)
 
+    def __repr__(self) -> str:
+        lengths, total = self._lengths, sum(self._lengths)
+        tokens = f"lengths {lengths}" if len(lengths) <= 8 else f"{len(lengths)} sequences with {total} tokens"
+        dtype = str(self.key.dtype).removeprefix("torch.")
+        return f"<{type(self).__name__}: {dtype} on {self.key.device}, {tokens}{self._room()}>"
+
+    def _room(self) -> str:
+        return f", up to {self._max_kv_len} each"
+
     def _take_number(self) -> None:
         number = next(_numbers)
         self._number = torch.tensor(number, device="cpu")  # a Python number would be a constant of a compiled region
@@ -354,7 +363,8 @@ class KVCache(_Cache):
         max_kv_len: tokens N that each sequence can hold.
         head_dim: D.
         v_head_dim: Dv, by default D.
-        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
+        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8. New tokens
+            of another dtype are rounded to it, also float32 ones to the default.
         device: of all tensors, by default PyTorch's.
         k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
             gets the scale with which its largest element just fits.
@@ -405,7 +415,8 @@ class PagedKVCache(_Cache):
         head_dim: D.
         v_head_dim: Dv, by default D.
         max_pages: pages that one sequence can have, by default all.
-        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8.
+        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8. New tokens
+            of another dtype are rounded to it, also float32 ones to the default.
         device: of all tensors, by default PyTorch's.
         k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
             gets the scale with which its largest element just fits.
@@ -462,6 +473,9 @@ class PagedKVCache(_Cache):
     def num_free_pages(self) -> int:
         """Pages that no sequence owns."""
         return len(self._free)
+
+    def _room(self) -> str:
+        return f", {len(self._free)} of {len(self._owners)} pages free"
 
     def fork(self, source: int, target: int) -> None:
         """Makes an empty sequence equal to another one. It shares all pages and copies nothing.

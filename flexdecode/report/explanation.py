@@ -15,7 +15,7 @@ import torch
 
 from ..analysis.algebra import Ends
 from ..analysis.proven import ProvenMods
-from ..call.checks import check_all_lens
+from ..call.checks import check_all_lens, check_device
 from ..call.device import Bandwidth, DeviceFacts, Target, find_target, without_autocast
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs
 from ..call.schedule import Schedule, Scheduler
@@ -288,6 +288,7 @@ def _report(call: _Call, target: Target) -> Explanation:
     inputs, signature = call.inputs, call.signature
     schedule, source = None, None
     if target.facts is not None and not inputs.is_empty:
+        check_device(inputs, target.facts)
         schedule = (
             Scheduler(signature, call.proven, target.facts, call.options)
             .choose(inputs, inputs.sizes, allows_latents(target.facts))[0]

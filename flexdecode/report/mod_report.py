@@ -111,7 +111,7 @@ class ModReport:
 
 def _load_text(load: Load) -> str:
     proven = "proven in range" + (" wherever the mask is true" if load.by_mask else "")
-    checks = f"bounds-checked ({', '.join(load.checked)})" if load.checked else proven
+    checks = f"bounds-checked ({', '.join(load.checked)}): out of range gives 0" if load.checked else proven
     return f"{load.text}  {checks}, read {'for every key' if load.per_key else 'once per row'}"
 
 

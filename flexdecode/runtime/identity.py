@@ -12,6 +12,7 @@ from ..analysis.proofs import proof_sources
 from ..errors import FlexDecodeError, TraceError
 from ..frontend.captures import NOTHING, Followed, Reads, leaf_names, pins, read
 from ..frontend.graph import Graph, Source
+from ..frontend.parameters import not_callable
 from ..frontend.parse import CanonicalMod
 from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
@@ -67,8 +68,7 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if mod is None:
         return _NO_MOD
     if not callable(mod):
-        hint = "; pass it as `block_mask`" if hasattr(mod, "kv_num_blocks") else ""
-        raise TypeError(f"`{kind}` must be a callable or None, got {type(mod).__name__}{hint}")
+        raise not_callable(kind, mod)
     if mod.__class__ is CanonicalMod:
         place, leaves, hides = mod.place(), mod.leaves, False
     else:

@@ -14,7 +14,7 @@ from ..analysis.bounds import find_bounds
 from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
-from ..call.checks import check_inputs
+from ..call.checks import check_device, check_inputs
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
 from ..call.schedule import Scheduler
@@ -28,6 +28,7 @@ from ..frontend.graph import Graph
 from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
+from .short_tables import ShortTables
 
 Mods = tuple[Mod, Mod]  # the score_mod and the mask_mod
 
@@ -182,22 +183,11 @@ class Prepared:
         names = name_graphs(traced.graphs, mods) if options.debug else None
         self.eager = EagerLauncher(traced.graphs, names)
         self.plan_of_any = Plan(self.eager, self.eager if options.debug else None, inputs, aux, options)
+        self.short_tables = ShortTables(traced.graphs)
         self.facts: DeviceFacts | None = None
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device) if target is None else target.facts
-            interpreted = self.facts.backend == "cpu"
-            if interpreted and inputs.query.dtype == torch.bfloat16:
-                raise ValueError(
-                    "`query` is bfloat16, which Triton's interpreter computes wrongly: convert it to float16 or "
-                    'float32, or pass `options=DecodeOptions(backend="torch")`'
-                )
-            has_type = interpreted or self.facts.can_unpack
-            stored = traced.signature.key_dtype, traced.signature.value_dtype
-            if torch.float8_e4m3fn in stored and not has_type:
-                raise ValueError(
-                    "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got "
-                    f"{self.facts.backend} {self.facts.arch}: use float8_e5m2 or int8"
-                )
+            check_device(inputs, self.facts)
         self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
         # The values that the last proofs used, their result, and the shortest and the longest length it holds for.
@@ -214,6 +204,7 @@ class Prepared:
         Returns:
             The plan, and the mask_mod with the numbers that the proofs use.
         """
+        self.short_tables.warn(mods, inputs.num_q_heads, inputs.batch)
         if self.facts is None:
             same = inputs.out is None and inputs.out_shape == self.plan_of_any.out_shape
             return self.plan_of_any if same else self.plan_of_any.launched_by(self.eager, inputs), mods[1]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...frontend.trace import check_parameters
+from ...frontend.parameters import check_parameters
 from .masks import calls_interface
 
 _NAME = "_flexdecode_mods"

@@ -275,6 +275,13 @@ def test_a_key_by_position_beside_a_cache():
     assert str(caught.value) == "`key` is given twice: `cache` has it already"
 
 
+@pytest.mark.parametrize("more", [(), (torch.zeros(1),)])
+def test_a_cache_in_the_place_of_the_key(more):
+    cache = PagedKVCache(batch=2, num_kv_heads=2, head_dim=16, num_pages=4, page_size=16, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"^`key` is a PagedKVCache: pass it as `cache=`, without `key` and `value`$"):
+        flex_decode(torch.zeros(2, 2, 1, 16), cache, *more)
+
+
 @pytest.mark.parametrize("wrong", [KEY, (KEY, VALUE), {"key": KEY, "value": VALUE}, 1])
 def test_a_cache_of_the_wrong_type(wrong):
     message = f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(wrong).__name__}"

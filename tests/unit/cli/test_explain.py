@@ -31,9 +31,9 @@ def test_the_report_is_that_of_the_library(run):
 
 def test_all_words_of_a_call(run):
     shape = "B=2,Hq=8,Hkv=4,N=1000,D=64,Q=3,Dv=32"
-    words = ("--dtype", "fp16", "--kv-dtype", "fp8_e4m3", "--kv-lens", "1000, 7", "--device", "A100")
+    words = ("--dtype", "fp16", "--kv-dtype", "fp8_e5m2", "--kv-lens", "1000, 7", "--device", "A100")
     done = run("explain", "--shape", shape, *words)
-    call = inputs(torch.float16, torch.float8_e4m3fn, Hkv=4, N=1000, Q=3, Dv=32)
+    call = inputs(torch.float16, torch.float8_e5m2, Hkv=4, N=1000, Q=3, Dv=32)
     assert done == (0, f"{explain(*call, kv_lens=torch.tensor([1000, 7]), device='A100')}\n", "")
     assert run("explain", "--shape", shape, *words[:4], "--kv-lens", "7", *words[6:]).out == (
         f"{explain(*call, kv_lens=torch.tensor([7, 7]), device='A100')}\n"
@@ -232,8 +232,8 @@ def test_spaces_in_a_shape(run):
         (("--kv-lens", f"1,{10**30}"), f"--kv-lens '1,{10**30}': a length is at most N = 1024, got {10**30}"),
         (
             ("--device", "H20"),
-            '`device` must be "H100", "H200", "A100", "B200", "MI300X", "cuda" for the present GPU, or a '
-            "flexdecode.call.device.DeviceFacts, got 'H20'",
+            '`device` must be "H100", "H200", "A100", "B200", "MI300X" or "cuda" for the present GPU, or facts of '
+            "your own (see explain), got 'H20'",
         ),
         (("--page-size", "1025"), "--page-size 1025: a page has at most N = 1024 tokens"),
         (("--png", "a.jpg"), "`path` must end in .png, .svg or .pdf, got 'a.jpg'"),

@@ -28,9 +28,9 @@ CASES = {
     "sums of types": lambda s, b, h, q, k: (
         INTEGERS[h].sum() + BOOLS[h].sum() + A[h].sum(dtype=torch.float64) + A.sum(1)[h]
     ),
-    "sums of dimensions": lambda s, b, h, q, k: CUBE.sum((1, 2))[h] + CUBE.sum(1, keepdim=True)[h, 0, 2] + s.sum(-1),
+    "sums of dimensions": lambda s, b, h, q, k: CUBE.sum((1, 2))[h] + CUBE.sum(1, keepdim=True)[h, 0, 2],
     "sum of nothing": lambda s, b, h, q, k: EMPTY[h].sum() + EMPTY[h].prod(),
-    "mean": lambda s, b, h, q, k: A[h].mean() + CUBE[h].mean(0)[1] + s.mean(),
+    "mean": lambda s, b, h, q, k: A[h].mean() + CUBE[h].mean(0)[1],
     "prod": lambda s, b, h, q, k: A[h].prod() + INTEGERS[h].prod(),
     "any": lambda s, b, h, q, k: torch.where((INTEGERS[h] == k).any(-1) | torch.any(BOOLS[h]), s, BYTES[h].any() + s),
     "all": lambda s, b, h, q, k: torch.where((INTEGERS[h] > 1).all(), s, -s) + BOOLS.all(-1)[h] + EMPTY[h].all(),
@@ -197,6 +197,43 @@ def test_errors(mod, text):
     with pytest.raises(TraceError, match=text.replace("(", r"\(")) as found:
         trace_mod(mod)
     assert "test_reductions.py" in str(found.value)
+
+
+OF_THE_SCORE = {
+    "max": lambda s, b, h, q, k: s - s.max(),
+    "min": lambda s, b, h, q, k: s - (2 * s).min(-1).values,
+    "amax": lambda s, b, h, q, k: s - s.amax(-1, keepdim=True),
+    "mean": lambda s, b, h, q, k: s - s.mean(),
+    "sum": lambda s, b, h, q, k: s / torch.exp(s + A[h, 0]).sum(),
+    "std": lambda s, b, h, q, k: s / s.std(),
+    "norm": lambda s, b, h, q, k: s / s.norm(),
+    "argmax": lambda s, b, h, q, k: s + s.argmax(),
+    "any": lambda s, b, h, q, k: torch.where((s > 3).any(), s, 0.0),
+    "logsumexp": lambda s, b, h, q, k: s - torch.logsumexp(s, -1),
+    "softmax": lambda s, b, h, q, k: torch.softmax(s, -1),
+    "log_softmax": lambda s, b, h, q, k: torch.nn.functional.log_softmax(s, dim=-1),
+    "cumsum": lambda s, b, h, q, k: s.cumsum(-1),
+    "topk": lambda s, b, h, q, k: torch.where(s < s.topk(3).values[0], -torch.inf, s),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_SCORE)
+def test_the_score_is_no_row(name):
+    with pytest.raises(UnsupportedOpError) as found:
+        trace_mod(OF_THE_SCORE[name])
+    problem, line, remedy = str(found.value).splitlines()
+    assert problem == f"torch.{name} of the score in a score_mod"
+    assert f"{__file__}:" in line
+    assert remedy == (
+        "  A mod sees one pair of query and key: there is no row of scores to reduce. The softmax, which subtracts the "
+        "maximum of the row, comes after the mod."
+    )
+
+
+def test_reductions_of_other_numbers_and_of_rows_with_the_score():
+    assert_same_as_pytorch(lambda s, b, h, q, k: (q - k).max() + (P[h] * abs(s)).sum(), INSIDE, rtol=2e-6)
+    with pytest.raises(UnsupportedOpError, match=r"torch\.softmax is not supported"):
+        trace_mod(lambda s, b, h, q, k: s + torch.softmax(A[h], -1)[0])
 
 
 def test_a_list_of_tiles_bounds_the_keys():

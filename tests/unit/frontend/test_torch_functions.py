@@ -443,12 +443,8 @@ def refused(mod, kind, message):
     "name, mod",
     [
         ("cumsum", lambda s, b, h, q, k: s + table.cumsum(0)[h, k]),
-        ("softmax", lambda s, b, h, q, k: torch.softmax(s, -1)),
-        ("rand", lambda s, b, h, q, k: s + torch.rand(())),
-        ("rand", lambda s, b, h, q, k: s + torch.rand(2, 3)),
-        ("randn", lambda s, b, h, q, k: s + torch.randn(4)[h]),
+        ("softmax", lambda s, b, h, q, k: torch.softmax(table[h], -1)[0] + s),
         ("empty", lambda s, b, h, q, k: s + torch.empty(4)[h]),
-        ("dropout", lambda s, b, h, q, k: F.dropout(s)),
         ("equal", lambda s, b, h, q, k: s if torch.equal(table, table) else -s),
         (r"rrelu\(training=True\)", lambda s, b, h, q, k: F.rrelu(s, training=True)),
         ("prelu with a weight for each channel", lambda s, b, h, q, k: F.prelu(s, slopes)),
@@ -464,19 +460,32 @@ def test_unsupported_operations(name, mod):
     assert remedy == REMEDY
 
 
-REMEDY = "Write it with supported operations, or compute it outside the mod and capture the result as a tensor."
-
-
-@pytest.mark.parametrize(
-    "mod, nearest",
-    [
-        (lambda s, b, h, q, k: torch.unsqueeze_copy(s, 0)[0], "torch.unsqueeze"),
-        (lambda s, b, h, q, k: torch.addr(s, s, s), "torch.add"),
-    ],
+REMEDY = (
+    "Write it with supported operations (the page Operations of the docs lists them), or compute it outside the "
+    "mod and capture the result as a tensor."
 )
-def test_the_nearest_operation_is_named(mod, nearest):
+
+
+@pytest.mark.parametrize("mod", [
+    lambda s, b, h, q, k: torch.unsqueeze_copy(s, 0)[0],
+    lambda s, b, h, q, k: torch.addr(s, s, s),
+    lambda s, b, h, q, k: s + torch.sort(table).values[h, k],
+])  # fmt: skip
+def test_an_operation_of_pytorch_is_no_misspelling_of_another(mod):
+    assert refused(mod, UnsupportedOpError, "is not supported in score_mod") == REMEDY
+
+
+@pytest.mark.parametrize("mod", [
+    lambda s, b, h, q, k: s + torch.rand(()),
+    lambda s, b, h, q, k: s + torch.rand(2, 3),
+    lambda s, b, h, q, k: s + torch.randn(4)[h],
+    lambda s, b, h, q, k: torch.rand_like(s),
+    lambda s, b, h, q, k: F.dropout(s),
+    lambda s, b, h, q, k: torch.bernoulli(s),
+])  # fmt: skip
+def test_random_numbers(mod):
     remedy = refused(mod, UnsupportedOpError, "is not supported in score_mod")
-    assert remedy == REMEDY + (f" The nearest supported name is `{nearest}`." if nearest else "")
+    assert remedy == "A mod has no random numbers: draw them outside the mod, and capture them as a tensor."
 
 
 @pytest.mark.parametrize("name", ["torch.special.zeta", "torch.linalg.det"])
@@ -500,7 +509,7 @@ def test_the_nearest_operation_is_written_as_a_user_writes_it():
     near = {
         "heavyside": "torch.heaviside", "clampmin": "torch.clamp_min", "atan3": "torch.atan",
         "entro": "torch.special.entr", "hardswishh": "torch.nn.functional.hardswish", "type_is": "torch.Tensor.type_as",
-        "rand": None, "cumsum": None, "item": None, "numpy": None,
+        "foo": None, "maxx": "torch.max", "rand": None, "cumsum": None, "item": None, "numpy": None,
     }  # fmt: skip
     assert {name: handlers.nearest(name) for name in near} == near
 

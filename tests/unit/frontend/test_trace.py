@@ -4,6 +4,7 @@ import collections
 import enum
 import functools
 import math
+import operator
 import sys
 import types
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from support import POINTS, assert_close_to_reference, assert_same_as_pytorch, evaluate_graph, make_inputs, trace_mod
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
-from flexdecode import TraceError, UnsupportedOpError, flex_decode
+from flexdecode import TraceError, UnsupportedOpError, flex_decode, mods
 from flexdecode.frontend.captures import walk
 from flexdecode.frontend.graph import Source
 from flexdecode.frontend.trace import trace
@@ -455,6 +456,48 @@ def test_bad_results_of_a_score_mod(mod, message):
         flex_decode(QUERY, KEY, VALUE, mod)
 
 
+def halves(score, b, h, q_idx, kv_idx):
+    yield score / 2
+
+
+async def later(score, b, h, q_idx, kv_idx):
+    return score
+
+
+class Unindexed:
+    bias = torch.zeros(4, 3)
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return score + self.bias[h] + slopes[h]
+
+
+@pytest.mark.parametrize(
+    "mod, problem, defined",
+    [
+        (halves, "'halves' returned a generator; it must return a score (a float) (use return, not yield)", halves),
+        (later, "'later' returned a coroutine; it must return a score (a float) (use def, not async def)", later),
+        (nothing, "'nothing' returned None; it must return a score (a float) (forgot `return`?)", nothing),
+        (
+            functools.partial(lambda s, b, h, q, k: (s, s)),
+            "'partial' returned a tuple; it must return a score (a float) (return one value)",
+            None,
+        ),
+        (
+            Unindexed(),
+            "'Unindexed' returned a tensor with 1 dimension(s); it must return one value for one (query, key) pair: "
+            "index the captured tensor `self.bias` with b, h, q_idx or kv_idx",
+            Unindexed.__call__,
+        ),
+    ],
+)
+def test_a_bad_result_names_the_definition(mod, problem, defined):
+    with pytest.raises(TraceError) as caught:
+        flex_decode(QUERY, KEY, VALUE, mod)
+    first, place = str(caught.value).splitlines()
+    assert first == f"score_mod {problem}"
+    assert place.startswith(f"  {__file__}:{'' if defined is None else defined.__code__.co_firstlineno}")
+
+
 @pytest.mark.parametrize(
     "mod, message",
     [
@@ -478,7 +521,7 @@ def test_bad_results_of_a_mask_mod(mod, message):
 @pytest.mark.parametrize(
     "mod, signature",
     [
-        (lambda s, b, h, q: s, r"\(s, b, h, q\)"),
+        (lambda s, b, h: s, r"\(s, b, h\)"),
         (lambda s, b, h, q, k, extra: s, r"\(s, b, h, q, k, extra\)"),
         (lambda s, b, h, q, k, *, extra: s, r"\(s, b, h, q, k, \*, extra\)"),
     ],
@@ -490,9 +533,41 @@ def test_wrong_parameters(mod, signature):
 
 
 def test_a_score_mod_in_the_place_of_a_mask_mod():
-    expected = r"`mask_mod` must take 4 positional parameters \(b, h, q_idx, kv_idx\), but 'nested' has the signature "
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(TypeError) as caught:
         flex_decode(QUERY, KEY, VALUE, None, nested)
+    assert str(caught.value).splitlines() == [
+        "`mask_mod` must take 4 positional parameters (b, h, q_idx, kv_idx), but 'nested' has the five parameters of a "
+        "score_mod: (score, b, h, q_idx, kv_idx)",
+        "  Pass it as `score_mod=`.",
+    ]
+
+
+def test_a_mask_mod_in_the_place_of_a_score_mod():
+    with pytest.raises(TypeError) as caught:
+        flex_decode(QUERY, KEY, VALUE, mods.causal())
+    assert "'causal' has the four parameters of a mask_mod: (b" in str(caught.value)
+    assert str(caught.value).endswith("\n  Pass it as `mask_mod=`.")
+
+
+@pytest.mark.parametrize(
+    "kind, shape, remedy",
+    [
+        ("mask_mod", (6, 6), "lambda b, h, q_idx, kv_idx: mask[q_idx, kv_idx]"),
+        ("mask_mod", (2, 4, 6, 6), "lambda b, h, q_idx, kv_idx: mask[b, h, q_idx, kv_idx]"),
+        ("mask_mod", (6,), "lambda b, h, q_idx, kv_idx: mask[kv_idx]"),
+        ("score_mod", (4, 6, 6), "lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx, kv_idx]"),
+    ],
+)
+def test_a_tensor_in_the_place_of_a_mod(kind, shape, remedy):
+    tensor = torch.zeros(shape, dtype=torch.bool if kind == "mask_mod" else torch.float32)
+    with pytest.raises(TypeError) as caught:
+        flex_decode(QUERY, KEY, VALUE, **{kind: tensor})
+    assert str(caught.value).splitlines() == [
+        f"`{kind}` must be a callable or None, got Tensor",
+        f"  Capture it: `{kind}={remedy}`",
+    ]
+    made = eval(remedy, {"mask": tensor, "bias": tensor})
+    assert flex_decode(QUERY, KEY, VALUE, **{kind: made}).shape == QUERY.shape
 
 
 @pytest.mark.parametrize("kind", ["score_mod", "mask_mod"])
@@ -511,10 +586,8 @@ BRANCH = {
     "chain": lambda s, b, h, q, k: s * (0 <= q - k < 3),
     "max": lambda s, b, h, q, k: max(s, 0),
     "min": lambda s, b, h, q, k: min(s, 0),
-    "in_tuple": lambda s, b, h, q, k: s if k in (1, 2) else -s,
     "captured": lambda s, b, h, q, k: s if slopes[0] > 0 else -s,
     "while": lambda s, b, h, q, k: [s for _ in iter(lambda: bool(k), False)],
-    "in": lambda s, b, h, q, k: s if 3 in k else -s,
 }
 
 
@@ -523,26 +596,72 @@ def test_branches(mod):
     with pytest.raises(TraceError) as caught:
         trace_mod(mod)
     problem, line, remedy = str(caught.value).splitlines()
-    assert problem in (
-        "the truth of a traced value was asked for in a score_mod",
-        "`in` was applied to a traced value in a score_mod",
-    )
+    assert problem == "the truth of a traced value was asked for in a score_mod"
     assert line.startswith(f"  {__file__}:")
     for advice in ("torch.where(cond, a, b) for if/else", "`&`, `|`, `~`", "torch.maximum/torch.minimum for max/min"):
         assert advice in remedy
 
 
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, k: s if k in [1, 2, 3] else -s,
+        lambda s, b, h, q, k: s if k not in {1, 2, 3} else -s,
+        lambda s, b, h, q, k: s if k - q in (s, 2) else -s,
+        lambda s, b, h, q, k: s if k in {1: 2} else -s,
+        lambda s, b, h, q, k: s if 3 in k else -s,
+    ],
+)
+def test_in(mod):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    problem, line, remedy = str(caught.value).splitlines()
+    assert problem == "`in` was applied to a traced value in a score_mod"
+    assert line.startswith(f"  {__file__}:")
+    assert remedy.startswith(
+        "  Compare with each value, `(kv_idx == 1) | (kv_idx == 2)`, or index a captured bool table"
+    )
+
+
+def loop(s, b, h, q, k):
+    for _ in range(h):
+        s = s * 2
+    return s
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not say where on the line it is")
+@pytest.mark.parametrize(
+    "mod, called, advice",
+    [
+        (lambda s, b, h, q, k: s + int(k), "int()", "Use `x.long()`"),
+        (lambda s, b, h, q, k: s + (1, float(h))[1], "float()", "Use `x.float()`"),
+        (lambda s, b, h, q, k: math.exp(s), "math.exp()", "Use the function of torch: torch.exp for math.exp."),
+        (loop, "range()", "A loop runs over Python numbers only"),
+    ],
+)
+def test_functions_of_python_numbers_are_named(mod, called, advice):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    problem, line, remedy = str(caught.value).splitlines()
+    assert problem == f"{called} was applied to a traced value in a score_mod"
+    assert line.startswith(f"  {__file__}:")
+    assert remedy.startswith(f"  {advice}")
+
+
+def test_calls_without_source_are_refused_in_general():
+    mod = eval("lambda s, b, h, q, k: s + int(k)", {"__name__": "nowhere"})
+    with pytest.raises(TraceError, match="a traced value was used as a Python integer in a score_mod"):
+        trace_mod(mod)
+
+
 NUMBERS = {
-    "int": (lambda s, b, h, q, k: s + int(k), "used as a Python integer"),
-    "float": (lambda s, b, h, q, k: s + float(s), "used as a Python float"),
     "complex": (lambda s, b, h, q, k: complex(s).real, "used as a Python number"),
-    "range": (lambda s, b, h, q, k: s + len(range(k)), "used as a Python integer"),
+    "index": (lambda s, b, h, q, k: s + operator.index(k), "used as a Python integer"),
     "list": (lambda s, b, h, q, k: s + [1, 2, 3][k], "used as a Python integer"),
     "list_slice": (lambda s, b, h, q, k: s + len([1, 2, 3][k:]), "used as a Python integer"),
     "tensor_slice": (lambda s, b, h, q, k: s + table[h, k:][0], "used as a Python integer"),
     "dict": (lambda s, b, h, q, k: s + {0: 1}[k], "used as a dict key or set member"),
     "set": (lambda s, b, h, q, k: s + len({k}), "used as a dict key or set member"),
-    "math": (lambda s, b, h, q, k: math.exp(s), "used as a Python float"),
     "numpy_index": (lambda s, b, h, q, k: s + np.arange(9)[k], "met numpy"),
     "iteration": (lambda s, b, h, q, k: s + sum(k), "iterated over"),
     "unpacking": (lambda s, b, h, q, k: torch.maximum(*k), "iterated over"),
@@ -566,9 +685,7 @@ def test_python_values(name):
         (lambda s, b, h, q, k: s / [1.0], r"TypeError: unsupported operand type\(s\) for /: 'Tensor' and 'list'"),
         (lambda s, b, h, q, k: s + None, "unsupported operand type.*'Tensor' and 'NoneType'"),
         (lambda s, b, h, q, k: s + 1j, "unsupported operand type.*'Tensor' and 'complex'"),
-        (lambda s, b, h, q, k: s + undefined, "NameError: name 'undefined' is not defined"),  # noqa: F821
         (lambda s, b, h, q, k: s + 1 // 0, "ZeroDivisionError"),
-        (lambda s, b, h, q, k: s.no_such_method(), "AttributeError: 'Tensor' object has no attribute 'no_such_method'"),
     ],
 )
 def test_exceptions_of_the_mod(mod, message):
@@ -578,6 +695,34 @@ def test_exceptions_of_the_mod(mod, message):
         trace_mod(mod)
     assert "use PyTorch's functions and operators on tensors and numbers" in str(caught.value)
     assert __file__ in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mod, problem, remedy",
+    [
+        (
+            lambda s, b, h, q, k: s + undefined,  # noqa: F821
+            "NameError: name 'undefined' is not defined",
+            "Define the name before the call, or correct it.",
+        ),
+        (
+            lambda s, b, h, q, k: s.no_such_method(),
+            "AttributeError: 'Tensor' object has no attribute 'no_such_method'",
+            "Correct the name: the page Operations of the docs lists the methods of tensors.",
+        ),
+        (
+            lambda s, b, h, q, k: s * math.no_such_name,
+            "AttributeError: module 'math' has no attribute 'no_such_name'",
+            "Correct the name of the attribute.",
+        ),
+    ],
+)
+def test_misspelt_names(mod, problem, remedy):
+    with pytest.raises(TraceError) as caught:
+        trace_mod(mod)
+    first, line, last = str(caught.value).splitlines()
+    assert (first, last) == (f"score_mod raised {problem}", f"  {remedy}")
+    assert line.startswith(f"  {__file__}:")
 
 
 def test_numpy_arrays_are_no_operands():

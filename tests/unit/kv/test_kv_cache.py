@@ -633,3 +633,16 @@ def test_what_a_graph_cannot_record_is_refused(monkeypatch):
             call()
     with pytest.raises(ValueError, match=r"give it to `reserve\(\)` before each replay"):
         cache.append(*new_tokens(1), num_tokens=[1, 1, 1])
+
+
+def test_repr():
+    sizes = {"num_kv_heads": 2, "head_dim": 16}
+    tokens = torch.zeros(2, 2, 5, 16)
+    cache = KVCache(batch=2, max_kv_len=12, **sizes)
+    cache.append(tokens, tokens, num_tokens=[5, 3])
+    assert repr(cache) == "<KVCache: bfloat16 on cpu, lengths [5, 3], up to 12 each>"
+    pages = PagedKVCache(batch=2, num_pages=6, page_size=4, dtype=torch.int8, **sizes)
+    pages.append(tokens, tokens, num_tokens=[5, 3])
+    assert repr(pages) == "<PagedKVCache: int8 on cpu, lengths [5, 3], 3 of 6 pages free>"
+    many = PagedKVCache(batch=9, num_pages=20, page_size=4, **sizes)
+    assert repr(many) == "<PagedKVCache: bfloat16 on cpu, 9 sequences with 0 tokens, 20 of 20 pages free>"

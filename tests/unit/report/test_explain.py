@@ -156,14 +156,16 @@ def test_loads_say_what_is_checked():
 
     load, text = one_load(mod)
     assert (load.text, load.checked, load.per_key) == ("table[h, kv_idx - 1]", ("kv_idx - 1",), True)
-    assert text == ["table[h, kv_idx - 1]  bounds-checked (kv_idx - 1), read for every key"]
+    assert text == ["table[h, kv_idx - 1]  bounds-checked (kv_idx - 1): out of range gives 0, read for every key"]
     table = torch.zeros(7, 4000)
     assert one_load(mod)[0].checked == ("h", "kv_idx - 1")
 
 
 def test_loads_that_are_proven():
     assert one_load(mods.alibi(8))[1] == ["slopes[h]  proven in range, read once per row"]
-    assert one_load(mods.alibi(torch.zeros(7)))[1] == ["slopes[h]  bounds-checked (h), read once per row"]
+    assert one_load(mods.alibi(torch.zeros(7)))[1] == [
+        "slopes[h]  bounds-checked (h): out of range gives 0, read once per row"
+    ]
     bias = torch.zeros(2, 4096)
 
     def mod(score, b, h, q_idx, kv_idx):
@@ -171,7 +173,7 @@ def test_loads_that_are_proven():
 
     assert one_load(mod)[1] == ["bias[b, kv_idx]  proven in range, read for every key"]
     bias = bias[:, :-1]
-    assert one_load(mod)[1] == ["bias[b, kv_idx]  bounds-checked (kv_idx), read for every key"]
+    assert one_load(mod)[1] == ["bias[b, kv_idx]  bounds-checked (kv_idx): out of range gives 0, read for every key"]
 
 
 def test_loads_in_a_mask():
@@ -179,7 +181,9 @@ def test_loads_in_a_mask():
     keep = lambda b, h, q_idx, kv_idx: kinds[b, kv_idx] > 0
     assert one_load(mask_mod=keep)[1] == ["kinds[b, kv_idx]  proven in range, read for every key"]
     kinds = kinds[:1]
-    assert one_load(mask_mod=keep)[1] == ["kinds[b, kv_idx]  bounds-checked (b), read for every key"]
+    assert one_load(mask_mod=keep)[1] == [
+        "kinds[b, kv_idx]  bounds-checked (b): out of range gives 0, read for every key"
+    ]
 
 
 def test_loads_that_are_proven_by_the_mask():
@@ -194,7 +198,9 @@ def test_loads_that_are_proven_by_the_mask():
     for mask_mod in (mods.sliding_window(window + 1), None):
         load, text = one_load(mod, mask_mod)
         assert (load.checked, load.by_mask) == (("q_idx - kv_idx",), False)
-        assert text == ["bias[q_idx - kv_idx]  bounds-checked (q_idx - kv_idx), read for every key"]
+        assert text == [
+            "bias[q_idx - kv_idx]  bounds-checked (q_idx - kv_idx): out of range gives 0, read for every key"
+        ]
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -390,13 +396,23 @@ def test_errors_of_its_own():
         with pytest.raises(ValueError) as caught:
             explain(*meta_inputs(), device=wrong)
         assert str(caught.value) == (
-            '`device` must be "H100", "H200", "A100", "B200", "MI300X", "cuda" for the present GPU, or a '
-            f"flexdecode.call.device.DeviceFacts, got {wrong!r}"
+            '`device` must be "H100", "H200", "A100", "B200", "MI300X" or "cuda" for the present GPU, or facts of your '
+            f"own (see explain), got {wrong!r}"
         )
     with pytest.raises(ValueError, match=r"`kv_lens` must lie between 0 and N = 4096"):
         report(kv_lens=torch.tensor([1, 5000]))
     with pytest.raises(TypeError):
         explain(*meta_inputs(), device="H200", colour="red")
+
+
+def test_a_cache_that_the_device_cannot_read_is_refused_as_in_a_call():
+    query, key, value = meta_inputs()
+    cache = key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)
+    message = "float8_e4m3fn caches need an NVIDIA GPU of compute capability 8.9 or later, got cuda 80"
+    with pytest.raises(ValueError, match=message):
+        explain(query, *cache, device="A100")
+    assert explain(query, *cache, device="H100").schedule is not None
+    assert explain(query, key.to(torch.float8_e5m2), value.to(torch.float8_e5m2), device="A100").schedule is not None
 
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
