@@ -27,7 +27,7 @@ from unit import mask_graphs
 from flexdecode import TraceError, clear_cache
 from flexdecode.codegen import kernels as compiled
 from flexdecode.reference import evaluate_mod
-from flexdecode.runtime import eager
+from flexdecode.runtime.evaluation import evaluate
 
 B, HQ, HKV, N, D, BLOCK_N = 3, 2, 1, 96, 16, 16
 
@@ -182,7 +182,7 @@ def test_random_masks():
             "q_idx": (torch.tensor([N - 1] * B) if q_offset is None else q_offset).view(-1, 1, 1),
             "kv_idx": torch.arange(N),
         }
-        mask = eager.evaluate([graph.output], graph, leaves, grid)[0].expand(B, HQ, N)
+        mask = evaluate([graph.output], graph, leaves, grid)[0].expand(B, HQ, N)
         expected = mask.unflatten(-1, (blocks, BLOCK_N)).sum(-1)
         out, lse = decode(query, key, value, mask_mod=mask_mod, q_offset=q_offset, num_splits=num_splits)
         counts = (out * lse.exp()[..., None]).round().long()
