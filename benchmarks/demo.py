@@ -32,9 +32,10 @@ def main() -> int:
     right &= _own_mod()
     _explain()
     script = OUT / MODS.name
-    if not script.exists():  # else it may be changed
+    kept = script.exists() and script.read_text() != MODS.read_text()
+    if not kept:
         shutil.copy(MODS, script)
-    print(f"\n4. Written\n\n{_indented(_written())}")
+    print(f"\n4. Written\n\n{_indented(_written(kept))}")
     python = os.path.relpath(sys.executable) if pathlib.Path(sys.executable).is_relative_to(os.getcwd()) else "python"
     print(f"\nNext: change the functions in {script}, and run them:\n\n   {python} {script}")
     return int(not right)
@@ -89,11 +90,12 @@ def _short(report: str) -> str:
     return re.sub(r"\n  graph\n(?:    .*\n?)+", "\n", report)
 
 
-def _written() -> str:
-    """The files in the folder of results, and what they hold."""
+def _written(kept: bool) -> str:
+    """The files in the folder of results, and what they hold; `kept`: whether the user has changed the mod."""
+    own = "your own mods, from before: kept" if kept else "the mod, ready to run and to change"
     lines = []
     for path in sorted(OUT.iterdir()):
-        holds = {PICTURE: "which blocks of the cache the mod reads", MODS.name: "the mod, ready to run and to change"}
+        holds = {PICTURE: "which blocks of the cache the mod reads", MODS.name: own}
         is_times = path.name.startswith("matrix")
         if is_times or path.name in holds:
             lines.append(f"{path!s:40}  {'the times' if is_times else holds[path.name]}")

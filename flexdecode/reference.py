@@ -157,7 +157,8 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, p
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"the {heads} heads of `query` must be a multiple of the {kv_heads} heads of `key`")
-    if query.shape[-1] != key.shape[-1] or key.shape[:-1] != value.shape[:-1]:
+    of_keys, of_values = (x.shape[0 if packed_k else 1 : -1] for x in (key, value))  # one batch may be 1
+    if query.shape[-1] != key.shape[-1] or of_keys != of_values:
         raise ValueError(f"shapes do not fit together: {[list(x.shape) for x in (query, key, value)]}")
 
 
@@ -320,10 +321,11 @@ def evaluate_mod(
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
+            reason = str(error).strip().splitlines()[0]
             raise TypeError(
                 f"the reference cannot call {getattr(mod, '__name__', 'the mod')!r} at one pair of query and key, "
-                "where its arguments are 0-d tensors\n  Use torch.where for `if`, & and | for `and` and `or`, and "
-                "captured tensors for lists. The error of flex_decode names the line."
+                f"where its arguments are 0-d tensors: {reason}\n  Use torch.where for `if`, & and | for `and` and "
+                "`or`, captured tensors for lists, and a formula where PyTorch takes only a number (`alpha`)."
             ) from error
 
 

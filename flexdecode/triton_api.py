@@ -93,6 +93,15 @@ def has_gluon() -> bool:
     return version is None or version >= (3, 6)
 
 
+def triton_folder() -> str:
+    """Where Triton keeps machine code; empty if it cannot be imported."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return ""
+    return str(knobs.cache.dir)
+
+
 def load_module(path: Path) -> ModuleType:
     """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
     spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -56,13 +57,20 @@ def run(arguments: list[str] | None) -> int:
         The exit status: that of the command, or 2 for a user's mistake.
     """
     command: Any = typer.main.get_command(app)
-    try:
-        return command.main(args=arguments, prog_name="flexdecode", standalone_mode=False) or 0
-    except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # older versions of typer say it in this way
-            raise error.__cause__ from None
-        text = explain_mistake(error)
-        if text is None:
-            raise
-        print(f"flexdecode: {text}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            return command.main(args=arguments, prog_name="flexdecode", standalone_mode=False) or 0
+        except Exception as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):  # older versions of typer say it in this way
+                raise error.__cause__ from None
+            text = explain_mistake(error)
+            if text is None:
+                raise
+            print(f"flexdecode: {text}", file=sys.stderr)
+            return 2
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Shows a warning without the line of code that gave it, which is not the user's."""
+    print(f"flexdecode: warning: {message}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..codegen.store import clear_store, store_folder, stored_modules
+from ..triton_api import triton_folder
 
 # How the text of a module shows that it has a mod. The template has `return live` where there is no mask.
 _HOOKS = {
@@ -56,15 +57,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {"list": list_modules, "size": show_si
 def size_text(number: int) -> str:
     """A number of bytes, for people."""
     return f"{number / 1024:.1f} KiB" if number < 1 << 20 else f"{number / (1 << 20):.1f} MiB"
-
-
-def triton_folder() -> str:
-    """Where Triton keeps machine code; empty if it cannot be imported."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return ""
-    return str(knobs.cache.dir)
 
 
 def _say_where(modules: list[Path]) -> None:

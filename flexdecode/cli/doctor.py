@@ -19,9 +19,8 @@ import typer
 
 from ..call.device import DeviceFacts, device_facts
 from ..codegen.store import checked_folder, store_folder
-from ..triton_api import NEWEST, OLDEST
+from ..triton_api import NEWEST, OLDEST, triton_folder
 from ..version import __version__
-from .cache import triton_folder
 from .findings import OLDEST_TORCH, PAIRS, SLOW, Machine, Version
 
 EXAMPLES = ("flexdecode doctor", "flexdecode doctor --json")

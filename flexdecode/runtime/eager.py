@@ -221,7 +221,7 @@ def _parts(
     if check_indices:
         return [Part(0, int(batch.lens.max()), False)]
     bounds = find_bounds(*graphs, inputs.q_offset is not None, inputs.kv_offset is not None)
-    starts, lens, shift = (x[:, None, None] for x in (batch.starts, batch.lens, batch.shift))
+    starts, lens, shift = (x[:, None, None] for x in (batch.starts.clamp(min=0), batch.lens, batch.shift))
     rows = Rows(batch.live[:, None], starts, lens, shift, indices)
     return find_parts(call, graphs, bounds, rows)
 

@@ -32,5 +32,5 @@ def test_a_changed_mod_is_kept(tmp_path):
     script = tmp_path / "flexdecode-results" / "my_mod.py"
     script.parent.mkdir()
     script.write_text("# changed\n")
-    run("-m", "benchmarks.demo", folder=tmp_path)
+    assert "your own mods, from before: kept" in run("-m", "benchmarks.demo", folder=tmp_path)
     assert script.read_text() == "# changed\n"

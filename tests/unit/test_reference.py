@@ -457,7 +457,7 @@ def test_python_constants_as_results():
 
 def test_python_control_flow_on_an_index_raises():
     with pytest.raises(
-        TypeError, match=r"at one pair of query and key, where its arguments are 0-d tensors\n  Use torch\.where"
+        TypeError, match=r"at one pair of query and key, where its arguments are 0-d tensors: .*\n  Use torch\.where"
     ):
         lse_of(None, lambda b, h, q, k: bool(k > 2))
 
