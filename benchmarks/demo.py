@@ -73,10 +73,9 @@ def _own_mod() -> bool:
 def _explain() -> None:
     """Prints what the call does, and draws it if matplotlib is there."""
     on_gpu = torch.cuda.is_available()
-    options = flexdecode.DecodeOptions(backend="triton")
     found = flexdecode.explain(
         my_mod.query, my_mod.key, my_mod.value, my_mod.score_mod, my_mod.mask_mod, kv_lens=my_mod.kv_lens,
-        options=options, device=None if on_gpu else "H200",
+        device=None if on_gpu else "H200",
     )  # fmt: skip
     print(f"\n3. What this call does{'' if on_gpu else ' on an H200'}, by flexdecode.explain\n")
     print(_indented(_short(str(found))))

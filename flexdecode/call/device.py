@@ -116,7 +116,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         arch: int | str = properties.gcnArchName.split(":")[0]
         return DeviceFacts("hip", arch, properties.multi_processor_count, 64 * 1024)
     arch = properties.major * 10 + properties.minor
-    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # stubs lack it
     return DeviceFacts("cuda", arch, properties.multi_processor_count, shared_memory)
 
 

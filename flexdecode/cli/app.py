@@ -58,10 +58,11 @@ def run(arguments: list[str] | None) -> int:
     """
     command: Any = typer.main.get_command(app)
     with warnings.catch_warnings():
+        # `catch_warnings` puts the function back. Ours ignores what it does not show, so its type is wider.
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
             return command.main(args=arguments, prog_name="flexdecode", standalone_mode=False) or 0
-        except Exception as error:
+        except Exception as error:  # what is no mistake of the user's is raised again
             if isinstance(error.__cause__, KeyboardInterrupt):  # older versions of typer say it in this way
                 raise error.__cause__ from None
             text = explain_mistake(error)

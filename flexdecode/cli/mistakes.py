@@ -27,7 +27,7 @@ def explain_mistake(error: Exception) -> str | None:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         more = f" (`{context.command_path} --help` has an example)" if context is not None else ""
-        return f"{error.format_message()}{more}"  # type: ignore[attr-defined]
+        return f"{error.format_message()}{more}"  # type: ignore[attr-defined]  # the class is found at run time
     place = _place_in(error.__traceback__)
     if place is not None:
         return f"{place}: {describe(error)}"

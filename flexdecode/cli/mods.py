@@ -134,7 +134,7 @@ def _kinds(value: object) -> list[str]:
     kinds = []
     for kind in PARAMETERS:
         try:
-            check_parameters(value, kind)  # type: ignore[arg-type]
+            check_parameters(value, kind)  # type: ignore[arg-type]  # it refuses what is not callable
         except TypeError:
             continue
         kinds.append(kind)
@@ -152,7 +152,8 @@ def _needs_nothing(value: Callable) -> bool:
 
 def _parameters(value: object) -> str:
     try:
-        return f"takes ({', '.join(inspect.signature(value).parameters)})"  # type: ignore[arg-type]
+        signature = inspect.signature(value)  # type: ignore[arg-type]  # TypeError for what is not callable
+        return f"takes ({', '.join(signature.parameters)})"
     except (TypeError, ValueError):
         return f"is of type {type(value).__name__}"
 

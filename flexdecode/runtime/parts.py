@@ -57,7 +57,7 @@ def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bo
     of_score, of_mask = _ends(score, bounds.score_live, rows), _ends(mask, bounds.mask_live, rows)
     if bounds.mask_live == EVERYWHERE:
         of_mask = [(rows.starts, rows.lens)]
-    if len(of_score) == 1:  # else the score has several intervals, and no mask walks over fewer keys
+    if len(of_score) == 1:  # beside a mask, `Bounds` joins the intervals of a score into one
         ((low, high),) = of_score
         of_mask = [(lo.maximum(low), hi.minimum(high)) for lo, hi in of_mask]
     elif bounds.mask_live == EVERYWHERE:
