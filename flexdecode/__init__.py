@@ -23,9 +23,9 @@ from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
 from .integrations import ops as _ops  # noqa: F401 (registers the custom ops, which exported programs name)
 from .kv.kv_cache import KVCache as KVCache
-from .kv.kv_cache import OutOfPagesError as OutOfPagesError
-from .kv.kv_cache import PagedKVCache as PagedKVCache
 from .kv.merge import merge_attention as merge_attention
+from .kv.paged import OutOfPagesError as OutOfPagesError
+from .kv.paged import PagedKVCache as PagedKVCache
 from .memos import CacheInfo as CacheInfo
 from .runtime.ahead import LoadedKernels as LoadedKernels
 from .runtime.ahead import SavedKernel as SavedKernel

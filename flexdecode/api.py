@@ -14,7 +14,8 @@ from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
 from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
-from .kv.kv_cache import KVCache, PagedKVCache
+from .kv.kv_cache import KVCache
+from .kv.paged import PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces

@@ -18,8 +18,9 @@ from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_
 from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
-from ..kv.kv_cache import append_in_region, check_new
+from ..kv.kv_cache import append_in_region
 from ..kv.merge import merge_attention
+from ..kv.writing import check_new
 from ..runtime.plan import Results
 from ..runtime.request import Request, read_request
 from ..runtime.run import run_request

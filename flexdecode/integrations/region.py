@@ -18,7 +18,7 @@ from ..call.block_mask import LISTS, both_masks, mask_of_blocks
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..frontend.ops import widened
-from ..kv.kv_cache import read_cache
+from ..kv.reading import read_cache
 from .canonical import canonical_text, place_of, refuse, refuse_argument, what_it_does
 from .ops import OPTION_NAMES, options_text
 

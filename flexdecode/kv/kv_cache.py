@@ -36,22 +36,15 @@ from numbers import Real
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN
-from ..call.device import interpreting, may_keep_memory, without_autocast
-from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED, Inputs
-from ..codegen.template import template_folder
-from ..errors import FlexDecodeError
-from ..triton_api import standalone_kernel
+from ..call.device import interpreting, may_keep_memory
+from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED
+from .writing import Stored, append_by_kernel, append_in_pytorch, check_new
 
-_TILE = 2048  # elements of a key or value that a program holds
 TENSORS = ("key", "value", "k_scale", "v_scale", "page_table", "kv_lens", "_limits", "_arrivals")  # of a cache
 
 _numbers = itertools.count()
 # The caches by their numbers, by which the custom op of a compiled region finds them.
 _caches: weakref.WeakValueDictionary[int, _Cache] = weakref.WeakValueDictionary()
-
-
-class OutOfPagesError(FlexDecodeError):
-    """A `PagedKVCache` has too few free pages for the new tokens; nothing was changed."""
 
 
 class _Cache:
@@ -188,9 +181,9 @@ class _Cache:
         if max(counts) == 0:
             return
         if self.key.is_cuda or interpreting():
-            self._launch(k, v, bounded=capturing or ragged)
+            append_by_kernel(self._stored(), k, v, bounded=capturing or ragged)
         else:
-            self._write(k, v, counts)
+            append_in_pytorch(self._stored(), k, v, counts)
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
         """Does the work of the host for one replay of a CUDA graph with a captured append.
@@ -300,6 +293,9 @@ class _Cache:
 
     # --- On the device ------------------------------------------------------------------------------------------------
 
+    def _stored(self) -> Stored:
+        return Stored(*[getattr(self, name) for name in TENSORS])
+
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Makes a tensor of numbers on the device, without waiting for the device."""
         pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self.key.is_cuda)
@@ -308,50 +304,6 @@ class _Cache:
     def _send_limits(self) -> None:
         """Tells the kernel how long each sequence may become."""
         self._limits.copy_(self._send(self._lengths, torch.int32))
-
-    def _launch(self, k: torch.Tensor, v: torch.Tensor, bounded: bool) -> None:
-        """Appends tokens with the kernel."""
-        strides = [_strides(new) for new in (k, v)]
-        (num_pages, heads, page_size, head_dim), v_head_dim = self.key.shape, self.value.shape[3]
-        block_d, block_dv = (1 << (width - 1).bit_length() for width in (head_dim, v_head_dim))
-        block_r = max(1, _TILE // max(block_d, block_dv))
-        grid = len(self._lengths) * -(-heads * k.shape[2] // block_r)
-        kernel = standalone_kernel(template_folder() / "append.py", "append")
-        with torch.cuda.device_of(self.key):
-            kernel[(grid,)](
-                k, v, self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens, self._limits,
-                self._arrivals, *strides[0], *strides[1], k.shape[2], heads, num_pages, page_size,
-                1 if self.page_table is None else self.page_table.shape[1], int(bounded),
-                HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_DV=block_dv,
-                DYNAMIC_K=_is_dynamic(self.k_scale), DYNAMIC_V=_is_dynamic(self.v_scale),
-                LARGEST=_largest(self.key.dtype), ALIGNED=all(s % 8 == 0 for three in strides for s in three[:3]),
-                enable_fp_fusion=False,
-            )  # fmt: skip
-
-    @without_autocast()
-    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
-        """Appends tokens with PyTorch operations, like the kernel."""
-        device = self.key.device
-        added = torch.tensor(counts, dtype=torch.int32, device=device)
-        b, token = (torch.arange(k.shape[2], device=device) < added[:, None]).nonzero(as_tuple=True)
-        page, position = b, self.kv_lens[b] + token
-        if self.page_table is not None:
-            page_size = self.key.shape[2]
-            page, position = self.page_table[b, position // page_size], position % page_size
-        for new, cache, scale in ((k, self.key, self.k_scale), (v, self.value, self.v_scale)):
-            x = new[b, :, token]
-            if scale is not None:
-                largest = _largest(cache.dtype)
-                x = x.float()
-                row_scale = scale
-                if _is_dynamic(scale):
-                    row_scale = (x.abs().amax(-1) + (x * 0).sum(-1)) / largest
-                    row_scale = row_scale.where(row_scale != 0, 1.0)
-                    scale[page, :, position] = row_scale
-                x = (x / row_scale[..., None]).clamp(-largest, largest)
-                x = x.round() if cache.dtype == torch.int8 else x
-            cache[page, :, position] = x.to(cache.dtype)
-        self.kv_lens += added
 
 
 class KVCache(_Cache):
@@ -401,190 +353,10 @@ class KVCache(_Cache):
         super().__init__(shape, batch, max_kv_len, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
 
 
-class PagedKVCache(_Cache):
-    """A cache in pages of `page_size` tokens, which sequences take as they grow and may share.
-
-    One or more sequences own a page. `fork` shares pages. A shared page that is not full is copied when one of its
-    owners appends to it. That owner gets the copy.
-
-    Args:
-        batch: number of sequences B; all start empty.
-        num_kv_heads: heads Hkv.
-        num_pages: pages of all sequences together.
-        page_size: tokens of a page.
-        head_dim: D.
-        v_head_dim: Dv, by default D.
-        max_pages: pages that one sequence can have, by default all.
-        dtype: of what is stored: float16, bfloat16, float32, or quantised: float8_e4m3fn, float8_e5m2, int8. New tokens
-            of another dtype are rounded to it, also float32 ones to the default.
-        device: of all tensors, by default PyTorch's.
-        k_scale: of a quantised cache: a positive number (also a 0-d tensor), or float32 `[Hkv]`; by default every token
-            gets the scale with which its largest element just fits.
-        v_scale: likewise.
-
-    Attributes:
-        key: `[num_pages, Hkv, page_size, D]`.
-        value: `[num_pages, Hkv, page_size, Dv]`.
-        page_table: int32 `[B, max_pages]`, the pages of each sequence, on the device; entries past its length mean
-            nothing.
-        kv_lens: int32 `[B]`, tokens of each sequence, on the device.
-        k_scale, v_scale: None without quantisation; else float32, value = stored * scale:
-            `[num_pages, Hkv, page_size]`, one per token and head, or the given `[Hkv]`.
-        lengths: tokens of each sequence, on the host; a copy.
-
-    Raises:
-        ValueError: an argument has an impossible value.
-    """
-
-    page_table: torch.Tensor
-    _length_argument = "max_pages"
-
-    def __init__(
-        self,
-        *,
-        batch: int,
-        num_kv_heads: int,
-        num_pages: int,
-        page_size: int,
-        head_dim: int,
-        v_head_dim: int | None = None,
-        max_pages: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        k_scale: float | torch.Tensor | None = None,
-        v_scale: float | torch.Tensor | None = None,
-    ) -> None:
-        max_pages = num_pages if max_pages is None else max_pages
-        sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
-        _check_sizes(**sizes, max_pages=max_pages)
-        shape = (num_pages, num_kv_heads, page_size)
-        super().__init__(shape, batch, max_pages * page_size, head_dim, v_head_dim, dtype, device, k_scale, v_scale)
-        self.page_table = self._zeros(batch, max_pages)
-        self._pages: list[list[int]] = [[] for _ in range(batch)]
-        self._owners = [0] * num_pages
-        self._free = list(reversed(range(num_pages)))
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.key.shape[2]
-
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that no sequence owns."""
-        return len(self._free)
-
-    def _room(self) -> str:
-        return f", {len(self._free)} of {len(self._owners)} pages free"
-
-    def fork(self, source: int, target: int) -> None:
-        """Makes an empty sequence equal to another one. It shares all pages and copies nothing.
-
-        To share only a prefix, `truncate` the target afterwards.
-
-        Raises:
-            ValueError: there is no such sequence, or the target is not empty.
-        """
-        self._refuse_capture("fork")
-        self._check_sequence("source", source)
-        self._check_sequence("target", target)
-        if source == target or self._lengths[target]:
-            raise ValueError(
-                f"`target` must be another, empty sequence, but sequence {target} "
-                + (f"has {self._lengths[target]} tokens: free({target}) first" if source != target else "is `source`")
-            )
-        for page in self._pages[source]:
-            self._owners[page] += 1
-        self._pages[target] = list(self._pages[source])
-        self._lengths[target] = self._lengths[source]
-        self.page_table[target].copy_(self.page_table[source])
-        self.kv_lens[target].fill_(self._lengths[target])
-
-    def _take_pages(self, counts: list[int]) -> None:
-        copies = self._sequences_that_copy(counts)
-        new = zip(self._lengths, counts, self._pages, strict=True)
-        missing = [-(-(length + count) // self.page_size) - len(pages) for length, count, pages in new]
-        needed = len(copies) + sum(missing)
-        if needed > len(self._free):
-            raise OutOfPagesError(
-                f"{needed} more pages of {self.page_size} tokens are needed, but {len(self._free)} of "
-                f"{len(self._owners)} are free, and nothing was changed; free() or truncate() a sequence, or make the "
-                "cache with a larger `num_pages`"
-            )
-        changes: dict[int, int] = {}  # entries of the flat page table
-        for sequence in copies:
-            shared = self._pages[sequence].pop()
-            self._owners[shared] -= 1
-            page = self._add_page(sequence, changes)
-            for tensor in (self.key, self.value, self.k_scale, self.v_scale):
-                if tensor is not None and tensor.dim() > 1:
-                    tensor[page].copy_(tensor[shared])
-        for sequence, number in enumerate(missing):
-            for _ in range(number):
-                self._add_page(sequence, changes)
-        if changes:
-            entries = self._send(list(changes), torch.int64)
-            self.page_table.view(-1).index_copy_(0, entries, self._send(list(changes.values()), torch.int32))
-
-    def _sequences_that_copy(self, counts: list[int]) -> list[int]:
-        """The sequences that need a copy because they append into a shared page. The page's last owner needs none."""
-        found = []
-        owners: dict[int, int] = {}
-        for sequence, count in enumerate(counts):
-            if count and self._lengths[sequence] % self.page_size:
-                page = self._pages[sequence][-1]
-                if owners.setdefault(page, self._owners[page]) > 1:
-                    found.append(sequence)
-                    owners[page] -= 1
-        return found
-
-    def _add_page(self, sequence: int, changes: dict[int, int]) -> int:
-        """Gives a sequence a free page as its last page, and notes the change of the page table."""
-        page = self._free.pop()
-        self._owners[page] = 1
-        changes[sequence * self.page_table.shape[1] + len(self._pages[sequence])] = page
-        self._pages[sequence].append(page)
-        return page
-
-    def _shrink(self, sequence: int, length: int) -> None:
-        super()._shrink(sequence, length)
-        pages = self._pages[sequence]
-        while len(pages) * self.page_size >= length + self.page_size:
-            page = pages.pop()
-            self._owners[page] -= 1
-            if not self._owners[page]:
-                self._free.append(page)
-
-
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}")
-
-
-def check_new(k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int) -> int:
-    """Refuses new keys or values that do not match those in a cache; returns how many tokens there are.
-
-    Raises:
-        TypeError: one is no tensor.
-        ValueError: a shape, a dtype or a device does not match.
-    """
-    for name, new, cache in (("k", k, key), ("v", v, value)):
-        if not isinstance(new, torch.Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(new).__name__}")
-        _, heads, _, width = cache.shape
-        if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (batch, heads, width):
-            form = f"[B, Hkv, T, {'D' if name == 'k' else 'Dv'}] = [{batch}, {heads}, T, {width}]"
-            raise ValueError(f"`{name}` must have shape {form}, got {list(new.shape)}")
-        if new.dtype not in DTYPES:
-            raise ValueError(f"`{name}` must be float16, bfloat16 or float32, got {new.dtype}")
-        if new.device != cache.device or new.layout != torch.strided:
-            raise ValueError(f"`{name}` must be a dense tensor on {cache.device}, got {new.layout} on {new.device}")
-        if new.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"`{name}` requires grad, but a cache keeps none: append under torch.no_grad()")
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"`v` must have as many tokens as `k`, T = {k.shape[2]}, got {v.shape[2]}")
-    return k.shape[2]
 
 
 def append_in_region(
@@ -605,56 +377,3 @@ def append_in_region(
         )
     with cache._replaced_by(tensors):
         cache._append(k, v, num_tokens)
-
-
-def _strides(new: torch.Tensor) -> list[int]:
-    """Strides in elements; 0 for dimensions of size 1, so that the number of tokens decides no divisibility."""
-    *outer, last = new.stride()
-    return [stride if size > 1 else 0 for stride, size in zip(outer, new.shape, strict=False)] + [last]
-
-
-def _is_dynamic(scale: torch.Tensor | None) -> bool:
-    """Whether every token has a scale of its own."""
-    return scale is not None and scale.dim() == 3
-
-
-def _largest(dtype: torch.dtype) -> float:
-    """The largest number of a quantised type. The range of int8 is symmetric."""
-    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-
-
-def read_cache(cache: object, inputs: Inputs) -> Inputs:
-    """Puts a KVCache or PagedKVCache into the arguments of a call, which are not checked yet.
-
-    Raises:
-        TypeError: it is no cache.
-        ValueError: what it stands for is given as well, or the query does not fit to the cache.
-    """
-    if not isinstance(cache, _Cache):
-        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
-    if inputs.cu_seqlens_k is not None:
-        raise ValueError("`cu_seqlens_k` and `cache` exclude one another: `cu_seqlens_k` is for keys without a cache")
-    names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
-    for name in names:
-        if getattr(inputs, name) is not None:
-            raise ValueError(f"`{name}` is given twice: `cache` has it already")
-    query: object = inputs.query
-    packed = inputs.cu_seqlens_q is not None  # torch.compile of 2.9 knows no properties of records
-    if isinstance(query, torch.Tensor) and query.dim() == (3 if packed else 4):
-        _check_query(cache, query, inputs.cu_seqlens_q)
-    return inputs._replace(**{name: getattr(cache, name) for name in names})
-
-
-def _check_query(cache: _Cache, query: torch.Tensor, cu_seqlens_q: object) -> None:
-    """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
-    batch, (_, heads, _, width) = len(cache.kv_lens), cache.key.shape
-    packed = cu_seqlens_q is not None
-    if isinstance(cu_seqlens_q, torch.Tensor) and cu_seqlens_q.shape != (batch + 1,):
-        form = f"[B + 1] = [{batch + 1}] (from cache)"
-        raise ValueError(f"`cu_seqlens_q` must have shape {form}, got {list(cu_seqlens_q.shape)}")
-    if not (packed or len(query) == batch) or query.shape[-1] != width or query.shape[1] % heads:
-        first = "[T, Hq, D] with" if packed else f"[B, Hq, Q, D] with B = {batch},"
-        form = f"{first} Hq a multiple of Hkv = {heads} and D = {width} (from cache)"
-        raise ValueError(f"`query` must have shape {form}, got {list(query.shape)}")
-    if query.device != cache.key.device:
-        raise ValueError(f"`query` must be on the device of `cache`, {cache.key.device}, got {query.device}")

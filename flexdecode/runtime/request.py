@@ -21,7 +21,9 @@ from ..call.inputs import (
     same_for_all,
     with_packed_keys,
 )
-from ..kv.kv_cache import KVCache, PagedKVCache, read_cache
+from ..kv.kv_cache import KVCache
+from ..kv.paged import PagedKVCache
+from ..kv.reading import read_cache
 from .identity import Mod, identify
 
 

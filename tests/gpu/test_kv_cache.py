@@ -5,7 +5,8 @@ import torch
 from unit.kv.test_kv_cache import Model, assert_same, new_tokens
 
 from flexdecode.codegen.template import template_folder
-from flexdecode.kv.kv_cache import KVCache, OutOfPagesError, PagedKVCache
+from flexdecode.kv.kv_cache import KVCache
+from flexdecode.kv.paged import OutOfPagesError, PagedKVCache
 from flexdecode.triton_api import standalone_kernel
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from flexdecode.errors import FlexDecodeError
 from flexdecode.kv import kv_cache
-from flexdecode.kv.kv_cache import KVCache, OutOfPagesError, PagedKVCache
+from flexdecode.kv.kv_cache import KVCache
+from flexdecode.kv.paged import OutOfPagesError, PagedKVCache
 
 HEADS, D, DV = 2, 16, 24
 QUANTISED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
