@@ -1,0 +1,177 @@
+"""Finds the function that makes a user's mods, and calls it for each layer; imports nothing of vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...frontend.parameters import check_parameters
+from .attend import NO_MODS, LayerMods
+
+VARIABLE = "FLEXDECODE_VLLM_MODS"
+_HOW = (
+    '--additional-config \'{"flexdecode": {"mods": "my_mods:mods"}}\', or the environment variable '
+    f"{VARIABLE}=my_mods:mods"
+)
+
+
+class Layer(NamedTuple):
+    """What is known of an attention layer of vLLM when its mods are made.
+
+    Attributes:
+        name: vLLM's name of it, for example `model.layers.3.self_attn.attn`.
+        index: the number of the layer, or None if its name has none.
+        num_heads: query heads on this rank.
+        num_kv_heads: KV heads on this rank; 1 if the layer keeps latents.
+        head_dim: D of queries and keys.
+        first_head: the number, among all of the model, of head 0 of this rank. Without tensor parallelism it is 0. In a
+            mod, `h` counts the heads of the rank, so a table of all heads is read at `first_head + h`.
+        window: tokens that a token sees in this layer, or None.
+        device: of the cache.
+        dtype: of queries.
+    """
+
+    name: str
+    index: int | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    first_head: int
+    window: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+def named_factory(additional_config: Any) -> str | None:
+    """The name of the factory: what `--additional-config` has, else the environment variable's; None without both.
+
+    Raises:
+        TypeError, ValueError: the configuration is not as described.
+    """
+    ours = additional_config.get("flexdecode") if isinstance(additional_config, dict) else None
+    if ours is None:
+        return os.environ.get(VARIABLE) or None
+    if not isinstance(ours, dict):
+        raise TypeError(f'"flexdecode" in the additional config must be an object, got {ours!r}; write {_HOW}')
+    if unknown := sorted(map(str, ours.keys() - {"mods"})):
+        raise ValueError(f'"flexdecode" in the additional config has the key "mods" only, got {unknown}')
+    name = ours.get("mods")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f'"mods" in the additional config must be a text, "module:function", got {name!r}')
+    return name or os.environ.get(VARIABLE) or None
+
+
+def find_factory(name: str) -> Callable[[Layer], LayerMods | None]:
+    """Imports a factory.
+
+    Args:
+        name: `module:function`, or `path/of/a/file.py:function`. The module is found as `import` finds it, and in the
+            current folder.
+
+    Raises:
+        ValueError: the name has another form, or there is no such file, module or function; the message says which.
+        TypeError: it is no function.
+    """
+    place, _, function = name.rpartition(":")
+    if not place or not function:
+        raise ValueError(f'the factory of mods must be named "module:function", got {name!r}; write {_HOW}')
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    found = module
+    for part in function.split("."):
+        if not hasattr(found, part):
+            public = [known for known in vars(module) if not known.startswith("_") and callable(vars(module)[known])]
+            raise ValueError(f"{place} has no {function!r} to make mods with; it has {', '.join(public) or 'nothing'}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{name} must be a function from a layer to its mods, got {type(found).__name__}")
+    return found
+
+
+def _load_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and needs another one
+    path = Path(*name.split(".")).with_suffix(".py")
+    if path.is_file():
+        return _load_file(path)
+    raise ValueError(
+        f"there is no module {name!r} to make mods with, neither where Python looks nor in {Path.cwd()}; put its "
+        "folder into PYTHONPATH, or name the file: path/of/my_mods.py:mods"
+    )
+
+
+def _load_file(path: Path) -> Any:
+    """A file as a module, which is loaded once."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} to make mods with (the current folder is {Path.cwd()})")
+    name = f"flexdecode_mods_of_{path.stem}"
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ == str(path.resolve()):
+        return known
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def make_mods(name: str | None, layer: Layer) -> LayerMods:
+    """Calls the factory for a layer, and checks what it gives.
+
+    Args:
+        name: of the factory, or None for none.
+        layer: the layer.
+
+    Returns:
+        The mods; where the factory gives None, those that change nothing.
+
+    Raises:
+        RuntimeError: the factory raised an error; it is the cause.
+        TypeError, ValueError: there is no such factory, or what it gives cannot be the mods of the layer.
+    """
+    if name is None:
+        return NO_MODS
+    factory = find_factory(name)
+    try:
+        given = factory(layer)
+    except Exception as error:
+        raise RuntimeError(f"{name} raised {type(error).__name__} for layer {layer.name}: {error}") from error
+    of = f"{name}, for layer {layer.name},"
+    if given is None:
+        return NO_MODS
+    if not isinstance(given, LayerMods):
+        raise TypeError(
+            f"{of} must give a flexdecode.integrations.vllm.LayerMods or None, got {type(given).__name__}"
+            + ("; put the function into it: LayerMods(score_mod=...)" if callable(given) else "")
+        )
+    for kind, mod in (("score_mod", given.score_mod), ("mask_mod", given.mask_mod)):
+        if mod is not None:
+            try:
+                check_parameters(mod, kind)
+            except TypeError as error:
+                raise TypeError(f"{of} gives a wrong {kind}: {error}") from None
+    if not isinstance(given.causal, bool):
+        raise TypeError(f"{of} must give a bool as `causal`, got {given.causal!r}")
+    sinks = given.sinks
+    if sinks is not None:
+        right = isinstance(sinks, torch.Tensor) and sinks.is_floating_point() and sinks.shape == (layer.num_heads,)
+        if not right:
+            got = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, torch.Tensor) else type(sinks).__name__
+            raise ValueError(f"{of} must give floating sinks [num_heads] = [{layer.num_heads}], got {got}")
+        if sinks.device != layer.device:
+            raise ValueError(f"{of} must give sinks on {layer.device}, got {sinks.device}")
+    return given

@@ -1,0 +1,126 @@
+"""Runs prompts through vLLM, and the same tokens through transformers in float64 with attention by its definition."""
+
+import gc
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+import flexdecode
+
+FACTORIES = Path(__file__).with_name("factories.py")
+
+
+class Answer(NamedTuple):
+    """Greedy tokens after a prompt, and their log-probabilities."""
+
+    prompt: list
+    tokens: list
+    logprobs: list
+
+
+def named(factory):
+    """How a factory is named in the configuration."""
+    return f"{FACTORIES}:{factory.__name__}"
+
+
+def run(folder, prompts, backend="CUSTOM", factory=None, max_tokens=24, look=None, **engine):
+    """The answers of vLLM to prompts. `look` is called with the engine before it generates."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if backend is not None:
+        engine["attention_config"] = {"backend": backend}
+    if factory is not None:
+        name = factory if isinstance(factory, str) else named(factory)
+        engine["additional_config"] = {"flexdecode": {"mods": name}}
+    sizes = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
+    before = flexdecode.cache_info().calls
+    llm = LLM(folder, **sizes | {"disable_log_stats": True} | engine)
+    try:
+        if look is not None:
+            look(llm)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
+        outputs = llm.generate([{"prompt_token_ids": x} for x in prompts], sampling, use_tqdm=False)
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    ran = flexdecode.cache_info().calls > before
+    assert ran == (backend == "CUSTOM"), "flexdecode ran" if ran else "flexdecode did not run"
+    return [
+        Answer(x.prompt_token_ids, list(x.outputs[0].token_ids), [
+            at[token].logprob for at, token in zip(x.outputs[0].logprobs, x.outputs[0].token_ids, strict=True)
+        ])
+        for x in outputs
+    ]  # fmt: skip
+
+
+# --- The definition ---------------------------------------------------------------------------------------------------
+
+_mods = {}  # of layers, of the model that runs
+
+
+def dense_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, sliding_window=None, **_):
+    """Attention by its definition, in float64, over one whole sequence. It takes the place of transformers' functions."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    score = (query @ key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    b, h, q, kv = torch.meshgrid(*[torch.arange(size) for size in score.shape], indexing="ij")
+    user = _mods.get(module.layer_idx)
+    live = torch.ones_like(score, dtype=torch.bool) if user is not None and not user.causal else kv <= q
+    if sliding_window is not None:
+        live = live & (q - kv < sliding_window)
+    sinks = None
+    if user is not None:
+        score = score if user.score_mod is None else user.score_mod(score, b, h, q, kv)
+        live = live if user.mask_mod is None else live & user.mask_mod(b, h, q, kv)
+        sinks = user.sinks
+    score = score.masked_fill(~live, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+        score = torch.cat([score, column], -1)
+    weights = score.softmax(-1)[..., : kv.shape[-1]]
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KnownLayer(NamedTuple):
+    """What the factories of the tests read of a layer."""
+
+    index: int
+    num_heads: int
+    name: str = "dense"
+
+
+def check(folder, answers, factory=None, atol=2e-4, near=0.0, change=lambda model: None):
+    """Compares answers with the model in float64, which reads each prompt with its answer as a whole.
+
+    Args:
+        folder: of the model.
+        answers: what vLLM gave.
+        factory: of the mods.
+        atol: largest difference of log-probabilities, for rounding inside vLLM.
+        near: a token may have a log-probability that is so much smaller than the largest one.
+        change: is called with the model.
+    """
+    transformers.AttentionInterface.register("dense", dense_attention)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    change(model)
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    if type(model).__name__.startswith("Bloom"):
+        assert factory is None  # its attention is its own
+    else:
+        model.set_attn_implementation("dense")
+    _mods.clear()
+    if factory is not None:
+        _mods.update({index: factory(KnownLayer(index, heads)) for index in range(layers)})
+    for prompt, tokens, logprobs in answers:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(-1)
+        chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (exact.amax(-1) - chosen).max() <= near
+        assert (chosen - torch.tensor(logprobs)).abs().max() < atol
