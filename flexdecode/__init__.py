@@ -26,6 +26,7 @@ from .kv.kv_cache import KVCache as KVCache
 from .kv.merge import merge_attention as merge_attention
 from .kv.paged import OutOfPagesError as OutOfPagesError
 from .kv.paged import PagedKVCache as PagedKVCache
+from .kv.slots import write_kv as write_kv
 from .memos import CacheInfo as CacheInfo
 from .runtime.ahead import LoadedKernels as LoadedKernels
 from .runtime.ahead import SavedKernel as SavedKernel
@@ -65,6 +66,7 @@ __all__ = [
     "mods",
     "save_kernels",
     "warmup",
+    "write_kv",
 ]
 
 

@@ -36,9 +36,9 @@ from numbers import Real
 import torch
 
 from ..analysis.analyze import MAX_KV_LEN
-from ..call.device import interpreting, may_keep_memory
+from ..call.device import may_keep_memory
 from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED
-from .writing import Stored, append_by_kernel, append_in_pytorch, check_new
+from .writing import Growing, Stored, append_rows, check_new
 
 TENSORS = ("key", "value", "k_scale", "v_scale", "page_table", "kv_lens", "_limits", "_arrivals")  # of a cache
 
@@ -180,10 +180,7 @@ class _Cache:
                 self._send_limits()
         if max(counts) == 0:
             return
-        if self.key.is_cuda or interpreting():
-            append_by_kernel(self._stored(), k, v, bounded=capturing or ragged)
-        else:
-            append_in_pytorch(self._stored(), k, v, counts)
+        append_rows(self._stored(), self._growing(), k, v, capturing or ragged, counts)
 
     def reserve(self, num_tokens: int | Sequence[int]) -> None:
         """Does the work of the host for one replay of a CUDA graph with a captured append.
@@ -294,7 +291,10 @@ class _Cache:
     # --- On the device ------------------------------------------------------------------------------------------------
 
     def _stored(self) -> Stored:
-        return Stored(*[getattr(self, name) for name in TENSORS])
+        return Stored(self.key, self.value, self.k_scale, self.v_scale)
+
+    def _growing(self) -> Growing:
+        return Growing(self.page_table, self.kv_lens, self._limits, self._arrivals)
 
     def _send(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Makes a tensor of numbers on the device, without waiting for the device."""

@@ -4,10 +4,10 @@ import pytest
 import torch
 from unit.kv.test_kv_cache import Model, assert_same, contiguous, new_tokens, paged
 
-from flexdecode.kv import kv_cache
+from flexdecode.kv import kv_cache, writing
 from flexdecode.kv.kv_cache import KVCache
 from flexdecode.kv.paged import PagedKVCache
-from flexdecode.kv.writing import append_by_kernel
+from flexdecode.kv.writing import append_rows
 
 MAKERS = {
     "contiguous": contiguous,
@@ -24,8 +24,8 @@ def twins(make, monkeypatch, **arguments):
 
     def append_by_torch(*tokens, **more):
         with monkeypatch.context() as patch:
-            patch.setattr(kv_cache, "interpreting", lambda: False)
-            patch.setattr(kv_cache, "append_by_kernel", None)
+            patch.setattr(writing, "by_kernel", lambda key: False)
+            patch.setattr(writing, "launch", None)
             other.append(*tokens, **more)
 
     return cache, other, append_by_torch
@@ -35,7 +35,7 @@ def replay(cache, k, v, monkeypatch):
     """What a captured append does at each replay."""
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache._Cache, "_capturing", lambda self: True)
-        patch.setattr(kv_cache, "append_in_pytorch", None)
+        patch.setattr(writing, "_store", None)
         cache.append(k, v)
 
 
@@ -238,9 +238,9 @@ def test_whatever_the_length_on_the_device_nothing_is_written_outside(wrong, pag
         setattr(cache, name, around[name][2048:-2048].view(inner.shape).copy_(inner))
     cache.kv_lens.fill_(wrong)
     for k, v in (new_tokens(3, Dv=16), new_tokens(5, Dv=16, seed=1)):
-        append_by_kernel(cache._stored(), k, v, bounded=False)
+        append_rows(cache._stored(), cache._growing(), k, v, False, [])
         cache._limits.fill_(1 << 30)
-        append_by_kernel(cache._stored(), k, v, bounded=True)
+        append_rows(cache._stored(), cache._growing(), k, v, True, [])
     for memory in around.values():
         assert (memory[:2048] == 7).all() and (memory[-2048:] == 7).all()
     assert ((cache.kv_lens >= 0) & (cache.kv_lens <= 20)).all()

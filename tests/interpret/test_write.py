@@ -1,0 +1,133 @@
+"""The kernel that writes to given places against the PyTorch operations that do the same on a CPU."""
+
+import pytest
+import torch
+
+import flexdecode
+from flexdecode.kv import writing
+
+PAGES, HEADS, SIZE, D, DV = 5, 2, 4, 16, 24
+SLOTS = torch.tensor([3, 19, -1, 4, 0, 20, -(1 << 31), 11, (1 << 31) - 1, 12])
+
+
+def both(monkeypatch, k, v, key, value, slots, *scales):
+    """Writes into copies of the same tensors by the kernel and by PyTorch operations; gives both caches with scales."""
+    results = []
+    for kernel in (True, False):
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in scales]
+        held = [as_it_lies(x) for x in (key, value)]
+        with monkeypatch.context() as patch:
+            if not kernel:
+                patch.setattr(writing, "by_kernel", lambda key: False)
+                patch.setattr(writing, "launch", None)
+            flexdecode.write_kv(k, v, *held, slots, *copies)
+        results.append([x for x in (*held, *copies) if isinstance(x, torch.Tensor)])
+    for x, y in zip(*results, strict=True):
+        assert x.isfinite().all() if x.dtype == torch.float32 else True
+        assert torch.equal(bits(x), bits(y))
+    return results[0]
+
+
+def as_it_lies(x):
+    """A copy with the same strides, or None."""
+    return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
+def bits(x):
+    return x.reshape(-1).view(torch.uint8)
+
+
+def tokens(num_tokens, dtype=torch.float32, heads=HEADS, D=D, Dv=DV):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(num_tokens, heads, width, generator=generator).to(dtype) for width in (D, Dv)]
+
+
+def caches(dtype=torch.float32, fill=7.0, heads=HEADS, D=D, Dv=DV):
+    return [torch.full((PAGES, heads, SIZE, width), fill).to(dtype) for width in (D, Dv)]
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("new", [torch.float16, torch.float32], ids=str)
+def test_tokens_go_to_their_slots_and_nowhere_else(new, dtype, slot_dtype, monkeypatch):
+    k, v = tokens(12, new)  # two rows of padding
+    found = both(monkeypatch, k, v, *caches(dtype), SLOTS.to(slot_dtype))
+    for new_rows, cache, empty in zip((k, v), found, caches(dtype), strict=True):
+        expected = empty.clone()
+        for t, slot in enumerate(SLOTS.tolist()):
+            if 0 <= slot < PAGES * SIZE:
+                expected[slot // SIZE, :, slot % SIZE] = new_rows[t].to(dtype)
+        assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], ids=["heads", "tokens", "heads first"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_keys_and_values_in_halves_of_one_tensor(dtype, order, monkeypatch):
+    """`[num_pages, Hkv, page_size, 2 * D]` in three physical orders, as servers keep it."""
+    sizes = [(PAGES, HEADS, SIZE)[i] for i in order[:3]]
+    back = [order.index(i) for i in range(4)]
+    slots = torch.tensor([3, 19, -1, 4])
+    k, v = (x.sign() * 2.0 ** (x * 2).round().clamp(-3, 3) for x in tokens(4, Dv=D))
+    scales = {
+        torch.int8: (torch.tensor(0.5), 0.25),
+        torch.float8_e4m3fn: (torch.tensor([0.5, 2.0]), torch.tensor([2.0])),
+    }
+    whole = []
+    for kernel in (True, False):
+        memory = (
+            torch.zeros(*sizes, 2 * D, dtype=torch.uint8)
+            if dtype.itemsize == 1
+            else torch.zeros(*sizes, 2 * D).to(dtype)
+        )
+        whole.append(memory)
+        shown = memory.permute(back).view(dtype) if dtype.itemsize == 1 else memory.permute(back)
+        with monkeypatch.context() as patch:
+            if not kernel:
+                patch.setattr(writing, "by_kernel", lambda key: False)
+            flexdecode.write_kv(k, v, shown[..., :D], shown[..., D:], slots, *scales.get(dtype, ()))
+    assert torch.equal(bits(whole[0]), bits(whole[1]))
+    seen = whole[0].permute(back)
+    assert seen[0, :, 3].any() and seen[4, :, 3].any() and seen[1, :, 0].any()
+    assert seen[[0, 4, 1], :, [3, 3, 0]].ne(0).sum() == seen.ne(0).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_scales_of_tokens(dtype, monkeypatch):
+    k, v = (x.sign() * 2.0 ** (x * 2).round().clamp(-3, 3) for x in tokens(10))
+    most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    k[..., 0], v[..., 0] = most, -2 * most
+    wide = torch.full((PAGES, SIZE, HEADS, 2), 3.0)  # scales with strides of their own
+    k_scale, v_scale = wide[..., 0].transpose(1, 2), torch.full((PAGES, HEADS, SIZE), 3.0)
+    key, _, k_scales, v_scales = both(monkeypatch, k, v, *caches(dtype, 0.0), SLOTS, k_scale, v_scale)
+    assert k_scales[0, :, 3].tolist() == [1, 1] and v_scales[0, :, 3].tolist() == [2, 2]
+    assert (k_scales == 3).sum() == (PAGES * SIZE - 6) * HEADS
+    assert key[0, :, 3].any() and not key[0, :, 1].any()
+
+
+@pytest.mark.parametrize(("heads", "D", "Dv"), [(1, 1, 1), (3, 72, 40), (5, 17, 33), (8, 128, 128), (1, 576, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_sizes(dtype, heads, D, Dv, monkeypatch):
+    k, v = tokens(19, heads=heads, D=D, Dv=Dv)
+    scales = (0.02, torch.tensor(0.3)) if dtype == torch.int8 else ()
+    slots = torch.randperm(PAGES * SIZE, generator=torch.Generator().manual_seed(1))[:19]
+    both(monkeypatch, k, v, *caches(dtype, heads=heads, D=D, Dv=Dv), slots, *scales)
+
+
+def test_any_strides_of_new_tokens(monkeypatch):
+    wide_k, wide_v = tokens(10, D=2 * D, Dv=2 * DV)
+    k = wide_k.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2]
+    v = wide_v[:, :1, DV:].expand(-1, HEADS, -1)
+    both(monkeypatch, k, v, *caches(), SLOTS)
+    both(monkeypatch, k, v, *[x.transpose(2, 3).contiguous().transpose(2, 3) for x in caches()], SLOTS)
+
+
+def test_latents_have_no_values(monkeypatch):
+    k, _ = tokens(10, heads=1)
+    (key,) = both(monkeypatch, k, None, caches(heads=1)[0], None, SLOTS)
+    assert torch.equal(key[0, :, 3], k[0])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_no_slots_launch_nothing(num_tokens, monkeypatch):
+    found = both(monkeypatch, *tokens(num_tokens), *caches(), SLOTS[:0])
+    assert all((x == 7).all() for x in found)
