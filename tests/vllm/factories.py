@@ -1,4 +1,4 @@
-"""Factories of mods, as a user writes them. The tests name them by this file, and call them for their reference, too."""
+"""Factories of mods, as a user writes them. The tests name them by this file, and their reference calls them."""
 
 import torch
 

@@ -1,15 +1,10 @@
 """What a person who starts a server is told when something is wrong."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from flexdecode.integrations.vllm import Layer, LayerMods
 from tests.vllm import factories
-from tests.vllm.conftest import QUIET
-from tests.vllm.engine import FACTORIES, check, named, run
+from tests.vllm.engine import FACTORIES, check, named, run, run_alone
 from tests.vllm.tiny import make_prompts
 
 PROMPTS = make_prompts(5, 12)
@@ -21,10 +16,10 @@ PROMPTS = make_prompts(5, 12)
         (
             factories.raises,
             RuntimeError,
-            r"raises raised KeyError for layer model.layers.0.*no table for model.layers.0",
+            r"raises raised KeyError for layer model.layers.0.*no table for model",
         ),
         (factories.gives_a_function, TypeError, r"LayerMods or None, got function; put the function into it"),
-        (factories.gives_three_parameters, TypeError, r"wrong score_mod: .*takes 3|wrong score_mod"),
+        (factories.gives_three_parameters, TypeError, r"wrong score_mod"),
         (factories.gives_wrong_sinks, ValueError, r"sinks \[num_heads\] = \[4\], got torch.float32 \[5\]"),
         (factories.cannot_be_traced, RuntimeError, r"layer model.layers.0.*TraceError: (.|\n)*factories.py"),
         (f"{FACTORIES}:not_callable", TypeError, r"must be a function from a layer to its mods, got str"),
@@ -76,42 +71,23 @@ def test_an_installed_plugin_changes_no_other_run(models):
     run(models("llama"), PROMPTS, backend=None)
 
 
-_IN_ITS_PROCESSES = """
-import sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=512,
-              attention_config={"backend": "CUSTOM"})
-    for output in llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(temperature=0, max_tokens=8)):
-        print("tokens", *output.outputs[0].token_ids)
-"""
-
-
-def in_its_processes(folder, factory, tmp_path):
+def in_its_processes(folder, factory, **arguments):
     """Runs an engine with vLLM's default processes; the mods come from the environment."""
-    script = tmp_path / "script.py"
-    script.write_text(_IN_ITS_PROCESSES)
-    environment = os.environ | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "FLEXDECODE_VLLM_MODS": named(factory)}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.run(
-        [sys.executable, script, folder], capture_output=True, text=True, env=environment, timeout=300
-    )
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "FLEXDECODE_VLLM_MODS": named(factory)}
+    return run_alone(folder, PROMPTS, environment, **arguments)
 
 
-def test_an_engine_in_its_default_processes(models, tmp_path):
+def test_an_engine_in_its_default_processes(models):
     folder = models("llama")
-    ran = in_its_processes(folder, factories.distance_by_head, tmp_path)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    tokens = next(line for line in ran.stdout.splitlines() if line.startswith("tokens")).split()[1:]
-    (answer,) = run(folder, [[5, 6, 7]], factory=factories.distance_by_head, max_tokens=8)
-    assert [*map(int, tokens)] == answer.tokens
+    answers, said = in_its_processes(folder, factories.distance_by_head)
+    assert answers is not None, said[-3000:]
+    check(folder, answers, factories.distance_by_head)
 
 
-def test_an_error_reaches_the_person_who_starts_an_engine(models, tmp_path):
+def test_an_error_reaches_the_person_who_starts_an_engine(models):
     """The mods are tried in another process, before a request comes."""
-    ran = in_its_processes(models("llama"), factories.cannot_be_traced, tmp_path)
-    assert ran.returncode != 0
-    said = ran.stdout + ran.stderr
+    answers, said = in_its_processes(models("llama"), factories.cannot_be_traced)
+    assert answers is None
     assert "TraceError" in said and "in by_branch: return score if q_idx > kv_idx" in said
     assert "torch.where" in said
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.vllm import factories
 from tests.vllm.engine import check, run
-from tests.vllm.tiny import make_prompts
+from tests.vllm.tiny import ENGINE_OF, make_prompts
 
 PROMPTS = make_prompts(5, 40, 17, 100)
 
@@ -16,24 +16,12 @@ def equal(answers, others, atol=2e-4):
         torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(other.logprobs), rtol=0, atol=atol)
 
 
-@pytest.fixture
-def unrotated_latents(monkeypatch):
-    """vLLM 0.32.0 leaves out the rotary embedding of latents on CPUs, with its own backend too; so does the reference."""
-
-    def as_pairs(x):
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-
-    monkeypatch.setattr(
-        "transformers.models.deepseek_v3.modeling_deepseek_v3.apply_rotary_pos_emb_interleave",
-        lambda q, k, *others, **named: (as_pairs(q), as_pairs(k)),
-    )
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral", "bloom", "deepseek"])
-def test_a_model_as_it_is(models, kind, unrotated_latents):
+def test_a_model_as_it_is(models, kind):
     folder = models(kind)
-    answers = run(folder, PROMPTS)
-    equal(answers, run(folder, PROMPTS, backend=None))
+    engine = ENGINE_OF.get(kind, {})
+    answers = run(folder, PROMPTS, **engine)
+    equal(answers, run(folder, PROMPTS, backend=None, **engine))
     # Of Bloom, vLLM computes another approximation of GELU than transformers.
     check(folder, answers, atol=2e-3 if kind == "bloom" else 2e-4)
 
@@ -59,7 +47,7 @@ def test_a_mask_that_is_not_causal(models):
 
 @pytest.mark.parametrize("factory", [factories.distance_by_head, factories.window_and_sinks])
 @pytest.mark.parametrize("kind", ["gemma2", "deepseek"])
-def test_mods_beside_what_a_model_does(models, kind, factory, unrotated_latents):
+def test_mods_beside_what_a_model_does(models, kind, factory):
     """Soft caps and windows; latents, whose prompts flexdecode computes if there are mods."""
     folder = models(kind)
-    check(folder, run(folder, PROMPTS, factory=factory), factory)
+    check(folder, run(folder, PROMPTS, factory=factory, **ENGINE_OF.get(kind, {})), factory)

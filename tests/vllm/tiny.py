@@ -18,8 +18,8 @@ OF_MODEL = {
     # Soft caps, and a window in every second layer. One scale for all head sizes.
     "gemma2": (
         transformers.Gemma2Config,
-        {"sliding_window": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 32,
-         "tie_word_embeddings": True},
+        {"sliding_window": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0,
+         "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     ),
     "bloom": (transformers.BloomConfig, {"n_layer": 4, "n_head": 4, "hidden_size": 128, "tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
@@ -32,6 +32,8 @@ OF_MODEL = {
         },
     ),
 }  # fmt: skip
+# vLLM 0.32.0 rotates other numbers than those of the latents on CPUs, with its own backend too, unless PyTorch does it.
+ENGINE_OF = {"deepseek": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}}
 
 
 def save_model(kind, folder, **changes):

@@ -194,10 +194,8 @@ class FlexDecodeMLAImpl(MLACommonImpl[MLACommonMetadata]):
             super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
             return
         latents = torch.cat([kv_c_normed, k_pe.squeeze(1)], -1)[:, None]
-        key = self.views(kv_cache)[0]
-        write_kv(
-            latents, None, key, None, slot_mapping.flatten(), None if self.attention.quantised is None else k_scale
-        )
+        scale = None if self.attention.quantised is None else k_scale
+        write_kv(latents, None, self.views(kv_cache)[0], None, slot_mapping.flatten(), scale)
 
     def forward_mqa(
         self,
