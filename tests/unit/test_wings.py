@@ -10,7 +10,11 @@ import flexdecode
 PACKAGE = Path(flexdecode.__file__).parent
 WINGS = ("frontend", "analysis", "call", "ahead", "codegen", "kv", "runtime", "report", "integrations", "cli")
 FOUNDATION = ("errors", "memos", "switch", "triton_api", "version")  # modules that every wing may import
-CALLERS = ("integrations/transformers/", "cli/")  # they call the public functions, so they stand above api.py
+CALLERS = (
+    "integrations/transformers/",
+    "integrations/vllm/",
+    "cli/",
+)  # they call the public functions, so they stand above api.py
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
 
 

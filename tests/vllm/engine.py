@@ -123,6 +123,7 @@ class KnownLayer(NamedTuple):
     index: int
     num_heads: int
     name: str = "dense"
+    device: torch.device = torch.device("cpu")
 
 
 def check(folder, answers, factory=None, atol=2e-4, near=0.0, change=lambda model: None):

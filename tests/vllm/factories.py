@@ -42,23 +42,8 @@ def raises(layer):
     raise KeyError(f"no table for {layer.name}")
 
 
-def gives_a_function(layer):
-    return lambda score, b, h, q_idx, kv_idx: score
-
-
-def gives_three_parameters(layer):
-    return LayerMods(score_mod=lambda score, q_idx, kv_idx: score)
-
-
-def gives_wrong_sinks(layer):
-    return LayerMods(sinks=torch.zeros(layer.num_heads + 1))
-
-
 def cannot_be_traced(layer):
     def by_branch(score, b, h, q_idx, kv_idx):
         return score if q_idx > kv_idx else score + 1.0
 
     return LayerMods(by_branch)
-
-
-not_callable = "a text"

@@ -7,8 +7,9 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ _HOW = (
 )
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """What is known of an attention layer of vLLM when its mods are made.
 
     Attributes:
@@ -153,6 +155,12 @@ def make_mods(name: str | None, layer: Layer) -> LayerMods:
     of = f"{name}, for layer {layer.name},"
     if given is None:
         return NO_MODS
+    _check(given, layer, of)
+    return given
+
+
+def _check(given: Any, layer: Layer, of: str) -> None:
+    """Refuses what cannot be the mods of a layer; `of` names the factory and the layer."""
     if not isinstance(given, LayerMods):
         raise TypeError(
             f"{of} must give a flexdecode.integrations.vllm.LayerMods or None, got {type(given).__name__}"
@@ -174,4 +182,3 @@ def make_mods(name: str | None, layer: Layer) -> LayerMods:
             raise ValueError(f"{of} must give floating sinks [num_heads] = [{layer.num_heads}], got {got}")
         if sinks.device != layer.device:
             raise ValueError(f"{of} must give sinks on {layer.device}, got {sinks.device}")
-    return given
