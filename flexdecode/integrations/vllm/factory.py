@@ -174,7 +174,7 @@ def _check(given: Any, layer: Layer, of: str) -> None:
                 raise TypeError(f"{of} gives a wrong {kind}: {error}") from None
     if not isinstance(given.causal, bool):
         raise TypeError(f"{of} must give a bool as `causal`, got {given.causal!r}")
-    sinks = given.sinks
+    sinks: Any = given.sinks
     if sinks is not None:
         right = isinstance(sinks, torch.Tensor) and sinks.is_floating_point() and sinks.shape == (layer.num_heads,)
         if not right:
