@@ -132,6 +132,8 @@ class Column(NamedTuple):
         module: What has to be installed for it, as `import` names it; empty for nothing.
         package: How to install that.
         by_default: Whether a run that names no columns has it.
+        compiled: Whether torch.compile makes it.
+        on_cpu: Whether it runs on a CPU.
     """
 
     title: str
@@ -139,22 +141,24 @@ class Column(NamedTuple):
     module: str = ""
     package: str = ""
     by_default: bool = True
+    compiled: bool = False
+    on_cpu: bool = True
 
 
 COLUMNS = {
     "flexdecode": Column("flexdecode", _flexdecode),
     "naive": Column("naive PyTorch", _naive),
     "sdpa": Column("SDPA", _sdpa_with()),
-    "sdpa_cudnn": Column("SDPA (cuDNN)", _sdpa_with("CUDNN_ATTENTION")),
-    "flex": Column("FlexAttention", _flex_attention()),
+    "sdpa_cudnn": Column("SDPA (cuDNN)", _sdpa_with("CUDNN_ATTENTION"), on_cpu=False),
+    "flex": Column("FlexAttention", _flex_attention(), compiled=True),
     "flex_best": Column(
-        "FlexAttention (best)", _flex_attention(mode="max-autotune-no-cudagraphs"), by_default=False
+        "FlexAttention (best)", _flex_attention(mode="max-autotune-no-cudagraphs"), by_default=False, compiled=True
     ),
-    "sdpa_flash": Column("SDPA (flash)", _sdpa_with("FLASH_ATTENTION")),
-    "flashinfer": Column("FlashInfer", peers.flashinfer, "flashinfer", "flashinfer-python"),
-    "fa3": Column("FlashAttention 3", peers.flash_attention_3, "fa3_fwd_interface", "fa3-fwd"),
-    "xformers": Column("xformers split-K", peers.xformers_split_k, "xformers", "xformers"),
-}  # fmt: skip
+    "sdpa_flash": Column("SDPA (flash)", _sdpa_with("FLASH_ATTENTION"), on_cpu=False),
+    "flashinfer": Column("FlashInfer", peers.flashinfer, "flashinfer", "flashinfer-python", on_cpu=False),
+    "fa3": Column("FlashAttention 3", peers.flash_attention_3, "fa3_fwd_interface", "fa3-fwd", on_cpu=False),
+    "xformers": Column("xformers split-K", peers.xformers_split_k, "xformers", "xformers", on_cpu=False),
+}
 
 
 def missing(name: str) -> str | None:

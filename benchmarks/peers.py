@@ -66,13 +66,13 @@ def _live_pages(case: Case, tensors: Tensors) -> Pages:
         used = [pages.table[b, : -(-n // size)] for b, n in enumerate(case.lens)]
         return pages._replace(table=torch.cat(used))
     pools = []
-    for cache in (tensors.key, tensors.value):
+    for cache in (tensors.key,) if case.latent_dim else (tensors.key, tensors.value):
         parts = []
         for b, n in enumerate(case.lens):
             x = torch.nn.functional.pad(cache[b, :, :n], (0, 0, 0, -n % size))
             parts.append(x.unflatten(1, (-1, size)).transpose(0, 1))
         pools.append(torch.cat(parts).contiguous())
-    return Pages(*pools, torch.arange(len(pools[0]), dtype=torch.int32, device=tensors.key.device))
+    return Pages(pools[0], pools[-1], torch.arange(len(pools[0]), dtype=torch.int32, device=tensors.key.device))
 
 
 def _of_flashinfer(case: Case, mod: ModCase) -> dict:
@@ -86,7 +86,7 @@ def _of_flashinfer(case: Case, mod: ModCase) -> dict:
 
 
 def flashinfer(case: Case, mod: ModCase, device: torch.device) -> Bind:
-    """FlashInfer's decode over pages `[pages, Hkv, size, D]`, on tensor cores; packed queries take its prefill wrapper."""
+    """FlashInfer over pages `[pages, Hkv, size, D]`: decode on tensor cores, prefill for packed queries."""
     import flashinfer as package
 
     if case.latent_dim:

@@ -25,8 +25,6 @@ from .timing import CPU_PROTOCOL, GPU_PROTOCOL, IN_TURN
 
 __all__ = ["Job", "choose_columns", "new_document", "run_jobs"]
 
-NEEDS_CUDA = ("sdpa_cudnn", "sdpa_flash")
-
 
 class Job(NamedTuple):
     """Some cases of one file.
@@ -54,7 +52,7 @@ def choose_columns(options: argparse.Namespace) -> tuple[list[str], list[str]]:
         if options.columns and name not in options.columns:
             continue
         reason = missing(name)
-        if reason is None and name in ("flex", "flex_best") and options.flex is False:
+        if reason is None and column.compiled and options.flex is False:
             reason = f"{column.title}: left out by --no-flex"
         if reason is None and not options.columns:
             reason = _not_by_default(name, options)
@@ -64,20 +62,18 @@ def choose_columns(options: argparse.Namespace) -> tuple[list[str], list[str]]:
             notes.append(f"{reason}.")
     if options.device == "cpu":
         notes.append("The limit, which is the time to read the keys and values once: GPU only.")
-    if options.sizes == "small":
-        notes.append("What was reported for xformers' benchmark: it belongs to the full sizes.")
     return chosen, notes
 
 
 def _not_by_default(name: str, options: argparse.Namespace) -> str | None:
     """Why a column is left out of a run that names none."""
-    title = COLUMNS[name].title
-    if options.device == "cpu" and name in NEEDS_CUDA:
-        return f"{title}: GPU only"
-    if options.device == "cpu" and name == "flex" and not options.flex:
-        return f"{title}: left out (--flex adds it; seconds of compilation a row)"
-    if not COLUMNS[name].by_default:
-        return f"{title}: left out (--columns names it; up to a minute of compilation a row)"
+    column = COLUMNS[name]
+    if options.device == "cpu" and not column.on_cpu:
+        return f"{column.title}: GPU only"
+    if not column.by_default:
+        return f"{column.title}: left out (--columns names it; up to a minute of compilation a row)"
+    if options.device == "cpu" and column.compiled and not options.flex:
+        return f"{column.title}: left out (--flex adds it; seconds of compilation a row)"
     return None
 
 
@@ -146,7 +142,7 @@ def _run_case(job: Job, case: Case, options: argparse.Namespace, device: torch.d
         document["empty_cells"] += [dataclasses.asdict(cell) for cell in cells]
 
     columns = [name for name in document["columns"] if name == "flexdecode" or name in case.columns]
-    compiled = [name for name in columns if name in ("flex", "flex_best")]
+    compiled = [name for name in columns if COLUMNS[name].compiled]
     if compiled and case.dtype not in options.flex_dtypes:
         columns = [name for name in columns if name not in compiled]
         reason = f"left out for {case.dtype}: --flex-dtypes adds it, about a minute a row"

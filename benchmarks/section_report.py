@@ -1,6 +1,9 @@
 """The page of a run of the sections, made from its `sections.json`.
 
 python -m benchmarks.section_report sections.json --markdown sections.md --png sections.png
+python -m benchmarks.section_report first/sections.json second/sections.json --json sections.json
+
+The second joins runs on the same machine, where the time of one does not suffice.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from .table import (
     median,
 )
 
-__all__ = ["markdown", "panels_of", "sections_of", "text"]
+__all__ = ["join", "markdown", "panels_of", "sections_of", "text"]
 
 
 def sections_of(document: dict) -> list[str]:
@@ -38,6 +41,25 @@ def panels_of(document: dict, section: str) -> dict[tuple[str, str], list[dict]]
         if result["section"] == section:
             panels.setdefault((result["inputs"], result["row"]["dtype"]), []).append(result)
     return panels
+
+
+def join(documents: list[dict]) -> dict:
+    """One document of several runs of one commit on one machine.
+
+    Raises:
+        ValueError: They were not made by the same on the same.
+    """
+    first, *others = documents
+    joined = dict(first)
+    for other in others:
+        if other["environment"] != first["environment"]:
+            raise ValueError("these runs were made on different machines or of different versions: do not join them")
+        joined["columns"] = {**joined["columns"], **other["columns"]}
+        joined["seconds"] = joined.get("seconds", 0) + other.get("seconds", 0)
+        for name in ("results", "empty_cells", "left_out", "notes"):
+            joined[name] = joined[name] + [x for x in other[name] if name != "notes" or x not in joined[name]]
+    joined["results"] = sorted(joined["results"], key=lambda result: list(SECTIONS).index(result["section"]))
+    return joined
 
 
 def text(document: dict) -> str:
@@ -87,8 +109,8 @@ def _found(document: dict) -> str:
         return ON_A_CPU if document["device"] == "cpu" else "Nothing was measured."
     gains = [gain for r in results if (gain := gain_of_fastest(r))]
     compared = (
-        f"flexdecode is the fastest column on {sum(gain >= 1 for gain in gains)} of the {len(gains)} that a peer can"
-        f" run; the fastest peer of each takes {geometric_mean(gains):.2f} times as long in the geometric mean, and"
+        f"flexdecode is the fastest column on {sum(gain >= 1 for gain in gains)} of the {len(gains)} results with a"
+        f" peer; the fastest peer of each takes {geometric_mean(gains):.2f} times as long in the geometric mean, and"
         f" {min(gains):.2f} times at least."
         if gains
         else "No peer was measured."
@@ -113,20 +135,24 @@ def _shortcomings(document: dict) -> str:
                 named = "; ".join(
                     f"{r['label']} ({titles[peer]} {gain:.2f})" for gain, peer, r in sorted(behind, key=lambda x: x[0])
                 )
-                lines.append(f"- {where}: a peer is faster on {len(behind)} cases (its time over ours): {named}.")
+                lines.append(f"- {where}: a peer is faster on {_cases(len(behind))} (its time over ours): {named}.")
             far = [(ratio, r) for r in results if (ratio := limit_ratio(r)) and ratio > FAR_FROM_LIMIT]
             if far:
                 named = "; ".join(f"{r['label']} ({ratio:.2f})" for ratio, r in sorted(far, key=lambda x: -x[0])[:5])
                 lines.append(
-                    f"- {where}: {len(far)} cases take over {FAR_FROM_LIMIT} times the limit, most of all {named}."
+                    f"- {where}: over {FAR_FROM_LIMIT} times the limit on {_cases(len(far))}, most of all {named}."
                 )
     wrong = {titles[cell["column"]]: None for cell in document["empty_cells"] if cell["wrong"]}
     lines += [f"- Wrong results: {pages.listed(list(wrong))}; see the end of the page."] if wrong else []
     missing = sum(cell["column"] == OURS for cell in document["empty_cells"])
     lines += [f"- flexdecode has {missing} empty cells; see the end of the page."] if missing else []
     if document["left_out"]:
-        lines.append(f"- {len(document['left_out'])} cases were left out, because the time was over.")
+        lines.append(f"- Left out, because the time was over: {_cases(len(document['left_out']))}; see the end.")
     return "\n".join(lines) or f"Nothing: fastest on every case, and within {FAR_FROM_LIMIT} times the limit."
+
+
+def _cases(number: int) -> str:
+    return f"{number} case{'s' * (number > 1)}"
 
 
 def _shares(document: dict, section: str) -> str:
@@ -145,11 +171,11 @@ def _shares(document: dict, section: str) -> str:
 
 
 def _share_over_none(result: dict, results: list[dict]) -> float | None:
-    """The share of time that a mod adds to the same shape without one."""
+    """The share of time that a mod adds to the same shape without one; None where its mask leaves other bytes."""
     if result["mod"] == "none":
         return None
     for plain in results:
-        if plain["mod"] == "none" and plain["row"] == result["row"]:
+        if plain["mod"] == "none" and all(plain[name] == result[name] for name in ("row", "live_kv_bytes")):
             ours, without = (median(r["times_us"].get(OURS)) for r in (result, plain))
             return ours / without - 1 if ours and without else None
     return None
@@ -185,11 +211,14 @@ def _result_table(results: list[dict], document: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the page and the pictures of a recorded run, or print its times."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.section_report", description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=pathlib.Path, help="a sections.json")
+    parser.add_argument("results", type=pathlib.Path, nargs="+", help="a sections.json, or several of one machine")
+    parser.add_argument("--json", type=pathlib.Path, help="write the joined record here")
     parser.add_argument("--markdown", type=pathlib.Path, help="write the page here")
     parser.add_argument("--png", type=pathlib.Path, help="write the pictures beside this, with the names of sections")
     options = parser.parse_args(arguments)
-    document = json.loads(options.results.read_text())
+    document = join([json.loads(path.read_text()) for path in options.results])
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     pictures: list[pathlib.Path] = []
     if options.png:
         from .section_figure import draw_all
@@ -198,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.markdown:
         addresses = [os.path.relpath(picture, options.markdown.parent) for picture in pictures]
         options.markdown.write_text(markdown(document, addresses))
-    if not options.png and not options.markdown:
+    if not options.png and not options.markdown and not options.json:
         print(text(document))
     return 0
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from .cases import Case
 
-__all__ = ["SECTIONS", "cases_of", "shrink"]
+__all__ = ["SCALED_DOWN", "SECTIONS", "cases_of", "shrink"]
 
-TORCH = ("sdpa_cudnn", "sdpa_flash")
-FLEX = ("flex", "flex_best")
-ANY_SHAPE = ("sdpa", *TORCH, *FLEX, "flashinfer", "fa3", "xformers")
+SCALED_DOWN = ", scaled down"  # at the end of a label
+
+ANY_SHAPE = ("sdpa", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer", "fa3", "xformers")
 
 SHAPES = (
     # B,      N, Hq, Hkv,   D
@@ -142,13 +142,15 @@ def _shapes() -> Iterator[Case]:
 
 def _mods() -> Iterator[Case]:
     for batch, tokens, mod in MODS:
-        yield Case(f"{batch} x {tokens}, {mod}", (tokens,) * batch, mod=mod, columns=ANY_SHAPE)
+        yield Case(f"{batch} x {tokens}, {mod}", (tokens,) * batch, mod=mod, columns=(*ANY_SHAPE, "flex_best"))
 
 
 def _masks() -> Iterator[Case]:
     for batch, tokens, mod, window in MASKS:
         label = f"{batch} x {tokens}, {mod}" + (f" of {2 * window if mod == 'chunked' else window}" if window else "")
-        yield Case(label, (tokens,) * batch, mod=mod, window=window, columns=("sdpa", *FLEX, "flashinfer"))
+        yield Case(
+            label, (tokens,) * batch, mod=mod, window=window, columns=("sdpa", "flex", "flex_best", "flashinfer")
+        )
 
 
 def _ragged() -> Iterator[Case]:
@@ -220,7 +222,7 @@ def shrink(case: Case) -> Case:
     lens, q_lens = (x if len(x) <= 4 else (*x[:3], x[-1]) for x in (case.lens, case.q_lens))
     return dataclasses.replace(
         case,
-        label=f"{case.label}, scaled down",
+        label=case.label + SCALED_DOWN,
         lens=tuple(max(n // 64, fewest) for n in lens),
         q_lens=tuple(min(n, 8) for n in q_lens),
         head_dim=max(case.head_dim // 8, 16),
