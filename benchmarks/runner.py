@@ -110,7 +110,8 @@ def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, device: torch.dev
         from .floor import FloorMeter
 
         meter = FloorMeter(device)
-    started, seconds = time.monotonic(), 60 * options.minutes if options.minutes else float("inf")
+    seconds = float("inf") if options.minutes is None else 60 * options.minutes
+    started = time.monotonic()
     with progress_bar(sum(len(job.cases) for job in jobs)) as step, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers explain a refusal in warnings; the reason of an empty cell is kept
         for job in jobs:
