@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import measure, performance_matrix, runner, section_report, sections, timing
+from benchmarks.cases import Case
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,47 @@ def test_settling_ends(monkeypatch):
     times = iter(range(1, 100))
     timing.settle(lambda: [10.0 * next(times) ** 2])
     assert next(times) == 3
+
+
+class Meter:
+    """A FloorMeter whose stream takes 5 us, then 4, then 3 ..."""
+
+    def __init__(self, order):
+        self.order, self.left = order, 6.0
+
+    def stream(self, num_bytes, inputs):
+        self.asked = num_bytes, inputs
+        return self, "how"
+
+    def time(self):
+        self.order.append("limit")
+        self.left -= 1.0
+        return [self.left]
+
+
+def test_the_limit_is_timed_in_the_same_turns(monkeypatch):
+    order = []
+    monkeypatch.setattr(measure, "time_cpu", lambda call: order.append("column") or [8.0])
+    case, meter = Case("case", (20, 20), 4, 2, 16, dtype="float32"), Meter(order)
+    (result,) = measure.measure(case, ["flexdecode"], ["warm"], CPU, meter)
+    assert order == ["column", "column", "column", "limit", "column", "limit"]  # the first two: until it has settled
+    assert meter.asked == (40 * 2 * 2 * 16 * 4, "warm")
+    assert (result.floor_us, result.floor_config) == (4.0, "how")
+    assert result.turns_us == {"flexdecode": [8.0, 8.0], "limit": [4.0, 5.0]} and list(result.times_us) == [
+        "flexdecode"
+    ]
+
+
+def test_a_result_that_is_wrong_while_it_is_timed_is_taken_out(quick, monkeypatch):
+    monkeypatch.setattr(
+        measure._Ready, "result", lambda self, kind: torch.zeros(2, 4, 1, 16) if kind == "cold" else None
+    )
+    monkeypatch.setattr(measure, "_num_sets", lambda *args: 1)
+    case = Case("case", (20, 20), 4, 2, 16, dtype="float32")
+    *cells, cold, warm = measure.measure(case, ["flexdecode"], ["cold", "warm"], CPU)
+    assert [(cell.inputs, cell.wrong) for cell in cells] == [("cold", True), ("warm", True)]
+    assert cells[0].reason.startswith("wrong result in a CUDA graph: relative error 1.0e+00")
+    assert cold.times_us == warm.times_us == {}
 
 
 # --- Command line and records -----------------------------------------------------------------------------------------
