@@ -194,7 +194,6 @@ def _num_sets(case: Case, live_bytes: int, kinds: list[str], device: torch.devic
 def _reason(error: Exception) -> str:
     """One line that says why a cell is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
     if isinstance(error, Unsupported | WrongResult):
-        return text
-    return f"{type(error).__name__}: {text[:200]}"
+        return lines[0]
+    return f"{type(error).__name__}: {'; '.join(lines)[:200] or 'no message'}"

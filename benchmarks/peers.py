@@ -94,6 +94,8 @@ def flashinfer(case: Case, mod: ModCase, device: torch.device) -> Bind:
     only_plain_caches(case, "FlashInfer", "ragged lengths", "pages", "packed queries", "an 8-bit cache")
     if case.cache_dtype == "int8":
         raise Unsupported("FlashInfer has no int8 cache")
+    if case.head_dim % 64:
+        raise Unsupported("FlashInfer's kernels for tensor cores take head dimensions that 64 divides")
     if case.num_queries > 1 and mod.name != "causal":
         raise Unsupported("FlashInfer's several query tokens are causal")
     size = case.page_size or FLASHINFER_PAGE

@@ -199,13 +199,18 @@ def _result_table(results: list[dict], document: dict) -> str:
         fastest = min((us for us in times.values() if us), default=None)
         of_row = result["label"], result["mod"], result["inputs"]
         cells = [result["label"], pages.number(result["floor_us"], 1), pages.time(times.get(OURS), fastest)]
-        cells += [pages.number(limit_ratio(result), 2), pages.number(gain_of_fastest(result), 2)]
+        cells += [pages.number(limit_ratio(result), 2), _named(fastest_peer(result), document)]
         cells += ["wrong" if (*of_row, name) in wrong else pages.time(times[name], fastest) for name in peers]
         if with_shares:
             share = _share_over_none(result, results)
             cells.append("–" if share is None else f"{share:+.1%}")
         rows.append(cells)
     return f"Microseconds per call; the fastest column in bold.\n\n{pages.table(header, rows)}"
+
+
+def _named(found: tuple[float, str] | None, document: dict) -> str:
+    """The gain over the fastest peer, and which one it is."""
+    return f"{found[0]:.2f} ({document['columns'][found[1]]})" if found else "–"
 
 
 def main(arguments: list[str] | None = None) -> int:

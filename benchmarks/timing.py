@@ -34,8 +34,7 @@ IN_TURN = (
     f" turn, {TURNS} times, and the lower median of each counts. The records hold both."
 )
 CPU_PROTOCOL = (
-    "Wall time on one CPU thread, median of `torch.utils.benchmark` blocks, at shapes scaled down from xformers'"
-    " flash-decoding benchmark."
+    "Wall time on one CPU thread, median of `torch.utils.benchmark` blocks, at shapes that are scaled down."
     " These figures only show that the library works without a GPU (its torch backend), not how fast it is."
 )
 

@@ -201,8 +201,8 @@ def test_a_page_says_what_falls_short_by_name():
     )
     assert "- Mods, bfloat16, cold: a peer is faster on 1 case (its time over ours): plain (FA3 0.90)." in page
     assert "without a mod, at most: alibi +10.0%." in page and "(images/mods.png " in page
-    assert "| plain | 100.0 | 110.0 | 1.10 | 0.90 | 121.0 | **99.0** | – |" in page
-    assert "| sloped | 100.0 | **121.0** | 1.21 | 2.00 | 242.0 | – | +10.0% |" in page
+    assert "| plain | 100.0 | 110.0 | 1.10 | 0.90 (FA3) | 121.0 | **99.0** | – |" in page
+    assert "| sloped | 100.0 | **121.0** | 1.21 | 2.00 (SDPA) | 242.0 | – | +10.0% |" in page
 
 
 def test_a_page_shows_a_wrong_peer():
@@ -217,7 +217,7 @@ def test_a_page_shows_a_wrong_peer():
     }
     document["empty_cells"].append(cell)
     page = section_report.markdown(document, [])
-    assert "| plain | 100.0 | **110.0** | 1.10 | 1.36 | wrong | 150.0 |" in page
+    assert "| plain | 100.0 | **110.0** | 1.10 | 1.36 (FA3) | wrong | 150.0 |" in page
     assert "- Wrong results: SDPA; see the end of the page." in page
 
 
