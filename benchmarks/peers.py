@@ -68,10 +68,12 @@ def _live_pages(case: Case, tensors: Tensors) -> Pages:
     pools = []
     for cache in (tensors.key,) if case.latent_dim else (tensors.key, tensors.value):
         parts = []
+        if case.cache_dtype:
+            cache = cache.view(torch.uint8)  # PyTorch moves bytes everywhere, float8 numbers only in later versions
         for b, n in enumerate(case.lens):
             x = torch.nn.functional.pad(cache[b, :, :n], (0, 0, 0, -n % size))
             parts.append(x.unflatten(1, (-1, size)).transpose(0, 1))
-        pools.append(torch.cat(parts).contiguous())
+        pools.append(torch.cat(parts).contiguous().view(case.stored_dtype))
     return Pages(pools[0], pools[-1], torch.arange(len(pools[0]), dtype=torch.int32, device=tensors.key.device))
 
 

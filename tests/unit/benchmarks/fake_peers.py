@@ -60,7 +60,7 @@ class Decode:
         outputs = []
         for query, (pages, last) in zip(q.split(self.q_lens), self.pages, strict=True):
             length = (len(pages) - 1) * self.page_size + last
-            key, value = (x[pages].transpose(1, 2).flatten(0, 1)[:length].double() for x in paged_kv_cache)
+            key, value = (x.double()[pages].transpose(1, 2).flatten(0, 1)[:length] for x in paged_kv_cache)
             outputs.append(attend(query, key * k_scale, value * v_scale, causal=self.causal, **self.given))
         return torch.cat(outputs)
 
