@@ -11,6 +11,7 @@ __all__ = ["SCALED_DOWN", "SECTIONS", "cases_of", "shrink"]
 SCALED_DOWN = ", scaled down"  # at the end of a label
 
 ANY_SHAPE = ("sdpa", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer", "fa3", "xformers")
+ANY_MOD = (*ANY_SHAPE, "flex_best")
 
 SHAPES = (
     # B,      N, Hq, Hkv,   D
@@ -142,15 +143,13 @@ def _shapes() -> Iterator[Case]:
 
 def _mods() -> Iterator[Case]:
     for batch, tokens, mod in MODS:
-        yield Case(f"{batch} x {tokens}, {mod}", (tokens,) * batch, mod=mod, columns=(*ANY_SHAPE, "flex_best"))
+        yield Case(f"{batch} x {tokens}, {mod}", (tokens,) * batch, mod=mod, columns=ANY_MOD)
 
 
 def _masks() -> Iterator[Case]:
     for batch, tokens, mod, window in MASKS:
         label = f"{batch} x {tokens}, {mod}" + (f" of {2 * window if mod == 'chunked' else window}" if window else "")
-        yield Case(
-            label, (tokens,) * batch, mod=mod, window=window, columns=("sdpa", "flex", "flex_best", "flashinfer")
-        )
+        yield Case(label, (tokens,) * batch, mod=mod, window=window, columns=ANY_MOD)
 
 
 def _ragged() -> Iterator[Case]:

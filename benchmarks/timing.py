@@ -31,7 +31,8 @@ GPU_PROTOCOL = (
 IN_TURN = (
     f"All columns of a row and its limit are checked and recorded first. Then the card settles: one of them is replayed"
     f" untimed until two medians agree within {AGREEMENT:.0%}, for at most {SETTLE_SECONDS} s. Then all are timed in"
-    f" turn, {TURNS} times, and the lower median of each counts. The records hold both."
+    f" turn, {TURNS} times, and the lower median of each counts. The records hold both. A graph that takes"
+    f" over {SLOW_US / 1e6:g} s is replayed {SLOW_REPLAYS} times instead of {REPLAYS}."
 )
 CPU_PROTOCOL = (
     "Wall time on one CPU thread, median of `torch.utils.benchmark` blocks, at shapes that are scaled down."
