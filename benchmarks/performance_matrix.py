@@ -62,8 +62,9 @@ def run(options: argparse.Namespace) -> dict[str, dict]:
     try:
         for section in options.sections:
             cases, name = _cases_of(section, options), "matrix" if section == SEED else "sections"
-            document = documents.setdefault(name, new_document(options, device))
-            given = None if section == SEED else section
+            if name not in documents:
+                documents[name] = new_document(options, device)
+            document, given = documents[name], None if section == SEED else section
             if section == SEED and options.sizes == "small":
                 document["notes"].append("What was reported for xformers' benchmark: it belongs to the full sizes.")
             jobs.append(Job(document, options.out / f"{name}.json", cases, given))

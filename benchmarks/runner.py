@@ -94,6 +94,7 @@ def new_document(options: argparse.Namespace, device: torch.device) -> dict:
         "results": [],
         "empty_cells": [],
         "left_out": [],
+        "seconds": 0,
     }
 
 
@@ -115,20 +116,20 @@ def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, device: torch.dev
     with progress_bar(sum(len(job.cases) for job in jobs)) as step, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers explain a refusal in warnings; the reason of an empty cell is kept
         for job in jobs:
-            begun = time.monotonic()
             for case in job.cases:
-                if time.monotonic() - started > seconds:
+                begun = time.monotonic()
+                if begun - started > seconds:
                     job.document["left_out"].append(case.label)
                     step(case.label, "left out: the time is over")
                     continue
                 figures = _run_case(job, case, options, device, meter)
+                job.document["seconds"] = round(job.document["seconds"] + time.monotonic() - begun, 1)
                 _save(job)
                 step(case.label, figures)
                 if device.type == "cuda":
                     gc.collect()
                     torch.cuda.empty_cache()
-            job.document["seconds"] = round(job.document.get("seconds", 0) + time.monotonic() - begun, 1)
-            _save(job)
+            _save(job)  # with what was left out
 
 
 def _save(job: Job) -> None:
