@@ -49,9 +49,9 @@ def _matrix() -> bool:
     print("   This machine has no GPU, so the shapes are scaled down, and flexdecode computes by PyTorch operations.")
     print("   The times show that it works. They say nothing about its speed on a GPU.\n")
     with contextlib.redirect_stdout(io.StringIO()):
-        document = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))
-    print(_indented(table.short_table(document)))
-    return not performance_matrix.has_failed(document)
+        documents = performance_matrix.run(performance_matrix.parse(["--out", str(OUT), *SMALL]))
+    print(_indented(table.short_table(documents["matrix"])))
+    return not performance_matrix.has_failed(documents)
 
 
 def _own_mod() -> bool:

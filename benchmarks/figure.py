@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 from .picture import ACCENT, BEHIND, FAINT, INK, MARKS, QUIET, STYLE, save
 from .table import OURS, Subject, limit_ratio, means, median, results_of, subjects
 
-__all__ = ["draw", "draw_all", "limit_axis"]
+__all__ = ["draw", "draw_all", "draw_panels", "limit_axis"]
 
 WIDTH, ROW = 5.4, 0.25  # inches
+IN_LINE = 3  # entries of a legend
 TICKS = (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 CLOSEST = 0.06  # of the axis, between two ticks
 
@@ -38,21 +39,53 @@ def draw(document: dict, subject: Subject, path: pathlib.Path) -> None:
     """
     results = results_of(document, *subject)
     heads = list(dict.fromkeys((r["row"]["Hq"], r["row"]["Hkv"]) for r in results))
-    panels = [[r for r in results if (r["row"]["Hq"], r["row"]["Hkv"]) == head] for head in heads]
-    ratios = [ROW * max(len(panel), 4) for panel in panels]
-    above, below = 0.95, 1.25
+    panels = {}
+    for head in heads:
+        of_head = [r for r in results if (r["row"]["Hq"], r["row"]["Hkv"]) == head]
+        title = f"{head[0]} query heads, {head[1]} KV head{'s' * (head[1] > 1)}{_panel_means(of_head)}"
+        panels[title] = [(f"{r['row']['B']} × {r['row']['Mkv']}", r) for r in of_head]
+    mod, inputs, dtype = subject
+    title = f"{dtype}, {inputs} inputs" + ("" if mod == "none" else f", {mod}")
+    draw_panels(document, title, panels, path, "sequences\n× tokens")
+
+
+def draw_panels(
+    document: dict,
+    title: str,
+    panels: dict[str, list[tuple[str, dict]]],
+    path: pathlib.Path,
+    names: str,
+    left: float = 0.25,
+    letters: float = 9.5,
+) -> None:
+    """Draw panels of results below one another, on one axis.
+
+    Args:
+        document: What the results are of.
+        title: Of the picture.
+        panels: Title to the results of a panel, each with its name.
+        path: Where to write the picture.
+        names: What the names are.
+        left: Share of the width that they take.
+        letters: Their size in points.
+    """
+    results = [result for panel in panels.values() for _, result in panel]
+    ratios = [ROW * max(len(panel), 4) for panel in panels.values()]
+    handles = _handles(document, results)
+    above, below = 0.95, 1.25 + 0.2 * max(0, -(-len(handles) // IN_LINE) - 2)
     height = above + 0.4 + sum(ratios) + 0.7 * (len(panels) - 1) + below
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(
             len(panels), 1, figsize=(WIDTH, height), sharex=True, squeeze=False,
             gridspec_kw={"height_ratios": ratios, "hspace": 0.7 / (sum(ratios) / len(panels))},
         )  # fmt: skip
-        figure.subplots_adjust(left=0.25, right=0.85, top=1 - (above + 0.4) / height, bottom=below / height)
-        for axis, head, panel in zip(axes[:, 0], heads, panels, strict=True):
-            _panel(axis, panel, document, f"{head[0]} query heads, {head[1]} KV head{'s' * (head[1] > 1)}")
+        figure.subplots_adjust(left=left, right=0.85, top=1 - (above + 0.4) / height, bottom=below / height)
+        for axis, (name, panel) in zip(axes[:, 0], panels.items(), strict=True):
+            _panel(axis, panel, document, name, letters)
         values = [value for r in results for name in document["columns"] if (value := _value(r, name))]
         limit_axis(axes[-1, 0], values, _has_limit(results))
-        _texts(figure, document, subject, height)
+        _texts(figure, document, title, height)
+        _foot(figure, document, names, handles, (below - 0.42) / height)
         save(figure, path, document)
         pyplot.close(figure)
 
@@ -66,8 +99,9 @@ def _value(result: dict, column: str) -> float | None:
     return limit_ratio(result, column) if result["floor_us"] else median(result["times_us"].get(column))
 
 
-def _panel(axis: Axes, results: list[dict], document: dict, title: str) -> None:
+def _panel(axis: Axes, panel: list[tuple[str, dict]], document: dict, title: str, letters: float) -> None:
     peers = [name for name in document["columns"] if name != OURS]
+    results = [result for _, result in panel]
     for height, result in enumerate(results):
         ours = _value(result, OURS)
         others = {name: value for name in peers if (value := _value(result, name))}
@@ -84,9 +118,9 @@ def _panel(axis: Axes, results: list[dict], document: dict, title: str) -> None:
         text = f"{microseconds:.{0 if microseconds >= 1000 else 1}f} µs" if microseconds else "–"
         place = {"xy": (1.03, height), "xycoords": ("axes fraction", "data"), "va": "center"}
         axis.annotate(text, fontsize=9.5, color=colour, weight="bold", **place)
-    axis.set_yticks(range(len(results)), [f"{r['row']['B']} × {r['row']['Mkv']}" for r in results], fontsize=9.5)
+    axis.set_yticks(range(len(results)), [name for name, _ in panel], fontsize=letters)
     axis.set_ylim(len(results) - 0.4, -0.6)
-    axis.set_title(title + _panel_means(results), fontsize=10, loc="left", linespacing=1.3)
+    axis.set_title(title, fontsize=10, loc="left", linespacing=1.3)
     axis.tick_params(length=0)
     axis.grid(axis="x", which="major", color=FAINT, lw=0.6)
     axis.set_axisbelow(True)
@@ -125,11 +159,9 @@ def _apart(ticks: list[float], span: float) -> list[float]:
     return kept
 
 
-def _texts(figure: pyplot.Figure, document: dict, subject: Subject, height: float) -> None:
-    """Title and conditions above, legend and the name of the axis below."""
-    mod, inputs, dtype = subject
+def _texts(figure: pyplot.Figure, document: dict, title: str, height: float) -> None:
+    """Title and conditions above."""
     environment, on_gpu = document["environment"], document["device"] == "cuda"
-    title = f"{dtype}, {inputs} inputs" + ("" if mod == "none" else f", {mod}")
     conditions = [
         *textwrap.wrap(f"{environment['hardware']}, {document['timestamp'][:10]}", 62)[:1],
         f"torch {environment['torch']}, Triton {environment['triton']}, commit {environment['commit']}",
@@ -138,15 +170,24 @@ def _texts(figure: pyplot.Figure, document: dict, subject: Subject, height: floa
         conditions[1] = "a CPU, at small sizes: shows that it works, not how fast it is"
     figure.text(0.03, 1 - 0.28 / height, title, fontsize=14, weight="bold", va="center")
     figure.text(0.03, 1 - 0.48 / height, "\n".join(conditions), fontsize=8.5, color=QUIET, va="top", linespacing=1.4)
-    axis_name = "time / limit (the keys and values read once)" if on_gpu else "microseconds"
-    figure.text(0.55, 0.83 / height, axis_name, fontsize=10, ha="center", va="center")
-    figure.text(0.03, 0.83 / height, "sequences\n× tokens", fontsize=9, color=QUIET, va="center")
-    drawn = {name for result in results_of(document, *subject) for name in result["times_us"]}
-    handles = [_handle(name, label) for name, label in document["columns"].items() if name in drawn]
-    handles += [Line2D([], [], color=INK, lw=1.6, label="limit")] if on_gpu else []
+
+
+def _foot(figure: pyplot.Figure, document: dict, names: str, handles: list[Line2D], height: float) -> None:
+    """Names of the axes and legend below."""
+    axis_name = "time / limit (the keys and values read once)" if document["device"] == "cuda" else "microseconds"
+    figure.text(0.55, height, axis_name, fontsize=10, ha="center", va="center")
+    figure.text(0.03, height, names, fontsize=9, color=QUIET, va="center")
     figure.legend(
-        handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.4, handletextpad=0.4
-    )
+        handles=handles, loc="lower center", ncols=IN_LINE, frameon=False, fontsize=9.5, columnspacing=1.4,
+        handletextpad=0.4,
+    )  # fmt: skip
+
+
+def _handles(document: dict, results: list[dict]) -> list[Line2D]:
+    """The entries of the legend: columns that were drawn, and the limit."""
+    drawn = {name for result in results for name in result["times_us"]}
+    handles = [_handle(name, label) for name, label in document["columns"].items() if name in drawn]
+    return handles + ([Line2D([], [], color=INK, lw=1.6, label="limit")] if document["device"] == "cuda" else [])
 
 
 def _handle(name: str, label: str) -> Line2D:

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .timing import COLD_BYTES, time_graph
+from .timing import COLD_BYTES, Replay
 
-__all__ = ["Floor", "FloorMeter", "stream_read"]
+__all__ = ["FloorMeter", "stream_read"]
 
 MAGIC = 0x5EED
 
@@ -71,48 +71,34 @@ CONFIGS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """The best stream: microseconds, and the configuration that reached it."""
-
-    microseconds: float
-    config: str
-
-
 class FloorMeter:
-    """Measures floors, one per byte count and kind of input, and remembers them."""
+    """Finds the fastest stream for a number of bytes and a kind of input, and remembers it."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._known: dict[tuple[int, str], Floor] = {}
+        self._known: dict[tuple[int, str], StreamConfig] = {}
 
-    def floor(self, num_bytes: int, inputs: str) -> Floor:
-        """The floor of `num_bytes`, with "cold" or "warm" inputs.
+    def stream(self, num_bytes: int, inputs: str) -> tuple[Replay, str]:
+        """The fastest stream of `num_bytes`, with "cold" or "warm" inputs, ready to be timed; and how it is launched.
 
         Raises:
             RuntimeError: A stream did not read what it should have.
         """
-        if (num_bytes, inputs) not in self._known:
-            self._known[num_bytes, inputs] = self._measure(num_bytes, inputs)
-        return self._known[num_bytes, inputs]
-
-    def _measure(self, num_bytes: int, inputs: str) -> Floor:
         num_sets = -(-COLD_BYTES // num_bytes) if inputs == "cold" else 1
-        num_words = num_bytes // 4
-        buffer = torch.randn(num_sets, num_words, device=self._device).view(torch.int32)
-        best: Floor | None = None
-        for config in CONFIGS:
-            self._check(buffer[0], config)
-            result = torch.zeros(self._num_programs(num_words, config), dtype=torch.int32, device=self._device)
-            calls = [
-                lambda words=words, config=config, result=result: self._read(words, result, config) for words in buffer
-            ]
-            microseconds = statistics.median(time_graph(calls)[0])
-            if best is None or microseconds < best.microseconds:
-                best = Floor(microseconds, str(config))
-        assert best is not None
-        return best
+        buffer = torch.randn(num_sets, num_bytes // 4, device=self._device).view(torch.int32)
+        if (num_bytes, inputs) not in self._known:
+            for config in CONFIGS:
+                self._check(buffer[0], config)
+            times = {config: statistics.median(self._replay(buffer, config).time()) for config in CONFIGS}
+            self._known[num_bytes, inputs] = min(times, key=times.__getitem__)
+        config = self._known[num_bytes, inputs]
+        return self._replay(buffer, config), str(config)
+
+    def _replay(self, buffer: torch.Tensor, config: StreamConfig) -> Replay:
+        num_programs = self._num_programs(buffer.shape[1], config)
+        result = torch.zeros(num_programs, dtype=torch.int32, device=self._device)
+        return Replay([lambda words=words: self._read(words, result, config) for words in buffer])
 
     def _num_programs(self, num_words: int, config: StreamConfig) -> int:
         blocks = triton.cdiv(num_words, config.block)

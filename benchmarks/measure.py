@@ -1,4 +1,4 @@
-"""Runs the matrix: for each row and mod, check every column against float64, then time it."""
+"""Measures one case: every column is checked against float64 and recorded, then all are timed in turn."""
 
 import dataclasses
 import statistics
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .columns import COLUMNS, Unsupported, naive_attention
-from .mod_cases import ModCase, make_case
-from .rows import Row
-from .timing import COLD_BYTES, time_cpu, time_graph
+from .cases import Case, attend_plain, make_tensors
+from .columns import COLUMNS, Unsupported
+from .mod_cases import make_mod
+from .timing import COLD_BYTES, Replay, settle, time_cpu, time_in_turn
 
-__all__ = ["EmptyCell", "Result", "WrongResult", "measure_row"]
+__all__ = ["EmptyCell", "Result", "WrongResult", "measure"]
 
-MAX_INPUT_BYTES = 16_000_000_000  # of all input sets of one row; windows read little of what is allocated
-SEED = 2024
+MAX_INPUT_BYTES = 16_000_000_000  # of all input sets of one case; windows read little of what is allocated
+LIMIT = "limit"  # the name of the read-only stream among what is timed in turn
 
 
 class WrongResult(Exception):
@@ -23,7 +23,21 @@ class WrongResult(Exception):
 
 @dataclasses.dataclass
 class Result:
-    """The figures of one row, mod and kind of input; `times_us` maps a column to its timings in microseconds."""
+    """The figures of one case and kind of input.
+
+    Attributes:
+        label: Name of the case.
+        row: Its shape.
+        mod: Its mod.
+        inputs: "cold" or "warm".
+        compulsory_bytes: Live keys and values, query and output.
+        live_kv_bytes: Live keys and values.
+        floor_us: The limit, microseconds to read the live keys and values once; None on a CPU.
+        floor_config: How the stream that reached it is launched.
+        times_us: Column to its timings in microseconds, of the turn with the lower median.
+        turns_us: Column to the median of each turn, the lowest first.
+        relative_errors: Column to its error against float64.
+    """
 
     label: str
     row: dict
@@ -34,6 +48,7 @@ class Result:
     floor_us: float | None = None
     floor_config: str | None = None
     times_us: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    turns_us: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     relative_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def median_us(self, column: str) -> float | None:
@@ -44,7 +59,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class EmptyCell:
-    """A column that could not run a row, and why; `wrong` if it ran and its result was wrong."""
+    """A column that could not run a case, and why; `wrong` if it ran and its result was wrong."""
 
     label: str
     mod: str
@@ -54,88 +69,102 @@ class EmptyCell:
     wrong: bool = False
 
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-FloorOf = Callable[[int, str], tuple[float | None, str | None]]
-
-
-def measure_row(
-    row: Row,
-    mods: list[str],
-    columns: list[str],
-    inputs: list[str],
-    window: int,
-    device: torch.device,
-    floor_of: FloorOf,
-) -> Iterator[Result | EmptyCell]:
-    """Measure one row with every mod, column and kind of input; yields results and empty cells as they come.
+class _Ready:
+    """A column that was checked, with what times it for each kind of input.
 
     Args:
-        row: The shape.
-        mods: Names from `mod_cases.MODS`.
-        columns: Names from `columns.COLUMNS`.
-        inputs: "cold", "warm" or both.
-        window: Keys that a query of the sliding window sees.
-        device: Where to run.
-        floor_of: `(bytes, inputs) -> (microseconds, configuration)` of the practical floor; Nones without one.
+        calls: One call per input set.
+        kinds: "cold", "warm" or both.
+        error: Its relative error before it was recorded.
+        on_gpu: Whether it is recorded in CUDA graphs.
     """
-    cases = [make_case(name, row, device, window) for name in mods]
-    sets = _input_sets(row, _num_sets(row, cases, inputs, device), device)
-    for case in cases:
-        results = [_new_result(row, case, kind, floor_of) for kind in inputs]
-        yield from _measure_columns(row, case, columns, sets, results, device)
-        yield from results
+
+    def __init__(self, calls: list[Callable[[], torch.Tensor]], kinds: list[str], error: float, on_gpu: bool):
+        self.error = error
+        self._calls = calls
+        self._replays = {kind: Replay(calls if kind == "cold" else calls[:1]) for kind in kinds if on_gpu}
+
+    def timer(self, kind: str) -> Callable[[], list[float]]:
+        """What times it once."""
+        return self._replays[kind].time if self._replays else lambda: time_cpu(self._calls[0])
+
+    def result(self, kind: str) -> torch.Tensor | None:
+        """What it computed while it was timed; None on a CPU, where the call that was checked is the one timed."""
+        return self._replays[kind].result() if self._replays else None
 
 
-def _new_result(row: Row, case: ModCase, kind: str, floor_of: FloorOf) -> Result:
-    live_bytes = row.live_kv_bytes(case.live_keys)
-    floor_us, floor_config = floor_of(live_bytes, kind)
-    compulsory = row.compulsory_bytes(case.live_keys)
-    return Result(row.label, dataclasses.asdict(row), case.name, kind, compulsory, live_bytes, floor_us, floor_config)
+def measure(
+    case: Case, columns: list[str], kinds: list[str], device: torch.device, meter=None
+) -> Iterator[Result | EmptyCell]:
+    """Measure one case with every column and kind of input; yields empty cells, then results.
 
-
-def _measure_columns(
-    row: Row, case: ModCase, columns: list[str], sets: list[Inputs], results: list[Result], device: torch.device
-) -> Iterator[EmptyCell]:
-    expected = naive_attention(*(tensor.double() for tensor in sets[0]), case)
+    Args:
+        case: The case.
+        columns: Names from `columns.COLUMNS`.
+        kinds: "cold", "warm" or both.
+        device: Where to run.
+        meter: A `FloorMeter`; None without a limit.
+    """
+    mod = make_mod(case, device)
+    live_bytes = mod.live_keys * case.bytes_per_token
+    count = _num_sets(case, live_bytes, kinds, device)
+    sets = [make_tensors(case, device, number) for number in range(count)]
+    expected = attend_plain(case, mod, sets[0], torch.float64)
     # The project's tolerance: at most twice the error of plain PyTorch in the input dtype, plus 1e-5.
-    bound = 2 * _relative_error(naive_attention(*sets[0], case), expected) + 1e-5
+    bound = 2 * _relative_error(attend_plain(case, mod, sets[0], case.torch_dtype), expected) + 1e-5
+    ready: dict[str, _Ready] = {}
+    if any(COLUMNS[column].compiled for column in columns):
+        torch.compiler.reset()  # else the recompile limit is met after a few shapes
     for column in columns:
         try:
-            _measure_column(row, case, column, sets, results, device, expected, bound)
-        except Exception as error:  # one cell must never end the run: the reason is kept and printed
-            reason, wrong = _reason(error), isinstance(error, WrongResult)
-            for result in results:
-                if wrong:  # in one kind of input: the column is not to be trusted in the other
-                    result.times_us.pop(column, None)
-                if column not in result.times_us:
-                    yield EmptyCell(row.label, case.name, result.inputs, column, reason, wrong)
+            bind = COLUMNS[column].make(case, mod, device)
+            calls = [bind(tensors) for tensors in sets]
+            error = _check(calls[0](), case, expected, bound)
+            ready[column] = _Ready(calls, kinds, error, device.type == "cuda")
+        except Exception as failure:  # one cell must never end the run: the reason is kept and printed
+            for kind in kinds:
+                yield EmptyCell(case.label, case.mod, kind, column, _reason(failure), isinstance(failure, WrongResult))
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    results = [_time(case, live_bytes, ready, kind, meter) for kind in kinds]
+    for column, of_column in ready.items():
+        yield from _check_timed(case, column, of_column, results, expected, bound)
+    yield from results
 
 
-def _measure_column(
-    row: Row,
-    case: ModCase,
-    column: str,
-    sets: list[Inputs],
-    results: list[Result],
-    device: torch.device,
-    expected: torch.Tensor,
-    bound: float,
-) -> None:
-    if column == "flex":
-        torch.compiler.reset()  # else the recompile limit is met after a few shapes
-    attend = COLUMNS[column][1](row, case, device)
-    error = _check(attend(*sets[0]), sets[0][0], expected, bound)
-    for result in results:
-        chosen = sets if result.inputs == "cold" else sets[:1]
-        if device.type == "cuda":
-            calls = [lambda tensors=tensors: attend(*tensors) for tensors in chosen]
-            times, output = time_graph(calls)
-            _check(output, sets[0][0], expected, bound, " in a CUDA graph")
+def _time(case: Case, live_bytes: int, ready: dict[str, _Ready], kind: str, meter) -> Result:
+    """Times all columns that are ready, and the limit, in turn."""
+    timers = {column: of_column.timer(kind) for column, of_column in ready.items()}
+    config = None
+    if meter is not None:
+        stream, config = meter.stream(live_bytes, kind)
+        timers[LIMIT] = stream.time
+        settle(next(iter(timers.values())))
+    turns = time_in_turn(timers)
+    result = Result(case.label, case.shape, case.mod, kind, live_bytes + case.query_bytes, live_bytes)
+    result.floor_config = config
+    for name, of in turns.items():
+        result.turns_us[name] = [statistics.median(times) for times in of]
+        if name == LIMIT:
+            result.floor_us = result.turns_us[name][0]
         else:
-            times = time_cpu(lambda: attend(*sets[0]))
-        result.times_us[column], result.relative_errors[column] = times, error
+            result.times_us[name], result.relative_errors[name] = of[0], ready[name].error
+    return result
+
+
+def _check_timed(
+    case: Case, column: str, ready: _Ready, results: list[Result], expected: torch.Tensor, bound: float
+) -> Iterator[EmptyCell]:
+    """Checks what a column computed while it was timed; a wrong one is taken out of the results of all inputs."""
+    try:
+        for result in results:
+            output = ready.result(result.inputs)
+            if output is not None:
+                _check(output, case, expected, bound, " in a CUDA graph")
+    except WrongResult as error:
+        for result in results:  # what is wrong with one kind of input is not to be trusted with the other
+            result.times_us.pop(column)
+            yield EmptyCell(result.label, result.mod, result.inputs, column, str(error), wrong=True)
 
 
 def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -143,8 +172,8 @@ def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.double() - expected).norm() / expected.norm())
 
 
-def _check(output: torch.Tensor, query: torch.Tensor, expected: torch.Tensor, bound: float, where: str = "") -> float:
-    if output.shape != query.shape or output.dtype != query.dtype:
+def _check(output: torch.Tensor, case: Case, expected: torch.Tensor, bound: float, where: str = "") -> float:
+    if output.shape != expected.shape or output.dtype != case.torch_dtype:
         raise WrongResult(f"the output{where} is {output.dtype} {list(output.shape)}, not like the query")
     error = _relative_error(output, expected)
     if not error <= bound:  # written so that NaN fails
@@ -152,30 +181,19 @@ def _check(output: torch.Tensor, query: torch.Tensor, expected: torch.Tensor, bo
     return error
 
 
-def _num_sets(row: Row, cases: list[ModCase], inputs: list[str], device: torch.device) -> int:
+def _num_sets(case: Case, live_bytes: int, kinds: list[str], device: torch.device) -> int:
     """Input sets that together hold `COLD_BYTES` of live K/V, as far as memory allows; 1 if nothing is cold."""
-    if "cold" not in inputs:
+    if "cold" not in kinds:
         return 1
-    fewest_live = min(row.live_kv_bytes(case.live_keys) for case in cases)
+    whole = case.batch * case.max_len * case.bytes_per_token
     limit = min(MAX_INPUT_BYTES, torch.cuda.mem_get_info(device)[0] // 3)
-    affordable = max(limit // row.kv_bytes, -(-COLD_BYTES // row.kv_bytes))
-    return min(-(-COLD_BYTES // fewest_live), affordable)
-
-
-def _input_sets(row: Row, count: int, device: torch.device) -> list[Inputs]:
-    """`count` random normal `(query, key, value)`, never zeros: data moves at another speed when it is all zeros."""
-    generator = torch.Generator(device).manual_seed(SEED)
-
-    def normal(heads: int, length: int) -> torch.Tensor:
-        return torch.randn(row.B, heads, length, row.K, dtype=row.torch_dtype, device=device, generator=generator)
-
-    return [(normal(row.Hq, row.Mq), normal(row.Hkv, row.Mkv), normal(row.Hkv, row.Mkv)) for _ in range(count)]
+    affordable = max(limit // whole, -(-COLD_BYTES // whole))
+    return min(-(-COLD_BYTES // live_bytes), affordable)
 
 
 def _reason(error: Exception) -> str:
     """One line that says why a cell is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
     if isinstance(error, Unsupported | WrongResult):
-        return text
-    return f"{type(error).__name__}: {text[:200]}"
+        return lines[0]
+    return f"{type(error).__name__}: {'; '.join(lines)[:200] or 'no message'}"

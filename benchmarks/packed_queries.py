@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flexdecode import flex_decode, mods
 
+from .cases import totals
 from .recorded import check, goals_reached, median, page, span
 from .recorded import main as recorded_main
 from .timing import time_graph
@@ -61,11 +62,6 @@ class Case(NamedTuple):
 def normal(*shape: int) -> torch.Tensor:
     """Random bfloat16 numbers on the GPU."""
     return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
-
-
-def totals(lengths: Sequence[int]) -> torch.Tensor:
-    """The totals `[B + 1]` of lengths, int32."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
 
 def in_float64(
@@ -116,7 +112,7 @@ def decode_cases() -> Iterator[Case]:
 def _few_tokens(
     name: str, key: torch.Tensor, value: torch.Tensor, lens: torch.Tensor, q_lens: list[int]
 ) -> Iterator[Case]:
-    starts, split = totals(q_lens), normal(sum(q_lens), NUM_Q_HEADS, HEAD_DIM).split(q_lens)
+    starts, split = totals(q_lens, "cuda"), normal(sum(q_lens), NUM_Q_HEADS, HEAD_DIM).split(q_lens)
     packed, padded = torch.cat(split), torch.nn.utils.rnn.pad_sequence(list(split), batch_first=True)
     padded, given = padded.transpose(1, 2).contiguous(), {"kv_lens": lens, "mask_mod": mods.causal()}
     q_lens_of = {} if len(set(q_lens)) == 1 else {"q_lens": torch.tensor(q_lens, dtype=torch.int32, device="cuda")}
@@ -142,7 +138,7 @@ def _mixed(key: torch.Tensor, value: torch.Tensor, lens: torch.Tensor) -> Case:
         of = key[sequences], value[sequences], None, causal
         return flex_decode(query[rows], *of, kv_lens=lens[sequences], **more)
 
-    all_starts, one_each, chunk = totals(q_lens), totals([1] * 64), totals([512])
+    all_starts, one_each, chunk = totals(q_lens, "cuda"), totals([1] * 64, "cuda"), totals([512], "cuda")
     decodes, newest = (slice(0, 64), slice(0, 64)), (slice(64, 576), slice(64, 65))
     alone = middle(timed(lambda: call(*decodes, cu_seqlens_q=one_each, max_q_len=1)))
     alone += middle(timed(lambda: call(*newest, cu_seqlens_q=chunk, max_q_len=512)))

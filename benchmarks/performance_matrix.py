@@ -1,73 +1,103 @@
-"""The performance matrix: flexdecode and its peers on the 60 rows of xformers' flash-decoding benchmark.
+"""The performance matrix: flexdecode and its peers on the 60 rows of xformers' flash-decoding benchmark, and more.
 
     python -m benchmarks.performance_matrix
     python -m benchmarks.performance_matrix --mods none,alibi --inputs both --dtypes float16 --out results
+    python -m benchmarks.performance_matrix --sections shapes,mla,ragged --minutes 5
 
-Writes matrix.csv, matrix.json, matrix.md and matrix.png.
+Writes matrix.csv, matrix.json, matrix.md and matrix.png for the 60 rows (the section `seed`), and the same files with
+the name `sections` for all other sections.
 """
 
 import argparse
 import csv
-import dataclasses
-import datetime
-import gc
 import importlib.util
-import json
 import pathlib
+import re
 import sys
-import time
-import warnings
 
 import torch
 
-from . import report, table
+from . import report, section_report, sections, table
 from .columns import COLUMNS
-from .environment import describe_environment
-from .measure import EmptyCell, Result, measure_row
 from .mod_cases import MODS
-from .progress import progress_bar
-from .rows import Row, load_rows, select_rows, shrink
+from .rows import load_rows, select, select_rows, shrink
+from .runner import Job, new_document, run_jobs
 from .table import OURS
-from .timing import CPU_PROTOCOL, GPU_PROTOCOL
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+SEED = "seed"
+SECTIONS = (SEED, *sections.SECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the matrix; returns 1 if a flexdecode cell is empty (it failed, or was wrong), else 0."""
     options = parse(arguments)
-    document = run(options)
-    print("\n" + table.render_tables(document))
-    print(table.empty_cells_text(document))
-    print("\n" + report.summary_text(document))
-    written = ", ".join(sorted(path.name for path in options.out.glob("matrix*")))
-    print(f"\n{document['protocol']}\n\nIn {options.out}: {written}")
-    return int(has_failed(document))
+    documents = run(options)
+    for name, document in documents.items():
+        if name == "matrix":
+            print("\n" + table.render_tables(document))
+            print(table.empty_cells_text(document))
+            print("\n" + report.summary_text(document))
+        else:
+            print("\n" + section_report.text(document))
+        written = ", ".join(sorted(path.name for path in options.out.glob(f"{name}*")))
+        print(f"\n{document['protocol']}\n\nIn {options.out}: {written}")
+        if document["left_out"]:
+            print(f"Left out, because the {options.minutes:g} minutes were over: {'; '.join(document['left_out'])}")
+    return int(has_failed(documents))
 
 
-def run(options: argparse.Namespace) -> dict:
-    """Runs what `parse` gives, and writes the records, the page and the picture. Returns what `matrix.json` holds."""
+def run(options: argparse.Namespace) -> dict[str, dict]:
+    """Runs what `parse` gives, and writes the records, the pages and the pictures.
+
+    Returns:
+        What `matrix.json` and `sections.json` hold, by the names of these files; only those that were asked for.
+    """
     device = torch.device(options.device)
-    try:
-        rows = select_rows(load_rows(), options.rows, options.dtypes)
-    except ValueError as error:
-        sys.exit(f"performance_matrix: {error}")
-    if options.sizes == "small":
-        rows = [shrink(row) for row in rows]
     if device.type == "cpu":
         torch.set_num_threads(1)  # steadier figures, and no idle threads that spin beside other work
+    documents: dict[str, dict] = {}
+    jobs = []
+    try:
+        for section in options.sections:
+            cases, name = _cases_of(section, options), "matrix" if section == SEED else "sections"
+            if name not in documents:
+                documents[name] = new_document(options, device)
+            document, given = documents[name], None if section == SEED else section
+            if section == SEED and options.sizes == "small":
+                document["notes"].append("What was reported for xformers' benchmark: it belongs to the full sizes.")
+            jobs.append(Job(document, options.out / f"{name}.json", cases, given))
+        if not any(job.cases for job in jobs):
+            raise ValueError(f"no case of these sections matches --rows {options.rows!r}")
+    except (ValueError, re.error) as error:
+        sys.exit(f"performance_matrix: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
-    document = _new_document(options, device)
-    print(f"{len(rows)} rows on {document['environment']['hardware']}: {', '.join(document['columns'].values())}\n")
-    _run(rows, options, device, document)
-    _write_reports(document, options.out, not options.no_picture)
-    return document
+    shown = ", ".join(dict.fromkeys(title for document in documents.values() for title in document["columns"].values()))
+    environment = jobs[0].document["environment"]
+    print(f"{sum(len(job.cases) for job in jobs)} rows on {environment['hardware']}: {shown}")
+    print("\n".join(jobs[0].document["notes"]) + "\n")
+    run_jobs(jobs, options, device)
+    for name, document in documents.items():
+        _write_reports(name, document, options.out, not options.no_picture)
+    return documents
 
 
-def has_failed(document: dict) -> bool:
+def _cases_of(section: str, options: argparse.Namespace) -> list:
+    small = options.sizes == "small"
+    if section == SEED:
+        rows = select_rows(load_rows(), options.rows, options.dtypes or list(DTYPES))
+        rows = [shrink(row) for row in rows] if small else rows
+        others = tuple(name for name in COLUMNS if name != OURS)
+        return [row.case(mod, options.window, others) for row in rows for mod in options.mods]
+    dtypes = options.dtypes or ["bfloat16"]
+    cases = [case for dtype in dtypes for case in sections.cases_of(section, dtype, small)]
+    return select(cases, options.rows)
+
+
+def has_failed(documents: dict[str, dict]) -> bool:
     """Whether flexdecode failed in a row, or was wrong."""
-    return any(cell["column"] == OURS for cell in document["empty_cells"])
+    return any(cell["column"] == OURS for document in documents.values() for cell in document["empty_cells"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,9 +105,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.performance_matrix", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--mods", type=_names(MODS), default=["none"], help=f"of {','.join(MODS)} (default: none)")
     parser.add_argument(
-        "--dtypes", type=_names(DTYPES, SHORT_DTYPES), default=list(DTYPES), help="of fp16,bf16,fp32 (default: all)"
+        "--sections",
+        type=_names(SECTIONS),
+        default=[SEED],
+        help=f"of {','.join(SECTIONS)}, run in this order (default: seed)",
+    )
+    parser.add_argument("--minutes", type=float, help="begin no row after so many minutes, and say what was left out")
+    parser.add_argument(
+        "--mods", type=_names(MODS), default=["none"], help=f"of {','.join(MODS)}, of the seed rows (default: none)"
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_names(DTYPES, SHORT_DTYPES),
+        help="of fp16,bf16,fp32 (default: all of the seed rows, else bf16)",
     )
     parser.add_argument("--inputs", choices=("warm", "cold", "both"), help="default: cold on a GPU, warm on a CPU")
     parser.add_argument(
@@ -85,7 +126,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", choices=("full", "small"), help="default: full on a GPU, small on a CPU")
     parser.add_argument(
-        "--columns", type=_names(COLUMNS), help=f"of {','.join(COLUMNS)} (default: what the device has)"
+        "--columns",
+        type=_names(COLUMNS),
+        help=f"of {','.join(COLUMNS)} (default: what is installed, without flex_best)",
     )
     parser.add_argument(
         "--flex",
@@ -129,97 +172,8 @@ def _names(allowed, short=None):
     return parse
 
 
-def _choose_columns(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The columns to run, and a note for each that the device's default leaves out."""
-    if options.columns:
-        return [name for name in options.columns if name != "flex" or options.flex is not False], []
-    columns, notes = list(COLUMNS), []
-    if options.device == "cpu":
-        columns.remove("sdpa_cudnn")
-        notes.append("SDPA (cuDNN) and the limit, which is the time to read the keys and values once: GPU only.")
-    if options.flex is False or (options.flex is None and options.device == "cpu"):
-        columns.remove("flex")
-        notes.append("FlexAttention: left out (--flex adds it; seconds of compilation a row).")
-    if options.sizes == "small":
-        notes.append("What was reported for xformers' benchmark: it belongs to the full sizes.")
-    return columns, notes
-
-
-def _new_document(options: argparse.Namespace, device: torch.device) -> dict:
-    columns, notes = _choose_columns(options)
-    environment = describe_environment(device)
-    if options.commit:
-        environment["commit"] = options.commit
-    return {
-        "device": device.type,
-        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment,
-        "protocol": GPU_PROTOCOL if device.type == "cuda" else CPU_PROTOCOL,
-        "flags": {**vars(options), "out": str(options.out)},
-        "columns": {name: COLUMNS[name][0] for name in columns},
-        "notes": notes,
-        "results": [],
-        "empty_cells": [],
-    }
-
-
-def _run(rows: list[Row], options: argparse.Namespace, device: torch.device, document: dict) -> None:
-    """Measure all rows into `document`, and save it after each, so that an interrupted run keeps what it has."""
-    floor_of = _floor_source(device)
-    started = time.monotonic()
-    with progress_bar(len(rows)) as step, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peers explain a refusal in warnings; the reason of an empty cell is kept
-        for row in rows:
-            figures = _run_row(row, options, device, document, floor_of)
-            document["seconds"] = round(time.monotonic() - started, 1)
-            (options.out / "matrix.json").write_text(json.dumps(document, indent=1) + "\n")
-            step(row.label, figures)
-            if device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
-
-
-def _run_row(row: Row, options: argparse.Namespace, device: torch.device, document: dict, floor_of) -> str:
-    columns, figures = list(document["columns"]), []
-    if "flex" in columns and row.dtype not in options.flex_dtypes:
-        columns.remove("flex")
-        reason = f"left out for {row.dtype}: --flex-dtypes adds it, about a minute a row"
-        cells = [EmptyCell(row.label, mod, kind, "flex", reason) for mod in options.mods for kind in options.inputs]
-        document["empty_cells"] += [dataclasses.asdict(cell) for cell in cells]
-    try:
-        for found in measure_row(row, options.mods, columns, options.inputs, options.window, device, floor_of):
-            if isinstance(found, EmptyCell):
-                document["empty_cells"].append(dataclasses.asdict(found))
-                continue
-            document["results"].append(dataclasses.asdict(found))
-            figures.append(_figures(found))
-    except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
-        reason = f"the row could not be set up: {error}".splitlines()[0]
-        done = {(result["label"], result["mod"], result["inputs"]) for result in document["results"]}
-        missing = [(mod, kind) for mod in options.mods for kind in options.inputs if (row.label, mod, kind) not in done]
-        cells = [EmptyCell(row.label, mod, kind, column, reason) for mod, kind in missing for column in columns]
-        document["empty_cells"] += [dataclasses.asdict(cell) for cell in cells]
-    return "; ".join(figures)
-
-
-def _figures(result: Result) -> str:
-    fastest = result.median_us("flexdecode")
-    floor = f", limit {result.floor_us:.1f}" if result.floor_us else ""
-    return f"{result.mod} {result.inputs}: " + (f"{fastest:.1f} us{floor}" if fastest else "no flexdecode figure")
-
-
-def _floor_source(device: torch.device):
-    """`(bytes, inputs) -> (microseconds, configuration)`; Nones on a CPU."""
-    if device.type != "cuda":
-        return lambda num_bytes, inputs: (None, None)
-    from .floor import FloorMeter
-
-    meter = FloorMeter(device)
-    return lambda num_bytes, inputs: dataclasses.astuple(meter.floor(num_bytes, inputs))
-
-
-def _write_reports(document: dict, out: pathlib.Path, draws: bool) -> None:
-    with (out / "matrix.csv").open("w", newline="") as file:
+def _write_reports(name: str, document: dict, out: pathlib.Path, draws: bool) -> None:
+    with (out / f"{name}.csv").open("w", newline="") as file:
         records = report.flat_records(document)
         writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
         writer.writeheader()
@@ -228,10 +182,12 @@ def _write_reports(document: dict, out: pathlib.Path, draws: bool) -> None:
     if draws and importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no picture (pip install matplotlib, then python -m benchmarks.report)")
     elif draws and document["results"]:
-        from .figure import draw_all
+        from . import figure, section_figure
 
-        pictures = draw_all(document, out / "matrix.png")
-    (out / "matrix.md").write_text(report.markdown(document, [picture.name for picture in pictures]))
+        draw_all = figure.draw_all if name == "matrix" else section_figure.draw_all
+        pictures = draw_all(document, out / f"{name}.png")
+    page = report.markdown if name == "matrix" else section_report.markdown
+    (out / f"{name}.md").write_text(page(document, [picture.name for picture in pictures]))
 
 
 if __name__ == "__main__":

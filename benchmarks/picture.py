@@ -22,6 +22,11 @@ MARKS = {  # column -> (marker, colour): told apart by shape too
     "sdpa": ("s", "#d98e04"),
     "sdpa_cudnn": ("^", "#8e5bbf"),
     "flex": ("D", "#2f7fd0"),
+    "flex_best": ("d", "#1d4f86"),
+    "sdpa_flash": ("v", "#b8860b"),
+    "flashinfer": ("P", "#c2477f"),
+    "fa3": ("p", "#5f4bb6"),
+    "xformers": ("h", "#3a9188"),
 }
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -30,7 +35,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-SOURCES = ("picture.py", "figure.py", "speed.py", "table.py")
+SOURCES = ("picture.py", "figure.py", "section_figure.py", "speed.py", "table.py")
 DPI, COLOURS = 160, 256
 
 

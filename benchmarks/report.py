@@ -11,7 +11,11 @@ import pathlib
 import sys
 from statistics import geometric_mean
 
+from .pages import empty_cells, listed, measured, number, time
+from .pages import table as markdown_table
 from .table import (
+    FAR_FROM_LIMIT,
+    ON_A_CPU,
     OURS,
     REPORTED,
     REPORTED_BY,
@@ -19,7 +23,8 @@ from .table import (
     Subject,
     bandwidth_tbps,
     empty_cells_text,
-    group_empty_cells,
+    gain_of,
+    gain_of_fastest,
     groups,
     limit_ratio,
     means,
@@ -31,8 +36,6 @@ from .table import (
 
 __all__ = ["flat_records", "markdown", "summary", "summary_text"]
 
-FAR_FROM_LIMIT = 1.25
-ON_A_CPU = "This run was made on a CPU, at small sizes: its times say that the library works, and nothing else."
 XFORMERS = "https://github.com/facebookresearch/xformers/blob/main/xformers/benchmarks/benchmark_attn_decoding.py"
 
 
@@ -41,6 +44,7 @@ def flat_records(document: dict) -> list[dict]:
     shape = ("B", "Mq", "Mkv", "Hq", "Hkv", "K", "dtype")
     return [
         {
+            **({"section": result["section"]} if "section" in result else {}),
             "label": result["label"],
             **{name: result["row"][name] for name in shape},
             "mod": result["mod"],
@@ -72,7 +76,7 @@ def summary(document: dict) -> list[dict]:
         ratios = [ratio for r in results if (ratio := limit_ratio(r))]
         peers = {}
         for column in (name for name in document["columns"] if name != OURS):
-            gains = [gain for r in results if (gain := _gain(r, column))]
+            gains = [gain for r in results if (gain := gain_of(r, column))]
             if gains:
                 peers[column] = (geometric_mean(gains), sum(gain > 1 for gain in gains), len(gains))
         over_limit = geometric_mean(ratios) if ratios else None
@@ -87,12 +91,6 @@ def summary(document: dict) -> list[dict]:
             }
         )
     return records
-
-
-def _gain(result: dict, column: str) -> float | None:
-    """A peer's time over flexdecode's; None where either is missing."""
-    ours, theirs = median(result["times_us"].get(OURS)), median(result["times_us"].get(column))
-    return theirs / ours if ours and theirs else None
 
 
 def summary_text(document: dict) -> str:
@@ -143,7 +141,7 @@ def markdown(document: dict, pictures: list[str]) -> str:
         parts += [f"## Mods: {mod}, {inputs} inputs", "" if group == first else _pictures(links, group)]
         for subject in (s for s in subjects(document) if s[:2] == group):
             parts += [f"### {subject[2]}", _result_table(results_of(document, *subject), document)]
-    parts += ["## Empty cells", _empty_cells(document)]
+    parts += ["## Empty cells", empty_cells(document)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -156,27 +154,17 @@ def _found(document: dict) -> str:
     by_dtype = [(d, [r for r in results if r["row"]["dtype"] == d]) for d in {r["row"]["dtype"]: None for r in results}]
     takes = [f"{geometric_mean(map(limit_ratio, of)):.2f} times its limit in {dtype}" for dtype, of in by_dtype]
     sentences = [
-        f"With {inputs} inputs, a decode step takes {_listed(takes)} (geometric means over {len(results)} rows).",
+        f"With {inputs} inputs, a decode step takes {listed(takes)} (geometric means over {len(results)} rows).",
         "The limit is the time to read the keys and values of the row once, by the fastest plain read of as many bytes"
         " that was found on the same GPU in the same run.",
     ]
     found = [(dtype, mean) for dtype, of in by_dtype if (mean := means(of))]
     others = [f"{peer / ours:.2f} times as long in {dtype}" for dtype, (ours, peer) in found]
-    gains = [gain for result in results if (gain := _gain_of_fastest(result))]
+    gains = [gain for result in results if (gain := gain_of_fastest(result))]
     if gains:
         first = f"flexdecode is the fastest column on {sum(gain > 1 for gain in gains)} of {len(gains)} rows"
-        sentences.append(f"{first}; the fastest of the others takes {_listed(others)}.")
+        sentences.append(f"{first}; the fastest of the others takes {listed(others)}.")
     return " ".join(sentences)
-
-
-def _listed(parts: list[str]) -> str:
-    *most, last = parts
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _gain_of_fastest(result: dict) -> float | None:
-    """The time of the fastest peer over flexdecode's; None where either is missing."""
-    return min((gain for name in result["times_us"] if name != OURS and (gain := _gain(result, name))), default=None)
 
 
 def _picture(document: dict, subject: Subject, address: str) -> str:
@@ -193,11 +181,6 @@ def _picture(document: dict, subject: Subject, address: str) -> str:
 def _pictures(links: dict[Subject, str], group: tuple[str, str] | None) -> str:
     """The pictures of a group, in one paragraph."""
     return "\n".join(link for subject, link in links.items() if subject[:2] == group)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _summary_table(document: dict) -> str:
@@ -217,7 +200,7 @@ def _summary_table(document: dict) -> str:
             cells.append(f"{gain:.2f} ({ahead}/{compared})" if gain else "–")
         rows.append(cells)
     note = "Geometric means over the rows; in brackets, on how many of the rows compared flexdecode is the faster one."
-    return f"{note}\n\n{_table(header, rows)}"
+    return f"{note}\n\n{markdown_table(header, rows)}"
 
 
 def _shortcomings(document: dict) -> str:
@@ -228,7 +211,7 @@ def _shortcomings(document: dict) -> str:
     for mod, inputs in groups(document):
         results = results_of(document, mod, inputs)
         for peer in (name for name in document["columns"] if name != OURS):
-            behind = [(gain, r) for r in results if (gain := _gain(r, peer)) and gain < 1]
+            behind = [(gain, r) for r in results if (gain := gain_of(r, peer)) and gain < 1]
             if behind:
                 named = "; ".join(
                     f"{_short_name(r)} ({gain:.2f})" for gain, r in sorted(behind, key=lambda pair: pair[0])
@@ -256,20 +239,12 @@ def _short_name(result: dict) -> str:
 
 
 def _measured(document: dict) -> str:
-    lines = [f"- {name}: {value}" for name, value in document["environment"].items()]
-    flags = {name: value for name, value in document["flags"].items() if value not in (None, False) and name != "out"}
-    shown = ", ".join(f"{name}={','.join(v) if isinstance(v, list) else v}" for name, v in flags.items())
-    lines += [
-        f"- options: {shown}",
-        f"- time: {document['timestamp']}, the run took {document.get('seconds', 0):.0f} s",
-    ]
     rows = (
         f"The rows are those of [{REPORTED_BY}]({XFORMERS}). A row has B sequences of Mkv cached tokens, one query"
         " token each, Hq query heads, Hkv KV heads and head dimension K. The column limit has microseconds, and × limit"
         " the time of flexdecode over it."
     )
-    protocol = document["protocol"].replace("practical floor", "limit")  # its name in older runs
-    return "\n".join([*lines, "", rows, "", protocol])
+    return measured(document, rows)
 
 
 def _result_table(results: list[dict], document: dict) -> str:
@@ -281,31 +256,22 @@ def _result_table(results: list[dict], document: dict) -> str:
     rows = []
     for result in results:
         row, times = result["row"], {name: median(result["times_us"].get(name)) for name in document["columns"]}
-        fastest = min((time for time in times.values() if time), default=None)
-        cells = [f"{row['B']} × {row['Mkv']}, {row['Hq']}/{row['Hkv']}, {row['K']}", _time(times.get(OURS), fastest)]
-        cells += [_number(bandwidth_tbps(result), 2), _number(limit_ratio(result), 2), _number(result["floor_us"], 1)]
-        cells += [_time(times[name], fastest) for name in peers] + [_number(row[name], 1) for name in reported]
+        fastest = min((us for us in times.values() if us), default=None)
+        cells = [
+            f"{row['B']} × {row['Mkv']}, {row['Hq']}/{row['Hkv']}, {row['K']}",
+            time(times.get(OURS), fastest),
+        ]
+        cells += [
+            number(bandwidth_tbps(result), 2),
+            number(limit_ratio(result), 2),
+            number(result["floor_us"], 1),
+        ]
+        cells += [time(times[name], fastest) for name in peers] + [number(row[name], 1) for name in reported]
         rows.append(cells)
     note = "Microseconds per call; the fastest column in bold."
     if reported:
         note += " " + REPORTED_NOTE.replace("*", r"\*", 1).replace(REPORTED_BY, f"[{REPORTED_BY}]({XFORMERS})")
-    return f"{note}\n\n{_table(header, rows)}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _time(value: float | None, fastest: float | None) -> str:
-    return f"**{value:.1f}**" if value is not None and value == fastest else _number(value, 1)
-
-
-def _empty_cells(document: dict) -> str:
-    lines = [f"- {note}" for note in document["notes"]]
-    for title, reason, rows in group_empty_cells(document):
-        where = "; ".join(f"`{row}`" for row in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
-        lines.append(f"- {title}, {len(rows)} cell{'s' * (len(rows) > 1)}: {reason}. {where}")
-    return "\n".join(lines) or "None."
+    return f"{note}\n\n{markdown_table(header, rows)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

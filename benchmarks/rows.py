@@ -10,7 +10,9 @@ import re
 
 import torch
 
-__all__ = ["Row", "load_rows", "select_rows", "shrink"]
+from .cases import Case
+
+__all__ = ["Row", "load_rows", "select", "select_rows", "shrink"]
 
 TABLE = pathlib.Path(__file__).with_name("xformers_rows.csv")
 
@@ -52,18 +54,12 @@ class Row:
         """The dtype of query, key, value and output."""
         return getattr(torch, self.dtype)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the whole key and value cache of the row."""
-        return self.live_kv_bytes(self.Mkv)
-
-    def live_kv_bytes(self, live_keys: int) -> int:
-        """Bytes of key and value when each sequence attends to `live_keys` positions."""
-        return 2 * self.B * self.Hkv * live_keys * self.K * self.torch_dtype.itemsize
-
-    def compulsory_bytes(self, live_keys: int) -> int:
-        """Bytes that any kernel must move: live keys and values, the query, the output."""
-        return self.live_kv_bytes(live_keys) + 2 * self.B * self.Hq * self.Mq * self.K * self.torch_dtype.itemsize
+    def case(self, mod: str, window: int, columns: tuple[str, ...]) -> Case:
+        """The row with a mod, as a case that some columns run."""
+        return Case(
+            self.label, (self.Mkv,) * self.B, self.Hq, self.Hkv, self.K, dtype=self.dtype, mod=mod, window=window,
+            num_queries=self.Mq, columns=columns, row=dataclasses.asdict(self),
+        )  # fmt: skip
 
 
 def load_rows() -> list[Row]:
@@ -89,22 +85,25 @@ def shrink(row: Row) -> Row:
 
 
 def select_rows(rows: list[Row], selector: str | None, dtypes: list[str]) -> list[Row]:
-    """Keep the rows of `dtypes` that `selector` names.
-
-    Args:
-        rows: The rows to choose from.
-        selector: None for all, a number ("6": the first six), a range ("6:12"), or a regular expression that is
-            searched for in the label ("Mkv=256 .*Hkv=1").
-        dtypes: Names of dtypes ("float16").
+    """Keep the rows of `dtypes` that `selector` names; see `select`.
 
     Raises:
         ValueError: No row is left.
     """
-    chosen = [row for row in rows if row.dtype in dtypes]
-    if selector and (span := re.fullmatch(r"(?:(\d+):)?(\d+)", selector)):
-        chosen = chosen[int(span[1] or 0) : int(span[2])]
-    elif selector:
-        chosen = [row for row in chosen if re.search(selector, row.label)]
+    chosen = select([row for row in rows if row.dtype in dtypes], selector)
     if not chosen:
         raise ValueError(f"no row matches --rows {selector!r} with --dtypes {','.join(dtypes)}")
     return chosen
+
+
+def select(items: list, selector: str | None) -> list:
+    """Keep the rows or cases that `selector` names.
+
+    Args:
+        items: Things with a `label`.
+        selector: None for all, a number ("6": the first six), a range ("6:12"), or a regular expression that is
+            searched for in the label ("Mkv=256 .*Hkv=1").
+    """
+    if selector and (span := re.fullmatch(r"(?:(\d+):)?(\d+)", selector)):
+        return items[int(span[1] or 0) : int(span[2])]
+    return [item for item in items if selector is None or re.search(selector, item.label)]

@@ -14,8 +14,10 @@ import torch
 
 from flexdecode import flex_decode, merge_attention
 
+from .cases import into_pages
 from .recorded import check, goals_reached, median, page, span
 from .recorded import main as recorded_main
+from .sections import RAGGED
 from .timing import COLD_BYTES, time_graph
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -75,16 +77,17 @@ def copies(num_bytes: float) -> int:
 
 EARLIER = "the time of an earlier experiment, improved"
 OLD_SOURCES = {"the prototype's time, improved": EARLIER}  # what older runs call it
-RAGGED = {
-    "1 of 32768 and 15 of 512 tokens": ([32768] + [512] * 15, 48.0),
-    "16 lengths, 512 x 1.32^i": ([int(512 * 1.32**i) for i in range(16)], 132.0),
-    "1 of 131072 and 63 of 1024 tokens": ([131072] + [1024] * 63, 190.0),
+RAGGED_BARS = {  # microseconds
+    "1 of 32768 and 15 of 512 tokens": 48.0,
+    "16 lengths, 512 x 1.32^i": 132.0,
+    "1 of 131072 and 63 of 1024 tokens": 190.0,
 }
 
 
 def ragged() -> Iterator[dict]:
     """Lengths that differ by far."""
-    for case, (lens, bar) in RAGGED.items():
+    for case, bar in RAGGED_BARS.items():
+        lens = RAGGED[case]
         num_bytes, kv_lens = sum(lens) * NUM_KV_HEADS * HEAD_DIM * 4, torch.tensor(lens, device="cuda")
         query = normal(len(lens), NUM_Q_HEADS, 1, HEAD_DIM)
         shape = (len(lens), NUM_KV_HEADS, max(lens), HEAD_DIM)
@@ -94,15 +97,6 @@ def ragged() -> Iterator[dict]:
         yield record | {"bar_us": bar, "source": EARLIER}
         del caches, calls
         torch.cuda.empty_cache()
-
-
-def into_pages(cache: torch.Tensor, page_size: int, order: torch.Tensor) -> torch.Tensor:
-    """The pages of `[B, H, N, D]` in a given order."""
-    batch, heads, tokens, head_dim = cache.shape
-    pages = cache.view(batch, heads, tokens // page_size, page_size, head_dim).transpose(1, 2)
-    result = torch.empty(order.numel(), heads, page_size, head_dim, dtype=cache.dtype, device="cuda")
-    result[order] = pages.reshape(result.shape)
-    return result
 
 
 def paged() -> Iterator[dict]:

@@ -6,13 +6,15 @@ from torch.utils import benchmark
 from torch.utils.benchmark.utils.common import TaskSpec
 
 __all__ = [
-    "bandwidth_tbps", "empty_cells_text", "group_empty_cells", "groups", "limit_ratio", "means", "median",
-    "render_tables", "results_of", "subjects",
+    "bandwidth_tbps", "empty_cells_text", "fastest_peer", "gain_of", "gain_of_fastest", "group_empty_cells", "groups",
+    "limit_ratio", "means", "median", "render_tables", "results_of", "subjects",
 ]  # fmt: skip
 
 Subject = tuple[str, str, str]  # mod, kind of input, dtype: what one picture and one table of a page is about
 
 OURS = "flexdecode"  # the column that is compared with the others
+FAR_FROM_LIMIT = 1.25
+ON_A_CPU = "This run was made on a CPU, at small sizes: its times say that the library works, and nothing else."
 REPORTED = {"pytorch_us": "xformers: pytorch*", "optimized_us": "xformers: best*"}
 REPORTED_BY = "xformers' flash-decoding benchmark"
 REPORTED_NOTE = (
@@ -134,6 +136,24 @@ def limit_ratio(result: dict, column: str = "flexdecode") -> float | None:
     """A column's time over the limit, which is the time to read its live K/V once; None where either is missing."""
     microseconds = median(result["times_us"].get(column))
     return microseconds / result["floor_us"] if microseconds and result["floor_us"] else None
+
+
+def gain_of(result: dict, column: str) -> float | None:
+    """A peer's time over flexdecode's; None where either is missing."""
+    ours, theirs = median(result["times_us"].get(OURS)), median(result["times_us"].get(column))
+    return theirs / ours if ours and theirs else None
+
+
+def fastest_peer(result: dict) -> tuple[float, str] | None:
+    """The smallest time of a peer over flexdecode's, and the peer; None where either is missing."""
+    gains = [(gain, name) for name in result["times_us"] if name != OURS and (gain := gain_of(result, name))]
+    return min(gains, default=None)
+
+
+def gain_of_fastest(result: dict) -> float | None:
+    """The time of the fastest peer over flexdecode's; None where either is missing."""
+    found = fastest_peer(result)
+    return found and found[0]
 
 
 def bandwidth_tbps(result: dict, column: str = "flexdecode") -> float | None:

@@ -28,7 +28,7 @@ def bench(
         str | None, typer.Option(help="6, 6:12, or a regular expression on the label. Default: all 60.")
     ] = None,
     mods: Annotated[str, typer.Option(help="Names with commas; a wrong one lists them.")] = "none",
-    peers: Annotated[str | None, typer.Option(help="Columns beside flexdecode: naive,sdpa,sdpa_cudnn,flex.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Columns beside flexdecode; a wrong one lists them.")] = None,
     dtypes: Annotated[str, typer.Option(help="Of fp16,bf16,fp32.")] = "fp16,bf16,fp32",
     inputs: Annotated[str | None, typer.Option(help="warm, cold or both. Default: cold on a GPU, else warm.")] = None,
     sizes: Annotated[str | None, typer.Option(help="full or small. Default: full on a GPU, else small.")] = None,

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import live_kv, packed_queries, report, server_caches, speed, table, transformers_decode
+from benchmarks import (
+    live_kv,
+    packed_queries,
+    performance_matrix,
+    report,
+    section_pages,
+    server_caches,
+    speed,
+    table,
+    transformers_decode,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results" / "h200"
@@ -105,9 +115,60 @@ def test_a_case_that_misses_its_goal_falls_short():
     assert "15 of 16 cases reach their goal; the others miss it by up to " in live_kv.markdown(document)
 
 
+# --- The sections of the matrix: a record makes its page --------------------------------------------------------------
+
+SECTIONS = RESULTS.parent, DOCS, ROOT / "mkdocs.yml"
+NAVIGATION = "nav:\n  - Measurements:\n      - Performance: performance.md\n      - Long caches: live-kv.md\n"
+
+
+def test_pages_of_sections_are_made_of_their_records():
+    pytest.importorskip("matplotlib", reason="needs matplotlib: `pip install flexdecode[bench]`")
+    assert section_pages.stale(*SECTIONS) == [], ANEW
+
+
+def test_a_record_that_drops_in_makes_a_page(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: `pip install flexdecode[bench]`")
+    results, docs, navigation = tmp_path / "results", tmp_path / "docs", tmp_path / "mkdocs.yml"
+    docs.mkdir()
+    navigation.write_text(NAVIGATION)
+    words = [
+        "--device",
+        "cpu",
+        "--sections",
+        "masks,mla",
+        "--rows",
+        "2",
+        "--columns",
+        "flexdecode,sdpa",
+        "--no-picture",
+    ]
+    assert performance_matrix.main([*words, "--out", str(results / "card")]) == 0
+    assert section_pages.stale(results, docs, navigation) == [
+        "sections-card.md", "mkdocs.yml", "sections-card-masks.png", "sections-card-mla.png",
+    ]  # fmt: skip
+    section_pages.make_pages(results, docs, navigation)
+    assert section_pages.stale(results, docs, navigation) == []
+    page = (docs / "sections-card.md").read_text()
+    assert "## Masks" in page and "### Latents (MLA): bfloat16, warm inputs" in page
+    assert "| 8 x 32768, sliding_window of 1024, scaled down |" in page and "(images/sections-card-mla.png " in page
+    listed = navigation.read_text().splitlines()
+    assert listed[3] == "      - Sections of the matrix, CARD: sections-card.md"
+    section_pages.make_pages(results, docs, navigation)
+    assert navigation.read_text().splitlines() == listed
+
+    record = results / "card" / "sections.json"
+    document = json.loads(record.read_text())
+    document["results"][0]["times_us"]["flexdecode"] = [1.0]
+    record.write_text(json.dumps(document))
+    assert section_pages.stale(results, docs, navigation) == [
+        "sections-card.md", "sections-card-masks.png", "sections-card-mla.png",
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
     from benchmarks import figure
 
+    section_pages.make_pages(*SECTIONS)
     speed.draw(matrix(), SPEED)
     figure.draw_all(matrix(), FIRST)
     (DOCS / "performance.md").write_text(performance_page())
