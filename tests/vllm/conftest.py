@@ -22,7 +22,7 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.filterwarnings("default"))  # vLLM and what it imports warn of many things
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM and what it imports warn of many things
 
 
 @pytest.fixture(scope="session", autouse=True)

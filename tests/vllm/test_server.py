@@ -1,5 +1,6 @@
 """A server as a user runs it: `vllm serve` with the plug-in, asked over HTTP by several clients, and started again."""
 
+import http.client
 import json
 import os
 import signal
@@ -116,13 +117,14 @@ def test_a_server_under_load_is_killed_and_started_again(models, start):
     def client(number):
         turn = 0
         while not stop.is_set():
-            prompt = prompts[(number + turn) % len(prompts)]
+            prompt, count = prompts[(number + turn) % len(prompts)], 8 + 4 * ((number + turn) % 4)
             try:
-                answer, parts = server.stream(prompt, 8 + 4 * ((number + turn) % 4))
-            except (OSError, ValueError) as error:
+                answer, parts = server.stream(prompt, count)
+                if len(answer.tokens) != count or parts == 1:
+                    raise ValueError(f"{len(answer.tokens)} of {count} tokens came, in {parts} parts")
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 broken.append(error)
                 return
-            assert parts > 1  # it was streamed
             answers.append(answer)
             turn += 1
 
