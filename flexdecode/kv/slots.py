@@ -54,19 +54,23 @@ def write_kv(
     def check() -> None:
         _check(k, v, key, value, slot_mapping, k_scale, v_scale)
 
-    is_known = isinstance(key, torch.Tensor) and _is_scale(k_scale) and _is_scale(v_scale)
-    if not (is_known and _is_dense(slot_mapping)):
+    if not (_is_cache(key) and _is_scale(k_scale) and _is_scale(v_scale) and is_list(slot_mapping)):
         check()
         slot_mapping = slot_mapping.contiguous()
     of_k, of_v = _tensor_or_number(k_scale), _tensor_or_number(v_scale)
     write_to_slots(Stored(key, value, of_k[0], of_v[0], of_k[1], of_v[1]), slot_mapping, k, v, check)
 
 
+def _is_cache(key: object) -> bool:
+    return isinstance(key, torch.Tensor)
+
+
 def _is_scale(scale: object) -> bool:
     return scale is None or isinstance(scale, (torch.Tensor, int, float))
 
 
-def _is_dense(slots: object) -> bool:
+def is_list(slots: object) -> bool:
+    """Whether the kernels can read slots as they lie in memory."""
     return isinstance(slots, torch.Tensor) and slots.dim() == 1 and slots.is_contiguous()
 
 

@@ -64,6 +64,11 @@ class Reserved(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def is_packed(k: object) -> bool:
+    """Whether new tokens follow one another: `[T, Hkv, D]`."""
+    return isinstance(k, torch.Tensor) and k.dim() == 3
+
+
 def by_kernel(key: torch.Tensor) -> bool:
     """Whether the kernels write into a cache; otherwise PyTorch operations do."""
     return key.is_cuda or interpreting()

@@ -22,6 +22,7 @@ from ..call.inputs import (
     with_packed_keys,
 )
 from ..kv.kv_cache import KVCache
+from ..kv.layers import CacheLayer
 from ..kv.paged import PagedKVCache
 from ..kv.reading import read_cache
 from .identity import Mod, identify
@@ -49,7 +50,7 @@ def read_request(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     block_mask: Any = None,
-    cache: KVCache | PagedKVCache | None = None,
+    cache: KVCache | PagedKVCache | CacheLayer | None = None,
     options: DecodeOptions | None = None,
 ) -> Request:
     """Reads the arguments of `flex_decode`, which are not checked yet.

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flexdecode import DecodeOptions, FlexDecodeError, KVCache, PagedKVCache, flex_decode, merge_attention, mods
-from flexdecode.kv.kv_cache import TENSORS
+from flexdecode.kv.cache import TENSORS
 
 OF_RECORDER = pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects")
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
@@ -517,7 +517,7 @@ def test_the_op_of_append_is_what_pytorch_wants():
         tensors = [getattr(cache, name) for name in TENSORS]
         for counts in (None, [2, 0]):
             new = KEY[:, :, :2], VALUE[:, :, :2]
-            torch.library.opcheck(torch.ops.flexdecode.append.default, (*new, *tensors, cache._number, counts))
+            torch.library.opcheck(torch.ops.flexdecode.append.default, (*new, *tensors, cache._number, counts, None))
 
 
 # --- Export, tensors without values -----------------------------------------------------------------------------------
