@@ -237,9 +237,8 @@ class Cache:
         self._grow(counts)
         self._step.begin(self._lengths, counts)
         self.kv_lens.copy_(self._step.ends)
-        if max(counts) > 0:
-            step = self._step
-            write_reserved(stored, Reserved(self.page_table, step.starts, step.ends, step.cu_seqlens), k, v, sequence)
+        reserved = Reserved(self.page_table, self._step.starts, self._step.ends, self._step.cu_seqlens)
+        write_reserved(stored, reserved, k, v, lambda: None, sequence)
 
     def reserve(self, num_tokens: int | Sequence[int], *, sequence: int | None = None) -> None:
         """Does the work of the host for one replay of a CUDA graph with a captured append.

@@ -10,7 +10,16 @@ import torch
 
 from .slots import check_slots, is_list
 from .steps import Step, check_tokens
-from .writing import Reserved, Stored, check_gradient, check_new, is_packed, write_reserved, write_to_slots
+from .writing import (
+    Reserved,
+    Stored,
+    check_gradient,
+    check_new,
+    has_tokens,
+    is_packed,
+    write_reserved,
+    write_to_slots,
+)
 
 _numbers = itertools.count()
 # The layers by their numbers, by which the custom op of a compiled region finds their steps.
@@ -140,14 +149,21 @@ def write_step(
     batch = len(reserved.starts)
     if sequence is not None and (type(sequence) is not int or not 0 <= sequence < batch):
         raise ValueError(f"`sequence` must be between 0 and B - 1 = {batch - 1}, got {sequence!r}")
-    num_tokens = check_new(k, v, stored.key, stored.value, None if packed else batch if sequence is None else 1)
-    check_writable(stored.key)
+    check_gradient("k", k)
+    check_gradient("v", v)
+
+    def check() -> None:
+        check_new(k, v, stored.key, stored.value, None if packed else batch if sequence is None else 1)
+        check_writable(stored.key)
+
+    if not has_tokens(k):
+        check()
+    num_tokens = k.shape[0 if packed else 2]
     if not (stored.key.is_cuda and torch.cuda.is_current_stream_capturing()):
         if step.counts is None:
             raise RuntimeError("nothing is reserved: call reserve() of the cache once for each step, before its layers")
         check_tokens(num_tokens, step.counts, packed, sequence)
-    if num_tokens:
-        write_reserved(stored, reserved, k, v, sequence)
+    write_reserved(stored, reserved, k, v, check, sequence)
 
 
 def append_to_slots(

@@ -245,7 +245,7 @@ def test_whatever_the_device_holds_nothing_is_written_outside(packed, wrong):
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
     for totals in ([0, 25, 50, 75], [0, wrong, 50, 75], [wrong, 3, 2, 1], [5, 5, 5, 1 << 30]):
         reserved = writing.Reserved(page_table, starts, ends, torch.tensor(totals, dtype=torch.int32))
-        writing.write_reserved(writing.Stored(*inner, None, None), reserved, k, v)
+        writing.write_reserved(writing.Stored(*inner, None, None), reserved, k, v, lambda: None)
     for memory in around:
         assert (memory[:2048] == 7).all() and (memory[-2048:] == 7).all()
 
@@ -259,5 +259,5 @@ def test_a_replay_without_a_step_writes_nothing_after_a_change(monkeypatch):
     before = cache.key.clone()
     for packed in (False, True):
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)] if packed else (k, v)
-        writing.write_reserved(cache.layer(0)._stored, cache.layer(0)._reserved, *(-x for x in rows))
+        writing.write_reserved(cache.layer(0)._stored, cache.layer(0)._reserved, *(-x for x in rows), lambda: None)
     assert torch.equal(cache.key, before)
