@@ -142,13 +142,13 @@ def write_reserved(
     check()
     if by_totals:
         first, count = rows_of_sequences(cu_seqlens, len(k))
-        b = torch.arange(len(count)).repeat_interleave(count)
-        new = torch.arange(len(b)) + first[0]
+        new = torch.arange(int(first[0]), int(first[0] + count.sum()))
+        b = torch.searchsorted(first + count, new, right=True)
         token = new - first[b]
     else:
         num_sequences, num_tokens = (1, len(k)) if k.dim() == 3 else (len(k), k.shape[2])
-        b = torch.arange(num_sequences).repeat_interleave(num_tokens) + (sequence or 0)
-        new, token = torch.arange(len(b)), torch.arange(num_tokens).repeat(num_sequences)
+        new = torch.arange(num_sequences * num_tokens)
+        b, token = new // max(num_tokens, 1) + (sequence or 0), new % max(num_tokens, 1)
     position = starts[b] + token
     taken = position < ends[b]
     page, position = _find(stored, page_table, b[taken], position[taken])
