@@ -19,9 +19,9 @@ from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
 from ..kv.cache import append_in_region
-from ..kv.layers import append_to_slots, write_step_in_region
+from ..kv.layers import write_step_in_region
 from ..kv.merge import merge_attention
-from ..kv.slots import check_slots
+from ..kv.slots import check_slots, write_kv
 from ..kv.writing import Reserved, Stored, check_new
 from ..runtime.plan import Results
 from ..runtime.request import Request, read_request
@@ -46,7 +46,9 @@ LIBRARY.define(
     f"write_reserved(Tensor k, Tensor? v, {_INTO}, Tensor page_table, Tensor starts, Tensor ends, Tensor cu_seqlens,"
     " Tensor number, SymInt? sequence) -> ()"
 )
-LIBRARY.define(f"write_to_slots(Tensor k, Tensor? v, {_INTO}, Tensor slot_mapping) -> ()")
+LIBRARY.define(
+    f"write_kv(Tensor k, Tensor? v, {_INTO}, Tensor slot_mapping, float? k_number=None, float? v_number=None) -> ()"
+)
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
 
@@ -176,9 +178,19 @@ def _write_reserved(k: torch.Tensor, v: torch.Tensor | None, *of_layer: Any) -> 
     write_step_in_region(k, v, Stored(*tensors[:4]), Reserved(*tensors[4:]), number.item(), sequence)
 
 
-def _write_to_slots(k: torch.Tensor, v: torch.Tensor | None, *of_layer: Any) -> None:
-    *tensors, slot_mapping = of_layer
-    append_to_slots(Stored(*tensors), k, v, slot_mapping, None)
+def _write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    k_number: float | None = None,
+    v_number: float | None = None,
+) -> None:
+    scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
+    write_kv(k, v, key, value, slot_mapping, *scales)
 
 
 def _fake_append(
@@ -189,11 +201,10 @@ def _fake_append(
     _refuse_export()
 
 
-def _fake_write_to_slots(
+def _fake_write_kv(
     k: torch.Tensor, v: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor | None, *others: Any
 ) -> None:
-    check_slots(others[-1], key, check_new(k, v, key, value, None))
-    _refuse_export()
+    check_slots(others[2], key, check_new(k, v, key, value, None))
 
 
 def _refuse_export() -> None:
@@ -206,7 +217,7 @@ def _refuse_export() -> None:
 for _name, _function, _fake in (
     ("append", _append, _fake_append),
     ("write_reserved", _write_reserved, _fake_append),
-    ("write_to_slots", _write_to_slots, _fake_write_to_slots),
+    ("write_kv", _write_kv, _fake_write_kv),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flexdecode::{_name}", _fake, lib=LIBRARY)

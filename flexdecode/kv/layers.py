@@ -121,7 +121,7 @@ class CacheLayer:
         """
         if torch.compiler.is_compiling():
             if slot_mapping is not None:
-                torch.ops.flexdecode.write_to_slots(k, v, *self._stored[:4], slot_mapping)
+                torch.ops.flexdecode.write_kv(k, v, *self._stored[:4], slot_mapping)
             else:
                 torch.ops.flexdecode.write_reserved(k, v, *self._stored[:4], *self._reserved, self._number, sequence)
         elif slot_mapping is not None:

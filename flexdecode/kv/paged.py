@@ -195,7 +195,7 @@ class PagedKVCache(Cache):
         if slot_mapping is None:
             super().append(k, v, num_tokens, sequence=sequence)
         elif torch.compiler.is_compiling():
-            torch.ops.flexdecode.write_to_slots(k, v, *self._stored()[:4], slot_mapping)
+            torch.ops.flexdecode.write_kv(k, v, *self._stored()[:4], slot_mapping)
         else:
             given = 0 if num_tokens is not None else sequence
             append_to_slots(self._stored(), k, v, slot_mapping, given)

@@ -41,7 +41,7 @@ def make_scale(name: str, given: float | torch.Tensor | None, key: torch.Tensor)
     else:
         given = given.item() if isinstance(given, torch.Tensor) else given
         is_number = isinstance(given, Real) and not isinstance(given, bool)
-        scales = torch.full((heads,), float(given) if is_number else 0.0, dtype=torch.float32, device=key.device)
+        scales = torch.tensor([float(given) if is_number else 0.0] * heads, dtype=torch.float32, device=key.device)
     if not ((scales > 0) & scales.isfinite()).all():
         raise ValueError(f"`{name}` must be positive and finite, got {given}")
     return scales.expand(*layers, heads).clone()

@@ -68,7 +68,7 @@ def read_request(
     """
     if cache is not None:
         inputs = read_cache(cache, inputs)
-    if inputs.key.__class__ in (KVCache, PagedKVCache):
+    if inputs.key.__class__ in (KVCache, PagedKVCache, CacheLayer):
         raise TypeError(f"`key` is a {type(inputs.key).__name__}: pass it as `cache=`, without `key` and `value`")
     if inputs.key is None or inputs.value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")

@@ -15,7 +15,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, FlexDecodeError, KVCache, PagedKVCache, flex_decode, merge_attention, mods
+from flexdecode import (
+    DecodeOptions,
+    FlexDecodeError,
+    KVCache,
+    PagedKVCache,
+    flex_decode,
+    merge_attention,
+    mods,
+    write_kv,
+)
 from flexdecode.kv.cache import TENSORS
 
 OF_RECORDER = pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects")
@@ -514,6 +523,23 @@ def test_packed_tokens_and_slots_in_a_region():
         step(k, v, slots, other, alone)
     assert torch.equal(cache.key, other.key) and torch.equal(cache.value, other.value)
     assert torch.equal(single.key, alone.key) and single.lengths == single.kv_lens.tolist() == alone.lengths == [6, 4]
+
+
+@pytest.mark.parametrize("scales", [(), (0.5, 2.0), (torch.tensor(0.5), torch.ones(9, HKV, 4))], ids=str)
+def test_slots_of_a_server_in_a_region(scales):
+    """Keys and values are halves of one tensor."""
+    dtype = torch.int8 if scales else torch.float32
+    pages, other = torch.zeros(2, 9, HKV, 4, 2 * D, dtype=dtype)
+    k, v = torch.randn(2, 3, HKV, D)
+
+    def step(k, v, key, value, slots):
+        write_kv(k * 2, v * 2, key, value, slots, *scales)
+
+    slots = torch.tensor([9, -1, 30])
+    run, _ = compiled(step, "aot_eager")
+    run(k, v, pages[..., :D], pages[..., D:], slots)
+    step(k, v, other[..., :D], other[..., D:], slots)
+    assert torch.equal(pages, other) and pages.any()
 
 
 def test_a_layer_in_a_region_refuses_what_it_refuses_elsewhere():

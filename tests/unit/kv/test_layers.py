@@ -37,6 +37,12 @@ def append_to_all(cache, models, counts, seed, form="batch"):
         cache.layer(i).append(k, v)
 
 
+def append_to_all_of(cache, num_tokens):
+    cache.reserve(num_tokens)
+    for i in range(LAYERS):
+        cache.layer(i).append(*new_tokens(num_tokens, Dv=cache.value.shape[-1]))
+
+
 # --- Layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +232,17 @@ def test_a_pool_is_freed_with_its_last_reference():
         assert layer.key.shape == (10, HEADS, 4, D)
     finally:
         gc.enable()
+
+
+def test_what_takes_a_cache_takes_a_layer():
+    cache = pool(dtype=torch.float16, head_dim=16, v_head_dim=16)
+    append_to_all_of(cache, 5)
+    query, layer = torch.randn(3, 4, 1, D).half(), cache.layer(1)
+    report = flexdecode.explain(query, cache=layer, mask_mod=flexdecode.mods.causal(), device="H200")
+    assert "key [10, 2, 4, 16]" in str(report) and report.share_of_bytes == 1.0
+    flexdecode.warmup(query, cache=layer)
+    with pytest.raises(TypeError, match="`key` is a CacheLayer: pass it as `cache=`, without `key` and `value`"):
+        flex_decode(query, layer)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
