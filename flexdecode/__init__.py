@@ -23,6 +23,7 @@ from .errors import TritonVersionError as TritonVersionError
 from .errors import UnsupportedOpError as UnsupportedOpError
 from .integrations import ops as _ops  # noqa: F401 (registers the custom ops, which exported programs name)
 from .kv.kv_cache import KVCache as KVCache
+from .kv.layers import CacheLayer as CacheLayer
 from .kv.merge import merge_attention as merge_attention
 from .kv.paged import OutOfPagesError as OutOfPagesError
 from .kv.paged import PagedKVCache as PagedKVCache
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheInfo",
+    "CacheLayer",
     "CompilationForbiddenError",
     "CompileError",
     "DecodeOptions",

@@ -15,6 +15,7 @@ from .call.inputs import DecodeOptions, Inputs
 from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache
+from .kv.layers import CacheLayer
 from .kv.paged import PagedKVCache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
@@ -49,7 +50,7 @@ def flex_decode(
     max_q_len: int | None = None,
     kv_starts: int | torch.Tensor | None = None,
     kv_offset: int | torch.Tensor | None = None,
-    cache: KVCache | PagedKVCache | None = None,
+    cache: KVCache | PagedKVCache | CacheLayer | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     options: DecodeOptions | None = None,
@@ -109,7 +110,8 @@ def flex_decode(
         kv_offset: position of row 0 of the cache of each sequence, int32 or int64 `[B]`, or one number for all, within
             +-2**30; by default 0. It is for caches whose first rows were dropped. `kv_offset=-kv_starts` counts
             positions from the first live row. `kv_lens` and `kv_starts` count rows, whatever the positions are.
-        cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
+        cache: a KVCache, a PagedKVCache or a layer of one, in place of key, value, kv_lens, page_table, k_scale and
+            v_scale.
         return_lse: also return the natural log of the sum of exponentials, float32 `[B, Hq, Q]`, packed `[T, Hq]`.
         out: tensor `[B, Hq, Q, Dv]`, packed `[T, Hq, Dv]`, to write to, any strides; it shares no memory with an input.
         options: how to execute the call.

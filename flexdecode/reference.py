@@ -80,7 +80,8 @@ def reference_decode(
         kv_starts: `[B]` integers, or one for all; keys before this row of the cache are not live. Default: 0.
         kv_offset: `[B]` integers, or one for all; mods see row `n` of sequence `b` at position `n + kv_offset[b]`.
             Default: 0.
-        cache: a KVCache or PagedKVCache, in place of key, value, kv_lens, page_table, k_scale and v_scale.
+        cache: a KVCache, a PagedKVCache or a layer of one, in place of key, value, kv_lens, page_table, k_scale and
+            v_scale.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:

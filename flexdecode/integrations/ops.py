@@ -18,9 +18,11 @@ from ..call.inputs import DecodeOptions, Inputs, contiguous_strides, strides_in_
 from ..call.signature import NO_AUX, ONLY_LSE, Aux
 from ..errors import FlexDecodeError
 from ..frontend.parse import CanonicalMod
-from ..kv.kv_cache import append_in_region
+from ..kv.cache import append_in_region
+from ..kv.layers import write_step_in_region
 from ..kv.merge import merge_attention
-from ..kv.writing import check_new
+from ..kv.slots import check_slots, write_kv
+from ..kv.writing import Reserved, Stored, check_new
 from ..runtime.plan import Results
 from ..runtime.request import Request, read_request
 from ..runtime.run import run_request
@@ -35,10 +37,17 @@ _ABSENT = (None,) * (len(Inputs._fields) - 5)  # what a call may lack, without t
 LIBRARY.define(f"decode({_CALL}) -> Tensor")
 LIBRARY.define(f"decode_with_lse({_CALL}) -> (Tensor, Tensor)")
 LIBRARY.define(f"flex_attention({_CALL}, bool lse, bool max_scores) -> (Tensor, Tensor, Tensor)")
+_INTO = "Tensor(a!) key, Tensor(b!)? value, Tensor(c!)? k_scale, Tensor(d!)? v_scale"  # values may be columns of keys
 LIBRARY.define(
-    "append(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
-    " Tensor(e!)? page_table, Tensor(f!) kv_lens, Tensor(g!) limits, Tensor(h!) arrivals, Tensor number,"
-    " SymInt[]? num_tokens) -> ()"
+    f"append(Tensor k, Tensor? v, {_INTO}, Tensor(e!)? page_table, Tensor(f!) kv_lens, Tensor(g!) limits,"
+    " Tensor(h!) arrivals, Tensor number, SymInt[]? num_tokens, SymInt? sequence) -> ()"
+)
+LIBRARY.define(
+    f"write_reserved(Tensor k, Tensor? v, {_INTO}, Tensor page_table, Tensor starts, Tensor ends, Tensor cu_seqlens,"
+    " Tensor number, SymInt? sequence) -> ()"
+)
+LIBRARY.define(
+    f"write_kv(Tensor k, Tensor? v, {_INTO}, Tensor slot_mapping, float? k_number=None, float? v_number=None) -> ()"
 )
 LIBRARY.define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 
@@ -159,21 +168,59 @@ def _fake_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[tor
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-def _append(k: torch.Tensor, v: torch.Tensor, *of_cache: Any) -> None:
-    *tensors, number, num_tokens = of_cache
-    append_in_region(k, v, tensors, number.item(), num_tokens)
+def _append(k: torch.Tensor, v: torch.Tensor | None, *of_cache: Any) -> None:
+    *tensors, number, num_tokens, sequence = of_cache
+    append_in_region(k, v, tensors, number.item(), num_tokens, sequence)
 
 
-def _fake_append(k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> None:
-    check_new(k, v, key, value, len(others[3]))
+def _write_reserved(k: torch.Tensor, v: torch.Tensor | None, *of_layer: Any) -> None:
+    *tensors, number, sequence = of_layer
+    write_step_in_region(k, v, Stored(*tensors[:4]), Reserved(*tensors[4:]), number.item(), sequence)
+
+
+def _write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    k_number: float | None = None,
+    v_number: float | None = None,
+) -> None:
+    scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
+    write_kv(k, v, key, value, slot_mapping, *scales)
+
+
+def _fake_append(
+    k: torch.Tensor, v: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor | None, *others: Any
+) -> None:
+    packed = k.dim() == 3
+    check_new(k, v, key, value, None if packed else len(others[3]) if others[-1] is None else 1)
+    _refuse_export()
+
+
+def _fake_write_kv(
+    k: torch.Tensor, v: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor | None, *others: Any
+) -> None:
+    check_slots(others[2], key, check_new(k, v, key, value, None))
+
+
+def _refuse_export() -> None:
     if torch.compiler.is_exporting():  # not in the cache's own function, where Dynamo of torch 2.9 would say so always
         raise RuntimeError(
             "append() cannot be exported, because the cache stays in this process: export what is around it"
         )
 
 
-LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
-torch.library.register_fake("flexdecode::append", _fake_append, lib=LIBRARY)
+for _name, _function, _fake in (
+    ("append", _append, _fake_append),
+    ("write_reserved", _write_reserved, _fake_append),
+    ("write_kv", _write_kv, _fake_write_kv),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flexdecode::{_name}", _fake, lib=LIBRARY)
 LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
 LIBRARY.impl("decode_with_lse", _decode_with_lse, "CompositeExplicitAutograd")
 LIBRARY.impl("flex_attention", _flex_attention, "CompositeExplicitAutograd")

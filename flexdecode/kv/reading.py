@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..call.inputs import Inputs
-from .kv_cache import _Cache
+from .cache import Cache
+from .layers import CacheLayer
 
 
 def read_cache(cache: object, inputs: Inputs) -> Inputs:
-    """Puts a KVCache or PagedKVCache into the arguments of a call, which are not checked yet.
+    """Puts a KVCache, a PagedKVCache or a layer of one into the arguments of a call, which are not checked yet.
 
     Raises:
         TypeError: it is no cache.
         ValueError: what it stands for is given as well, or the query does not fit to the cache.
     """
-    if not isinstance(cache, _Cache):
+    if not isinstance(cache, (Cache, CacheLayer)):
         raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
+    if isinstance(cache, Cache) and cache.num_layers is not None:
+        raise ValueError(f"`cache` has {cache.num_layers} layers: pass one of them, `cache=cache.layer(i)`")
     if inputs.cu_seqlens_k is not None:
         raise ValueError("`cu_seqlens_k` and `cache` exclude one another: `cu_seqlens_k` is for keys without a cache")
     names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
@@ -27,10 +30,14 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
     packed = inputs.cu_seqlens_q is not None  # torch.compile of 2.9 knows no properties of records
     if isinstance(query, torch.Tensor) and query.dim() == (3 if packed else 4):
         _check_query(cache, query, inputs.cu_seqlens_q)
-    return inputs._replace(**{name: getattr(cache, name) for name in names})
+    found = {name: getattr(cache, name) for name in names}
+    if cache._latent_width is not None and torch.compiler.is_compiling():
+        # As an input of the region, the view would be another tensor in the memory of one that an append changes.
+        found["value"] = cache.key[..., : cache._latent_width]
+    return inputs._replace(**found)
 
 
-def _check_query(cache: _Cache, query: torch.Tensor, cu_seqlens_q: object) -> None:
+def _check_query(cache: Cache | CacheLayer, query: torch.Tensor, cu_seqlens_q: object) -> None:
     """Refuses a query that does not match a cache. Later checks refuse a query that is wrong in itself."""
     batch, (_, heads, _, width) = len(cache.kv_lens), cache.key.shape
     packed = cu_seqlens_q is not None

@@ -24,7 +24,8 @@ def write_kv(
     """Writes new keys and values to slots of a paged cache, on the current stream, in one kernel; returns at once.
 
     For servers that own their pages, tables and lengths. Nothing else is changed, and no value is read on the host. So
-    the call can be captured in a CUDA graph. `KVCache` and `PagedKVCache` keep the books themselves.
+    the call can be captured in a CUDA graph, and it works in compiled regions. `KVCache` and `PagedKVCache` keep the
+    books themselves.
 
         >>> slots = page_table[b, position // page_size] * page_size + position % page_size
         >>> flexdecode.write_kv(k, v, key, value, slots)
@@ -48,30 +49,43 @@ def write_kv(
         ValueError: shapes, dtypes, devices or numbers do not match; nothing was written.
         CompilationForbiddenError: the kernel is not compiled yet, and compilation is forbidden.
     """
+    if torch.compiler.is_compiling():
+        tensors = key, value, _tensor(k_scale), _tensor(v_scale), slot_mapping
+        torch.ops.flexdecode.write_kv(k, v, *tensors, _number(k_scale), _number(v_scale))
+        return
     check_gradient("k", k)
     check_gradient("v", v)
 
     def check() -> None:
         _check(k, v, key, value, slot_mapping, k_scale, v_scale)
 
-    is_known = isinstance(key, torch.Tensor) and _is_scale(k_scale) and _is_scale(v_scale)
-    if not (is_known and _is_dense(slot_mapping)):
+    if not (_is_cache(key) and _is_scale(k_scale) and _is_scale(v_scale) and is_list(slot_mapping)):
         check()
         slot_mapping = slot_mapping.contiguous()
-    of_k, of_v = _tensor_or_number(k_scale), _tensor_or_number(v_scale)
-    write_to_slots(Stored(key, value, of_k[0], of_v[0], of_k[1], of_v[1]), slot_mapping, k, v, check)
+    numbers = [1.0 if x is None else x for x in (_number(k_scale), _number(v_scale))]
+    stored = Stored(key, value, _tensor(k_scale), _tensor(v_scale), *numbers)
+    write_to_slots(stored, slot_mapping, k, v, check)
+
+
+def _is_cache(key: object) -> bool:
+    return isinstance(key, torch.Tensor)
 
 
 def _is_scale(scale: object) -> bool:
     return scale is None or isinstance(scale, (torch.Tensor, int, float))
 
 
-def _is_dense(slots: object) -> bool:
+def is_list(slots: object) -> bool:
+    """Whether the kernels can read slots as they lie in memory."""
     return isinstance(slots, torch.Tensor) and slots.dim() == 1 and slots.is_contiguous()
 
 
-def _tensor_or_number(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
-    return (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, 1.0 if scale is None else scale)
+def _tensor(scale: float | torch.Tensor | None) -> torch.Tensor | None:
+    return scale if isinstance(scale, torch.Tensor) else None
+
+
+def _number(scale: float | torch.Tensor | None) -> float | None:
+    return None if isinstance(scale, torch.Tensor) else scale
 
 
 def _check(k: Any, v: Any, key: Any, value: Any, slots: Any, k_scale: Any, v_scale: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +63,16 @@ class Reserved(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def is_packed(k: object) -> bool:
+    """Whether new tokens follow one another: `[T, Hkv, D]`."""
+    return isinstance(k, torch.Tensor) and k.dim() == 3
+
+
+def has_tokens(k: object) -> bool:
+    """Whether new keys have as many dimensions as one of the forms of new tokens."""
+    return isinstance(k, torch.Tensor) and k.dim() in (3, 4)
+
+
 def by_kernel(key: torch.Tensor) -> bool:
     """Whether the kernels write into a cache; otherwise PyTorch operations do."""
     return key.is_cuda or interpreting()
@@ -102,33 +111,44 @@ def _sizes_of_append(stored: Stored, growing: Growing, k: torch.Tensor, bounded:
 
 
 def write_reserved(
-    stored: Stored, reserved: Reserved, k: torch.Tensor, v: torch.Tensor | None, sequence: int | None = None
+    stored: Stored,
+    reserved: Reserved,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    check: Callable[[], None],
+    sequence: int | None = None,
 ) -> None:
     """Writes the tokens of a step to their positions.
 
     Args:
         stored: the cache.
         reserved: the positions.
-        k: `[B, Hkv, T, D]`, or packed `[T, Hkv, D]`, checked. Tokens that nothing is reserved for are not written.
+        k: `[B, Hkv, T, D]`, or packed `[T, Hkv, D]`. Tokens that nothing is reserved for are not written.
         v: likewise; None if values are columns of keys.
+        check: raises an error if the tensors do not match. It is called for tensors of a new layout.
         sequence: the sequence that all the tokens are of; `[1, Hkv, T, D]` or `[T, Hkv, D]`. By default, all sequences.
     """
     by_totals = k.dim() == 3 and sequence is None
     page_table, starts, ends, cu_seqlens = reserved
     if by_kernel(stored.key):
         tensors = (k, v, *stored[:4], page_table, None, starts, ends, cu_seqlens if by_totals else None)
-        sizes = functools.partial(_sizes_of_write, stored, page_table, k, len(starts), sequence)
+
+        def sizes() -> Sizes:
+            check()
+            return _sizes_of_write(stored, page_table, k, len(starts), sequence)
+
         launch("write", tensors, (*stored[4:], sequence), sizes)
         return
+    check()
     if by_totals:
         first, count = rows_of_sequences(cu_seqlens, len(k))
-        b = torch.arange(len(count)).repeat_interleave(count)
-        new = torch.arange(len(b)) + first[0]
+        new = torch.arange(int(first[0]), int(first[0] + count.sum()))
+        b = torch.searchsorted(first + count, new, right=True)
         token = new - first[b]
     else:
         num_sequences, num_tokens = (1, len(k)) if k.dim() == 3 else (len(k), k.shape[2])
-        b = torch.arange(num_sequences).repeat_interleave(num_tokens) + (sequence or 0)
-        new, token = torch.arange(len(b)), torch.arange(num_tokens).repeat(num_sequences)
+        new = torch.arange(num_sequences * num_tokens)
+        b, token = new // max(num_tokens, 1) + (sequence or 0), new % max(num_tokens, 1)
     position = starts[b] + token
     taken = position < ends[b]
     page, position = _find(stored, page_table, b[taken], position[taken])

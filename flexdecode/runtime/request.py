@@ -22,6 +22,7 @@ from ..call.inputs import (
     with_packed_keys,
 )
 from ..kv.kv_cache import KVCache
+from ..kv.layers import CacheLayer
 from ..kv.paged import PagedKVCache
 from ..kv.reading import read_cache
 from .identity import Mod, identify
@@ -49,7 +50,7 @@ def read_request(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     block_mask: Any = None,
-    cache: KVCache | PagedKVCache | None = None,
+    cache: KVCache | PagedKVCache | CacheLayer | None = None,
     options: DecodeOptions | None = None,
 ) -> Request:
     """Reads the arguments of `flex_decode`, which are not checked yet.
@@ -67,7 +68,7 @@ def read_request(
     """
     if cache is not None:
         inputs = read_cache(cache, inputs)
-    if inputs.key.__class__ in (KVCache, PagedKVCache):
+    if inputs.key.__class__ in (KVCache, PagedKVCache, CacheLayer):
         raise TypeError(f"`key` is a {type(inputs.key).__name__}: pass it as `cache=`, without `key` and `value`")
     if inputs.key is None or inputs.value is None:
         raise TypeError("flex_decode needs `key` and `value`, or a `cache` that has them")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from unit.kv.test_kv_cache import Model, assert_same, new_tokens
 
-from flexdecode.codegen.template import template_folder
+from flexdecode import flex_decode, mods, write_kv
+from flexdecode.kv import launching
 from flexdecode.kv.kv_cache import KVCache
 from flexdecode.kv.paged import OutOfPagesError, PagedKVCache
-from flexdecode.triton_api import standalone_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -179,14 +179,11 @@ def test_no_length_makes_another_kernel(width):
             cache.append(k, v, num_tokens=[min(1, num_tokens)] * batch)
 
     appends(1, 1, 100)
-    compiled = standalone_kernel(template_folder() / "append.py", "append").device_caches[torch.cuda.current_device()][
-        0
-    ]
-    before = len(compiled)
+    before = launching._compiled.cache_info().currsize
     assert before
     appends(3, 16, 20)
     appends(16, 17, 160)
-    assert len(compiled) == before
+    assert launching._compiled.cache_info().currsize == before
 
 
 def test_a_side_stream():
@@ -296,3 +293,177 @@ def test_what_the_host_does_is_refused_during_capture():
     cache.reserve(1)
     graph.replay()
     assert cache.kv_lens.tolist() == cache.lengths == [4, 4, 4]
+
+
+# --- Layers, and other forms of tokens --------------------------------------------------------------------------------
+
+LAYERS = 3
+
+
+def packed(x, counts):
+    return torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(counts)])
+
+
+@pytest.mark.parametrize("kind", ["pages of 1", "pages of 3", "pages of 16"])
+@pytest.mark.parametrize(("dtype", "scales"), [(d, {}) for d in STORED] + [(d, FIXED) for d in STORED[3:]])
+def test_layers_hold_the_same_bits_as_on_the_cpu(dtype, scales, kind):
+    cache, other = (make(kind, device, dtype, num_layers=LAYERS, **scales) for device in ("cuda", "cpu"))
+    for step, counts in enumerate([[300, 1, 33], [1, 1, 1], [0, 2, 1], [0, 0, 0], [1, 0, 5]]):
+        for x, device in ((cache, "cuda"), (other, "cpu")):
+            x.reserve(counts)
+            k, v = tokens(max(*counts, 1), step, device=device)
+            x.layer(0).append(k, v)
+            if sum(counts):
+                x.layer(1).append(packed(k, counts), packed(v, counts))
+            for b in range(3):
+                x.layer(2).append(k[b : b + 1], v[b : b + 1], sequence=b)
+            if step == 1:
+                x.fork(0, 1) if not x.lengths[1] else x.truncate(1, 1)
+                x.free(2)
+                x.fork(0, 2)
+    assert_same(cache, other)
+    assert cache.cu_seqlens_q.tolist() == other.cu_seqlens_q.tolist()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "pages of 16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_one_sequence_and_packed_tokens(dtype, kind):
+    cache, other = make(kind, dtype=dtype), make(kind, "cpu", dtype=dtype)
+    for x, device in ((cache, "cuda"), (other, "cpu")):
+        for step in range(6):
+            k, v = tokens(50, step, device=device)
+            x.append(k[:1], v[:1], 50 if step % 2 else 1, sequence=step % 3)
+            x.append(packed(k, [3, 0, 1]), packed(v, [3, 0, 1]), [3, 0, 1])
+            x.append(k[:, :, :1], v[:, :, :1])
+    assert_same(cache, other)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_slots(dtype):
+    """Halves of one tensor, and scales of every kind."""
+    if dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8_e4m3fn")
+    slots = torch.randperm(40 * 16, generator=torch.Generator().manual_seed(0))[:70].int()
+    slots[::7] = -1
+    scales = [(None, None)]
+    if dtype.itemsize == 1:
+        scales = [(0.25, 2.0), (torch.tensor(0.25), torch.tensor([2.0])), (torch.tensor([0.5, 1, 2, 4]), 1.0)]
+        scales.append((torch.ones(40, 4, 16), torch.ones(40, 16, 4).transpose(1, 2)))
+    for k_scale, v_scale in scales:
+        results = []
+        for device in ("cuda", "cpu"):
+            memory = torch.zeros(40, 16, 4, 192, device=device).to(dtype).transpose(1, 2)
+            k, v = torch.randn(2, 80, 4, 128, generator=torch.Generator().manual_seed(1)).to(device)
+            given = [x.clone().to(device) if isinstance(x, torch.Tensor) else x for x in (k_scale, v_scale)]
+            write_kv(k, v[..., :64], memory[..., :128], memory[..., 128:], slots.to(device), *given)
+            results.append([memory, *(x for x in given if isinstance(x, torch.Tensor))])
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x.cpu().reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+
+
+def test_latents():
+    sizes = {"num_kv_heads": 1, "head_dim": 576, "v_head_dim": 512, "latent": True, "num_layers": LAYERS}
+    cache, other = (make("pages of 16", device, torch.bfloat16, **sizes) for device in ("cuda", "cpu"))
+    for x, device in ((cache, "cuda"), (other, "cpu")):
+        for step, counts in enumerate([[200, 7, 64], [1, 1, 1]]):
+            k, _ = tokens(max(counts), step, torch.bfloat16, device, heads=1, D=576)
+            x.reserve(counts)
+            for i in range(LAYERS):
+                x.layer(i).append(k)
+    assert_same(cache, other)
+
+
+def test_a_layer_append_is_one_kernel_and_a_reservation_one_copy():
+    cache = make("pages of 16", num_layers=LAYERS)
+    k, v = tokens(1)
+    cache.reserve(1)
+    cache.layer(0).append(k, v)
+    cache.layer(1).append(k[:, :, 0], v[:, :, 0])
+    cache.reserve(1)
+    assert events_of(lambda: [cache.layer(i).append(k, v) for i in range(LAYERS)]) == ["write"] * LAYERS
+    assert events_of(lambda: cache.layer(0).append(k[:, :, 0], v[:, :, 0])) == ["write"]
+    assert len(events_of(lambda: cache.reserve(1))) == 1  # no new page
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # PyTorch calls the mode a prototype
+def test_steps_of_layers_do_not_wait_for_the_gpu():
+    cache = make("pages of 3", dtype=torch.int8, num_layers=LAYERS)
+    k, v = tokens(5)
+    rows = [packed(x, [5, 1, 2]) for x in (k, v)]
+    pages = [torch.zeros(9, 4, 16, width, dtype=torch.int8, device="cuda") for width in (128, 64)]
+    slots, scale = torch.arange(8, device="cuda"), torch.tensor(0.5, device="cuda")
+
+    def steps():
+        for _ in range(3):
+            cache.reserve([5, 1, 2])
+            for i in range(LAYERS):
+                cache.layer(i).append(k, v)
+                cache.layer(i).append(*rows)
+        cache.free(2)
+        cache.fork(0, 2)
+        cache.reserve(1)
+        cache.layer(0).append(k, v)
+        cache.layer(0).append(*rows, slot_mapping=slots)
+        write_kv(*rows, *pages, slots, scale, 0.5)
+        cache.truncate(0, 2)
+        cache.reset()
+
+    steps()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["batch", "packed"])
+def test_a_graph_of_all_layers(form):
+    """The host reserves before each replay; sequences come and go between them."""
+    cache, other = (make("pages of 16", device, num_layers=LAYERS) for device in ("cuda", "cpu"))
+    query, (k, v) = torch.randn(3, 8, 128, device="cuda").half(), tokens(1)
+    window = mods.sliding_window(20)
+
+    def step(cache, query, k, v):
+        outs = []
+        for i in range(LAYERS):
+            new = (k, v) if form == "batch" else (k[:, :, 0], v[:, :, 0])
+            cache.layer(i).append(*(x * (i + 1) for x in new))
+            mask = {"mask_mod": window if i % 2 else mods.causal()}
+            outs.append(flex_decode(query, cache=cache.layer(i), cu_seqlens_q=cache.cu_seqlens_q, **mask))
+        return torch.stack(outs)
+
+    for x in (cache, other):
+        x.reserve(1)
+    step(cache, query, k, v), step(other, query.cpu(), *(x.cpu() for x in (k, v)))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = step(cache, query, k, v)
+    for turn in range(50):
+        for x, y in zip((k, v), tokens(1, turn), strict=True):
+            x.copy_(y)
+        for x in (cache, other):
+            if turn % 10 == 7:
+                x.free(1)
+                x.fork(0, 1)
+            if turn % 10 == 9:
+                x.truncate(0, 3)
+            x.reserve(1)
+        graph.replay()
+        expected = step(other, query.cpu(), *(x.cpu() for x in (k, v)))
+        assert torch.allclose(out.cpu().float(), expected, atol=2e-2)
+    assert_same(cache, other)
+
+
+def test_a_cache_moves_between_devices():
+    cache = make("pages of 16", dtype=torch.int8, num_layers=LAYERS)
+    cache.reserve([20, 3, 0])
+    cache.layer(1).append(*tokens(20))
+    moved = cache.to("cpu")
+    assert_same(cache, moved)
+    back = moved.to("cuda")
+    assert cache.to("cuda") is cache and back is not cache and back.device == cache.device
+    back.reserve(1)
+    back.layer(1).append(*tokens(1))
+    assert cache.lengths == cache.kv_lens.tolist() == [20, 3, 0] and back.kv_lens.tolist() == [21, 4, 1]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from unit.kv.test_kv_cache import Model, assert_same, contiguous, new_tokens, paged
 
-from flexdecode.kv import kv_cache, writing
+from flexdecode.kv import writing
+from flexdecode.kv.cache import Cache
 from flexdecode.kv.kv_cache import KVCache
 from flexdecode.kv.paged import PagedKVCache
 from flexdecode.kv.writing import append_rows
@@ -34,7 +35,7 @@ def twins(make, monkeypatch, **arguments):
 def replay(cache, k, v, monkeypatch):
     """What a captured append does at each replay."""
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache._Cache, "_capturing", lambda self: True)
+        patch.setattr(Cache, "_capturing", lambda self: True)
         patch.setattr(writing, "_store", None)
         cache.append(k, v)
 

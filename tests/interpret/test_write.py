@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flexdecode
+from flexdecode import KVCache, PagedKVCache
 from flexdecode.kv import writing
 
 PAGES, HEADS, SIZE, D, DV = 5, 2, 4, 16, 24
@@ -131,3 +132,132 @@ def test_latents_have_no_values(monkeypatch):
 def test_no_slots_launch_nothing(num_tokens, monkeypatch):
     found = both(monkeypatch, *tokens(num_tokens), *caches(), SLOTS[:0])
     assert all((x == 7).all() for x in found)
+
+
+# --- Reserved places --------------------------------------------------------------------------------------------------
+
+
+def filled(dtype, page_size=4, latent=False, **arguments):
+    """A cache of three layers or none, with tokens in it, and garbage in all other places."""
+    sizes = {"num_kv_heads": HEADS, "head_dim": D, "v_head_dim": D if latent else DV, "latent": latent, "dtype": dtype}
+    if page_size is None:
+        return KVCache(batch=3, max_kv_len=20, **sizes)
+    return PagedKVCache(batch=3, num_pages=60 // page_size, page_size=page_size, **sizes, **arguments)
+
+
+def by_torch(monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "by_kernel", lambda key: False)
+        patch.setattr(writing, "launch", None)
+        call()
+
+
+def exact(num_tokens, seed, dtype, latent=False):
+    """Tokens that need no rounding, which Triton's interpreter does wrongly for float8."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(3, HEADS, num_tokens, width, generator=generator) for width in (D, DV))
+    k, v = (x.sign() * 2.0 ** (x * 2).round().clamp(-3, 3) for x in (k, v))
+    for x in (k, v):
+        x[..., 0] = 127.0 if dtype == torch.int8 else 448.0 if dtype == torch.float8_e4m3fn else 1.0
+    return (k,) if latent else (k, v)
+
+
+def forms(new, counts):
+    """The same tokens in each form that an append of a layer takes."""
+    rows = [torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(counts)]) for x in new]
+    yield new, {}
+    yield rows, {}
+    yield [torch.cat([x, torch.full_like(x, 77.0)]) for x in rows], {}
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_layers(dtype, page_size, latent, monkeypatch):
+    cache, other = (filled(dtype, page_size, latent, num_layers=3) for _ in range(2))
+    for step, counts in enumerate([[5, 0, 2], [1, 1, 1], [0, 4, 0], [0, 0, 0], [1, 0, 3]]):
+        for x in (cache, other):
+            x.reserve(counts)
+        new = exact(5, step, dtype, latent)
+        for i, (tokens, more) in enumerate(forms(new, counts)):
+            cache.layer(i).append(*tokens, **more)
+            by_torch(monkeypatch, lambda i=i: other.layer(i).append(*new))
+        if step == 3:
+            for x in (cache, other):
+                x.fork(0, 2) if not x.lengths[2] else x.truncate(2, 1)
+    for name in ("key", "value", "k_scale", "v_scale"):
+        own, expected = getattr(cache, name), getattr(other, name)
+        assert own is expected is None or torch.equal(bits(own), bits(expected))
+    assert torch.equal(bits(cache.key[0]), bits(cache.key[1])) and torch.equal(bits(cache.key[0]), bits(cache.key[2]))
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_one_sequence_and_packed_tokens_of_one_layer(dtype, page_size, monkeypatch):
+    cache, other = filled(dtype, page_size), filled(dtype, page_size)
+    for step, sequence in enumerate([1, 0, 2, 1]):
+        k, v = exact(5, step, dtype)
+        one = [x[sequence : sequence + 1] for x in (k, v)]
+        rows = [x[sequence].transpose(0, 1) for x in (k, v)]
+        cache.append(*one, 3, sequence=sequence)
+        cache.append(*rows, 1, sequence=sequence)
+        cache.append(rows[0][:4], rows[1][:4], [1, 2, 1])
+        for given, more in ((one, {"num_tokens": 3}), (rows, {"num_tokens": 1})):
+            by_torch(monkeypatch, lambda: other.append(*given, **more, sequence=sequence))
+        by_torch(monkeypatch, lambda: other.append(rows[0][:4], rows[1][:4], [1, 2, 1]))
+    assert cache.lengths == cache.kv_lens.tolist() == other.lengths
+    assert torch.equal(bits(cache.key), bits(other.key)) and torch.equal(bits(cache.value), bits(other.value))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64, 65])
+def test_many_sequences_find_their_packed_tokens(batch, monkeypatch):
+    cache, other = (
+        PagedKVCache(
+            batch=batch, num_layers=1, num_pages=200, page_size=2, num_kv_heads=1, head_dim=D, dtype=torch.float32
+        )
+        for _ in range(2)
+    )
+    counts = torch.randint(0, 4, (batch,), generator=torch.Generator().manual_seed(batch)).tolist()
+    k, v = torch.randn(2, sum(counts) + 2, 1, D)
+    for x in (cache, other):
+        x.reserve(counts)
+    cache.layer(0).append(k, v)
+    by_torch(monkeypatch, lambda: other.layer(0).append(k, v))
+    assert torch.equal(cache.key, other.key) and torch.equal(cache.value, other.value)
+
+
+@pytest.mark.parametrize("wrong", [-5, 19, 20, 1 << 30, -(1 << 31)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_whatever_the_device_holds_nothing_is_written_outside(packed, wrong):
+    """Keys and values lie in a larger tensor, whose other numbers stay."""
+    around, inner = [], []
+    for width in (D, DV):
+        around.append(torch.full((15 * HEADS * SIZE * width + 4096,), 7.0))
+        inner.append(around[-1][2048:-2048].view(15, HEADS, SIZE, width))
+    page_table = torch.arange(15, dtype=torch.int32).view(3, 5)
+    page_table[0, 4], page_table[1, 4] = -1, 15  # no pages
+    starts, ends = (
+        torch.tensor([wrong, 0, 3], dtype=torch.int32),
+        torch.tensor([1 << 30, wrong, 1 << 30], dtype=torch.int32),
+    )
+    k, v = (torch.randn(3, HEADS, 25, width) for width in (D, DV))
+    if packed:
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    for totals in ([0, 25, 50, 75], [0, wrong, 50, 75], [wrong, 3, 2, 1], [5, 5, 5, 1 << 30]):
+        reserved = writing.Reserved(page_table, starts, ends, torch.tensor(totals, dtype=torch.int32))
+        writing.write_reserved(writing.Stored(*inner, None, None), reserved, k, v, lambda: None)
+    for memory in around:
+        assert (memory[:2048] == 7).all() and (memory[-2048:] == 7).all()
+
+
+def test_a_replay_without_a_step_writes_nothing_after_a_change(monkeypatch):
+    cache = filled(torch.float32, num_layers=1)
+    k, v = exact(2, 0, torch.float32)
+    cache.reserve([2, 1, 0])
+    cache.layer(0).append(k, v)
+    cache.fork(0, 2)
+    before = cache.key.clone()
+    for packed in (False, True):
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)] if packed else (k, v)
+        writing.write_reserved(cache.layer(0)._stored, cache.layer(0)._reserved, *(-x for x in rows), lambda: None)
+    assert torch.equal(cache.key, before)

@@ -15,8 +15,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexdecode import DecodeOptions, FlexDecodeError, KVCache, PagedKVCache, flex_decode, merge_attention, mods
-from flexdecode.kv.kv_cache import TENSORS
+from flexdecode import (
+    DecodeOptions,
+    FlexDecodeError,
+    KVCache,
+    PagedKVCache,
+    flex_decode,
+    merge_attention,
+    mods,
+    write_kv,
+)
+from flexdecode.kv.cache import TENSORS
 
 OF_RECORDER = pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects")
 B, HQ, HKV, N, D = 2, 4, 2, 40, 16
@@ -457,6 +466,97 @@ def test_appends_of_every_kind(backend):
     assert copied.lengths == copied.kv_lens.tolist() == [n + 1 for n in caches[0].lengths]
 
 
+LAYERED = {
+    "layers": lambda: PagedKVCache(num_layers=3, num_pages=30, page_size=4, dtype=torch.float32, **SIZES),
+    "int8 layers": lambda: PagedKVCache(num_layers=3, num_pages=30, page_size=4, dtype=torch.int8, **SIZES),
+    "latent layers": lambda: PagedKVCache(
+        num_layers=3, num_pages=30, page_size=4, latent=True, v_head_dim=D // 2, dtype=torch.float32, **SIZES
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERED)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_layers_of_a_cache_in_one_region(kind, backend):
+    """A step of a model: the host reserves outside of the region, the layers append and decode in it."""
+    cache, other = LAYERED[kind](), LAYERED[kind]()
+
+    def step(query, k, v, cache):
+        new = (k,) if "latent" in kind else (k, v)
+        for i in range(3):
+            layer = cache.layer(i)
+            layer.append(*[x * (i + 1) for x in new])
+            out = flex_decode(query, None, None, mods.alibi(HQ), cache=layer)
+            query = torch.nn.functional.pad(out, (0, D - out.shape[-1]))
+        return query
+
+    run, counter = compiled(step, backend)
+    generator = torch.Generator().manual_seed(1)
+    for counts in ([5, 2], [3, 3], [1, 1], [0, 1], [1, 1]):
+        k, v = torch.randn(2, B, HKV, max(counts), D, generator=generator)
+        for x in (cache, other):
+            x.reserve(counts)
+        assert torch.equal(run(QUERY, k, v, cache), step(QUERY, k, v, other))
+        assert torch.equal(cache.key, other.key) and torch.equal(cache.value, other.value)
+    assert counter.frame_count == 3  # 5 tokens, any number of tokens, one token
+
+
+def test_packed_tokens_and_slots_in_a_region():
+    cache, other, single = LAYERED["layers"](), LAYERED["layers"](), CACHES["pages"]()
+
+    def step(k, v, slots, cache, single):
+        cache.layer(0).append(k, v)
+        cache.layer(1).append(k, v, sequence=1)
+        cache.layer(2).append(k, v, slot_mapping=slots)
+        single.append(k, v, slot_mapping=slots)
+        single.append(k, v, 2, sequence=0)
+        single.append(k, v, [1, 2])
+
+    run, _ = compiled(step, "aot_eager")
+    alone = CACHES["pages"]()
+    for turn in range(2):
+        k, v = torch.randn(2, 4, HKV, D)
+        slots = torch.tensor([9, -1, 30 + turn, 2])
+        for x in (cache, other):
+            x.reserve([1, 3])
+        run(k, v, slots, cache, single)
+        step(k, v, slots, other, alone)
+    assert torch.equal(cache.key, other.key) and torch.equal(cache.value, other.value)
+    assert torch.equal(single.key, alone.key) and single.lengths == single.kv_lens.tolist() == alone.lengths == [6, 4]
+
+
+@pytest.mark.parametrize("scales", [(), (0.5, 2.0), (torch.tensor(0.5), torch.ones(9, HKV, 4))], ids=str)
+def test_slots_of_a_server_in_a_region(scales):
+    """Keys and values are halves of one tensor."""
+    dtype = torch.int8 if scales else torch.float32
+    pages, other = torch.zeros(2, 9, HKV, 4, 2 * D, dtype=dtype)
+    k, v = torch.randn(2, 3, HKV, D)
+
+    def step(k, v, key, value, slots):
+        write_kv(k * 2, v * 2, key, value, slots, *scales)
+
+    slots = torch.tensor([9, -1, 30])
+    run, _ = compiled(step, "aot_eager")
+    run(k, v, pages[..., :D], pages[..., D:], slots)
+    step(k, v, other[..., :D], other[..., D:], slots)
+    assert torch.equal(pages, other) and pages.any()
+
+
+def test_a_layer_in_a_region_refuses_what_it_refuses_elsewhere():
+    cache = LAYERED["layers"]()
+    for call, message in (
+        (lambda: cache.layer(3), r"`index` must be between 0 and num_layers - 1 = 2, got 3"),
+        (lambda: cache.layer(0).append(KEY[:, :, :2], VALUE[:, :, :2]), r"nothing is reserved: call reserve\(\)"),
+        (lambda: cache.append(KEY, VALUE), "this cache has layers"),
+        (lambda: flex_decode(QUERY, cache=cache), "`cache` has 3 layers: pass one of them"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(call)[0]()
+    cache.reserve(3)
+    with pytest.raises(Exception, match="`k` has T = 2 tokens, but a sequence takes 3"):
+        compiled(lambda: cache.layer(0).append(KEY[:, :, :2], VALUE[:, :, :2]))[0]()
+
+
 def test_a_region_that_is_run_without_compilation_appends_as_often():
     cache = CACHES["contiguous"]()
     run, _ = compiled(lambda k, v: cache.append(k, v))
@@ -517,7 +617,7 @@ def test_the_op_of_append_is_what_pytorch_wants():
         tensors = [getattr(cache, name) for name in TENSORS]
         for counts in (None, [2, 0]):
             new = KEY[:, :, :2], VALUE[:, :, :2]
-            torch.library.opcheck(torch.ops.flexdecode.append.default, (*new, *tensors, cache._number, counts))
+            torch.library.opcheck(torch.ops.flexdecode.append.default, (*new, *tensors, cache._number, counts, None))
 
 
 # --- Export, tensors without values -----------------------------------------------------------------------------------

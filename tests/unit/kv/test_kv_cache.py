@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flexdecode.errors import FlexDecodeError
-from flexdecode.kv import kv_cache
+from flexdecode.kv import cache as cache_module
 from flexdecode.kv.kv_cache import KVCache
 from flexdecode.kv.paged import OutOfPagesError, PagedKVCache
 
@@ -38,11 +38,11 @@ def contents(cache, sequence):
     if cache.page_table is None:
         return cache.key[sequence, :, :length], cache.value[sequence, :, :length]
     position = torch.arange(length, device=cache.key.device)
-    page = cache.page_table[sequence, position // cache.page_size]
+    page = cache.page_table[sequence, position // cache.key.shape[2]]
     found = []
     for tensor in (cache.key, cache.value):  # PyTorch 2.9 indexes no float8 on a CPU
         stored = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        found.append(stored[page, :, position % cache.page_size].transpose(0, 1).view(tensor.dtype))
+        found.append(stored[page, :, position % cache.key.shape[2]].transpose(0, 1).view(tensor.dtype))
     return tuple(found)
 
 
@@ -577,7 +577,7 @@ def test_arguments_are_named():
     ("change", "kind", "message"),
     [
         ({"k": [1.0]}, TypeError, "`k` must be a torch.Tensor, got list"),
-        ({"k": torch.ones(3, HEADS, 2)}, ValueError, r"`k` must have shape \[B, Hkv, T, D\] = \[3, 2, T, 16\], got"),
+        ({"k": torch.ones(3, HEADS, 2)}, ValueError, r"`k` must have shape \[T, Hkv, D\] = \[T, 2, 16\], got"),
         ({"v": torch.ones(3, HEADS, 2, D)}, ValueError, r"`v` must have shape \[B, Hkv, T, Dv\] = \[3, 2, T, 24\]"),
         ({"v": torch.ones(3, HEADS, 1, DV)}, ValueError, "`v` must have as many tokens as `k`, T = 2, got 1"),
         ({"k": torch.ones(2, HEADS, 2, D)}, ValueError, r"got \[2, 2, 2, 16\]"),
@@ -621,7 +621,7 @@ def test_impossible_sequences_and_lengths():
 
 def test_what_a_graph_cannot_record_is_refused(monkeypatch):
     cache = paged()
-    monkeypatch.setattr(kv_cache._Cache, "_capturing", lambda self: True)
+    monkeypatch.setattr(cache_module.Cache, "_capturing", lambda self: True)
     calls = {
         "reserve": lambda: cache.reserve(1),
         "truncate": lambda: cache.truncate(0, 0),
@@ -641,9 +641,9 @@ def test_repr():
     tokens = torch.zeros(2, 2, 5, 16)
     cache = KVCache(batch=2, max_kv_len=12, **sizes)
     cache.append(tokens, tokens, num_tokens=[5, 3])
-    assert repr(cache) == "<KVCache: bfloat16 on cpu, lengths [5, 3], up to 12 each>"
+    assert repr(cache) == "<KVCache: bfloat16 on cpu, 0.0 MB, lengths [5, 3], up to 12 each>"
     pages = PagedKVCache(batch=2, num_pages=6, page_size=4, dtype=torch.int8, **sizes)
     pages.append(tokens, tokens, num_tokens=[5, 3])
-    assert repr(pages) == "<PagedKVCache: int8 on cpu, lengths [5, 3], 3 of 6 pages free>"
+    assert repr(pages) == "<PagedKVCache: int8 on cpu, 0.0 MB, lengths [5, 3], 3 of 6 pages free>"
     many = PagedKVCache(batch=9, num_pages=20, page_size=4, **sizes)
-    assert repr(many) == "<PagedKVCache: bfloat16 on cpu, 9 sequences with 0 tokens, 20 of 20 pages free>"
+    assert repr(many) == "<PagedKVCache: bfloat16 on cpu, 0.0 MB, 9 sequences with 0 tokens, 20 of 20 pages free>"
