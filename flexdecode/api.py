@@ -133,7 +133,7 @@ def flex_decode(
 
         return decode_in_region(given, score_mod, mask_mod, block_mask, cache, return_lse, options)
     counters.calls += 1
-    request = read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options)
+    request = read_request(tuple.__new__(Inputs, given), score_mod, mask_mod, block_mask, cache, options)
     out, lse, _ = run_request(request, ONLY_LSE if return_lse else NO_AUX, options)
     return out if lse is None else (out, lse)
 

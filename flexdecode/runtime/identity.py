@@ -17,7 +17,7 @@ from ..frontend.parse import CanonicalMod
 from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
 
-_known = Bounded.memo(limit=4096)  # (kind, what was read) -> its `_Sources`
+_known = Bounded.memo(limit=4096)  # (kind, what was read) -> its `Known`
 _followed = Bounded.memo(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
 _graphs = Bounded.memo(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
 _MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
@@ -33,6 +33,8 @@ class Mod(NamedTuple):
         proof_values: sizes and numbers that proofs about its indices use. A change of them needs new proofs.
         place: the part of the identity that does not depend on the values of captured numbers.
         followed: what it reads of large containers and by computed names; the leaves include it.
+        mark: the same as the identity, in a form that is quick to hash. A mod that was not traced, or that was
+            forgotten, has a mark of its own at each call.
     """
 
     function: Callable | None
@@ -41,21 +43,26 @@ class Mod(NamedTuple):
     proof_values: tuple = ()
     place: tuple = ()
     followed: Followed = NOTHING
+    mark: object = None
 
 
-class _Sources(NamedTuple):
-    """Host values that a mod's graph or proofs depend on.
+class Known:
+    """What is known of a traced mod. It stands for what was read of it, in the keys of plans.
 
     Attributes:
         constants: captured numbers whose value is part of the identity.
         checked: sizes and numbers on which its proofs depend.
+        kept: the objects whose ids are in what was read, so that no id is used again.
     """
 
-    constants: tuple[Source, ...]
-    checked: tuple[Source, ...]
+    __slots__ = ("checked", "constants", "kept")
+
+    def __init__(self, kept: object) -> None:
+        self.constants: tuple[Source, ...] = ()
+        self.checked: tuple[Source, ...] = ()
+        self.kept = kept
 
 
-_NO_SOURCES = _Sources((), ())
 _NO_MOD = Mod(None, None, [])
 
 
@@ -74,8 +81,11 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     else:
         place, leaves, hides = read(mod)
     known = _known.get((kind, place))
-    if known is None and not hides:
-        return Mod(mod, place, leaves, (), place)
+    if not hides:
+        if known is None:
+            return Mod(mod, place, leaves, (), place, NOTHING, object())
+        if not known.constants and not known.checked:
+            return Mod(mod, place, leaves, (), place, NOTHING, known)
     found = _with_values(known, mod, place, leaves, NOTHING)
     while hides and (more := _followed.get((kind, found.identity))) is not None:
         followed, _ = more  # earlier traces found that it reads this of large containers and by computed names
@@ -85,11 +95,16 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     return found
 
 
-def _with_values(known: _Sources | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
+def _with_values(known: Known | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
     """Makes a mod with the values of its constants, and with the values on which proofs depend."""
-    constants, checked = known or _NO_SOURCES
-    identity = (place, *[source.read(leaves) for source in constants]) if constants else place
-    return Mod(function, identity, leaves, tuple([source.read(leaves) for source in checked]), place, followed)
+    if known is None:
+        return Mod(function, place, leaves, (), place, followed, object())
+    identity, mark = place, known
+    if known.constants:
+        values = [source.read(leaves) for source in known.constants]
+        identity, mark = (place, *values), (known, *values)
+    checked = tuple([source.read(leaves) for source in known.checked])
+    return Mod(function, identity, leaves, checked, place, followed, mark)
 
 
 def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
@@ -166,9 +181,13 @@ def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: 
         constants: what its graph depends on.
     """
     if mod.function is not None:
-        known = _known.get((kind, mod.place)) or _NO_SOURCES
-        merged = (tuple(sorted({*old, *new})) for old, new in zip(known, (constants, sources), strict=True))
-        _known.add((kind, mod.place), _Sources(*merged))
+        with lock:
+            known = _known.get((kind, mod.place))
+            if known is None:
+                known = Known(pins_of(mod))
+                _known.add((kind, mod.place), known)
+            known.constants = tuple(sorted({*known.constants, *constants}))
+            known.checked = tuple(sorted({*known.checked, *sources}))
     return identify(kind, mod.function)
 
 
@@ -189,4 +208,5 @@ def names_of(mod: Mod) -> list[str]:
 
 def constants_of(kind: str, mod: Mod) -> tuple[Source, ...]:
     """The captured numbers of a traced mod whose value is a constant of its graph."""
-    return (_known.get((kind, mod.place)) or _NO_SOURCES).constants
+    known = _known.get((kind, mod.place))
+    return () if known is None else known.constants

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
 from ..call.checks import check_inputs
@@ -77,7 +79,8 @@ def read_request(
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, *others,
     ) = inputs  # fmt: skip
-    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
+    given = kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset
+    if not all([x is None or (x.__class__ is torch.Tensor and x.ndim) for x in given]):
         of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value,
