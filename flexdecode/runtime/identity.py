@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
 
 from ..analysis.proofs import proof_sources
 from ..errors import FlexDecodeError, TraceError
-from ..frontend.captures import NOTHING, Followed, Reads, leaf_names, pins, read
+from ..frontend.captures import NOTHING, Followed, Reads, Simple, leaf_names, pins, read
 from ..frontend.graph import Graph, Source
 from ..frontend.parameters import not_callable
 from ..frontend.parse import CanonicalMod
@@ -18,6 +19,8 @@ from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
 
 _known = Bounded.memo(limit=4096)  # (kind, what was read) -> its `Known`
+# (kind, id of a code object) -> its `_Quick`; layouts of what it captured, if it was read once; False if it is not simple
+_quick = Bounded.memo(limit=4096)
 _followed = Bounded.memo(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
 _graphs = Bounded.memo(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
 _MAX_CHANGES, _MAX_ROUNDS = 4, 16  # traces of a mod that changes what it captures, or reads more each time
@@ -35,6 +38,7 @@ class Mod(NamedTuple):
         followed: what it reads of large containers and by computed names; the leaves include it.
         mark: the same as the identity, in a form that is quick to hash. A mod that was not traced, or that was
             forgotten, has a mark of its own at each call.
+        frame: if it is not None, then the captured tensors of all mods with this frame have the same sizes and strides.
     """
 
     function: Callable | None
@@ -44,6 +48,7 @@ class Mod(NamedTuple):
     place: tuple = ()
     followed: Followed = NOTHING
     mark: object = None
+    frame: object = None
 
 
 class Known:
@@ -63,7 +68,7 @@ class Known:
         self.kept = kept
 
 
-_NO_MOD = Mod(None, None, [])
+NO_MOD = Mod(None, None, [])
 
 
 def identify(kind: str, mod: Callable | None) -> Mod:
@@ -73,9 +78,13 @@ def identify(kind: str, mod: Callable | None) -> Mod:
         TypeError: the mod is not callable.
     """
     if mod is None:
-        return _NO_MOD
+        return NO_MOD
     if not callable(mod):
         raise not_callable(kind, mod)
+    if mod.__class__ is FunctionType:
+        quick = _quick.get((kind, id(mod.__code__)))
+        if quick.__class__ is _Quick and (simple := quick.read(mod)) is not None:
+            return simple
     if mod.__class__ is CanonicalMod:
         place, leaves, hides = mod.place(), mod.leaves, False
     else:
@@ -84,8 +93,7 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     if not hides:
         if known is None:
             return Mod(mod, place, leaves, (), place, NOTHING, object())
-        if not known.constants and not known.checked:
-            return Mod(mod, place, leaves, (), place, NOTHING, known)
+        _notice(kind, mod, place, leaves, known)
     found = _with_values(known, mod, place, leaves, NOTHING)
     while hides and (more := _followed.get((kind, found.identity))) is not None:
         followed, _ = more  # earlier traces found that it reads this of large containers and by computed names
@@ -95,7 +103,46 @@ def identify(kind: str, mod: Callable | None) -> Mod:
     return found
 
 
-def _with_values(known: Known | None, function: Callable, place: tuple, leaves: list, followed: Followed) -> Mod:
+class _Quick:
+    """Reads mods with the same code again, as long as they are `Simple`."""
+
+    def __init__(self, simple: Simple, place: tuple, known: Known, leaves: list) -> None:
+        self.simple, self.place, self.known = simple, place, known
+        # What proofs use, if that is sizes only, and the sources of which these are the values.
+        self.proofs: tuple[tuple[Source, ...], tuple] = (), ()
+        if all(source.dim >= 0 for source in known.checked):
+            self.proofs = known.checked, tuple([source.read(leaves) for source in known.checked])
+
+    def read(self, function: FunctionType) -> Mod | None:
+        """As `identify`; None if the function has to be walked."""
+        leaves = self.simple.read(function)
+        if leaves is None:
+            return None
+        place, known = self.place, self.known
+        if known.constants or known.checked is not self.proofs[0]:
+            return _with_values(known, function, place, leaves, NOTHING, self)
+        return tuple.__new__(Mod, (function, place, leaves, self.proofs[1], place, NOTHING, known, self))
+
+
+def _notice(kind: str, function: Callable, place: tuple, leaves: list, known: Known) -> None:
+    """Remembers how to read a mod again if it captured tensors of the same layouts twice in a row."""
+    if function.__class__ is not FunctionType:
+        return
+    key = kind, id(function.__code__)
+    before = _quick.get(key)
+    if before is False:
+        return
+    layouts = [(x.shape, x.stride()) for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+    if before != layouts:
+        _quick.add(key, layouts)
+        return
+    simple = Simple.of(function)
+    _quick.add(key, False if simple is None else _Quick(simple, place, known, leaves))
+
+
+def _with_values(
+    known: Known | None, function: Callable, place: tuple, leaves: list, followed: Followed, frame: object = None
+) -> Mod:
     """Makes a mod with the values of its constants, and with the values on which proofs depend."""
     if known is None:
         return Mod(function, place, leaves, (), place, followed, object())
@@ -104,7 +151,7 @@ def _with_values(known: Known | None, function: Callable, place: tuple, leaves: 
         values = [source.read(leaves) for source in known.constants]
         identity, mark = (place, *values), (known, *values)
     checked = tuple([source.read(leaves) for source in known.checked])
-    return Mod(function, identity, leaves, checked, place, followed, mark)
+    return Mod(function, identity, leaves, checked, place, followed, mark, frame)
 
 
 def graph_of(kind: str, mod: Mod, device: torch.device) -> tuple[Graph | None, Mod]:
@@ -186,8 +233,10 @@ def add_sources(kind: str, mod: Mod, sources: Iterable[Source] = (), constants: 
             if known is None:
                 known = Known(pins_of(mod))
                 _known.add((kind, mod.place), known)
-            known.constants = tuple(sorted({*known.constants, *constants}))
-            known.checked = tuple(sorted({*known.checked, *sources}))
+            if not {*constants} <= {*known.constants}:
+                known.constants = tuple(sorted({*known.constants, *constants}))
+            if not {*sources} <= {*known.checked}:
+                known.checked = tuple(sorted({*known.checked, *sources}))
     return identify(kind, mod.function)
 
 

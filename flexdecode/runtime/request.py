@@ -24,7 +24,7 @@ from ..call.inputs import (
     with_packed_keys,
 )
 from ..kv.kv_cache import KVCache, PagedKVCache, read_cache
-from .identity import Mod, identify
+from .identity import NO_MOD, Mod, identify
 
 
 class Request(NamedTuple):
@@ -79,8 +79,13 @@ def read_request(
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, *others,
     ) = inputs  # fmt: skip
-    given = kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset
-    if not all([x is None or (x.__class__ is torch.Tensor and x.ndim) for x in given]):
+    varying = not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None)
+    if varying and not all(
+        [
+            x is None or (x.__class__ is torch.Tensor and x.ndim)
+            for x in (kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset)
+        ]
+    ):
         of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value,
@@ -101,4 +106,6 @@ def read_request(
         listed = Listed.ALONE if mask_mod is None else Listed.WITH_MASK
         mask_mod, lists = read_block_mask(block_mask, inputs, mask_mod)
         lists.check_positions(inputs)
-    return Request(inputs, identify("score_mod", score_mod), identify("mask_mod", mask_mod), lists, listed)
+    score = NO_MOD if score_mod is None else identify("score_mod", score_mod)
+    mask = NO_MOD if mask_mod is None else identify("mask_mod", mask_mod)
+    return tuple.__new__(Request, (inputs, score, mask, lists, listed))

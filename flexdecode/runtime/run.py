@@ -11,9 +11,13 @@ from .debug import check_again
 from .identity import Mod
 from .plan import Plan, Results, any_length, layout
 from .prepare import prepare
+from .recent import Recent, kinds_of
 from .request import Request
 
 _calls = Bounded.memo(limit=512)  # all that identifies a call but its numbers of keys and query tokens -> `_Lengths`
+
+_recent = Bounded.memo(limit=512)  # the mods of a call and how it is run -> its last `Recent`s
+MAX_RECENT = 4
 
 
 class _Lengths:
@@ -21,11 +25,13 @@ class _Lengths:
 
     Attributes:
         plans: by layouts of query, caches and output, and by the values that proofs about indices use.
+        found: the keys of plans that were found there once. Those that come again become a `Recent`.
         prepared: what plans share, by the same without these numbers and their multiples.
     """
 
     def __init__(self) -> None:
         self.plans = Bounded(limit=64)
+        self.found = Bounded(limit=16)
         self.prepared = Bounded(limit=16)
 
 
@@ -40,7 +46,7 @@ def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Re
     if plan.options.debug:
         check_again("score_mod", score, inputs.query.device)
         check_again("mask_mod", mask, inputs.query.device)
-    return plan.run(inputs, score.leaves, mask.leaves, request.lists)
+    return plan.run(inputs, score, mask, request.lists)
 
 
 def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tuple[Plan, Mod, Mod]:
@@ -53,7 +59,14 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
     """
     inputs, score, mask, _, listed = request
+    grad = torch.is_grad_enabled()
     try:
+        site = score.mark, mask.mark, aux, options, grad, listed, kinds_of(inputs)
+        recents = _recent.get(site, ())
+        for recent in recents:
+            if recent.fits(inputs, score, mask):
+                counters.hits += 1
+                return recent.plan, score, mask
         of_call, of_lengths = _layouts(inputs)
     except RuntimeError as error:  # a tensor has no memory that could be read
         raise ValueError(
@@ -62,12 +75,18 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
         ) from None
     if options is not None and not isinstance(options, DecodeOptions):
         raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
-    call = (score.mark, mask.mark, of_call, aux, options, torch.is_grad_enabled(), listed)
+    call = (score.mark, mask.mark, of_call, aux, options, grad, listed)
     lengths = (score.proof_values, mask.proof_values, *of_lengths)
     known = _calls.get(call)
-    plan = None if known is None else known.plans.get(lengths)
+    if known is None:
+        return _make_plan(known, request, call, lengths)
+    plan = known.plans.get(lengths)
     if plan is None:
         return _make_plan(known, request, call, lengths)
+    if lengths not in known.found:
+        known.found.add(lengths, True)
+    elif (found := Recent.of(plan, inputs, score, mask)) is not None:
+        _recent.add(site, (found, *recents[: MAX_RECENT - 1]))
     counters.hits += 1
     return plan, score, mask
 

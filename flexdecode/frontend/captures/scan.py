@@ -180,55 +180,15 @@ def read(fn: Callable, followed: Followed = NOTHING) -> tuple[tuple, list, bool]
         tuple. The leaves are captured tensors and finite numbers in a deterministic order. The key holds ids: code that
         stores it must also store `pins(fn)`, so that no id is used again.
     """
-    simple = _read_simple(fn) if followed is NOTHING else None
-    if simple is not None:
-        key, leaves, hides = *simple, False
-    else:
-        scan = run(fn, Scan, followed)
-        key, leaves, hides = scan.key, scan.leaves, bool(scan.special)
+    scan = run(fn, Scan, followed)
+    leaves = scan.leaves
     if len(leaves) > 1 and len(set(map(id, leaves))) < len(leaves):
         # Two names of one tensor are one value to the tracer, but may be two tensors at the next call. So the key
         # depends on it. Equal numbers may also be one object, but they stay separate.
         ids = [id(leaf) for leaf in leaves if leaf.__class__ is not int and leaf.__class__ is not float]
         if len(set(ids)) < len(ids):
-            key += ("alias", *map(ids.index, ids))
-    return tuple(key), leaves, hides
-
-
-def _read_simple(fn: Callable) -> tuple[list, list] | None:
-    """The key and the leaves of a function that captures only leaves and constants, as most mods do.
-
-    It gives what a `Scan` gives, and takes half the time. None if the function reads more.
-    """
-    if fn.__class__ is not FunctionType:
-        return None
-    known = CODES.get(id(fn.__code__))
-    if known is None or known.imports or known.hides or fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__:
-        return None
-    cells = fn.__closure__
-    try:
-        children = [*map(_contents, cells)] if cells else []
-    except ValueError:  # an empty cell
-        return None
-    if known.global_names:
-        children += map(fn.__globals__.get, known.global_names, repeat(ABSENT))
-    key: list = ["function", id(known.code)]
-    leaves: list = []
-    for child in children:  # as in `Scan.each`
-        kind = type(child)
-        if kind is _Tensor or kind is _Parameter:
-            key += (child.dtype, child.ndim, child.device, child.requires_grad, child.layout)
-            leaves.append(child)
-        elif kind is int or (kind is float and child - child == 0.0):
-            key.append(kind)
-            leaves.append(child)
-        elif kind is ModuleType and id(child) in _LIBRARY:
-            key += (kind, id(child))
-        elif kind in _CONSTANTS:
-            key += (kind, child)
-        else:
-            return None
-    return key, leaves
+            scan.key += ("alias", *map(ids.index, ids))
+    return tuple(scan.key), leaves, bool(scan.special)
 
 
 def pins(fn: Callable, followed: Followed = NOTHING) -> list:
