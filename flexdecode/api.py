@@ -18,7 +18,7 @@ from .kv.kv_cache import KVCache, PagedKVCache, read_cache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
-from .runtime.prepared_call import PreparedCall
+from .runtime.prepared_call import IN_REGION, PreparedCall
 from .runtime.request import Request, read_request
 from .runtime.run import run_request
 
@@ -146,9 +146,9 @@ def prepare(*arguments: Any, **keywords: Any) -> PreparedCall:
         >>> for query in queries:
         ...     out = step(query)
 
-    `step(query)` gives what `flex_decode` gives with the same arguments. It reads them again each time: lengths, caches,
-    pages and scales in the tensors that were given here, and what the mods capture, also if it was bound anew. With
-    `cache=`, sequences may grow between the steps. What a step refuses is another layout of the query or of a given
+    `step(query)` gives what `flex_decode` gives with the same arguments. It reads them again each time: lengths,
+    caches, pages and scales in the tensors that were given here, and what the mods capture, also if it was bound anew.
+    With `cache=`, sequences may grow between the steps. A step refuses another layout of the query or of a given
     tensor: another shape, dtype or device, or other strides. Nothing is computed here, but kernels may be compiled.
 
     Args:
@@ -164,6 +164,8 @@ def prepare(*arguments: Any, **keywords: Any) -> PreparedCall:
         CompilationForbiddenError: a kernel would have to be compiled after `forbid_compilation()`.
         RuntimeError: it is called in a region that torch.compile traces.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(IN_REGION)
     asked = _bind("prepare", arguments, keywords)
     inputs, cache = _inputs_of(asked), asked["cache"]
     if cache is not None:

@@ -232,9 +232,9 @@ class Launch:
         if num_descriptors:
             self.encode_descriptors = _encoder(self._run) or self.encode_descriptors
         inner = _inner_launch(self._run, self._head)
-        self._in_tuple = inner is not None and inner[2]
+        self._in_tuple = False
         if inner is not None:
-            self._run, self._head, _ = inner
+            self._run, self._head, self._in_tuple = inner
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
         """Launches on a stream; returns at once."""
@@ -265,9 +265,10 @@ def _inner_launch(run: Any, head: tuple) -> tuple[Any, tuple, bool] | None:
         tuple. None if the kernel needs memory, or if the launcher is built in another way.
     """
     launch = getattr(run, "launch", None)
-    if launch is None or getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0):
+    if launch is None or any(getattr(run, f"{name}_scratch_size", None) for name in ("global", "profile")):
         return None
-    grid, argument, given = (object(), object(), object(), object()), object(), []
+    grid, argument = (object(), object(), object(), object()), object()
+    given: list[tuple] = []
     run.launch = lambda *arguments: given.append(arguments)
     try:
         run(*grid, *head, argument)

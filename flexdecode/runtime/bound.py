@@ -61,7 +61,7 @@ class BoundPlan:
 
     def __init__(self, plan: Plan, inputs: Inputs, score: Mod, mask: Mod) -> None:
         """`inputs`: of that call. Its `out` says whether the others have one."""
-        self.plan, self.inputs = plan, inputs
+        self.plan, self.inputs = plan, inputs._replace(out=None)
         self.passes: list[_BoundPass] | None = None
         launcher = plan.launcher
         # Otherwise other tensors take the place of inputs at each call, or there is more to do than to launch kernels.

@@ -19,7 +19,7 @@ from ..frontend.trace import trace
 from ..memos import Bounded, counters, lock
 
 _known = Bounded.memo(limit=4096)  # (kind, what was read) -> its `Known`
-# (kind, id of a code object) -> its `_Quick`; layouts of what it captured, if it was read once; False if it is not simple
+# (kind, id of a code object) -> its `_Quick`; the layouts of what it captured if it was read once; False if not simple
 _quick = Bounded.memo(limit=4096)
 _followed = Bounded.memo(limit=4096)  # (kind, what was read, constants) -> what to read besides, and those objects
 _graphs = Bounded.memo(limit=4096)  # (kind, device, identity) -> graph, and the objects whose ids are in the identity
@@ -146,7 +146,8 @@ def _with_values(
     """Makes a mod with the values of its constants, and with the values on which proofs depend."""
     if known is None:
         return Mod(function, place, leaves, (), place, followed, object())
-    identity, mark = place, known
+    identity: tuple = place
+    mark: object = known
     if known.constants:
         values = [source.read(leaves) for source in known.constants]
         identity, mark = (place, *values), (known, *values)

@@ -20,7 +20,7 @@ from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8
 from ..memos import Bounded
 
-MAX_DESCRIBED = 1024  # pairs of caches of which a kernel keeps the descriptors, so that layers do not displace each other
+MAX_DESCRIBED = 1024  # pairs of caches of which a kernel keeps the descriptors: a model has one for each layer
 
 
 class _Workspaces(threading.local):
@@ -294,8 +294,8 @@ class TritonLauncher:
         if self.on_gpu:
             last, argument = self.placed
             if at != last:
-                parts = at + 4 * self.parts_at if has_parts else None
-                argument = at + 4 * self.outs_at, at, at + 4 * self.sums_at, parts
+                parts_at = at + 4 * self.parts_at if has_parts else None
+                argument = at + 4 * self.outs_at, at, at + 4 * self.sums_at, parts_at
                 self.placed = at, argument
             return argument
         parts = memory[self.parts_at :].view(torch.int32) if has_parts else None

@@ -36,11 +36,11 @@ def layout(tensor: object) -> object:
     """Everything of a tensor that a plan depends on; its contents are not part of it."""
     if tensor.__class__ is torch.Tensor:
         try:
-            place = tensor.data_ptr() & 15
+            start = tensor.data_ptr()
         except RuntimeError:  # it is not dense, or has no memory that could be read
             pass
         else:
-            return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
+            return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start & 15, tensor.requires_grad
     if tensor is None or isinstance(tensor, bool):
         return tensor
     if not isinstance(tensor, torch.Tensor):

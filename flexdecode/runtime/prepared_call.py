@@ -19,6 +19,11 @@ from .request import Request, read_request
 from .run import find_plan, run_request
 
 _NUMBERS = ("kv_lens", "q_lens", "q_offset", "kv_starts", "kv_offset", "k_scale", "v_scale")
+IN_REGION = (
+    "a prepared call works on the host: in a region that torch.compile or torch.export traces, call "
+    "flexdecode.flex_decode, which becomes one operation there"
+)
+_address = torch.Tensor.data_ptr
 _REMEDY = "prepare the call again: flexdecode.prepare(...)"
 
 
@@ -83,7 +88,7 @@ class PreparedCall:
         with_out = self._request(inputs.query, out)
         find_plan(with_out, aux, options)
         named = [(name, x) for name, x in inputs._asdict().items() if isinstance(x, torch.Tensor) and name != "out"]
-        self._layouts = {name: layout(x) for name, x in named}
+        self._layouts: dict[str, Any] = {name: layout(x) for name, x in named}
         self._fixed = [x for name, x in named if name != "query"]
         # Such a number may change the plan, or is read on the host. A BlockMask and the debug option need more work.
         numbers = [getattr(inputs, name) for name in _NUMBERS]
@@ -98,8 +103,8 @@ class PreparedCall:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Computes attention for new query tokens, on the current stream; returns at once.
 
-        Everything is read again: lengths, caches, pages and scales in the tensors that were given to `prepare`, and what
-        the mods capture. The result is that of `flex_decode`.
+        Everything is read again: lengths, caches, pages and scales in the tensors that were given to `prepare`, and
+        what the mods capture. The result is that of `flex_decode`.
 
         Args:
             query: with the shape, strides, dtype and device of the query that was given to `prepare`.
@@ -114,14 +119,14 @@ class PreparedCall:
             RuntimeError: it is called in a region that torch.compile traces.
         """
         if torch.compiler.is_compiling():
-            raise RuntimeError(_IN_REGION)
+            raise RuntimeError(IN_REGION)
         ready = self._ready.get(out is not None)
         score_mod, mask_mod = self._mods
         if ready is None:
             return self._run_anew(query, out)
         run, score_mark, mask_mark, proofs, grad, addresses, same = ready
         tensors = (query, *self._fixed) if out is None else (query, *self._fixed, out)
-        if not same(*tensors) or [x.data_ptr() for x in self._fixed] != addresses or query.data_ptr() & 15:
+        if not same(*tensors) or [*map(_address, self._fixed)] != addresses or query.data_ptr() & 15:
             return self._run_anew(query, out)
         score = NO_MOD if score_mod is None else identify("score_mod", score_mod)
         mask = NO_MOD if mask_mod is None else identify("mask_mod", mask_mod)
@@ -159,22 +164,26 @@ class PreparedCall:
         counters.calls += 1
         request = self._request(query, out)
         if self._is_fixed:
-            self._keep(request, *find_plan(request, self._aux, self._options))
-        result, lse, _ = run_request(request, self._aux, self._options)
+            plan, score, mask = find_plan(request, self._aux, self._options)
+            self._keep(request, plan, score, mask)
+            result, lse, _ = plan.run(request.inputs, score, mask)
+        else:
+            result, lse, _ = run_request(request, self._aux, self._options)
         return result if lse is None else (result, lse)
 
     def _keep(self, request: Request, plan: Plan, score: Mod, mask: Mod) -> None:
         """Keeps a call and its plan, so that the next one that is alike is quick."""
         inputs = request.inputs
-        given = [inputs.query, *self._fixed, *[x for x in [inputs.out] if x is not None]]
-        same = same_layouts(given)
-        if not self._is_fixed or same is None or not same(*given):
+        own = [inputs.query] if inputs.out is None else [inputs.query, inputs.out]
+        if not self._is_fixed or any(x.data_ptr() & 15 for x in own):  # a plan depends on the alignment
             return
-        if inputs.query.data_ptr() & 15 or (inputs.out is not None and inputs.out.data_ptr() & 15):
+        given = [inputs.query, *self._fixed, *own[1:]]
+        same = same_layouts(given)
+        if same is None or not same(*given):
             return
         self._ready[inputs.out is not None] = _Ready(
             BoundPlan(plan, inputs, score, mask).run, score.mark, mask.mark, (score.proof_values, mask.proof_values),
-            torch.is_grad_enabled(), [x.data_ptr() for x in self._fixed], same,
+            torch.is_grad_enabled(), [*map(_address, self._fixed)], same,
         )  # fmt: skip
 
     def _check_layouts(self, query: object) -> None:
@@ -186,7 +195,7 @@ class PreparedCall:
             RuntimeError: the query has no values, because a region is traced.
         """
         if query.__class__ is FakeTensor:
-            raise RuntimeError(_IN_REGION)
+            raise RuntimeError(IN_REGION)
         if not isinstance(query, torch.Tensor):
             raise TypeError(f"`query` must be a torch.Tensor, got {type(query).__name__}")
         fixed = [name for name in self._layouts if name != "query"]
@@ -194,12 +203,6 @@ class PreparedCall:
             before, now = self._layouts[name][:4], (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             if now != before:
                 raise ValueError(f"`{name}` was prepared with {_words(*before)}, and has {_words(*now)} now: {_REMEDY}")
-
-
-_IN_REGION = (
-    "a prepared call works on the host: in a region that torch.compile or torch.export traces, call "
-    "flexdecode.flex_decode, which becomes one operation there"
-)
 
 
 def _words(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

@@ -13,7 +13,8 @@ from ..frontend.captures import same_layouts
 from .identity import Mod
 from .plan import Plan
 
-_ALIGNED = [Inputs._fields.index(name) for name in ("query", "key", "value", "out")]  # whose alignment matters to a plan
+# Places of the tensors whose alignment matters to a plan.
+_ALIGNED = [Inputs._fields.index(name) for name in ("query", "key", "value", "out")]
 _VALUES = ("kv_lens", "max_q_len")  # numbers on whose values a plan depends
 
 
@@ -29,12 +30,13 @@ class Recent:
         shares: whether values begin where keys do.
     """
 
-    def __init__(self, plan: Plan, inputs: Inputs, proofs: tuple, same: Callable[..., bool], tensors: list[int]) -> None:
+    def __init__(
+        self, plan: Plan, inputs: Inputs, proofs: tuple, same: Callable[..., bool], tensors: list[int]
+    ) -> None:
+        """`tensors`: their places among the inputs. The rest is as in the class."""
         self.plan, self.proofs, self.same = plan, proofs, same
         self.tensors = itemgetter(*tensors)
-        self.numbers = [
-            (i, x) for i, x in enumerate(inputs) if isinstance(x, int) and Inputs._fields[i] in _VALUES
-        ]
+        self.numbers = [(i, x) for i, x in enumerate(inputs) if isinstance(x, int) and Inputs._fields[i] in _VALUES]
         self.out_given = inputs.out is not None
         self.shares = inputs.key.data_ptr() == inputs.value.data_ptr()
 

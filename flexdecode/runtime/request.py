@@ -79,13 +79,9 @@ def read_request(
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, *others,
     ) = inputs  # fmt: skip
-    varying = not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None)
-    if varying and not all(
-        [
-            x is None or (x.__class__ is torch.Tensor and x.ndim)
-            for x in (kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset)
-        ]
-    ):
+    are_absent = kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None
+    given = kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset
+    if not (are_absent or all(x is None or (x.__class__ is torch.Tensor and x.ndim) for x in given)):
         of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value,

@@ -59,6 +59,8 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
     """
     inputs, score, mask, _, listed = request
+    if options is not None and not isinstance(options, DecodeOptions):
+        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     grad = torch.is_grad_enabled()
     try:
         site = score.mark, mask.mark, aux, options, grad, listed, kinds_of(inputs)
@@ -73,8 +75,6 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
             f"flex_decode needs tensors with memory of their own: {error}\n"
             "  In torch.vmap and torch.func, make the mapped dimension part of the batch."
         ) from None
-    if options is not None and not isinstance(options, DecodeOptions):
-        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
     call = (score.mark, mask.mark, of_call, aux, options, grad, listed)
     lengths = (score.proof_values, mask.proof_values, *of_lengths)
     known = _calls.get(call)

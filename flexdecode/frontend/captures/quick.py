@@ -1,7 +1,7 @@
 """Reads a simple function again, faster than the walk.
 
-A function is simple if it captures only leaves and constants, as most mods do: tensors, numbers, strings, functions of
-libraries. Once it was walked, a `Simple` finds out whether only contents of tensors and values of numbers may have changed.
+A function is simple if it captures only leaves and constants, as most mods do: tensors, numbers, strings, modules of
+libraries. Once it was walked, a `Simple` finds out whether only contents of tensors and values of numbers may differ.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", Non
 def same_layouts(tensors: list[torch.Tensor]) -> Callable[..., bool] | None:
     """Makes a function of as many tensors: whether they have the layouts of these. None if PyTorch has no such check.
 
-    Tensors of another class, such as a subclass, have another layout. So have tensors in another mode of autograd, if it
-    is not certain that they are treated alike.
+    The answer for tensors of another class or in another mode of autograd may be no, although the layouts are the same.
     """
     if _Guards is None or not all(type(x) in _TENSORS for x in tensors):
         return None
