@@ -2,9 +2,9 @@
 
     python -m benchmarks.host_time --out benchmarks/results/h200
 
-It writes host_time.json and prints a table. On a CPU it only shows that it runs. A decode step takes 10 to 50 us of a GPU, and whoever uses no CUDA graph
-waits for the host if that takes longer. Calls are timed in turns, in batches that are short enough for the GPU's queue,
-and the GPU is waited for outside of the timed part.
+It writes host_time.json and prints a table. On a CPU it only shows that it runs. A decode step takes 10 to 50 us of a
+GPU, and whoever uses no CUDA graph waits for the host if that takes longer. Calls are timed in turns, in batches that
+are short enough for the GPU's queue. The GPU is waited for outside of the timed part.
 """
 
 import argparse
