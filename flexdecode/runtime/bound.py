@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..call.checks import check_all_lens, checked_scale
@@ -32,10 +34,12 @@ class _BoundPass:
         self.read_score = form.read_score if "score_captures" in has else None
         self.read_mask = form.read_mask if "mask_captures" in has else None
         has_descriptors = of.matrices is not None and self.on_gpu
-        self.described = of.descriptors(call.inputs) if has_descriptors else None
+        self.described = (
+            of.descriptors(call.inputs.key.data_ptr(), call.inputs.value.data_ptr()) if has_descriptors else None
+        )
 
     def launch(
-        self, results: tuple, score: Mod, mask: Mod, stream: int, workspace: tuple | None, pick: Pick | None
+        self, results: tuple, mods: tuple[Mod, ...], stream: int, workspace: tuple | None, pick: Pick | None
     ) -> tuple | None:
         """As `FirstPass.launch`. `results` are query, output, log-sum-exp and largest scores, or their addresses."""
         arguments = self.arguments.copy()
@@ -43,9 +47,9 @@ class _BoundPass:
         if workspace is not None:
             arguments[WORKSPACE] = workspace
         if self.read_score is not None:
-            arguments[PLACES["score_captures"]] = self.read_score(score.leaves, score.frame)
+            arguments[PLACES["score_captures"]] = self.read_score(mods[0].leaves, mods[0].frame)
         if self.read_mask is not None:
-            arguments[PLACES["mask_captures"]] = self.read_mask(mask.leaves, mask.frame)
+            arguments[PLACES["mask_captures"]] = self.read_mask(mods[1].leaves, mods[1].frame)
         picked = None if pick is None else pick(arguments)
         if self.described is not None:
             arguments[DESCRIPTORS] = self.described
@@ -91,24 +95,24 @@ class BoundPlan:
         max_scores = plan.new_numbers(query) if plan.aux.max_scores else None
         if self.launcher.is_elsewhere():
             with torch.cuda.device(self.launcher.device):
-                self._launch((query, out, lse, max_scores), score, mask)
+                self._launch(self.passes, query, out, lse, max_scores, score, mask)
         else:
-            self._launch((query, out, lse, max_scores), score, mask)
+            self._launch(self.passes, query, out, lse, max_scores, score, mask)
         return record(Results, (out, lse, max_scores))
 
-    def _launch(self, results: tuple, score: Mod, mask: Mod) -> None:
+    def _launch(self, passes: list[_BoundPass], query: Any, out: Any, lse: Any, max_scores: Any, *mods: Mod) -> None:
         launcher = self.launcher
         stream, memory, workspace = launcher.begin()  # the memory lives until all passes are launched
         if launcher.on_gpu:
-            query, out, lse, max_scores = results
-            results = (
-                query.data_ptr(), out.data_ptr(), None if lse is None else lse.data_ptr(),
-                None if max_scores is None else max_scores.data_ptr(),
-            )  # fmt: skip
-        first, *large = self.passes or []
-        picked = first.launch(results, score, mask, stream, workspace, launcher.pick)
-        for one in large:
-            one.launch(results, score, mask, stream, workspace, None)
+            query, out = query.data_ptr(), out.data_ptr()
+            if lse is not None:
+                lse = lse.data_ptr()
+            if max_scores is not None:
+                max_scores = max_scores.data_ptr()
+        results = query, out, lse, max_scores
+        picked = passes[0].launch(results, mods, stream, workspace, launcher.pick)
+        for one in passes[1:]:
+            one.launch(results, mods, stream, workspace, None)
         launcher.merge(picked, stream)
         del memory
 

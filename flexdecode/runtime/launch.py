@@ -189,15 +189,15 @@ class FirstPass:
         self.fill(arguments, call)
         picked = None if pick is None else pick(arguments)  # before each descriptor becomes several arguments
         if self.matrices is not None and form.on_gpu:
-            arguments[DESCRIPTORS] = self.descriptors(call.inputs)
+            arguments[DESCRIPTORS] = self.descriptors(arguments[PLACES["key"]], arguments[PLACES["value"]])
         form.kernel.run(self.grid, stream, arguments)
         return picked
 
-    def descriptors(self, inputs: Inputs) -> tuple:
-        """The launch arguments for the descriptors of both caches. Those of many addresses are kept."""
+    def descriptors(self, key: int, value: int) -> tuple:
+        """The launch arguments for the descriptors of caches at two addresses. Those of many addresses are kept."""
         assert self.matrices is not None
-        form, key = self.form, inputs.key.data_ptr()
-        addresses = key, key if form.latent else inputs.value.data_ptr()
+        form = self.form
+        addresses = key, key if form.latent else value
         matrices, described = form.described.get(addresses, (None, ()))
         if matrices != self.matrices:
             block_n, *widths = form.block_shape

@@ -23,7 +23,7 @@ class Recent:
 
     Attributes:
         plan: of the call.
-        proofs: the values that its proofs use, of both mods.
+        score_proofs, mask_proofs: the values that its proofs use.
         tensors: gives the tensors.
         same: whether tensors have the layouts of those of the call.
         numbers: places and values of numbers on whose value the plan depends.
@@ -34,7 +34,8 @@ class Recent:
         self, plan: Plan, inputs: Inputs, proofs: tuple, same: Callable[..., bool], tensors: list[int]
     ) -> None:
         """`tensors`: their places among the inputs. The rest is as in the class."""
-        self.plan, self.proofs, self.same = plan, proofs, same
+        self.plan, self.same = plan, same
+        self.score_proofs, self.mask_proofs = proofs
         self.tensors = itemgetter(*tensors)
         self.numbers = [(i, x) for i, x in enumerate(inputs) if isinstance(x, int) and Inputs._fields[i] in _VALUES]
         self.out_given = inputs.out is not None
@@ -67,7 +68,7 @@ class Recent:
         for place, number in self.numbers:
             if inputs[place] != number:
                 return False
-        return (score.proof_values, mask.proof_values) == self.proofs
+        return score.proof_values == self.score_proofs and mask.proof_values == self.mask_proofs
 
 
 def kinds_of(inputs: Inputs) -> tuple:

@@ -77,11 +77,11 @@ def read_request(
         inputs = inputs._replace(max_q_len=as_hint(inputs.max_q_len, inputs.cu_seqlens_q))
     (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
-        kv_starts, kv_offset, *others,
+        kv_starts, kv_offset, max_q_len, scale, out,
     ) = inputs  # fmt: skip
-    are_absent = kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None
-    given = kv_lens, q_lens, q_offset, k_scale, v_scale, kv_starts, kv_offset
-    if not (are_absent or all(x is None or (x.__class__ is torch.Tensor and x.ndim) for x in given)):
+    are_absent = q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None
+    is_settled = kv_lens is None or (kv_lens.__class__ is torch.Tensor and kv_lens.ndim > 0)
+    if not (are_absent and is_settled):
         of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value,
@@ -94,7 +94,7 @@ def read_request(
             sinks, cu_seqlens_q, cu_seqlens_k,
             None if kv_starts is None else as_kv_starts(kv_starts, *of),
             None if kv_offset is None else as_kv_offset(kv_offset, *of),
-            *others,
+            max_q_len, scale, out,
         )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import repeat
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -42,7 +42,7 @@ class Simple:
         kinds: types of what it captures.
         constants: places and values of what is neither a tensor nor a number.
         floats: places of floats.
-        tensors, leaves: places of the tensors, and of all leaves.
+        tensors, leaves: give the tensors, of which there are `num_tensors`, and all leaves.
         same: whether tensors have the layouts of those that were captured.
     """
 
@@ -53,9 +53,10 @@ class Simple:
         places = [*enumerate(self.kinds)]
         self.constants = [(i, children[i]) for i, kind in places if kind in _CONSTANTS]
         self.floats = [i for i, kind in places if kind is float]
-        self.tensors = [i for i, kind in places if kind in _TENSORS]
-        self.leaves = [i for i, kind in places if kind not in _CONSTANTS]
-        self.same = same_layouts([children[i] for i in self.tensors])
+        tensors = [i for i, kind in places if kind in _TENSORS]
+        self.num_tensors, self.tensors = len(tensors), _getter(tensors)
+        self.leaves = _getter([i for i, kind in places if kind not in _CONSTANTS])
+        self.same = same_layouts([*self.tensors(children)])
 
     @staticmethod
     def of(fn: Any) -> Simple | None:
@@ -92,11 +93,18 @@ class Simple:
         for i, value in self.constants:
             if children[i] != value:
                 return None
-        if self.tensors:
-            tensors = [children[i] for i in self.tensors]
-            if not self.same(*tensors) or (len(tensors) > 1 and len({*map(id, tensors)}) < len(tensors)):  # type: ignore[misc]
+        if self.num_tensors:
+            tensors = self.tensors(children)
+            if not self.same(*tensors) or len({*map(id, tensors)}) < self.num_tensors:  # type: ignore[misc]
                 return None
-        return [children[i] for i in self.leaves] if self.constants else children
+        return [*self.leaves(children)] if self.constants else children
+
+
+def _getter(places: list[int]) -> Callable[[list], tuple]:
+    """Gives what is at some places, as a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return (lambda items: (items[places[0]],)) if places else (lambda items: ())
 
 
 def _captured(fn: FunctionType, global_names: tuple[str, ...]) -> list | None:
