@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..call.inputs import DecodeOptions, Inputs
+from ..call.checks import check_inputs
+from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..frontend.captures import same_layouts
 from ..memos import counters
@@ -81,6 +82,8 @@ class PreparedCall:
         self._inputs, self._mods, self._block_mask = inputs._replace(out=None), (score_mod, mask_mod), block_mask
         self._aux, self._options = aux, options
         request = self._request(inputs.query, None)
+        # A plan that is known already does not check again what may differ between calls.
+        check_inputs(request.inputs, DEFAULT_OPTIONS if options is None else options)
         find_plan(request, aux, options)
         out = inputs.out
         if out is None:

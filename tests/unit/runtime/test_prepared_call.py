@@ -346,6 +346,9 @@ def test_several_threads():
 
 
 def test_errors_are_those_of_flex_decode():
+    """Also where the plan is known, which checks lengths and scales only when it runs."""
+    flex_decode(QUERY, KEY, VALUE, scale=1.0)
+    flex_decode(QUERY, KEY, VALUE, kv_lens=LENS)
     with pytest.raises(TypeError, match=r"^prepare\(\) got an unexpected keyword argument 'kv_len'"):
         flexdecode.prepare(QUERY, KEY, VALUE, kv_len=3)
     for arguments in (
