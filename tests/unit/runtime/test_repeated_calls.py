@@ -335,3 +335,60 @@ def test_a_prepared_call_launches_what_flex_decode_launches(seed, launched):
             for one, other in zip(found, expected, strict=True):
                 assert one[:3] == other[:3]
                 assert _without_workspace(one[3]) == _without_workspace(other[3])
+
+
+def shifted(x):
+    """The same, not aligned to 16 bytes."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def pairs():
+    """Calls that differ in one thing, on which a plan or a launch depends: what it is, and arguments of both."""
+    query, key, value = make_inputs(B, HQ, HKV, 1, N, D, dtype=torch.float16)
+    out, starts = torch.empty_like(query), torch.tensor([0, 100, 200], dtype=torch.int32)
+    packed = torch.zeros(200, HQ, D, dtype=torch.float16)
+    table, large = torch.zeros(HQ, N), torch.zeros(HQ, N - 1)
+
+    def biased(bias):
+        return lambda s, b, h, q, k: s + bias[h, k]
+
+    def windowed(window):
+        return lambda s, b, h, q, k: torch.where(q - k < window, s + table[h, q - k], s)
+
+    of = {"query": query, "key": key, "value": value}
+    return {
+        "values in the memory of keys": (of | {"value": key}, of),
+        "values of their own": (of, of | {"value": key}),
+        "alignment of the query": (of, of | {"query": shifted(query)}),
+        "alignment of keys": (of, of | {"key": shifted(key)}),
+        "alignment of values": (of, of | {"value": shifted(value)}),
+        "alignment of the output": (of | {"out": out}, of | {"out": shifted(out)}),
+        "one length": (of | {"kv_lens": 50}, of | {"kv_lens": 7}),
+        "a length": (of | {"kv_lens": 50}, of | {"kv_lens": torch.tensor([50, 50])}),
+        "a hint": (
+            {"query": packed, "key": key, "value": value, "cu_seqlens_q": starts, "max_q_len": 1},
+            {"query": packed, "key": key, "value": value, "cu_seqlens_q": starts, "max_q_len": 100},
+        ),
+        "scale": (of | {"scale": 0.5}, of | {"scale": 0.25}),
+        "a size that proofs use": (of | {"score_mod": biased(table)}, of | {"score_mod": biased(large)}),
+        "strides of a capture": (of | {"score_mod": biased(table)}, of | {"score_mod": biased(table.T.contiguous().T)}),
+        "a number that proofs use": (of | {"score_mod": windowed(5)}, of | {"score_mod": windowed(N + 5)}),
+        "the log-sum-exp": (of, of | {"return_lse": True}),
+    }
+
+
+@pytest.mark.parametrize("name", pairs())
+@pytest.mark.parametrize("is_backward", [False, True], ids=["", "backward"])
+def test_one_difference_is_seen(name, is_backward, launched):
+    first, second = pairs()[name][:: -1 if is_backward else 1]
+    call = lambda arguments: launched(lambda: flex_decode(**arguments, options=TRITON))
+    expected = call(second)
+    clear_cache()
+    call(first)
+    for _ in range(3):
+        assert call(first) != expected
+    for _ in range(4):
+        found = call(second)
+        assert [one[:3] for one in found] == [one[:3] for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert _without_workspace(one[3]) == _without_workspace(other[3])
