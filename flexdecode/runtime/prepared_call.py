@@ -90,9 +90,10 @@ class PreparedCall:
             out = inputs.query.new_empty(request.inputs.out_shape)
         with_out = self._request(inputs.query, out)
         find_plan(with_out, aux, options)
-        named = [(name, x) for name, x in inputs._asdict().items() if isinstance(x, torch.Tensor) and name != "out"]
-        self._layouts: dict[str, Any] = {name: layout(x) for name, x in named}
-        self._fixed = [x for name, x in named if name != "query"]
+        tensors = {name: x for name, x in self._inputs._asdict().items() if isinstance(x, torch.Tensor)}
+        first = {id(x): name for name, x in reversed(tensors.items())}  # a tensor may be given twice
+        self._layouts: dict[str, Any] = {name: layout(x) for name, x in tensors.items() if first[id(x)] == name}
+        self._fixed = [tensors[name] for name in self._layouts if name != "query"]
         # Such a number may change the plan, or is read on the host. A BlockMask and the debug option need more work.
         numbers = [getattr(inputs, name) for name in _NUMBERS]
         self._is_fixed = block_mask is None and not (options is not None and options.debug)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .code import ABSENT, CODES, Absent, opaque
+from .code import ABSENT, CODES, Absent, Code, opaque
 
 _CONSTANTS = {bool, str, bytes, type(None), type(...), Absent, torch.dtype, torch.device, torch.layout, ModuleType}
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
@@ -27,7 +27,8 @@ _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", Non
 def same_layouts(tensors: list[torch.Tensor]) -> Callable[..., bool] | None:
     """Makes a function of as many tensors: whether they have the layouts of these. None if PyTorch has no such check.
 
-    The answer for tensors of another class or in another mode of autograd may be no, although the layouts are the same.
+    The answer is also no if a tensor is given twice. For tensors of another class or in another mode of autograd it may
+    be no, although the layouts are the same.
     """
     if _Guards is None or not all(type(x) in _TENSORS for x in tensors):
         return None
@@ -46,9 +47,9 @@ class Simple:
         same: whether tensors have the layouts of those that were captured.
     """
 
-    def __init__(self, fn: FunctionType, children: list) -> None:
-        """`children`: what it captures, see `captured`; all are leaves or constants."""
-        self.code = CODES[id(fn.__code__)]
+    def __init__(self, code: Code, children: list) -> None:
+        """`children`: what a function with this code captures, see `_captured`; all are leaves or constants."""
+        self.code = code
         self.kinds = [*map(type, children)]
         places = [*enumerate(self.kinds)]
         self.constants = [(i, children[i]) for i, kind in places if kind in _CONSTANTS]
@@ -56,7 +57,7 @@ class Simple:
         tensors = [i for i, kind in places if kind in _TENSORS]
         self.num_tensors, self.tensors = len(tensors), _getter(tensors)
         self.leaves = _getter([i for i, kind in places if kind not in _CONSTANTS])
-        self.same = same_layouts([*self.tensors(children)])
+        self.same: Any = same_layouts([*self.tensors(children)])
 
     @staticmethod
     def of(fn: Any) -> Simple | None:
@@ -67,15 +68,12 @@ class Simple:
         children = None if known is None or known.imports or known.hides else _captured(fn, known.global_names)
         if children is None:
             return None
-        simple = Simple.__new__(Simple)
+        assert known is not None
         kinds = {*map(type, children)}
         modules = [x for x in children if type(x) is ModuleType]
         if not kinds <= {*_CONSTANTS, *_TENSORS, int, float} or not all(opaque(x.__name__) for x in modules):
             return None
-        tensors = [x for x in children if type(x) in _TENSORS]
-        if len({*map(id, tensors)}) < len(tensors):  # two names of one tensor: the walk looks for that
-            return None
-        simple.__init__(fn, children)  # type: ignore[misc]
+        simple = Simple(known, children)
         return None if simple.same is None or simple.read(fn) is None else simple
 
     def read(self, fn: FunctionType) -> list | None:
@@ -94,8 +92,8 @@ class Simple:
             if children[i] != value:
                 return None
         if self.num_tensors:
-            tensors = self.tensors(children)
-            if not self.same(*tensors) or len({*map(id, tensors)}) < self.num_tensors:  # type: ignore[misc]
+            tensors = self.tensors(children)  # two names of one tensor are another mod, and not the same layouts
+            if not self.same(*tensors):
                 return None
         return [*self.leaves(children)] if self.constants else children
 

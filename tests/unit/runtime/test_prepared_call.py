@@ -56,6 +56,7 @@ def given():
         "block mask": {"block_mask": blocks},
         "debug": {"mask_mod": mods.causal(), "options": DecodeOptions(debug=True)},
         "shared": {"value": KEY[..., :8]},
+        "one tensor twice": {"key": (one := KEY.clone()), "value": one},
     }
 
 
@@ -85,6 +86,12 @@ def test_it_gives_what_flex_decode_gives(name):
         result = step(QUERY, out=out)
         assert (result[0] if isinstance(result, tuple) else result) is out
         assert_same(result, flex_decode(**arguments))
+
+
+def test_a_tensor_that_is_given_twice_is_checked_once():
+    step = flexdecode.prepare(QUERY, KEY, KEY)
+    with mock.patch.object(PreparedCall, "_run_anew", side_effect=AssertionError("the call was read anew")):
+        assert_same(step(QUERY), flex_decode(QUERY, KEY, KEY))
 
 
 def test_packed_queries():

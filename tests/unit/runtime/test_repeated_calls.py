@@ -357,8 +357,8 @@ def pairs():
 
     of = {"query": query, "key": key, "value": value}
     return {
-        "values in the memory of keys": (of | {"value": key}, of),
-        "values of their own": (of, of | {"value": key}),
+        "values in the memory of keys": (of | {"value": key[:]}, of),
+        "one tensor for both": (of | {"value": key}, of),
         "alignment of the query": (of, of | {"query": shifted(query)}),
         "alignment of keys": (of, of | {"key": shifted(key)}),
         "alignment of values": (of, of | {"value": shifted(value)}),
