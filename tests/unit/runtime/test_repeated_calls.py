@@ -392,3 +392,22 @@ def test_one_difference_is_seen(name, is_backward, launched):
         assert [one[:3] for one in found] == [one[:3] for one in expected]
         for one, other in zip(found, expected, strict=True):
             assert _without_workspace(one[3]) == _without_workspace(other[3])
+
+
+def test_a_prepared_call_follows_memory_that_is_replaced(launched):
+    query, key, value = make_inputs(B, HQ, HKV, 1, N, D, dtype=torch.float16)
+    lens, slopes = torch.tensor([5, 6]), torch.rand(HQ)
+    mod = lambda s, b, h, q, k: s - slopes[h] * (q - k)
+    arguments = {"key": key, "value": value, "score_mod": mod, "kv_lens": lens, "options": TRITON}
+    step = flexdecode.prepare(query, **arguments)
+    before = launched(lambda: step(query))
+    kept = [query, *[x.clone() for x in (key, value, lens, slopes)]]  # so that no address is used again
+    for new, old in zip(kept[1:], (key, value, lens, slopes), strict=True):
+        old.set_(new)
+        expected = launched(lambda: flex_decode(query, **arguments))
+        for _ in range(2):
+            found = launched(lambda: step(query))
+            assert found != before
+            for one, other in zip(found, expected, strict=True):
+                assert _without_workspace(one[3]) == _without_workspace(other[3])
+        before = found
