@@ -174,6 +174,23 @@ def test_captures_are_read_as_flex_decode_reads_them():
         step(QUERY)
 
 
+@pytest.mark.parametrize("kind", ["score_mod", "mask_mod"])
+def test_a_mod_of_which_nothing_is_proven_becomes_another_one(kind):
+    flag = True
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score * 2 if flag else score + kv_idx
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return kv_idx % 2 == 0 if flag else kv_idx % 3 == 0
+
+    arguments = {"query": QUERY, "key": KEY, "value": VALUE, kind: score_mod if kind == "score_mod" else mask_mod}
+    step = flexdecode.prepare(**arguments)
+    for flag in (True, False, True, False):
+        for _ in range(3):
+            assert_same(step(QUERY), flex_decode(**arguments))
+
+
 def test_a_capture_that_cannot_be_read_is_refused():
     slopes = torch.ones(HQ)
     step = flexdecode.prepare(QUERY, KEY, VALUE, lambda s, b, h, q, k: s * slopes[h])
