@@ -186,7 +186,8 @@ def test_a_mod_of_which_nothing_is_proven_becomes_another_one(kind):
 
     arguments = {"query": QUERY, "key": KEY, "value": VALUE, kind: score_mod if kind == "score_mod" else mask_mod}
     step = flexdecode.prepare(**arguments)
-    for flag in (True, False, True, False):
+    for is_first in (True, False, True, False):
+        flag = is_first
         for _ in range(3):
             assert_same(step(QUERY), flex_decode(**arguments))
 
@@ -265,6 +266,19 @@ def test_a_query_of_another_alignment_or_class():
         assert_same(step(query), expected)
     with pytest.raises(TypeError, match=r"`query` must be a torch\.Tensor, got list"):
         step([1.0])
+
+
+def test_gradients_that_are_switched_on_later():
+    learned, slopes = QUERY.clone().requires_grad_(), torch.ones(HQ, requires_grad=True)
+    mod = lambda s, b, h, q, k: s * slopes[h]
+    with torch.no_grad():
+        steps = flexdecode.prepare(learned, KEY, VALUE), flexdecode.prepare(QUERY, KEY, VALUE, mod)
+        for step, query in zip(steps, (learned, QUERY), strict=True):
+            for _ in range(3):
+                assert_same(step(query), flex_decode(QUERY, KEY, VALUE))
+    for step, query, name in zip(steps, (learned, QUERY), ("`query`", "`slopes` captured by score_mod"), strict=True):
+        with pytest.raises(ValueError, match=f"{name} requires grad"):
+            step(query)
 
 
 def test_gradients_and_inference_mode():
