@@ -411,3 +411,19 @@ def test_a_prepared_call_follows_memory_that_is_replaced(launched):
             for one, other in zip(found, expected, strict=True):
                 assert _without_workspace(one[3]) == _without_workspace(other[3])
         before = found
+
+
+def test_a_prepared_call_refuses_an_output_in_the_memory_of_others(launched):
+    query, key, value = make_inputs(B, HQ, HKV, 1, N, D, dtype=torch.float16)
+    slopes, both = torch.rand(B, HQ, 1, D).half(), torch.zeros(B, HQ, 1, 2 * D, dtype=torch.float16)
+    step = flexdecode.prepare(query, key, value, lambda s, b, h, q, k: s * slopes[b, h, q, 0], options=TRITON)
+    for name, out in (
+        ("`query`", query), ("`key`", key.view(-1)[: query.numel()].view(query.shape)),
+        ("a tensor that score_mod captures", slopes),
+    ):  # fmt: skip
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"`out` must not share memory with {name}"):
+                step(query, out=out)
+    beside = flexdecode.prepare(both[..., :D], key, value, options=TRITON)
+    for _ in range(2):  # interleaved
+        assert len(launched(lambda: beside(both[..., :D], out=both[..., D:]))) > 0
