@@ -11,6 +11,7 @@ from .api import cache_info as cache_info
 from .api import clear_cache as clear_cache
 from .api import explain as explain
 from .api import flex_decode as flex_decode
+from .api import prepare as prepare
 from .api import save_kernels as save_kernels
 from .api import warmup as warmup
 from .call.inputs import DecodeOptions as DecodeOptions
@@ -32,6 +33,7 @@ from .memos import CacheInfo as CacheInfo
 from .runtime.ahead import LoadedKernels as LoadedKernels
 from .runtime.ahead import SavedKernel as SavedKernel
 from .runtime.ahead import load as load
+from .runtime.prepared_call import PreparedCall as PreparedCall
 from .switch import allow_compilation as allow_compilation
 from .switch import forbid_compilation as forbid_compilation
 from .version import __version__ as __version__
@@ -52,6 +54,7 @@ __all__ = [
     "LoadedKernels",
     "OutOfPagesError",
     "PagedKVCache",
+    "PreparedCall",
     "SavedKernel",
     "TraceError",
     "TritonVersionError",
@@ -66,6 +69,7 @@ __all__ = [
     "load",
     "merge_attention",
     "mods",
+    "prepare",
     "save_kernels",
     "warmup",
     "write_kv",

@@ -1,4 +1,4 @@
-"""`flex_decode` and `explain`: from arguments to a plan that is known or made."""
+"""`flex_decode`, `prepare` and `explain`: from arguments to a plan that is known or made."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from .codegen.kernels import forget_kernels
 from .kv.kv_cache import KVCache
 from .kv.layers import CacheLayer
 from .kv.paged import PagedKVCache
+from .kv.reading import read_cache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
+from .runtime.prepared_call import IN_REGION, PreparedCall
 from .runtime.request import Request, read_request
 from .runtime.run import run_request
 
@@ -136,9 +138,44 @@ def flex_decode(
 
         return decode_in_region(given, score_mod, mask_mod, block_mask, cache, return_lse, options)
     counters.calls += 1
-    request = read_request(Inputs(*given), score_mod, mask_mod, block_mask, cache, options)
+    request = read_request(tuple.__new__(Inputs, given), score_mod, mask_mod, block_mask, cache, options)
     out, lse, _ = run_request(request, ONLY_LSE if return_lse else NO_AUX, options)
     return out if lse is None else (out, lse)
+
+
+def prepare(*arguments: Any, **keywords: Any) -> PreparedCall:
+    """Checks a call of `flex_decode` once, so that it can be repeated with little work of the host.
+
+        >>> step = prepare(query, key, value, score_mod=alibi, kv_lens=kv_lens)
+        >>> for query in queries:
+        ...     out = step(query)
+
+    `step(query)` gives what `flex_decode` gives with the same arguments. It reads them again each time: lengths,
+    caches, pages and scales in the tensors that were given here, and what the mods capture, also if it was bound anew.
+    With `cache=`, sequences may grow between the steps. A step refuses another layout of the query or of a given
+    tensor: another shape, dtype or device, or other strides. Nothing is computed here, but kernels may be compiled.
+
+    Args:
+        arguments: those of `flex_decode`, by place. Of `query` and `out` only the layout matters.
+        keywords: those of `flex_decode`, by name. Numbers are fixed here. A 0-d tensor on the CPU is read at each step;
+            a step then takes as long as a call of `flex_decode`, as it does with a `block_mask` or `options.debug`.
+
+    Returns:
+        The prepared call, `step(query, out=None)`.
+
+    Raises:
+        TypeError, ValueError, TraceError, UnsupportedOpError, CompileError: as `flex_decode`.
+        CompilationForbiddenError: a kernel would have to be compiled after `forbid_compilation()`.
+        RuntimeError: it is called in a region that torch.compile traces.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(IN_REGION)
+    asked = _bind("prepare", arguments, keywords)
+    inputs, cache = _inputs_of(asked), asked["cache"]
+    if cache is not None:
+        inputs = read_cache(cache, inputs)
+    aux = ONLY_LSE if asked["return_lse"] else NO_AUX
+    return PreparedCall(inputs, asked["score_mod"], asked["mask_mod"], asked["block_mask"], aux, asked["options"])
 
 
 def explain(*arguments: Any, device: str | DeviceFacts | None = None, **keywords: Any) -> Explanation:
@@ -227,15 +264,27 @@ def _read(name: str, arguments: tuple, keywords: dict[str, Any]) -> tuple[Reques
     Returns:
         The request, the numbers of rows that it asks for, and the options.
     """
+    asked = _bind(name, arguments, keywords)
+    others = (asked[name] for name in ("score_mod", "mask_mod", "block_mask", "cache", "options"))
+    return read_request(_inputs_of(asked), *others), ONLY_LSE if asked["return_lse"] else NO_AUX, asked["options"]
+
+
+def _bind(name: str, arguments: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `flex_decode` by name, with defaults, that the function `name` was given.
+
+    Raises:
+        TypeError: they are not those of `flex_decode`.
+    """
     try:
         given = inspect.signature(flex_decode).bind(*arguments, **keywords)
     except TypeError as error:
         raise TypeError(f"{name}() {error}") from None
     given.apply_defaults()
-    asked = given.arguments
-    inputs = Inputs(**{name: asked[name] for name in Inputs._fields})
-    others = (asked[name] for name in ("score_mod", "mask_mod", "block_mask", "cache", "options"))
-    return read_request(inputs, *others), ONLY_LSE if asked["return_lse"] else NO_AUX, asked["options"]
+    return given.arguments
+
+
+def _inputs_of(asked: dict[str, Any]) -> Inputs:
+    return Inputs(**{name: asked[name] for name in Inputs._fields})
 
 
 # What `help` and notebooks show; the types of functions do not know the attribute.
@@ -244,6 +293,7 @@ _DEVICE = inspect.signature(explain).parameters["device"]
 _FOLDER = inspect.signature(save_kernels).parameters["folder"]
 explain.__signature__ = inspect.Signature([*_GIVEN, _DEVICE])  # type: ignore[attr-defined]
 save_kernels.__signature__ = inspect.Signature([_FOLDER, *_GIVEN, _DEVICE])  # type: ignore[attr-defined]
+prepare.__signature__ = inspect.Signature(_GIVEN)  # type: ignore[attr-defined]
 warmup.__signature__ = inspect.Signature(_GIVEN)  # type: ignore[attr-defined]
 
 

@@ -231,16 +231,56 @@ class Launch:
         self.encode_descriptors: Callable[[object, object], tuple] = lambda key, value: (key, value)
         if num_descriptors:
             self.encode_descriptors = _encoder(self._run) or self.encode_descriptors
+        inner = _inner_launch(self._run, self._head)
+        self._in_tuple = False
+        if inner is not None:
+            self._run, self._head, self._in_tuple = inner
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
         """Launches on a stream; returns at once."""
         try:
-            self._run(grid[0], grid[1], 1, stream, *self._head, *arguments, *self._tail)
+            if self._in_tuple:
+                self._run(grid[0], grid[1], 1, stream, *self._head, (*arguments, *self._tail))
+            else:
+                self._run(grid[0], grid[1], 1, stream, *self._head, *arguments, *self._tail)
         except (TypeError, ValueError, SystemError) as error:  # not what the driver reports, which are RuntimeErrors
             version = triton_version()
             if version is not None and version <= NEWEST:
                 raise
             raise version_error(f"Triton did not launch a kernel: {error}.") from error
+
+
+def _inner_launch(run: Any, head: tuple) -> tuple[Any, tuple, bool] | None:
+    """Finds the C function that Triton's launcher calls, and what it gives to it beside grid, stream and arguments.
+
+    The launcher is a Python function that asks for memory of kernels that need some. It takes as long as the launch in
+    C. To learn what it gives to the C function, it is called once with another function in that place.
+
+    Args:
+        run: Triton's launcher of a kernel.
+        head: what it takes between the stream and the arguments.
+
+    Returns:
+        The C function; what it takes between the stream and the arguments; and whether it takes the arguments as one
+        tuple. None if the kernel needs memory, or if the launcher is built in another way.
+    """
+    launch = getattr(run, "launch", None)
+    if launch is None or any(getattr(run, f"{name}_scratch_size", None) for name in ("global", "profile")):
+        return None
+    grid, argument = (object(), object(), object(), object()), object()
+    given: list[tuple] = []
+    run.launch = lambda *arguments: given.append(arguments)
+    try:
+        run(*grid, *head, argument)
+    except Exception:  # it is built in another way, and works as it is
+        return None
+    finally:
+        run.launch = launch
+    if len(given) != 1 or given[0][: len(grid)] != grid:
+        return None
+    *others, last = given[0][len(grid) :]
+    in_tuple = last == (argument,)
+    return (launch, (*others,), in_tuple) if in_tuple or last is argument else None
 
 
 def _encoder(run: Any) -> Callable[[object, object], tuple] | None:

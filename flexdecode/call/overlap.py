@@ -7,6 +7,8 @@ import torch
 
 def extent(tensor: torch.Tensor) -> int:
     """Bytes from the first element of a tensor to the end of its last one."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -86,6 +86,7 @@ class Call(NamedTuple):
         score_leaves, mask_leaves: what the mods capture.
         scale: factor of the dot product.
         lists: those of a BlockMask, or None.
+        frames: of both mods, see `runtime.identity.Mod`.
     """
 
     inputs: Inputs
@@ -96,6 +97,7 @@ class Call(NamedTuple):
     mask_leaves: list
     scale: float
     lists: BlockLists | None = None
+    frames: tuple[object, object] = (None, None)
 
 
 class Argument(NamedTuple):
@@ -104,7 +106,7 @@ class Argument(NamedTuple):
     Attributes:
         name: of the template's parameter.
         type: Triton's type; a tuple has several; None if a call has no such argument.
-        tensor: reads it from a `Call`; a kernel takes its address.
+        tensor: the field of `Inputs` or `Call` that it is; a kernel takes its address.
         value: reads it from a launcher and a `Call`. The launcher fills in an argument that has neither: descriptors
             and the workspace at each call, the rest once for all calls of one layout.
         divisor: a number that divides the argument, or each element of a tuple.
@@ -112,7 +114,7 @@ class Argument(NamedTuple):
 
     name: str
     type: Callable[[KernelSpec], Any]
-    tensor: Callable[[Call], torch.Tensor] | None = None
+    tensor: str | None = None
     value: Callable[[Any, Any], Any] | None = None
     divisor: Callable[[KernelSpec], Any] = lambda spec: 1
 
@@ -129,7 +131,7 @@ def _aligned(spec: KernelSpec) -> int:
 def _row_numbers(name: str) -> Argument:
     """Numbers of rows that a call may ask for."""
     asked = attrgetter(f"signature.aux.{name}")
-    return Argument(name, lambda spec: "*fp32" if asked(spec) else None, attrgetter(name))
+    return Argument(name, lambda spec: "*fp32" if asked(spec) else None, name)
 
 
 def _partial(name: str) -> Argument:
@@ -139,7 +141,7 @@ def _partial(name: str) -> Argument:
 
 def _input(name: str) -> Argument:
     """An optional tensor of a call."""
-    return Argument(name, lambda spec: _pointer(spec.signature.kind(name)), attrgetter(f"inputs.{name}"))
+    return Argument(name, lambda spec: _pointer(spec.signature.kind(name)), name)
 
 
 def _descriptor(name: str, columns: str, element: str) -> Argument:
@@ -195,12 +197,12 @@ def _number(name: str) -> Argument:
 
 
 ARGUMENTS = (
-    Argument("query", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("inputs.query"), divisor=_aligned),
-    Argument("key", lambda s: "*" + s.key_type, attrgetter("inputs.key"), divisor=_aligned),
-    Argument("value", lambda s: "*" + s.value_type, attrgetter("inputs.value"), divisor=_aligned),
+    Argument("query", lambda s: "*" + TYPE_NAMES[s.signature.dtype], "query", divisor=_aligned),
+    Argument("key", lambda s: "*" + s.key_type, "key", divisor=_aligned),
+    Argument("value", lambda s: "*" + s.value_type, "value", divisor=_aligned),
     _descriptor("key_descriptor", "key_columns", "key_type"),
     _descriptor("value_descriptor", "value_columns", "value_type"),
-    Argument("out", lambda s: "*" + TYPE_NAMES[s.signature.dtype], attrgetter("out"), divisor=_aligned),
+    Argument("out", lambda s: "*" + TYPE_NAMES[s.signature.dtype], "out", divisor=_aligned),
     _row_numbers("lse"),
     _row_numbers("max_scores"),
     *map(_partial, ("partial_out", "partial_max", "partial_sum")),
@@ -238,12 +240,14 @@ ARGUMENTS = (
     Argument(
         "score_captures",
         lambda s: s.score_captures,
-        value=lambda launch, call: launch.form.read_score(call.score_leaves),
+        value=lambda launch, call: launch.form.read_score(call.score_leaves, call.frames[0]),
     ),
     Argument(
-        "mask_captures", lambda s: s.mask_captures, value=lambda launch, call: launch.form.read_mask(call.mask_leaves)
+        "mask_captures",
+        lambda s: s.mask_captures,
+        value=lambda launch, call: launch.form.read_mask(call.mask_leaves, call.frames[1]),
     ),
-    Argument("scale", lambda s: "fp32", value=lambda launch, call: call.scale),
+    Argument("scale", lambda s: "fp32", value=lambda _, call: call.scale),
     *map(_stride, STRIDES[:4]),
     _steps("key_steps", "k"),
     *map(_stride, STRIDES[6:8]),

@@ -18,6 +18,9 @@ from ..codegen.compile import capture_types
 from ..codegen.kernels import Combine, Kernel
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8
+from ..memos import Bounded
+
+MAX_DESCRIBED = 1024  # pairs of caches of which a kernel keeps the descriptors: a model has one for each layer
 
 
 class _Workspaces(threading.local):
@@ -44,11 +47,41 @@ class CaptureReader:
         self.frozen = graph.frozen if graph else ()
         self.types = capture_types(graph) if types is None else types
         self.pointers = pointers
+        # The last frame, and the values for it. Those of numbers and addresses are read again, by their places.
+        self.last: tuple[object, list] = None, []
+        self.varying = [(place, source) for place, source in enumerate(self.numbers) if source.dim < 0]
+        self.addresses: list[tuple[int, int]] = []
+        place = len(self.numbers)
+        for leaf, (_, rank) in zip(self.tensors, graph.tensor_types if graph else (), strict=True):
+            self.addresses += [(place, leaf)] * (leaf >= 0)
+            place += 1 + 2 * rank
 
-    def __call__(self, leaves: list) -> tuple:
-        """Gives the `captures` argument of the kernel, in the order of `CaptureLayout`."""
+    def __call__(self, leaves: list, frame: object = None) -> tuple:
+        """Gives the `captures` argument of the kernel, in the order of `CaptureLayout`.
+
+        Args:
+            leaves: what the mod captures.
+            frame: that of the mod.
+        """
         if not self.types:
             return ()
+        if frame is None or not self.pointers:
+            return (*self._read(leaves),)
+        last, known = self.last
+        if frame is not last:
+            known = self._read(leaves)
+            self.last = frame, known
+            return (*known,)
+        values = known.copy()
+        for place, source in self.varying:
+            value = leaves[source[0]]
+            is_float = value.__class__ is float  # of which nothing has to be checked
+            values[place] = value if is_float else source.read(leaves)
+        for place, leaf in self.addresses:
+            values[place] = leaves[leaf].data_ptr()
+        return (*values,)
+
+    def _read(self, leaves: list) -> list:
         values: list[Any] = [source.read(leaves) for source in self.numbers]
         for leaf in self.tensors:
             tensor = leaves[leaf] if leaf >= 0 else self.frozen[-1 - leaf]
@@ -58,7 +91,7 @@ class CaptureReader:
                 values.append(tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor)
             values += tensor.shape
             values += tensor.stride()
-        return tuple(values)
+        return values
 
 
 class LaunchForm:
@@ -66,13 +99,15 @@ class LaunchForm:
 
     Attributes:
         at: gives what the kernel takes for a tensor: its address; in the interpreter, the tensor itself.
-        tensors, values: the arguments that are read at each call: their places, and the functions that read them.
+        inputs: the tensors that are read of the inputs of each call: places among the arguments, and in `Inputs`.
+        results: those that a call writes: places among the arguments, and in `Call`.
+        values: the other arguments that are read at each call: their places, and the functions that read them.
         listed: what `BlockLists.arguments` needs besides the number of heads.
         block_shape: keys of a block, and columns that a load of keys and of values reads.
         dtypes: as descriptors read keys and values.
         absent: a list of arguments with None or an empty tuple in each place.
         read_score, read_mask: read what the mods capture.
-        described: the last caches with descriptors (addresses, matrices), and the launch arguments for these.
+        described: by addresses of caches, their matrices and the launch arguments for the descriptors.
     """
 
     def __init__(self, kernel: Kernel, spec: KernelSpec, proven: ProvenMods, on_gpu: bool) -> None:
@@ -90,9 +125,11 @@ class LaunchForm:
         types = [row.type(spec) for row in ARGUMENTS]
         self.absent: list = [() if kind == () else None for kind in types]
         asked = [(i, row) for i, row in enumerate(ARGUMENTS) if types[i]]
-        self.tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
+        tensors = [(i, row.tensor) for i, row in asked if row.tensor is not None]
+        self.results = [(i, Call._fields.index(name)) for i, name in tensors if name in Call._fields]
+        self.inputs = [(i, Inputs._fields.index(name)) for i, name in tensors if name not in Call._fields]
         self.values = [(i, row.value) for i, row in asked if row.value is not None]
-        self.described: tuple[tuple, tuple] = (), ()
+        self.described = Bounded(limit=MAX_DESCRIBED)
 
 
 Pick = Callable[[list], tuple]  # the arguments of a second pass, from those of a first pass
@@ -127,39 +164,50 @@ class FirstPass:
         """Sets where the partial results of the pass begin in the workspace: after so many of its tiles."""
         self.arguments[PLACES["first_place"]] = tile
 
+    def fill(self, arguments: list, call: Call) -> None:
+        """Writes the arguments that a call gives."""
+        form, inputs = self.form, call.inputs
+        if form.on_gpu:  # the launcher takes addresses as numbers without asking the driver about them
+            for place, at in form.inputs:
+                arguments[place] = inputs[at].data_ptr()  # type: ignore[union-attr]  # the form knows that it is there
+            for place, at in form.results:
+                arguments[place] = call[at].data_ptr()  # type: ignore[union-attr]
+        else:
+            for place, at in form.inputs:
+                arguments[place] = inputs[at]
+            for place, at in form.results:
+                arguments[place] = call[at]
+        for place, value in form.values:
+            arguments[place] = value(self, call)
+
     def launch(self, call: Call, stream: int, workspace: tuple | None, pick: Pick | None = None) -> tuple | None:
         """Launches the pass. Returns those of its arguments that `pick` takes."""
         form = self.form
         arguments = self.arguments.copy()
         if workspace is not None:
             arguments[WORKSPACE] = workspace
-        # The launcher takes addresses as numbers without asking the driver about them.
-        for place, read in form.tensors:
-            tensor = read(call)
-            arguments[place] = tensor.data_ptr() if form.on_gpu else tensor
-        for place, value in form.values:
-            arguments[place] = value(self, call)
+        self.fill(arguments, call)
         picked = None if pick is None else pick(arguments)  # before each descriptor becomes several arguments
         if self.matrices is not None and form.on_gpu:
-            arguments[DESCRIPTORS] = self._descriptors(call.inputs)
+            arguments[DESCRIPTORS] = self.descriptors(arguments[PLACES["key"]], arguments[PLACES["value"]])
         form.kernel.run(self.grid, stream, arguments)
         return picked
 
-    def _descriptors(self, inputs: Inputs) -> tuple:
-        """The launch arguments for the descriptors of both caches. Those of the last addresses are kept."""
+    def descriptors(self, key: int, value: int) -> tuple:
+        """The launch arguments for the descriptors of caches at two addresses. Those of many addresses are kept."""
         assert self.matrices is not None
-        form, key = self.form, inputs.key.data_ptr()
-        addresses = key, key if form.latent else inputs.value.data_ptr()
-        described = form.described
-        if described[0] != (addresses, self.matrices):
+        form = self.form
+        addresses = key, key if form.latent else value
+        matrices, described = form.described.get(addresses, (None, ()))
+        if matrices != self.matrices:
             block_n, *widths = form.block_shape
             made = [
                 make_descriptor(address, matrix, [block_n, width], dtype)
                 for address, matrix, width, dtype in zip(addresses, self.matrices, widths, form.dtypes, strict=True)
             ]
-            described = (addresses, self.matrices), form.kernel.run.encode_descriptors(*made)
-            form.described = described
-        return described[1]
+            described = form.kernel.run.encode_descriptors(*made)
+            form.described.add(addresses, (self.matrices, described))
+        return described
 
 
 class TritonLauncher:
@@ -168,12 +216,14 @@ class TritonLauncher:
     def __init__(self, passes: Sequence[FirstPass], combine: Combine | None, sizes: Sizes) -> None:
         """`passes`: one, or two of which the second one has the larger tiles."""
         first, last = passes[0], passes[-1]
-        self.first, self.large = first, passes[1:]
+        self.first, self.large = first, [*passes[1:]]
         self.combine = combine
         self.pick = None if combine is None else combine.pick
         signature = first.form.spec.signature
         self.on_gpu = first.form.on_gpu
+        self.placed: tuple[int, tuple] = 0, ()  # the last address of the workspace, and the argument for it
         self.device = signature.device
+        self.is_one_of_several = self.on_gpu and torch.cuda.device_count() > 1
         self.large_splits = last.chosen.num_splits
         rows = [one.chosen.num_places * one.chosen.tiles.block_m for one in passes]
         self.num_rows = sum(rows)
@@ -194,19 +244,32 @@ class TritonLauncher:
 
     def __call__(self, call: Call) -> None:
         """Launches all passes on the current stream; returns at once."""
-        if self.on_gpu and torch.cuda.current_device() != self.device.index:
+        if self.is_elsewhere():
             with torch.cuda.device(self.device):
                 self._launch(call)
         else:
             self._launch(call)
 
+    def is_elsewhere(self) -> bool:
+        """Whether the current device is another one."""
+        return self.is_one_of_several and torch.cuda.current_device() != self.device.index
+
     def _launch(self, call: Call) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
-        memory = self._memory(stream) if self.workspace_size else None  # lives until all passes are launched
-        workspace = None if memory is None else self._workspace(memory)
+        stream, memory, workspace = self.begin()  # the memory lives until all passes are launched
         picked = self.first.launch(call, stream, workspace, self.pick)
         for large in self.large:
             large.launch(call, stream, workspace)
+        self.merge(picked, stream)
+        del memory
+
+    def begin(self) -> tuple[int, torch.Tensor | None, tuple | None]:
+        """The current stream, the memory of the partial results, and the launch argument for it."""
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
+        memory = self._memory(stream) if self.workspace_size else None
+        return stream, memory, None if memory is None else self._workspace(memory)
+
+    def merge(self, picked: tuple | None, stream: int) -> None:
+        """Launches the second pass, if there is one, with arguments that were picked from those of the first pass."""
         if self.combine is not None:
             assert picked is not None
             self.combine.run(self.grid, stream, (*picked, self.large_splits))
@@ -229,7 +292,12 @@ class TritonLauncher:
         """The launch argument `workspace`: outputs, maxima, sums, parts of items."""
         at, has_parts = memory.data_ptr(), self.parts_size > 0
         if self.on_gpu:
-            return at + 4 * self.outs_at, at, at + 4 * self.sums_at, at + 4 * self.parts_at if has_parts else None
+            last, argument = self.placed
+            if at != last:
+                parts_at = at + 4 * self.parts_at if has_parts else None
+                argument = at + 4 * self.outs_at, at, at + 4 * self.sums_at, parts_at
+                self.placed = at, argument
+            return argument
         parts = memory[self.parts_at :].view(torch.int32) if has_parts else None
         return memory[self.outs_at :], memory, memory[self.sums_at :], parts
 

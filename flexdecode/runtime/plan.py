@@ -34,6 +34,13 @@ LOOSE = (
 
 def layout(tensor: object) -> object:
     """Everything of a tensor that a plan depends on; its contents are not part of it."""
+    if tensor.__class__ is torch.Tensor:
+        try:
+            start = tensor.data_ptr()
+        except RuntimeError:  # it is not dense, or has no memory that could be read
+            pass
+        else:
+            return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start & 15, tensor.requires_grad
     if tensor is None or isinstance(tensor, bool):
         return tensor
     if not isinstance(tensor, torch.Tensor):
@@ -151,6 +158,9 @@ def name_graphs(graphs: tuple[Graph | None, Graph | None], mods: tuple[Mod, Mod]
     )
 
 
+record: Any = tuple.__new__  # makes a named tuple of a tuple, in a third of the time of a call of its class
+
+
 class Results(NamedTuple):
     """What a call gives: its output, and the numbers of rows that it was asked for, see `Aux`."""
 
@@ -168,6 +178,7 @@ class Plan:
         self.launcher = launcher
         self.checker = checker
         self.out_shape = inputs.out_shape
+        self.like: torch.Tensor | None = None  # a tensor without memory that has the layout of the output
         self.default_scale = 1.0 / math.sqrt(inputs.head_dim)
         self.aux = aux
         self.checks_lens = options.debug or inputs.query.device.type == "cpu"
@@ -188,7 +199,17 @@ class Plan:
         other = Plan.__new__(Plan)
         other.__dict__.update(self.__dict__)
         other.launcher, other.out_shape, other.extents, other.apart = launcher, inputs.out_shape, [], set()
+        other.like = None
         return other
+
+    def with_numbers(self, inputs: Inputs) -> Inputs:
+        """The call with its scales that are numbers as checked floats.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        scales: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}
+        return inputs._replace(**scales)
 
     def check_out(self, inputs: Inputs, out: torch.Tensor) -> None:
         """Refuses an `out` that would overwrite an input.
@@ -212,15 +233,20 @@ class Plan:
                     self.apart.clear()
                 self.apart.add((place, at - start))
 
-    def run(self, inputs: Inputs, score_leaves: list, mask_leaves: list, lists: BlockLists | None = None) -> Results:
+    def run(self, inputs: Inputs, score: Mod, mask: Mod, lists: BlockLists | None = None) -> Results:
         """Runs the call on tensors of the layout that the plan was made for."""
-        out = inputs.query.new_empty(self.out_shape) if inputs.out is None else inputs.out
-        lse, max_scores = [
-            inputs.query.new_empty(self.out_shape[:-1], dtype=torch.float32) if asked else None for asked in self.aux
-        ]
-        if inputs.out is not None:
+        score_leaves, mask_leaves = score.leaves, mask.leaves
+        out, lse, max_scores = inputs.out, None, None
+        if out is None:
+            out = self.new_out(inputs.query)
+        else:
             self.check_out(inputs, out)
-            check_captured_out(out, score_leaves, mask_leaves)
+            if score_leaves or mask_leaves:
+                check_captured_out(out, score_leaves, mask_leaves)
+        if self.aux.lse:
+            lse = self.new_numbers(inputs.query)
+        if self.aux.max_scores:
+            max_scores = self.new_numbers(inputs.query)
         if self.checks_lens:
             check_all_lens(inputs, self.options)
         if self.empty:  # the tokens of a packed query may belong to no sequence
@@ -231,14 +257,28 @@ class Plan:
         else:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
             if self.numbers:
-                scales: dict[str, Any] = {name: checked_scale(getattr(inputs, name), name) for name in self.numbers}
-                inputs = inputs._replace(**scales)
+                inputs = self.with_numbers(inputs)
             if self.loose:
                 inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
             if self.checker is not None:
                 self.checker(Call(inputs, torch.empty_like(out), None, None, score_leaves, mask_leaves, scale))
-            self.launcher(Call(inputs, out, lse, max_scores, score_leaves, mask_leaves, scale, lists))
-        return Results(out, lse, max_scores)
+            frames = score.frame, mask.frame
+            call = inputs, out, lse, max_scores, score_leaves, mask_leaves, scale, lists, frames
+            self.launcher(record(Call, call))
+        return record(Results, (out, lse, max_scores))
+
+    def new_out(self, query: torch.Tensor) -> torch.Tensor:
+        """A new contiguous output."""
+        if query.__class__ is not torch.Tensor:
+            return query.new_empty(self.out_shape)
+        if self.like is None:
+            self.like = query.new_empty(self.out_shape)
+            self.like.untyped_storage().resize_(0)  # PyTorch copies a layout faster than it reads a tuple of sizes
+        return torch.empty_like(self.like)
+
+    def new_numbers(self, query: torch.Tensor) -> torch.Tensor:
+        """New numbers of rows."""
+        return query.new_empty(self.out_shape[:-1], dtype=torch.float32)
 
 
 def _is_number(scale: object) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from ..analysis.proven import Listed
 from ..call.block_mask import BlockLists, read_block_mask
 from ..call.checks import check_inputs
@@ -25,7 +27,7 @@ from ..kv.kv_cache import KVCache
 from ..kv.layers import CacheLayer
 from ..kv.paged import PagedKVCache
 from ..kv.reading import read_cache
-from .identity import Mod, identify
+from .identity import NO_MOD, Mod, identify
 
 
 class Request(NamedTuple):
@@ -78,9 +80,11 @@ def read_request(
         inputs = inputs._replace(max_q_len=as_hint(inputs.max_q_len, inputs.cu_seqlens_q))
     (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
-        kv_starts, kv_offset, *others,
+        kv_starts, kv_offset, max_q_len, scale, out,
     ) = inputs  # fmt: skip
-    if not (kv_lens is q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None):
+    are_absent = q_lens is q_offset is k_scale is v_scale is kv_starts is kv_offset is None
+    is_settled = kv_lens is None or (kv_lens.__class__ is torch.Tensor and kv_lens.ndim > 0)
+    if not (are_absent and is_settled):
         of = query, cu_seqlens_q
         inputs = Inputs(
             query, key, value,
@@ -93,7 +97,7 @@ def read_request(
             sinks, cu_seqlens_q, cu_seqlens_k,
             None if kv_starts is None else as_kv_starts(kv_starts, *of),
             None if kv_offset is None else as_kv_offset(kv_offset, *of),
-            *others,
+            max_q_len, scale, out,
         )  # fmt: skip
     lists, listed = None, Listed.NO
     if block_mask is not None:
@@ -101,4 +105,6 @@ def read_request(
         listed = Listed.ALONE if mask_mod is None else Listed.WITH_MASK
         mask_mod, lists = read_block_mask(block_mask, inputs, mask_mod)
         lists.check_positions(inputs)
-    return Request(inputs, identify("score_mod", score_mod), identify("mask_mod", mask_mod), lists, listed)
+    score = NO_MOD if score_mod is None else identify("score_mod", score_mod)
+    mask = NO_MOD if mask_mod is None else identify("mask_mod", mask_mod)
+    return tuple.__new__(Request, (inputs, score, mask, lists, listed))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-
 import torch
 
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..memos import Bounded, counters
 from .debug import check_again
-from .identity import Mod, pins_of
+from .identity import Mod
 from .plan import Plan, Results, any_length, layout
 from .prepare import prepare
+from .recent import Recent, kinds_of
 from .request import Request
 
 _calls = Bounded.memo(limit=512)  # all that identifies a call but its numbers of keys and query tokens -> `_Lengths`
 
-# The arguments whose layouts change with these numbers, in the order of `any_length`, and the others.
-_LONG = ("query", "key", "value", "page_table", "k_scale", "v_scale", "out")
-_long = itemgetter(*[Inputs._fields.index(name) for name in _LONG])
-_others = itemgetter(*[place for place, name in enumerate(Inputs._fields) if name not in (*_LONG, "max_q_len")])
+_recent = Bounded.memo(limit=512)  # the mods of a call and how it is run -> its last `Recent`s
+MAX_RECENT = 4
 
 
 class _Lengths:
@@ -28,14 +25,14 @@ class _Lengths:
 
     Attributes:
         plans: by layouts of query, caches and output, and by the values that proofs about indices use.
+        found: the keys of plans that were found there once. Those that come again become a `Recent`.
         prepared: what plans share, by the same without these numbers and their multiples.
-        kept: the objects whose ids are in the key of the call.
     """
 
-    def __init__(self, kept: list) -> None:
+    def __init__(self) -> None:
         self.plans = Bounded(limit=64)
+        self.found = Bounded(limit=16)
         self.prepared = Bounded(limit=16)
-        self.kept = kept
 
 
 def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Results:
@@ -49,7 +46,7 @@ def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Re
     if plan.options.debug:
         check_again("score_mod", score, inputs.query.device)
         check_again("mask_mod", mask, inputs.query.device)
-    return plan.run(inputs, score.leaves, mask.leaves, request.lists)
+    return plan.run(inputs, score, mask, request.lists)
 
 
 def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tuple[Plan, Mod, Mod]:
@@ -62,27 +59,34 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
         TypeError, ValueError, TraceError, UnsupportedOpError: as `flex_decode`.
     """
     inputs, score, mask, _, listed = request
-    length = inputs.kv_lens if inputs.kv_lens.__class__ is int else None
+    if options is not None and not isinstance(options, DecodeOptions):
+        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
+    grad = torch.is_grad_enabled()
     try:
-        call = (
-            score.identity, mask.identity, *[None if x is None else layout(x) for x in _others(inputs)],
-            _same_start(inputs.key, inputs.value), aux, options, torch.is_grad_enabled(), listed,
-        )  # fmt: skip
-        lengths = (
-            score.proof_values, mask.proof_values, inputs.max_q_len,
-            *[None if x is None else layout(x) for x in _long(inputs)], length,
-        )  # fmt: skip
+        site = score.mark, mask.mark, aux, options, grad, listed, kinds_of(inputs)
+        recents = _recent.get(site, ())
+        for recent in recents:
+            if recent.fits(inputs, score, mask):
+                counters.hits += 1
+                return recent.plan, score, mask
+        of_call, of_lengths = _layouts(inputs)
     except RuntimeError as error:  # a tensor has no memory that could be read
         raise ValueError(
             f"flex_decode needs tensors with memory of their own: {error}\n"
             "  In torch.vmap and torch.func, make the mapped dimension part of the batch."
         ) from None
-    if options is not None and not isinstance(options, DecodeOptions):
-        raise TypeError(f"`options` must be a flexdecode.DecodeOptions, got {type(options).__name__}")
+    call = (score.mark, mask.mark, of_call, aux, options, grad, listed)
+    lengths = (score.proof_values, mask.proof_values, *of_lengths)
     known = _calls.get(call)
-    plan = None if known is None else known.plans.get(lengths)
+    if known is None:
+        return _make_plan(known, request, call, lengths)
+    plan = known.plans.get(lengths)
     if plan is None:
         return _make_plan(known, request, call, lengths)
+    if lengths not in known.found:
+        known.found.add(lengths, True)
+    elif (found := Recent.of(plan, inputs, score, mask)) is not None:
+        _recent.add(site, (found, *recents[: MAX_RECENT - 1]))
     counters.hits += 1
     return plan, score, mask
 
@@ -108,10 +112,10 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
             )
         *_, aux, options, _, _ = call
         prepared, plan, (score, mask) = prepare(inputs, (score, mask), aux, options, listed)
-        call = (score.identity, mask.identity, *call[2:])
+        call = (score.mark, mask.mark, *call[2:])
         known = _calls.get(call)
         if known is None:
-            known = _Lengths([pins_of(mod) for mod in (score, mask)])
+            known = _Lengths()
             _calls.add(call, known)
         if free is not None:
             known.prepared.add((len(score.proof_values), len(mask.proof_values), free), prepared)
@@ -119,8 +123,41 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
     return plan, score, mask
 
 
-def _same_start(key: object, value: object) -> bool:
-    """Whether values may be the first columns of keys: not part of the layouts, but of a plan."""
-    if not (isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
-        return False
-    return key.layout == value.layout == torch.strided and key.data_ptr() == value.data_ptr()
+def _layouts(inputs: Inputs) -> tuple[tuple, tuple]:
+    """What a plan depends on in the arguments of a call.
+
+    Returns:
+        What does not change with the numbers of keys and query tokens; and what does: `max_q_len`, and the arguments of
+        `any_length`.
+
+    Raises:
+        RuntimeError: a tensor has no memory that could be read.
+    """
+    (
+        query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
+        kv_starts, kv_offset, max_q_len, scale, out,
+    ) = inputs  # fmt: skip
+    of_key, of_value = layout(key), layout(value)
+    # Whether values may be the first columns of keys: not part of the layouts, but of a plan.
+    same_start = (
+        of_key.__class__ is of_value.__class__ is tuple
+        and None not in (of_key[4], of_value[4])
+        and key.data_ptr() == value.data_ptr()
+    )
+    others = None
+    if not (q_lens is q_offset is sinks is cu_seqlens_q is cu_seqlens_k is kv_starts is kv_offset is scale is None):
+        others = tuple(
+            None if x is None else layout(x)
+            for x in (q_lens, q_offset, sinks, cu_seqlens_q, cu_seqlens_k, kv_starts, kv_offset, scale)
+        )
+    return (None if kv_lens is None else layout(kv_lens), others, same_start), (
+        max_q_len,
+        layout(query),
+        of_key,
+        of_value,
+        None if page_table is None else layout(page_table),
+        None if k_scale is None else layout(k_scale),
+        None if v_scale is None else layout(v_scale),
+        None if out is None else layout(out),
+        kv_lens if kv_lens.__class__ is int else None,
+    )

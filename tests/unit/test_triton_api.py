@@ -198,3 +198,55 @@ def test_every_other_module_leaves_versions_of_triton_to_this_one():
     for path in package.rglob("*.py"):
         if path.name != "triton_api.py":
             assert not re.search(r"^ *(import|from) triton\b", path.read_text(), re.MULTILINE), path
+
+
+# --- The C function that launches -------------------------------------------------------------------------------------
+
+
+class Launcher:
+    """Triton's launcher as 3.6 (flat) and 3.9 (with a tuple) build it."""
+
+    def __init__(self, in_tuple, **sizes):
+        self.in_tuple, self.launched, self.called = in_tuple, [], 0
+        self.launch = lambda *arguments: self.launched.append(arguments)
+        self.__dict__.update(sizes)
+
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args):
+        self.called += 1
+        head, arguments = args[:4], args[4:]
+        more = (arguments,) if self.in_tuple else arguments
+        self.launch(gridX, gridY, gridZ, stream, function, "cooperative", *head, *more)
+
+
+@pytest.mark.parametrize("in_tuple", [False, True])
+def test_the_c_function_is_called_with_what_the_launcher_gives_it(in_tuple):
+    run = Launcher(in_tuple, global_scratch_size=0, profile_scratch_size=0)
+    compiled_kernel = SimpleNamespace(run=run, function=1234, packed_metadata=(4, 1))
+    launch = triton_api.Launch(compiled_kernel, 2)
+    calls, run.launched = run.called, []
+    launch((3, 4), 5, ("query", "key"))
+    run(3, 4, 1, 5, 1234, (4, 1), None, None, None, "query", "key", None, None)
+    by_launch, by_triton = run.launched
+    assert by_launch == by_triton and run.called == calls + 1
+
+
+@pytest.mark.parametrize("sizes", [{"global_scratch_size": 8}, {"profile_scratch_size": 8}])
+def test_a_kernel_that_needs_memory_is_launched_by_triton(sizes):
+    run = Launcher(True, **sizes)
+    launch = triton_api.Launch(SimpleNamespace(run=run, function=1234, packed_metadata=(4, 1)), 0)
+    launch((3, 4), 5, ("query",))
+    assert run.called == 1 and run.launched[0][:4] == (3, 4, 1, 5)
+
+
+def test_a_launcher_that_is_built_in_another_way_is_left_as_it_is():
+    def run(gridX, gridY, gridZ, stream, function, *args):
+        if not isinstance(gridX, int):
+            raise ValueError("grids are numbers")
+        launched.append(args)
+
+    launched = []
+    run.launch = None
+    triton_api.Launch(SimpleNamespace(run=run, function=1, packed_metadata=()), 0)((3, 4), 5, ("query",))
+    run.launch = other = lambda *args: None
+    triton_api.Launch(SimpleNamespace(run=run, function=1, packed_metadata=()), 0)((3, 4), 5, ("query",))
+    assert [args[-1] for args in launched] == ["query"] * 2 and run.launch is other

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from .code import uncompiled
 from .copies import CannotRebuild, copy_for_trace, leaf_names
+from .quick import Simple, same_layouts
 from .reads import Reads
 from .scan import NOTHING, Followed, pins, read
 
@@ -31,10 +32,12 @@ __all__ = [
     "CannotRebuild",
     "Followed",
     "Reads",
+    "Simple",
     "copy_for_trace",
     "leaf_names",
     "pins",
     "read",
+    "same_layouts",
     "uncompiled",
     "walk",
 ]
