@@ -50,13 +50,22 @@ def layout(tensor: object) -> object:
 
 
 def any_length(
-    query: Any, key: Any, value: Any, table: Any, k_scale: Any, v_scale: Any, out: Any, kv_lens: int | None
+    batch: int | None,
+    query: Any,
+    key: Any,
+    value: Any,
+    table: Any,
+    k_scale: Any,
+    v_scale: Any,
+    out: Any,
+    kv_lens: int | None,
 ) -> tuple | None:
     """What a `Prepared` depends on in some arguments: their layout, without query tokens, N and multiples of these.
 
     None if the arguments are wrong, or if there is no query or no key.
 
     Args:
+        batch: the number of sequences of packed queries, on which a `Prepared` does not depend either, or None.
         query: the `layout` of the queries.
         key: the `layout` of the keys.
         value: the `layout` of the values.
@@ -78,7 +87,8 @@ def any_length(
     if tokens is None:
         return None
     if table is not None:
-        return *tokens, (table[0][0], table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
+        lines = None if table[0][0] == batch else table[0][0]
+        return *tokens, (lines, table[1][1] == 1, *table[2:]), key, value, k_scale, v_scale
     # Scales per token have the shape of the keys.
     scales = [(x[0] == shape[:3], x[2:]) if x.__class__ is tuple and len(x[0]) == 3 else x for x in (k_scale, v_scale)]
     same = shape[2] == value[0][2], steps == value[1]

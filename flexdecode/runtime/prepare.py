@@ -171,7 +171,9 @@ def prepare(
 
 
 class Prepared:
-    """A traced call with a cache of any length and any number of query tokens. Calls that differ in these share it.
+    """A traced call with any length of the cache, number of query tokens and, if packed, number of sequences.
+
+    Calls that differ in these share it.
 
     A cache that grows by `torch.cat` has another N and other strides for every token. `plan` does what depends on
     them: it finds which indices are in range, the numbers of the schedule, and what is launched.
@@ -190,7 +192,8 @@ class Prepared:
             check_device(inputs, self.facts)
         self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
-        # The values that the last proofs used, their result, and the shortest and the longest length it holds for.
+        # What the last proofs used: the number of sequences and values of the mods. Their result, and the shortest and
+        # the longest length it holds for.
         self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
         self.num_proof_values = -1  # numbers of the mask_mod if proofs of the score_mod also use them
 
@@ -210,22 +213,23 @@ class Prepared:
             return self.plan_of_any if same else self.plan_of_any.launched_by(self.eager, inputs), mods[1]
         sizes = inputs.sizes
         score, mask = mods
-        values, loaded, first, end = self.last
-        if loaded is None or not first <= sizes.max_kv_len <= end or values != (score.proof_values, mask.proof_values):
+        used, loaded, first, end = self.last
+        now = sizes.batch, score.proof_values, mask.proof_values
+        if loaded is None or not first <= sizes.max_kv_len <= end or used != now:
             loaded, mask = self._reach(mods, sizes)
         return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes), inputs), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and notes up to which length the result holds."""
         score, mask = mods
-        repeated = self.last[0] == (score.proof_values, mask.proof_values)
+        repeated = self.last[0] == (sizes.batch, score.proof_values, mask.proof_values)
         loaded, mask = self._load(mods, sizes)
         end = sizes.max_kv_len if self.is_proof_of_length else MAX_KV_LEN
         if repeated and end == sizes.max_kv_len:
             # If a longer sequence gives the same result, all lengths between the two give it as well.
             further = next_power_of_2(end)
             end = further if self._load((score, mask), sizes._replace(max_kv_len=further))[0] is loaded else end
-        self.last = (score.proof_values, mask.proof_values), loaded, sizes.max_kv_len, end
+        self.last = (sizes.batch, score.proof_values, mask.proof_values), loaded, sizes.max_kv_len, end
         return loaded, mask
 
     def _load(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..call.inputs import DecodeOptions, Inputs
@@ -14,14 +16,15 @@ from .prepare import prepare
 from .recent import Recent, kinds_of
 from .request import Request
 
-_calls = Bounded.memo(limit=512)  # all that identifies a call but its numbers of keys and query tokens -> `_Lengths`
+# All that identifies a call but its numbers of keys, query tokens and, if packed, sequences -> `_Lengths`
+_calls = Bounded.memo(limit=512)
 
 _recent = Bounded.memo(limit=512)  # the mods of a call and how it is run -> its last `Recent`s
 MAX_RECENT = 4
 
 
 class _Lengths:
-    """The plans of a call by the length of its cache, its number of query tokens and `max_q_len`.
+    """The plans of a call by its numbers of keys, query tokens and sequences, and `max_q_len`.
 
     Attributes:
         plans: by layouts of query, caches and output, and by the values that proofs about indices use.
@@ -30,7 +33,7 @@ class _Lengths:
     """
 
     def __init__(self) -> None:
-        self.plans = Bounded(limit=64)
+        self.plans = Bounded(limit=256)
         self.found = Bounded(limit=16)
         self.prepared = Bounded(limit=16)
 
@@ -127,8 +130,8 @@ def _layouts(inputs: Inputs) -> tuple[tuple, tuple]:
     """What a plan depends on in the arguments of a call.
 
     Returns:
-        What does not change with the numbers of keys and query tokens; and what does: `max_q_len`, and the arguments of
-        `any_length`.
+        What does not change with the numbers of keys, query tokens and packed sequences; and what does: `max_q_len`,
+        and the arguments of `any_length`.
 
     Raises:
         RuntimeError: a tensor has no memory that could be read.
@@ -144,14 +147,18 @@ def _layouts(inputs: Inputs) -> tuple[tuple, tuple]:
         and None not in (of_key[4], of_value[4])
         and key.data_ptr() == value.data_ptr()
     )
-    others = None
+    others, batch = None, None
+    of_lens = None if kv_lens is None else layout(kv_lens)
     if not (q_lens is q_offset is sinks is cu_seqlens_q is cu_seqlens_k is kv_starts is kv_offset is scale is None):
         others = tuple(
             None if x is None else layout(x)
             for x in (q_lens, q_offset, sinks, cu_seqlens_q, cu_seqlens_k, kv_starts, kv_offset, scale)
         )
-    return (None if kv_lens is None else layout(kv_lens), others, same_start), (
+        if cu_seqlens_q is not None:
+            of_lens, others, batch = _of_any_batch(of_lens, others)
+    return (of_lens, others, same_start), (
         max_q_len,
+        batch,
         layout(query),
         of_key,
         of_value,
@@ -161,3 +168,28 @@ def _layouts(inputs: Inputs) -> tuple[tuple, tuple]:
         None if out is None else layout(out),
         kv_lens if kv_lens.__class__ is int else None,
     )
+
+
+def _of_any_batch(of_lens: Any, others: tuple) -> tuple[Any, tuple, int | None]:
+    """The layouts of arguments with one entry per sequence, without the number of sequences of packed queries.
+
+    Args:
+        of_lens: of `kv_lens`.
+        others: of `q_lens`, `q_offset`, `sinks`, `cu_seqlens_q`, `cu_seqlens_k`, `kv_starts`, `kv_offset` and `scale`.
+
+    Returns:
+        The layouts, and the number of sequences. A tensor of another length keeps its shape, so its call is checked.
+    """
+    of_q_lens, of_offset, of_sinks, of_cu_q, of_cu_k, of_starts, of_kv_offset, of_scale = others
+    if not (of_cu_q.__class__ is tuple and len(of_cu_q[0]) == 1 and of_cu_q[0][0] > 1):
+        return of_lens, others, None
+    (ends,) = of_cu_q[0]
+
+    def without(of: Any, length: int) -> Any:
+        return (None, *of[1:]) if of.__class__ is tuple and of[0] == (length,) else of
+
+    of_lens, of_offset, of_starts, of_kv_offset = (
+        without(of, ends - 1) for of in (of_lens, of_offset, of_starts, of_kv_offset)
+    )
+    of_cu_q, of_cu_k = without(of_cu_q, ends), without(of_cu_k, ends)
+    return of_lens, (of_q_lens, of_offset, of_sinks, of_cu_q, of_cu_k, of_starts, of_kv_offset, of_scale), ends - 1

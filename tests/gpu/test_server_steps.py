@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexdecode import cache_info
 from flexdecode.integrations.vllm.attend import LayerAttention, LayerMods, OfModel, Step
 from flexdecode.kv.slots import write_kv
+from flexdecode.runtime.run import _calls as calls
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,11 @@ class MadeOnTheHost(TorchDispatchMode):
         return made
 
 
+def prepared_calls():
+    """How many calls were prepared from nothing."""
+    return sum(len(known.prepared) for known in calls.values())
+
+
 def batch(cache, counts, seed):
     """Tensors of one step, made before it: query, new keys and values, slots, and the sequences."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -63,7 +69,7 @@ def run(cache, attention, query, key, value, slots, step, out):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # PyTorch calls the mode a prototype
 def test_other_steps_need_nothing_of_the_host():
-    """Once warm, other T, B and lengths: no synchronisation, tensor on the host, trace, kernel or load."""
+    """Once warm, other T, B and lengths: no synchronisation, tensor on the host, trace, preparation, kernel or load."""
     cache = torch.zeros(24, steps.Hkv, steps.PAGE, 2 * steps.D, device="cuda", dtype=torch.bfloat16)
     attention = LayerAttention(OfModel(steps.D**-0.5, window=64), None, None)
     slopes = torch.rand(steps.Hq, device="cuda")
@@ -72,7 +78,7 @@ def test_other_steps_need_nothing_of_the_host():
     for seed, counts in enumerate(shapes):
         made = batch(cache, counts, seed)
         run(cache, attention, *made, torch.empty_like(made[0]))
-    before = cache_info()
+    before, prepared_before = cache_info(), prepared_calls()
     others = [[1] * n for n in (4, 6, 7, 9, 11, 12)] + [[2, 4, 2, 1], [3, 5], [9, 1, 2, 1], [15], [1, 1, 14]]
     prepared = [batch(cache, counts, 50 + seed) for seed, counts in enumerate(others)]
     outs = [torch.empty_like(made[0]) for made in prepared]
@@ -85,7 +91,7 @@ def test_other_steps_need_nothing_of_the_host():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = cache_info()
-    assert not on_host.found
+    assert not on_host.found and prepared_calls() == prepared_before
     assert (after.traces, after.generations, after.compilations, after.loads) == (
         before.traces, before.generations, before.compilations, before.loads,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import torch
 
 import flexdecode
 from flexdecode.integrations.vllm import LayerMods
+from flexdecode.runtime.run import _calls as calls
 from tests.vllm import factories
 from tests.vllm.engine import check, named, run, run_alone
 from tests.vllm.test_models import PROMPTS, equal
@@ -116,12 +117,13 @@ def test_a_warm_server_prepares_nothing(models):
         for seed in (1, 2, 3):
             prompts = make_prompts(*[5 + 7 * (i * seed % 13) for i in range(4 + 3 * seed)], seed=seed)
             llm.generate([{"prompt_token_ids": x} for x in prompts], SamplingParams(max_tokens=20), use_tqdm=False)
-            counts.append(flexdecode.cache_info())
+            counts.append((flexdecode.cache_info(), sum(len(known.prepared) for known in calls.values())))
 
     run(models("llama"), PROMPTS, factory=MODS, look=serve_twice)
-    print(counts)
-    assert counts[0].calls < counts[1].calls < counts[2].calls
-    assert counts[2].traces == counts[1].traces == counts[0].traces
+    (first, prepared), *others = counts
+    calls_of_all = [info.calls for info, _ in counts]
+    assert calls_of_all[0] < calls_of_all[1] < calls_of_all[2]
+    assert all((info.traces, number) == (first.traces, prepared) for info, number in others)
 
 
 def test_mods_from_the_environment(models, monkeypatch):

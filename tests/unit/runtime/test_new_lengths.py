@@ -157,6 +157,71 @@ def test_a_new_number_of_query_tokens_solves_and_builds_nothing(host, case):
     assert prepared() == 2
 
 
+def packed_call(counts, tokens=None, pages=24, width=8):
+    """A step of a server: packed queries over a cache in pages."""
+    total = sum(counts) if tokens is None else tokens
+    kv = grown(16, batch=pages)
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    lens = torch.full((len(counts),), 40, dtype=torch.int32)
+    tables = torch.zeros(len(counts), width, dtype=torch.int32)
+    hint = 1 if max(counts) == 1 else None
+    return torch.zeros(total, 4, 64, dtype=torch.bfloat16), kv, {
+        "kv_lens": lens, "page_table": tables, "cu_seqlens_q": starts, "max_q_len": hint,
+    }  # fmt: skip
+
+
+def run_packed(case, counts, **more):
+    q, kv, arguments = packed_call(counts)
+    flex_decode(q, kv, kv, *CASES[case], options=TRITON, **arguments, **more)
+
+
+@pytest.mark.parametrize("extra", [(), ("q_offset",), ("kv_starts", "kv_offset")], ids=str)
+@pytest.mark.parametrize("case", ["plain", "alibi + window", "softcap + chunked", "bias"])
+def test_a_new_number_of_packed_sequences_prepares_nothing(host, case, extra):
+    for size in range(1, 130):
+        counts = [1] * size if size % 2 else [1 + i % 3 for i in range(size)]
+        run_packed(case, counts, **{name: torch.zeros(size, dtype=torch.int64) for name in extra})
+    info = cache_info()
+    score_mod, mask_mod = CASES[case]
+    assert info.traces == (score_mod is not None) + (mask_mod is not None) and host.solved <= 1
+    assert prepared() == 1 and len(host.kernels) <= 12
+
+
+def test_a_new_number_of_sequences_launches_as_in_a_new_process(host):
+    for case in ("alibi + window", "bias"):
+        for size in (3, 70, 1, 8, 256):
+            run_packed(case, [1] * size)
+        warm = host.launched[-5:]
+        for size, launcher in zip((3, 70, 1, 8, 256), warm, strict=True):
+            clear_cache()
+            run_packed(case, [1] * size)
+            assert numbers(host.launched[-1]) == numbers(launcher)
+
+
+def test_a_table_that_is_too_short_for_more_sequences_is_checked(host):
+    """A proof for few sequences is not one for many."""
+    by_sequence = torch.zeros(5)
+    for size in (2, 5, 6, 3):
+        q, kv, arguments = packed_call([1] * size)
+        flex_decode(q, kv, kv, lambda s, b, h, q_idx, kv_idx: s + by_sequence[b], options=TRITON, **arguments)
+    checks = ["outside=True" in launcher.first.form.kernel.built_from[2] for launcher in host.launched]
+    assert checks == [False, False, True, False]
+    assert prepared() == 1
+
+
+@pytest.mark.parametrize("wrong", ["kv_lens", "page_table", "q_offset", "kv_starts", "kv_offset"])
+def test_packed_sequences_of_wrong_numbers_are_refused(host, wrong):
+    """Also after right calls of the same number of sequences, and of the wrong one."""
+    for size in (4, 5):
+        extra = {} if wrong in ("kv_lens", "page_table") else {wrong: torch.zeros(size, dtype=torch.int64)}
+        run_packed("alibi + window", [1] * size, **extra)
+    q, kv, arguments = packed_call([1] * 4)
+    _, _, others = packed_call([1] * 5)
+    value = others[wrong] if wrong in others else torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"`{wrong}` must have shape"):
+        flex_decode(q, kv, kv, *CASES["alibi + window"], options=TRITON, **arguments | {wrong: value})
+
+
 def test_another_out_is_checked(host):
     """What is prepared for any number of tokens says nothing of an `out` of another shape."""
     kv, starts = grown(300), torch.tensor([0, 3, 5], dtype=torch.int32)
@@ -216,7 +281,7 @@ def test_memory_does_not_grow(host):
     for length in range(1, LENGTHS):
         kv = grown(length)
         flex_decode(q, kv, kv, mods.alibi(4), mods.sliding_window(length), options=TRITON)
-    assert sum(len(known.plans) for known in run._calls.values()) == 64
+    assert sum(len(known.plans) for known in run._calls.values()) == 256
     assert prepared() <= 3
     assert all(len(memo) <= 8 for memo in memos._memos)
     clear_cache()
