@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 from ..analysis.proven import ProvenMods
@@ -29,6 +28,8 @@ MAX_SPLITS = 1024
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 COMBINE_US = 2.0
+WAVE_US = 1.0  # to start and to end a wave of programs
+ONE_EACH = 0.8  # the share of the bandwidth that one program on each multiprocessor reaches, where more fit
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 FEW_ROWS = 128  # where no sequence of packed queries can have more rows, one launch computes all of them
@@ -269,33 +270,35 @@ def _at_least(number: int, choices: tuple[int, ...]) -> int:
 
 
 def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int, fit: int) -> int:
-    """The number of splits with the shortest modelled time: bytes / reached bandwidth, plus the time of a combine.
+    """The number of splits with the shortest modelled time.
 
-    Up to `per_sm` programs per multiprocessor, the bandwidth grows with the number of programs. With more, programs run
-    in waves of `fit` per multiprocessor, and a last wave that is not full wastes bandwidth.
+    The time is bytes / reached bandwidth, plus that of starting and ending each wave, plus that of a combine.
     """
     if num_items == 0:
         return 1
     most = max(1, min(num_blocks, MAX_SPLITS, 4 * fit * num_sms // num_items + 1))
-    best, reached = _best_split(num_items, most, num_sms, per_sm, fit)
-    microseconds = total_bytes / BYTES_PER_US
-    alone = microseconds / _reached(num_items, num_sms, per_sm, fit)
-    return 1 if alone <= microseconds / reached + COMBINE_US else best
+    # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
+    filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
+    tried = {1, most, *[min(max(1, programs // num_items), most) for programs in filling]}
+
+    def microseconds(splits: int) -> float:
+        programs = num_items * splits
+        waves = -(-programs // (fit * num_sms))
+        time = total_bytes / BYTES_PER_US / _reached(programs, num_sms, per_sm, fit) + WAVE_US * waves
+        return time + (COMBINE_US if splits > 1 else 0.0)
+
+    return min(sorted(tried), key=microseconds)
 
 
 def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
-    """The share of the bandwidth that a number of programs reaches."""
+    """The share of the bandwidth that a number of programs reaches.
+
+    Up to `per_sm` programs per multiprocessor, the bandwidth grows with their number. With more, programs run in waves
+    of `fit` per multiprocessor. A last wave that is not full has the bandwidth for itself, as far as it can use it.
+    """
     if programs <= per_sm * num_sms:
         return programs / (per_sm * num_sms)
-    waves = -(-programs // (fit * num_sms))
-    return 0.95 * (programs / (fit * num_sms * waves))
-
-
-@functools.lru_cache(maxsize=1024)
-def _best_split(num_items: int, most: int, num_sms: int, per_sm: int, fit: int) -> tuple[int, float]:
-    """The number of splits that reaches the largest share of the bandwidth, and that share."""
-    # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
-    filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
-    tried = {most, *[min(max(1, programs // num_items), most) for programs in filling]}
-    reached, splits = max((_reached(num_items * splits, num_sms, per_sm, fit), -splits) for splits in tried)
-    return -splits, reached
+    wave = fit * num_sms
+    full, rest = divmod(programs, wave)
+    time = full + (rest / wave / min(1.0, ONE_EACH * rest / num_sms) if rest else 0.0)  # in times of a full wave
+    return 0.95 * programs / (wave * time)

@@ -434,9 +434,20 @@ def test_results_of_a_cache_that_grows():
 )  # fmt: skip
 def test_the_best_number_of_splits_is_found_without_trying_all(items, blocks, total_bytes, num_sms, per_sm, fit):
     def cost(splits):
-        reached = schedule._reached(items * splits, num_sms, per_sm, fit)
-        return total_bytes / schedule.BYTES_PER_US / reached + (schedule.COMBINE_US if splits > 1 else 0.0)
+        programs = items * splits
+        reached = schedule._reached(programs, num_sms, per_sm, fit)
+        time = total_bytes / schedule.BYTES_PER_US / reached + schedule.WAVE_US * -(-programs // (fit * num_sms))
+        return time + (schedule.COMBINE_US if splits > 1 else 0.0)
 
+    found = schedule._num_splits(items, blocks, total_bytes, num_sms, per_sm, fit)
     most = max(1, min(blocks, schedule.MAX_SPLITS, 4 * fit * num_sms // items + 1)) if items else 1
-    best = min(range(1, most + 1), key=lambda splits: (cost(splits), splits)) if items else 1
-    assert schedule._num_splits(items, blocks, total_bytes, num_sms, per_sm, fit) == best
+    assert 1 <= found <= most
+    if items:
+        assert cost(found) <= min(map(cost, range(1, most + 1))) * 1.02
+
+
+def test_a_last_wave_that_is_not_full_has_the_bandwidth_for_itself():
+    """Measured on an H200: 400 programs of which 264 run at once take as long as their bytes, not as two full waves."""
+    assert 0.85 < schedule._reached(400, 132, 1, 2) < schedule._reached(528, 132, 1, 2) == 0.95
+    assert schedule._num_splits(400, 5, 202_000_000, 132, 1, 2) == 1  # 100 sequences of 1234 tokens, 4 KV heads
+    assert schedule._num_splits(266, 5, 202_000_000, 132, 1, 2) > 1  # two programs that wait for all others
