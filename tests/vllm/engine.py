@@ -122,6 +122,7 @@ class KnownLayer(NamedTuple):
 
     index: int
     num_heads: int
+    first_head: int = 0
     name: str = "dense"
     device: torch.device = torch.device("cpu")
 

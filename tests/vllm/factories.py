@@ -25,10 +25,10 @@ def window_and_sinks(layer):
 
 
 def distance_by_head(layer):
-    """Something that no library has: a bias by distance, other for each head and layer."""
+    """Something that no library has: a bias by distance, other for each head of the model and each layer."""
 
     def score_mod(score, b, h, q_idx, kv_idx):
-        return score + 0.5 * torch.cos((q_idx - kv_idx) * (h + 1) * 0.3 + layer.index)
+        return score + 0.5 * torch.cos((q_idx - kv_idx) * (layer.first_head + h + 1) * 0.3 + layer.index)
 
     return LayerMods(score_mod)
 

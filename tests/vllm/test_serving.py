@@ -54,6 +54,15 @@ def test_shared_prefixes(models):
     check(folder, run(folder, prompts, factory=MODS, **sizes), MODS)
 
 
+def test_two_ranks(models):
+    """Each has half of the heads."""
+    folder = models("llama")
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    answers, said = run_alone(folder, PROMPTS[:2], several, factory=named(MODS), max_tokens=8, tensor_parallel_size=2)
+    assert answers is not None, said[-3000:]
+    check(folder, answers, MODS)
+
+
 @pytest.mark.parametrize("kind", ["llama", "deepseek"])
 def test_bfloat16(models, kind):
     """Rounding decides close choices, so the first tokens and their log-probabilities are compared."""
