@@ -47,3 +47,24 @@ def cannot_be_traced(layer):
         return score if q_idx > kv_idx else score + 1.0
 
     return LayerMods(by_branch)
+
+
+SEEN = []
+
+
+def remembers(layer):
+    SEEN.append(layer)
+
+
+def forgets_to_return(layer):
+    LayerMods(mods.softcap(3.0))
+
+
+def table_of_two_heads(layer):
+    slopes = torch.tensor([0.1, 0.2])
+    return LayerMods(lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx))
+
+
+def table_of_eight_tokens(layer):
+    bias = torch.linspace(0.0, 1.0, 8)
+    return LayerMods(lambda score, b, h, q_idx, kv_idx: score + bias[kv_idx])

@@ -25,7 +25,7 @@ from ...call.inputs import MAX_HEAD_DIM
 from ...kv.slots import write_kv
 from .attend import LayerAttention, OfModel, Step, as_hint
 from .layers import prepare_layers
-from .limits import CACHE_DTYPES, options, refuse_what_is_missing
+from .limits import CACHE_DTYPES, read_options, refuse_what_is_missing
 
 
 class FlexDecodeBackend(AttentionBackend):
@@ -175,7 +175,7 @@ class FlexDecodeImpl(AttentionImpl[FlexDecodeMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         of_model = OfModel(self.scale, logits_soft_cap or None, slopes, sliding_window, sinks)
-        self.attention = LayerAttention(of_model, CACHE_DTYPES[kv_cache_dtype], options())
+        self.attention = LayerAttention(of_model, CACHE_DTYPES[kv_cache_dtype], read_options(config))
 
     def cache_shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
         """The shape of a cache of the layer."""

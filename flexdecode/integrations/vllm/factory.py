@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,23 +52,42 @@ class Layer:
     dtype: torch.dtype
 
 
-def named_factory(additional_config: Any) -> str | None:
-    """The name of the factory: what `--additional-config` has, else the environment variable's; None without both.
+class Settings(NamedTuple):
+    """What the configuration says.
+
+    Attributes:
+        factory: the name of the factory, or None for none.
+        debug: whether calls are checked as with `DecodeOptions(debug=True)`.
+    """
+
+    factory: str | None = None
+    debug: bool = False
+
+
+def read_settings(additional_config: Any) -> Settings:
+    """Reads what `--additional-config` has for flexdecode; without a factory there, the environment variable names it.
 
     Raises:
-        TypeError, ValueError: the configuration is not as described.
+        TypeError, ValueError: the configuration is not as described, or has a key that is nearly right.
     """
-    ours = additional_config.get("flexdecode") if isinstance(additional_config, dict) else None
-    if ours is None:
-        return os.environ.get(VARIABLE) or None
+    config = additional_config if isinstance(additional_config, dict) else {}
+    for key in config:
+        if key == "mods" or (key != "flexdecode" and get_close_matches(str(key).lower(), ["flexdecode"], cutoff=0.8)):
+            raise ValueError(f"the additional config has the key {key!r}; write {_HOW}")
+    ours = config.get("flexdecode", {"mods": None})
     if not isinstance(ours, dict):
         raise TypeError(f'"flexdecode" in the additional config must be an object, got {ours!r}; write {_HOW}')
-    if unknown := sorted(map(str, ours.keys() - {"mods"})):
-        raise ValueError(f'"flexdecode" in the additional config has the key "mods" only, got {unknown}')
-    name = ours.get("mods")
-    if name is not None and not isinstance(name, str):
+    if not ours or (unknown := sorted(map(str, ours.keys() - {"mods", "debug"}))):
+        got = unknown if ours else "none"
+        raise ValueError(
+            f'"flexdecode" in the additional config has the keys "mods" and "debug", got {got}; write {_HOW}'
+        )
+    name, debug = ours.get("mods"), ours.get("debug", False)
+    if "flexdecode" in config and "mods" in ours and (not isinstance(name, str) or not name):
         raise TypeError(f'"mods" in the additional config must be a text, "module:function", got {name!r}')
-    return name or os.environ.get(VARIABLE) or None
+    if not isinstance(debug, bool):
+        raise TypeError(f'"debug" in the additional config must be true or false, got {debug!r}')
+    return Settings(name or os.environ.get(VARIABLE) or None, debug)
 
 
 def find_factory(name: str) -> Callable[[Layer], LayerMods | None]:
@@ -88,12 +108,17 @@ def find_factory(name: str) -> Callable[[Layer], LayerMods | None]:
     found = module
     for part in function.split("."):
         if not hasattr(found, part):
-            public = [known for known in vars(module) if not known.startswith("_") and callable(vars(module)[known])]
+            public = [known for known, value in vars(module).items() if _is_own(known, value, module)]
             raise ValueError(f"{place} has no {function!r} to make mods with; it has {', '.join(public) or 'nothing'}")
         found = getattr(found, part)
     if not callable(found):
         raise TypeError(f"{name} must be a function from a layer to its mods, got {type(found).__name__}")
     return found
+
+
+def _is_own(name: str, value: Any, module: Any) -> bool:
+    """Whether a module defines a function that others may call."""
+    return callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
 
 
 def _load_module(name: str) -> Any:
@@ -112,16 +137,18 @@ def _load_module(name: str) -> Any:
 
 
 def _load_file(path: Path) -> Any:
-    """A file as a module, which is loaded once."""
+    """A file as a module, which is loaded again if it has changed."""
     if not path.is_file():
         raise ValueError(f"there is no file {path} to make mods with (the current folder is {Path.cwd()})")
-    name = f"flexdecode_mods_of_{path.stem}"
+    path = path.resolve()
+    name, changed = f"flexdecode_mods_of_{path.stem}", path.stat().st_mtime_ns
     known = sys.modules.get(name)
-    if known is not None and known.__file__ == str(path.resolve()):
+    if known is not None and (known.__file__, known.__dict__.get("__changed__")) == (str(path), changed):
         return known
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    module.__dict__["__changed__"] = changed
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -156,15 +183,15 @@ def make_mods(name: str | None, layer: Layer) -> LayerMods:
     if given is None:
         return NO_MODS
     _check(given, layer, of)
-    return given
+    return NO_MODS if tuple(given[:3]) == (None, None, None) and given.causal else given
 
 
 def _check(given: Any, layer: Layer, of: str) -> None:
     """Refuses what cannot be the mods of a layer; `of` names the factory and the layer."""
     if not isinstance(given, LayerMods):
         raise TypeError(
-            f"{of} must give a flexdecode.integrations.vllm.LayerMods or None, got {type(given).__name__}"
-            + ("; put the function into it: LayerMods(score_mod=...)" if callable(given) else "")
+            f"{of} must give a flexdecode.integrations.vllm.LayerMods or None, got {_name_of(given)}"
+            + ("; put the function into it: LayerMods(score_mod=...)" if _is_function(given) else "")
         )
     for kind, mod in (("score_mod", given.score_mod), ("mask_mod", given.mask_mod)):
         if mod is not None:
@@ -182,3 +209,11 @@ def _check(given: Any, layer: Layer, of: str) -> None:
             raise ValueError(f"{of} must give floating sinks [num_heads] = [{layer.num_heads}], got {got}")
         if sinks.device != layer.device:
             raise ValueError(f"{of} must give sinks on {layer.device}, got {sinks.device}")
+
+
+def _is_function(given: Any) -> bool:
+    return callable(given) and not isinstance(given, type)
+
+
+def _name_of(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__

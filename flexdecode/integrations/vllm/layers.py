@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .attend import NO_MODS, LayerMods, Step
-from .factory import Layer, make_mods, named_factory
+from .attend import NO_MODS, LayerAttention, LayerMods, Step
+from .factory import Layer, make_mods, read_settings
 
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # caches of a dtype that the model may not have
 _log = init_logger("vllm.flexdecode")  # vLLM shows what its own loggers say
 
 
@@ -32,9 +34,9 @@ def prepare_layers(layer_names: list[str], config: VllmConfig, device: torch.dev
         TypeError, ValueError: there is no such factory, or what it gives cannot be the mods of a layer.
         RuntimeError: the factory raised an error, or the mods cannot be used; that error is the cause.
     """
-    name = named_factory(config.additional_config)
+    name = read_settings(config.additional_config).factory
     layers = get_layers_from_vllm_config(config, AttentionLayerBase, layer_names)
-    has_mods = False
+    with_mods = 0
     for layer_name, layer in layers.items():
         impl: Any = layer.impl
         attention, instead = impl.attention, getattr(layer, "logical_mask_mod", None)
@@ -47,8 +49,18 @@ def prepare_layers(layer_names: list[str], config: VllmConfig, device: torch.dev
             _try(known, impl, instead)
             if text := _names(attention.user, instead):
                 _log.info("flexdecode: %s has %s", layer_name, text)
-        has_mods |= attention.user is not NO_MODS or instead is not None
-    return has_mods
+        with_mods += attention.user is not NO_MODS or instead is not None
+    _log.info("flexdecode computes %d layers, %d with mods%s", len(layers), with_mods, f" of {name}" if name else "")
+    if name and not any(_users_of(config)):
+        _log.warning("flexdecode: %s gave mods to no layer, so the model is served as it is", name)
+    return with_mods > 0
+
+
+def _users_of(config: VllmConfig) -> list[bool]:
+    """Whether each layer that flexdecode computes has mods of the user, or may still get them."""
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase).values()
+    found = [getattr(getattr(layer, "impl", None), "attention", None) for layer in layers]
+    return [attention.user is not NO_MODS for attention in found if isinstance(attention, LayerAttention)]
 
 
 def _names(user: LayerMods, instead: Any) -> str:
@@ -78,19 +90,30 @@ def _try(layer: Layer, impl: Any, instead: Any) -> None:
     """Runs the attention of a layer over a few tokens of zeros: one that is decoded, and a prompt.
 
     So a mod that cannot be used is found before a request comes, and its kernels are there.
+
+    Raises:
+        RuntimeError: the attention cannot be computed; the error is the cause.
     """
-    num_pages, page_size, prompt, device = 4, 16, 40, layer.device
-    quantised = impl.attention.quantised
-    table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
-    one = torch.ones((), device=device)
     try:
-        cache = torch.zeros(impl.cache_shape(num_pages, page_size), device=device).to(quantised or layer.dtype)
-        for tokens, hint in ((1, 1), (prompt, None)):
-            numbers = torch.tensor([0, tokens, prompt], dtype=torch.int32, device=device)
-            step = Step(numbers[:2], numbers[2:], table, hint)
-            query = torch.zeros(tokens, layer.num_heads, layer.head_dim, dtype=layer.dtype, device=device)
-            impl.attention.compute(query, *impl.views(cache), step, instead, (one, one))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            _run(layer, impl, instead)
     except Exception as error:
         raise RuntimeError(
             f"flexdecode cannot compute the attention of layer {layer.name}: {type(error).__name__}: {error}"
         ) from error
+    for warning in caught:
+        _log.warning("flexdecode: %s: %s", layer.name, warning.message)
+
+
+def _run(layer: Layer, impl: Any, instead: Any) -> None:
+    num_pages, page_size, prompt, device = 4, 16, 40, layer.device
+    table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
+    one = torch.ones((), device=device)
+    dtype = impl.attention.quantised or _STORED.get(impl.kv_cache_dtype, layer.dtype)
+    cache = torch.zeros(impl.cache_shape(num_pages, page_size), device=device).to(dtype)
+    for tokens, hint in ((1, 1), (prompt, None)):
+        numbers = torch.tensor([0, tokens, prompt], dtype=torch.int32, device=device)
+        step = Step(numbers[:2], numbers[2:], table, hint)
+        query = torch.zeros(tokens, layer.num_heads, layer.head_dim, dtype=layer.dtype, device=device)
+        impl.attention.compute(query, *impl.views(cache), step, instead, (one, one))

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from ...call.inputs import MAX_HEAD_DIM, DecodeOptions
+from .factory import find_factory, read_settings
 
 # vLLM's names of cache types, and what quantised bytes are. `auto` is the dtype of the model.
 CACHE_DTYPES: dict[str, torch.dtype | None] = {
@@ -40,7 +41,8 @@ def refuse_what_is_missing(
         NotImplementedError: the message names everything that is missing.
     """
     parallel, model = config.parallel_config, config.model_config
-    unknown = [name for name, given in others.items() if given not in (None, False, -1)]
+    absent = None, False, -1  # what vLLM passes for what a model does not have
+    unknown = [name for name, given in others.items() if isinstance(given, torch.Tensor) or given not in absent]
     missing = [
         ("attention of encoders and cross attention", attn_type != AttentionType.DECODER),
         (f"head dimensions above {MAX_HEAD_DIM}", head_dim > MAX_HEAD_DIM),
@@ -50,12 +52,12 @@ def refuse_what_is_missing(
         ("reference sliding windows", model is not None and getattr(model, "rswa_window", None) is not None),
         ("decode context parallelism without MLA", not is_mla and parallel.decode_context_parallel_size > 1),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
-        ("attention that is not causal", config.attention_config.use_non_causal),
+        ("non-causal attention, as the configuration asks for", config.attention_config.use_non_causal),
         *[(f"layers with the argument {name!r}", True) for name in unknown],
     ]
     if names := [name for name, is_needed in missing if is_needed]:
         raise NotImplementedError(
-            f"flexdecode inside vLLM has no {', no '.join(names)}; choose another --attention-backend for this model"
+            f"flexdecode inside vLLM lacks what is needed: {'; '.join(names)}. Choose another --attention-backend"
         )
 
 
@@ -65,6 +67,17 @@ def _has_other_float8(kv_cache_dtype: str) -> bool:
     return is_default and current_platform.fp8_dtype() is not torch.float8_e4m3fn
 
 
-def options() -> DecodeOptions | None:
-    """The options of all calls: vLLM's switch for results that do not depend on other requests is one of them."""
-    return DecodeOptions(batch_invariant=True) if envs.VLLM_BATCH_INVARIANT else None
+def read_options(config: VllmConfig) -> DecodeOptions | None:
+    """The options of all calls. vLLM's switch for results that do not depend on other requests is one of them.
+
+    This also looks for the factory of mods, so that a wrong name is found before weights are loaded.
+
+    Raises:
+        TypeError, ValueError: the configuration is wrong, or there is no such factory.
+    """
+    settings = read_settings(config.additional_config)
+    if settings.factory is not None:
+        find_factory(settings.factory)
+    if not (settings.debug or envs.VLLM_BATCH_INVARIANT):
+        return None
+    return DecodeOptions(debug=settings.debug, batch_invariant=envs.VLLM_BATCH_INVARIANT)

@@ -22,7 +22,7 @@ from ...kv.slots import write_kv
 from .attend import LayerAttention, OfModel, Step, as_hint
 from .backend import FlexDecodeBackend
 from .layers import prepare_layers
-from .limits import CACHE_DTYPES, options, refuse_what_is_missing
+from .limits import CACHE_DTYPES, read_options, refuse_what_is_missing
 
 
 class FlexDecodeMLABackend(MLACommonBackend):
@@ -158,7 +158,7 @@ class FlexDecodeMLAImpl(MLACommonImpl[MLACommonMetadata]):
             attn_type, kv_sharing_target_layer_name, **latents,
         )  # fmt: skip
         self.supports_quant_query_input = False  # queries stay in their dtype beside latents in float8
-        self.attention = LayerAttention(OfModel(self.scale), CACHE_DTYPES[kv_cache_dtype], options())
+        self.attention = LayerAttention(OfModel(self.scale), CACHE_DTYPES[kv_cache_dtype], read_options(config))
 
     def cache_shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
         """The shape of a cache of the layer."""

@@ -38,9 +38,15 @@ def chosen_backend(own: str, is_mla: bool) -> type[Any]:
         is_mla: whether layers keep latents.
     """
     from vllm.config import get_current_vllm_config
+    from vllm.logger import init_logger
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if get_current_vllm_config().attention_config.backend is not AttentionBackendEnum.CUSTOM:
+    config = get_current_vllm_config()
+    if config.attention_config.backend is not AttentionBackendEnum.CUSTOM:
+        if isinstance(config.additional_config, dict) and "flexdecode" in config.additional_config:
+            init_logger("vllm.flexdecode").warning(
+                "flexdecode: the additional config names mods, but without --attention-backend CUSTOM they do nothing"
+            )
         return resolve_obj_by_qualname(own)
     return resolve_obj_by_qualname(f"{_HERE}.mla.FlexDecodeMLABackend" if is_mla else _BACKEND)

@@ -1,5 +1,6 @@
 """The parts of vLLM's backend that need no vLLM: how mods are found, checked and joined."""
 
+import os
 import sys
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from flexdecode import mods
 from flexdecode.integrations.vllm import Layer, LayerMods, register
-from flexdecode.integrations.vllm.attend import LayerAttention, OfModel, as_hint, combine
-from flexdecode.integrations.vllm.factory import VARIABLE, find_factory, make_mods, named_factory
+from flexdecode.integrations.vllm.attend import NO_MODS, LayerAttention, OfModel, as_hint, combine
+from flexdecode.integrations.vllm.factory import VARIABLE, find_factory, make_mods, read_settings
 
 LAYER = Layer("model.layers.3.self_attn.attn", 3, 4, 2, 32, 0, None, torch.device("cpu"), torch.float32)
 SOURCE = """
@@ -26,11 +27,17 @@ def right(layer):
 def nothing(layer):
     return None
 
+def empty(layer):
+    return LayerMods()
+
 def raises(layer):
     raise KeyError("no table")
 
 def a_function(layer):
     return lambda score, b, h, q_idx, kv_idx: score
+
+def a_class(layer):
+    return LayerMods
 
 def three(layer):
     return LayerMods(score_mod=lambda score, q_idx, kv_idx: score)
@@ -74,7 +81,7 @@ def file(tmp_path):
         ({}, "a:b", "a:b"),
         ({"flexdecode": {"mods": "c:d"}}, None, "c:d"),
         ({"flexdecode": {"mods": "c:d"}}, "a:b", "c:d"),
-        ({"flexdecode": {}}, "a:b", "a:b"),
+        ({"flexdecode": {"debug": False}}, "a:b", "a:b"),
         ({"of_others": 1}, "", None),
         (object(), "a:b", "a:b"),
     ],
@@ -83,20 +90,40 @@ def test_the_name_of_the_factory(config, variable, name, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(VARIABLE, variable)
-    assert named_factory(config) == name
+    assert read_settings(config) == (name, False)
 
 
 @pytest.mark.parametrize(
     ("ours", "error", "text"),
     [
-        ({"mod": "a:b"}, ValueError, r'has the key "mods" only, got \[\'mod\'\]'),
+        ({"mod": "a:b"}, ValueError, r'has the keys "mods" and "debug", got \[\'mod\'\]; write --additional-config'),
+        ({}, ValueError, r'has the keys "mods" and "debug", got none'),
+        ({"mods": ""}, TypeError, r'"mods" in the additional config must be a text, "module:function", got \'\''),
+        ({"mods": "a:b", "debug": 1}, TypeError, r'"debug" in the additional config must be true or false, got 1'),
         ({"mods": 3}, TypeError, r'"mods" in the additional config must be a text, "module:function", got 3'),
         ("a:b", TypeError, r"must be an object, got 'a:b'; write --additional-config"),
     ],
 )
 def test_a_wrong_configuration(ours, error, text):
     with pytest.raises(error, match=text):
-        named_factory({"flexdecode": ours})
+        read_settings({"flexdecode": ours})
+
+
+@pytest.mark.parametrize("key", ["flexdecod", "FlexDecode", "flex_decode", "mods"])
+def test_a_key_that_is_nearly_right(key):
+    with pytest.raises(ValueError, match=f"the additional config has the key {key!r}; write --additional-config"):
+        read_settings({key: {"mods": "a:b"}})
+
+
+def test_checks_can_be_asked_for():
+    assert read_settings({"flexdecode": {"mods": "a:b", "debug": True}}) == ("a:b", True)
+
+
+def test_a_file_that_changed_is_run_again(file):
+    assert find_factory(f"{file}:nothing")(LAYER) is None
+    file.write_text("def nothing(layer):\n    return 5\n")
+    os.utime(file, ns=(1, 1))
+    assert find_factory(f"{file}:nothing")(LAYER) == 5
 
 
 def test_modules_files_and_the_current_folder(file, monkeypatch):
@@ -117,10 +144,11 @@ def test_modules_files_and_the_current_folder(file, monkeypatch):
         (":mods", ValueError, r"must be named"),
         ("no_such_module:mods", ValueError, r"no module 'no_such_module' .*PYTHONPATH.*path/of/my_mods.py:mods"),
         ("no/such.py:mods", ValueError, r"there is no file no/such.py"),
-        ("FILE:absent", ValueError, r"has no 'absent' to make mods with; it has .*right"),
+        ("FILE:absent", ValueError, r"has no 'absent' to make mods with; it has Family, right, nothing"),
         ("FILE:text", TypeError, r"must be a function from a layer to its mods, got str"),
         ("FILE:raises", RuntimeError, r":raises raised KeyError for layer model.layers.3.self_attn.attn: 'no table'"),
         ("FILE:a_function", TypeError, r"LayerMods or None, got function; put the function into it"),
+        ("FILE:a_class", TypeError, r"LayerMods or None, got the class LayerMods$"),
         ("FILE:three", TypeError, r"gives a wrong score_mod: .*score_mod"),
         ("FILE:a_mask_as_score", TypeError, r"gives a wrong score_mod"),
         ("FILE:not_a_mod", TypeError, r"gives a wrong mask_mod"),
@@ -143,7 +171,7 @@ def test_a_module_that_lacks_another_says_so(tmp_path, monkeypatch):
 
 
 def test_without_a_factory_nothing_changes(file):
-    assert make_mods(None, LAYER) == make_mods(f"{file}:nothing", LAYER) == LayerMods()
+    assert make_mods(None, LAYER) is make_mods(f"{file}:nothing", LAYER) is make_mods(f"{file}:empty", LAYER) is NO_MODS
 
 
 # --- The model's and the user's ---------------------------------------------------------------------------------------
