@@ -130,7 +130,8 @@ def main() -> int:
     """Measures, prints, and writes append.json; returns 1 if an append costs the host more than two index_put_."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of append.json")
-    folder = parser.parse_args().out
+    parser.add_argument("--commit", help="commit to record where there is no git repository")
+    options = parser.parse_args()
     torch.manual_seed(0)
     records = [
         record
@@ -139,9 +140,12 @@ def main() -> int:
         for record in measure(batch, dtype, "cuda")
     ]
     print(table(records))
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {"environment": describe_environment(torch.device("cuda")), "results": records}
-    (folder / "append.json").write_text(json.dumps(document, indent=1) + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(torch.device("cuda"))
+    if options.commit:
+        environment["commit"] = options.commit
+    document = {"environment": environment, "results": records}
+    (options.out / "append.json").write_text(json.dumps(document, indent=1) + "\n")
     host = {(r["B"], r["dtype"], r["way"]): statistics.median(r["host_us"]) for r in records}
     return int(any(host[b, "bfloat16", "append"] > host[b, "bfloat16", "two index_put_"] for b in BATCHES))
 
