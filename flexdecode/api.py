@@ -14,6 +14,7 @@ from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
 from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
+from .errors import IN_REGION
 from .kv.kv_cache import KVCache
 from .kv.layers import CacheLayer
 from .kv.paged import PagedKVCache
@@ -21,7 +22,7 @@ from .kv.reading import read_cache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
-from .runtime.prepared_call import IN_REGION, PreparedCall
+from .runtime.prepared_call import PreparedCall
 from .runtime.request import Request, read_request
 from .runtime.run import run_request
 

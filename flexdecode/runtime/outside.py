@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .prepared_call import IN_REGION
+from ..errors import IN_REGION
 
 
 @torch.compiler.disable(reason=IN_REGION)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..call.checks import check_inputs
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs
 from ..call.signature import Aux
+from ..errors import IN_REGION
 from ..frontend.captures import same_layouts
 from ..memos import counters
 from .bound import BoundPlan
@@ -20,10 +21,6 @@ from .request import Request, read_request
 from .run import find_plan, run_request
 
 _NUMBERS = ("kv_lens", "q_lens", "q_offset", "kv_starts", "kv_offset", "k_scale", "v_scale")
-IN_REGION = (
-    "a prepared call works on the host: in a region that torch.compile or torch.export traces, call "
-    "flexdecode.flex_decode, which becomes one operation there"
-)
 _address = torch.Tensor.data_ptr
 _REMEDY = "prepare the call again: flexdecode.prepare(...)"
 MAX_READY = 4  # tensors made in and outside of inference mode, each in a call in and outside of it

@@ -563,14 +563,14 @@ def test_it_cannot_be_exported(strict):
     step = flexdecode.prepare(QUERY, KEY, VALUE)
 
     class Model(torch.nn.Module):
-        def __init__(self, run):
+        def __init__(self, call):
             super().__init__()
-            self.run = run
+            self.call = call
 
         def forward(self, x):
-            return self.run(x)
+            return self.call(x)
 
-    for run in (step, lambda x: flexdecode.prepare(x, KEY, VALUE)(x)):
+    for call in (step, lambda x: flexdecode.prepare(x, KEY, VALUE)(x)):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=r"flexdecode\.flex_decode, which becomes one operation there"):
-            torch.export.export(Model(run), (QUERY,), strict=strict)
+            torch.export.export(Model(call), (QUERY,), strict=strict)

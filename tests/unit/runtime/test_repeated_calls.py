@@ -100,6 +100,28 @@ def test_a_layout_that_is_changed_in_place_is_seen():
     assert not same(x)
 
 
+def test_steps_of_dimensions_of_size_1_are_compared_where_they_are_asked_for():
+    x = torch.randn(2, 1, 3)
+    others = x.as_strided(x.shape, (3, 7, 1)), x.as_strided(x.shape, (3, 0, 1))
+    exact, free = same_layouts([x]), same_layouts([x], single_steps=False)
+    assert exact(x) and not any(exact(other) for other in others)
+    assert free(x) and all(free(other) for other in others)
+    assert not free(torch.zeros(2, 3, 3)[:, :1]) and not free(torch.zeros(2, 1, 1).expand(2, 1, 3))
+    assert not free(torch.zeros(2, 2, 3)) and not free(torch.zeros(2, 1, 4))
+
+
+def test_a_call_that_differs_in_steps_of_dimensions_of_size_1_is_recognised(launched):
+    """What it launches differs in these strides alone, and so in no address."""
+    query, key, value = make_inputs(B, HQ, HKV, 1, N, D, dtype=torch.float16)
+    strange = query.as_strided(query.shape, (HQ * D, D, 3, 1))
+    for _ in range(3):
+        first = launched(lambda: flex_decode(query, key, value, options=TRITON))
+    before = cache_info()
+    with mock.patch.object(run, "_layouts", side_effect=AssertionError("layouts were read")):
+        assert launched(lambda: flex_decode(strange, key, value, options=TRITON)) == first
+    assert cache_info().hits == before.hits + 1
+
+
 def test_what_pytorch_cannot_compare_is_read_each_time(monkeypatch, launched):
     class Sub(torch.Tensor):
         pass
@@ -327,7 +349,7 @@ def test_a_prepared_call_launches_what_flex_decode_launches(seed, launched):
         drawn.change()
         arguments = drawn.draw()
         expected = launched(lambda arguments=arguments: flex_decode(**arguments))
-        out = arguments.get("out")
+        out = arguments.pop("out", None)
         step = flexdecode.prepare(**arguments)
         for _ in range(3):
             found = launched(lambda: step(arguments["query"], out=out))
