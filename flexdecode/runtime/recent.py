@@ -25,7 +25,7 @@ class Recent:
         plan: of the call.
         score_proofs, mask_proofs: the values that its proofs use.
         tensors: gives the tensors.
-        same: whether tensors have the layouts of those of the call; strides of dimensions of size 1 may differ.
+        same: whether tensors have the layouts of those of the call.
         numbers: places and values of numbers on whose value the plan depends.
         shares: whether values begin where keys do.
     """
@@ -46,7 +46,7 @@ class Recent:
         """Remembers a call; None if its layouts have to be read each time."""
         tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
         given: list[Any] = [inputs[i] for i in tensors]
-        same = same_layouts(given, single_steps=False)
+        same = same_layouts(given)
         if same is None or not same(*given) or any(inputs[i].data_ptr() & 15 for i in _ALIGNED if i in tensors):  # type: ignore[union-attr]
             return None
         return Recent(plan, inputs, (score.proof_values, mask.proof_values), same, tensors)

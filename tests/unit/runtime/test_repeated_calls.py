@@ -110,18 +110,6 @@ def test_steps_of_dimensions_of_size_1_are_compared_where_they_are_asked_for():
     assert not free(torch.zeros(2, 2, 3)) and not free(torch.zeros(2, 1, 4))
 
 
-def test_a_call_that_differs_in_steps_of_dimensions_of_size_1_is_recognised(launched):
-    """What it launches differs in these strides alone, and so in no address."""
-    query, key, value = make_inputs(B, HQ, HKV, 1, N, D, dtype=torch.float16)
-    strange = query.as_strided(query.shape, (HQ * D, D, 3, 1))
-    for _ in range(3):
-        first = launched(lambda: flex_decode(query, key, value, options=TRITON))
-    before = cache_info()
-    with mock.patch.object(run, "_layouts", side_effect=AssertionError("layouts were read")):
-        assert launched(lambda: flex_decode(strange, key, value, options=TRITON)) == first
-    assert cache_info().hits == before.hits + 1
-
-
 def test_what_pytorch_cannot_compare_is_read_each_time(monkeypatch, launched):
     class Sub(torch.Tensor):
         pass
