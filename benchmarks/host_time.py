@@ -97,8 +97,8 @@ def make_calls(device: str) -> tuple[dict[str, Call], str]:
 
 def _both(name: str, case: Case, arguments: dict[str, Any]) -> dict[str, Call]:
     """A call of `flex_decode`, and the same prepared."""
-    of = case.query, case.key, case.value
-    step, out = prepare(*of, **arguments), arguments.get("out")
+    of, out = (case.query, case.key, case.value), arguments.get("out")
+    step = prepare(*of, **{name: x for name, x in arguments.items() if name != "out"})
     return {
         f"flex_decode{name}": lambda: flex_decode(*of, **arguments),
         f"prepared{name}": lambda: step(case.query, out),

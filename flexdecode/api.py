@@ -14,6 +14,7 @@ from .call.device import DeviceFacts
 from .call.inputs import DecodeOptions, Inputs
 from .call.signature import NO_AUX, ONLY_LSE, Aux
 from .codegen.kernels import forget_kernels
+from .errors import IN_REGION
 from .kv.kv_cache import KVCache
 from .kv.layers import CacheLayer
 from .kv.paged import PagedKVCache
@@ -21,7 +22,7 @@ from .kv.reading import read_cache
 from .memos import CacheInfo, counters, forget_memos, lock, reset, snapshot
 from .runtime.ahead import SavedKernel, save_request, warm_request
 from .runtime.launch import forget_workspaces
-from .runtime.prepared_call import IN_REGION, PreparedCall
+from .runtime.prepared_call import PreparedCall
 from .runtime.request import Request, read_request
 from .runtime.run import run_request
 
@@ -127,8 +128,7 @@ def flex_decode(
         TraceError: a mod cannot be traced; the message has its line and the remedy.
         UnsupportedOpError: a mod calls an operation that flexdecode does not have.
     """
-    if return_lse is not True and return_lse is not False:
-        raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
+    _check_return_lse(return_lse)
     given: Any = (
         query, key, value, kv_lens, q_lens, q_offset, page_table, k_scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k,
         kv_starts, kv_offset, max_q_len, scale, out,
@@ -153,24 +153,38 @@ def prepare(*arguments: Any, **keywords: Any) -> PreparedCall:
     `step(query)` gives what `flex_decode` gives with the same arguments. It reads them again each time: lengths,
     caches, pages and scales in the tensors that were given here, and what the mods capture, also if it was bound anew.
     With `cache=`, sequences may grow between the steps. A step refuses another layout of the query or of a given
-    tensor: another shape, dtype or device, or other strides. Nothing is computed here, but kernels may be compiled.
+    tensor: another shape, dtype or device, or other strides. Strides of dimensions of size 1 do not matter. Nothing is
+    computed here, but kernels may be compiled.
+
+    torch.compile does not trace a prepared call. A region ends before the call, and another one begins after it; with
+    `fullgraph=True`, that is an error of torch.compile. torch.export cannot export it. `flex_decode` can be traced.
+
+    A prepared call cannot be pickled or copied. Another process prepares its own.
 
     Args:
-        arguments: those of `flex_decode`, by place. Of `query` and `out` only the layout matters.
-        keywords: those of `flex_decode`, by name. Numbers are fixed here. A 0-d tensor on the CPU is read at each step;
-            a step then takes as long as a call of `flex_decode`, as it does with a `block_mask` or `options.debug`.
+        arguments: those of `flex_decode`, by place. Of `query` only the layout matters; its memory is not kept.
+        keywords: those of `flex_decode` but `out`, by name. An `out` is given to each step. Numbers are fixed here. A
+            0-d tensor on the CPU is read at each step; a step then takes as long as a call of `flex_decode`, as it does
+            with a `block_mask` or `options.debug`.
 
     Returns:
         The prepared call, `step(query, out=None)`.
 
     Raises:
         TypeError, ValueError, TraceError, UnsupportedOpError, CompileError: as `flex_decode`.
+        TypeError: `out` was given.
         CompilationForbiddenError: a kernel would have to be compiled after `forbid_compilation()`.
-        RuntimeError: it is called in a region that torch.compile traces.
+        RuntimeError: it is called in a region that torch.export traces.
     """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(IN_REGION)
+    if torch.compiler.is_dynamo_compiling():
+        from .runtime.outside import outside
+
+        return outside(prepare, *arguments, **keywords)
     asked = _bind("prepare", arguments, keywords)
+    if asked["out"] is not None:
+        raise TypeError("prepare() takes no `out`: each step may have one of its own, `step(query, out=...)`")
+    if asked["query"].__class__ is FakeTensor:
+        raise RuntimeError(IN_REGION)
     inputs, cache = _inputs_of(asked), asked["cache"]
     if cache is not None:
         inputs = read_cache(cache, inputs)
@@ -273,14 +287,20 @@ def _bind(name: str, arguments: tuple, keywords: dict[str, Any]) -> dict[str, An
     """The arguments of `flex_decode` by name, with defaults, that the function `name` was given.
 
     Raises:
-        TypeError: they are not those of `flex_decode`.
+        TypeError: they are not those of `flex_decode`, or `return_lse` is no bool.
     """
     try:
         given = inspect.signature(flex_decode).bind(*arguments, **keywords)
     except TypeError as error:
         raise TypeError(f"{name}() {error}") from None
     given.apply_defaults()
+    _check_return_lse(given.arguments["return_lse"])
     return given.arguments
+
+
+def _check_return_lse(return_lse: object) -> None:
+    if return_lse is not True and return_lse is not False:
+        raise TypeError(f"`return_lse` must be a bool, got {type(return_lse).__name__}")
 
 
 def _inputs_of(asked: dict[str, Any]) -> Inputs:
@@ -293,7 +313,7 @@ _DEVICE = inspect.signature(explain).parameters["device"]
 _FOLDER = inspect.signature(save_kernels).parameters["folder"]
 explain.__signature__ = inspect.Signature([*_GIVEN, _DEVICE])  # type: ignore[attr-defined]
 save_kernels.__signature__ = inspect.Signature([_FOLDER, *_GIVEN, _DEVICE])  # type: ignore[attr-defined]
-prepare.__signature__ = inspect.Signature(_GIVEN)  # type: ignore[attr-defined]
+prepare.__signature__ = inspect.Signature([x for x in _GIVEN if x.name != "out"])  # type: ignore[attr-defined]
 warmup.__signature__ = inspect.Signature(_GIVEN)  # type: ignore[attr-defined]
 
 

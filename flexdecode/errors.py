@@ -20,6 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 _HIDDEN = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
+# What a prepared call says in a region, and torch.compile where it must not end one.
+IN_REGION = (
+    "a prepared call works on the host: in a region that torch.compile or torch.export traces, call "
+    "flexdecode.flex_decode, which becomes one operation there"
+)
 
 
 class FlexDecodeError(Exception):

@@ -12,7 +12,7 @@ from ..call.overlap import extent
 from ..codegen.arguments import ARGUMENTS, DESCRIPTORS, PLACES, WORKSPACE, Call
 from .identity import Mod
 from .launch import FirstPass, Pick, TritonLauncher
-from .plan import Plan, Results, check_captured_out, record
+from .plan import Plan, Results, check_captured_out, record, without_memory
 
 _QUERY, _OUT, _LSE, _MAX_SCORES = (PLACES[name] for name in ("query", "out", "lse", "max_scores"))
 _CAPTURES = ("score_captures", "mask_captures")
@@ -60,12 +60,13 @@ class _BoundPass:
 class BoundPlan:
     """Runs calls that differ from one call in query, results and captured values only.
 
-    Tensors must have the layouts of those of that call, and all but query and output the same addresses.
+    Tensors must have the layouts of those of that call, and all but query and output the same addresses. Strides of
+    dimensions of size 1 may differ.
     """
 
     def __init__(self, plan: Plan, inputs: Inputs, score: Mod, mask: Mod) -> None:
         """`inputs`: of that call. Its `out` says whether the others have one."""
-        self.plan, self.inputs = plan, inputs._replace(out=None)
+        self.plan, self.inputs = plan, inputs._replace(query=without_memory(inputs.query), out=None)
         self.passes: list[_BoundPass] | None = None
         launcher = plan.launcher
         # Otherwise other tensors take the place of inputs at each call, or there is more to do than to launch kernels.

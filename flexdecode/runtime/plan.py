@@ -49,6 +49,11 @@ def layout(tensor: object) -> object:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, place, tensor.requires_grad
 
 
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same layout on the meta device. It does not keep the memory of the given one."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def any_length(
     batch: int | None,
     query: Any,

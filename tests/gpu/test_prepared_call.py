@@ -57,6 +57,22 @@ def test_layouts_are_checked_without_waiting_for_the_gpu():
 
 
 @SPLITS
+def test_strides_of_dimensions_of_size_1_do_not_matter(num_splits):
+    """The query of a step is a view of a projection `[B, 1, Hq * D]`, and its output too."""
+    query, key, value = inputs()
+    like = torch.empty_like(query)
+    step = prepare(like, key, value, return_lse=True, options=DecodeOptions(num_splits=num_splits))
+    expected = step(query)
+    projected = query.flatten(1).unsqueeze(1).view(4, 1, 8, 64).transpose(1, 2)
+    out = torch.empty_like(projected)
+    assert projected.stride() != query.stride() and out.stride() != query.stride()
+    for strange in (projected, query.as_strided(query.shape, (512, 64, 3, 1))):
+        for place in (None, out):
+            found = step(strange, out=place)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@SPLITS
 def test_in_a_graph(num_splits):
     """The recorded step is the kernels alone; lengths and contents may change between replays."""
     query, key, value = inputs()

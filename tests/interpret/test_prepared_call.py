@@ -40,3 +40,20 @@ def test_pages_and_scales():
     for _ in range(3):
         assert torch.equal(step(query), flex_decode(query, keys, values, **arguments, options=options))
         table.copy_(table.flip(0))
+
+
+@SPLITS
+@pytest.mark.parametrize("heads", [1, HKV])
+def test_strides_of_dimensions_of_size_1_do_not_matter(num_splits, heads):
+    """Also not where the query of the step has other alignments of such strides than the one that was prepared."""
+    query, key, value = make_inputs(B, HQ, heads, 1, N, D)
+    lens = torch.tensor([N, 31])
+    options = DecodeOptions(backend="triton", block_n=16, num_splits=num_splits)
+    for prepared, given in ((D, HQ * D), (HQ * D, D), (D, 0), (1, 3), (3, 1 << 40)):
+        like = torch.empty(query.shape).as_strided(query.shape, (HQ * D, D, prepared, 1))
+        step = prepare(like, key, value, kv_lens=lens, return_lse=True, options=options)
+        one = query.as_strided(query.shape, (HQ * D, D, given, 1))
+        place = torch.full(query.shape, 7.0).as_strided(query.shape, (HQ * D, D, given, 1))
+        for out in (None, place):
+            result, lse = step(one, out=out)
+            assert_close_to_reference(result, lse, query, key, value, kv_lens=lens)

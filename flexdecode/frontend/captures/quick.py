@@ -24,15 +24,21 @@ _contents = attrgetter("cell_contents")
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 
-def same_layouts(tensors: list[torch.Tensor]) -> Callable[..., bool] | None:
+def same_layouts(tensors: list[torch.Tensor], single_steps: bool = True) -> Callable[..., bool] | None:
     """Makes a function of as many tensors: whether they have the layouts of these. None if PyTorch has no such check.
+
+    If `single_steps` is false, strides of dimensions of size 1 may differ: no address depends on them.
 
     The answer is also no if a tensor is given twice. For tensors of another class or in another mode of autograd it may
     be no, although the layouts are the same.
     """
     if _Guards is None or not all(type(x) in _TENSORS for x in tensors):
         return None
-    sizes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
+    sizes = [[*x.shape] for x in tensors]
+    strides = [  # None stands for any
+        [step if single_steps or size != 1 else None for size, step in zip(x.shape, x.stride(), strict=True)]
+        for x in tensors
+    ]
     return _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 

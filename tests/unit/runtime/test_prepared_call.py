@@ -1,9 +1,15 @@
 """`flexdecode.prepare`: a call that is checked once and repeated gives what `flex_decode` gives."""
 
 import contextlib
+import copy
+import functools
+import gc
 import inspect
+import operator
+import pickle
 import re
 import threading
+import weakref
 from unittest import mock
 
 import pytest
@@ -303,6 +309,72 @@ def test_gradients_and_inference_mode():
     assert torch.equal(out, expected) and not out.is_inference()
 
 
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_strides_of_dimensions_of_size_1_do_not_matter(debug):
+    """The usual query of a decode step is a view of `[B, 1, Hq * D]`."""
+    query, key, value = make_inputs(2, HQ, 1, 1, N, D)
+    lens, sinks = torch.tensor([24, 13]), torch.zeros(HQ)
+    arguments = {"kv_lens": lens, "sinks": sinks, "options": DecodeOptions(debug=debug)}
+    step = flexdecode.prepare(query, key, value, **arguments)
+    projected = query.flatten(1).unsqueeze(1).view(2, 1, HQ, D).transpose(1, 2)
+    assert projected.stride() != query.stride()
+    expected = flex_decode(query, key, value, **arguments)
+    anew = PreparedCall._run_anew if debug else mock.Mock(side_effect=AssertionError("the call was read anew"))
+    with mock.patch.object(PreparedCall, "_run_anew", anew):
+        for strange in (projected, query.as_strided(query.shape, (HQ * D, D, 0, 1)), query):
+            assert_same(step(strange), expected)
+            out = torch.full_like(query, 7).as_strided(query.shape, (HQ * D, D, 5, 1))
+            assert step(strange, out=out) is out and torch.equal(out, expected)
+        key.as_strided_(key.shape, (N * D, 3, D, 1))
+        assert_same(step(projected), expected)
+    key.as_strided_(key.shape, (N * D, 3, 1, N))
+    with pytest.raises(ValueError, match=r"^`key` was prepared with .* strides \[384, 3, 1, 24\]"):
+        step(projected)
+
+
+def test_a_tensor_that_is_query_and_key():
+    both = QUERY[:, :HKV].clone()
+    step = flexdecode.prepare(both, both, both)
+    query = torch.randn(both.shape)
+    for _ in range(2):
+        assert_same(step(query), flex_decode(query, both, both))
+    both.set_(torch.randn(both.shape))
+    assert_same(step(query), flex_decode(query, both, both))
+    assert_same(step(both), flex_decode(both, both, both))
+
+
+def test_the_memory_of_queries_and_outputs_is_not_kept():
+    query, out = QUERY.clone(), torch.empty_like(QUERY)
+    step = flexdecode.prepare(query, KEY, VALUE)
+    step(query, out=out)
+    kept = [weakref.ref(x.untyped_storage()) for x in (query, out)]
+    gone = [weakref.ref(x) for x in (query, out)]
+    del query, out
+    gc.collect()
+    assert [one() for one in (*gone, *kept)] == [None] * 4
+    assert_same(step(QUERY), flex_decode(QUERY, KEY, VALUE))
+    assert "query float32 [2, 4, 2, 16] on cpu" in repr(step)
+
+
+def test_queries_of_both_modes_in_turn():
+    """Made in inference mode or outside of it, and computed in either: each is read anew once."""
+    step = flexdecode.prepare(QUERY, KEY, VALUE)
+    with torch.inference_mode():
+        inside = QUERY.clone()
+    expected = flex_decode(QUERY, KEY, VALUE)
+
+    def steps():
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                for query in (QUERY, inside):
+                    out = step(query)
+                    assert torch.equal(out, expected) and out.is_inference() is mode
+
+    steps()
+    with mock.patch.object(PreparedCall, "_run_anew", side_effect=AssertionError("the call was read anew")):
+        steps()
+
+
 # --- The output -------------------------------------------------------------------------------------------------------
 
 
@@ -389,11 +461,15 @@ def test_errors_are_those_of_flex_decode():
     flex_decode(QUERY, KEY, VALUE, kv_lens=LENS)
     with pytest.raises(TypeError, match=r"^prepare\(\) got an unexpected keyword argument 'kv_len'"):
         flexdecode.prepare(QUERY, KEY, VALUE, kv_len=3)
+    with pytest.raises(TypeError, match=r"^prepare\(\) takes no `out`: .*, `step\(query, out=\.\.\.\)`$"):
+        flexdecode.prepare(QUERY, KEY, VALUE, out=torch.empty_like(QUERY))
     for arguments in (
         {"kv_lens": torch.tensor([1])},
         {"scale": float("nan")},
         {"key": KEY[:, :1, :, :8]},
         {"cache": 3},
+        {"return_lse": 1},
+        {"return_lse": None},
     ):
         whole = {"query": QUERY, "key": KEY, "value": VALUE, **arguments}
         with pytest.raises((ValueError, TypeError)) as caught:
@@ -411,9 +487,8 @@ def test_a_length_that_is_too_large_is_refused_at_the_call():
 
 
 def test_its_signature_and_what_it_shows():
-    assert inspect.signature(flexdecode.prepare) == inspect.signature(flex_decode).replace(
-        return_annotation=inspect.Signature.empty
-    )
+    of_call = inspect.signature(flex_decode).parameters.values()
+    assert inspect.signature(flexdecode.prepare) == inspect.Signature([x for x in of_call if x.name != "out"])
     step = flexdecode.prepare(QUERY, KEY, VALUE, mods.alibi(HQ), mods.causal(), kv_lens=LENS, return_lse=True)
     assert isinstance(step, PreparedCall)
     assert repr(step) == (
@@ -421,9 +496,81 @@ def test_its_signature_and_what_it_shows():
     )
 
 
-def test_in_a_compiled_region_it_says_what_to_call():
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_it_belongs_to_its_process(copied):
+    step = flexdecode.prepare(QUERY, KEY, VALUE)
+    with pytest.raises(
+        TypeError, match=r"^a prepared call cannot be pickled or copied: .* flexdecode\.prepare\(\.\.\.\)"
+    ):
+        copied(step)
+
+
+# --- In regions that are traced ---------------------------------------------------------------------------------------
+
+
+def recording_backend():
+    """A backend of torch.compile, and the list of the functions that the graphs call that it gets."""
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(node.target for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    return backend, traced
+
+
+def test_a_region_that_must_be_whole_is_refused_with_what_to_call():
     step = flexdecode.prepare(QUERY, KEY, VALUE)
     for region in (lambda x: step(x) + 1, lambda x: flexdecode.prepare(x, KEY, VALUE)(x)):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=r"flexdecode\.flex_decode, which becomes one operation there"):
             torch.compile(region, backend="eager", fullgraph=True)(QUERY)
+
+
+def test_a_compiled_region_ends_before_the_call():
+    """Nothing of flexdecode is traced, however many prepared calls there are; a warning would be an error."""
+    torch._dynamo.reset()
+    steps = [flexdecode.prepare(QUERY, KEY, VALUE, scale=0.1 * n) for n in range(12)]
+    backend, traced = recording_backend()
+
+    @functools.partial(torch.compile, backend=backend)
+    def region(x, step, out=None):
+        return step(x * 2, out=out) + 1
+
+    with mock.patch.object(PreparedCall, "_run_anew", side_effect=AssertionError("the call was read anew")):
+        for _ in range(2):
+            for step in steps:
+                assert_same(region(QUERY, step), step(QUERY * 2) + 1)
+                assert_same(region(QUERY, step, torch.empty_like(QUERY)), step(QUERY * 2) + 1)
+    assert set(traced) == {operator.mul, operator.add}
+
+
+def test_a_call_is_prepared_in_a_compiled_region():
+    torch._dynamo.reset()
+    backend, traced = recording_backend()
+    alibi = mods.alibi(HQ)
+
+    def region(x):
+        return flexdecode.prepare(x, KEY, VALUE, alibi)(x * 2) + 1
+
+    for _ in range(2):
+        assert_same(torch.compile(region, backend=backend)(QUERY), region(QUERY))
+    assert set(traced) == {operator.mul, operator.add}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_cannot_be_exported(strict):
+    step = flexdecode.prepare(QUERY, KEY, VALUE)
+
+    class Model(torch.nn.Module):
+        def __init__(self, call):
+            super().__init__()
+            self.call = call
+
+        def forward(self, x):
+            return self.call(x)
+
+    for call in (step, lambda x: flexdecode.prepare(x, KEY, VALUE)(x)):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"flexdecode\.flex_decode, which becomes one operation there"):
+            torch.export.export(Model(call), (QUERY,), strict=strict)
