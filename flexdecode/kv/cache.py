@@ -104,7 +104,11 @@ class Cache:
         _caches[number] = self
 
     def __getstate__(self) -> dict:
-        views = ("value", "v_scale", "_layers") if self._latent_width is not None else ("_layers",)
+        views = ["_layers"]
+        if self._latent_width is not None:
+            views += ["value", "v_scale"]
+        if self.num_layers is not None:
+            views.append("kv_lens")
         return {name: x for name, x in self.__dict__.items() if name not in views}
 
     def __setstate__(self, state: dict) -> None:  # of a copy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,9 @@ from .writing import (
     write_reserved,
     write_to_slots,
 )
+
+if TYPE_CHECKING:
+    from .paged import PagedKVCache
 
 _numbers = itertools.count()
 # The layers by their numbers, by which the custom op of a compiled region finds their steps.
@@ -40,6 +43,9 @@ class LayerTensors(NamedTuple):
 class CacheLayer:
     """One layer of a `PagedKVCache` with layers, from `PagedKVCache.layer`. `flex_decode` takes it as `cache=`.
 
+    A layer does not keep its cache alive. A copy of a layer, by `copy.deepcopy` or `pickle`, is the same layer of a copy
+    of the cache, and keeps that cache.
+
     Attributes:
         index: the number of the layer.
         key: `[num_pages, Hkv, page_size, D]`, the keys of this layer.
@@ -50,11 +56,13 @@ class CacheLayer:
         kv_lens: int32 `[B]`, the lengths, those of all layers.
     """
 
-    def __init__(self, index: int, tensors: LayerTensors, latent: bool, step: Step, lengths: list[int]) -> None:
-        self.index = index
+    def __init__(self, cache: PagedKVCache, index: int, tensors: LayerTensors, latent: bool) -> None:
+        self._cache, self.index = weakref.ref(cache), index
+        self._kept: PagedKVCache | None = None
         self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens = tensors
         self._latent_width = self.value.shape[3] if latent else None
-        self._step, self._lengths = step, lengths  # the cache's own, so that a layer does not keep a cache alive
+        step = cache._step
+        self._step, self._lengths = step, cache._lengths
         self._reserved = Reserved(self.page_table, step.starts, step.ends, step.cu_seqlens)
         of_values = (None, None) if latent else (self.value, self.v_scale)
         self._stored = Stored(self.key, of_values[0], self.k_scale, of_values[1])
@@ -62,11 +70,26 @@ class CacheLayer:
         self._number = torch.tensor(number, device="cpu")  # a Python number would be a constant of a compiled region
         _layers[number] = self
 
+    def __reduce__(self) -> tuple:
+        return _copied_layer, (self.cache, self.index)
+
     def __repr__(self) -> str:
         dtype = str(self.key.dtype).removeprefix("torch.")
         lengths, total = self._lengths, sum(self._lengths)
         tokens = f"lengths {lengths}" if len(lengths) <= 8 else f"{len(lengths)} sequences with {total} tokens"
         return f"<CacheLayer {self.index}: {dtype} on {self.key.device}, {tokens}>"
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """The cache that the layer is of.
+
+        Raises:
+            RuntimeError: nothing keeps the cache any more.
+        """
+        cache = self._cache()
+        if cache is None:
+            raise RuntimeError("the cache of this layer is gone: keep it as long as its layers")
+        return cache
 
     @property
     def lengths(self) -> list[int]:
@@ -128,6 +151,13 @@ class CacheLayer:
             append_to_slots(self._stored, k, v, slot_mapping, sequence)
         else:
             write_step(self._stored, self._reserved, self._step, k, v, sequence)
+
+
+def _copied_layer(cache: PagedKVCache, index: int) -> CacheLayer:
+    """The layer of a copied cache."""
+    layer = cache.layer(index)
+    layer._kept = cache  # nobody else may have the cache of a layer that was copied alone
+    return layer
 
 
 def write_step(

@@ -109,7 +109,7 @@ class PagedKVCache(Cache):
         self.kv_lens = self._step.ends
         latent = self._latent_width is not None
         self._layers = tuple(
-            CacheLayer(i, self._tensors_of_layer(i), latent, self._step, self._lengths) for i in range(self.num_layers)
+            CacheLayer(self, i, self._tensors_of_layer(i), latent) for i in range(self.num_layers)
         )
 
     def _tensors_of_layer(self, i: int) -> LayerTensors:
