@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .cache import Cache
 from .slots import check_slots, is_list
 from .steps import Step, check_tokens
 from .writing import (
@@ -20,9 +21,6 @@ from .writing import (
     write_reserved,
     write_to_slots,
 )
-
-if TYPE_CHECKING:
-    from .paged import PagedKVCache
 
 _numbers = itertools.count()
 # The layers by their numbers, by which the custom op of a compiled region finds their steps.
@@ -43,8 +41,8 @@ class LayerTensors(NamedTuple):
 class CacheLayer:
     """One layer of a `PagedKVCache` with layers, from `PagedKVCache.layer`. `flex_decode` takes it as `cache=`.
 
-    A layer does not keep its cache alive. A copy of a layer, by `copy.deepcopy` or `pickle`, is the same layer of a copy
-    of the cache, and keeps that cache.
+    A layer does not keep its cache alive. A copy of a layer, by `copy.deepcopy` or `pickle`, is the same layer of a
+    copy of the cache, and keeps that cache.
 
     Attributes:
         index: the number of the layer.
@@ -56,9 +54,9 @@ class CacheLayer:
         kv_lens: int32 `[B]`, the lengths, those of all layers.
     """
 
-    def __init__(self, cache: PagedKVCache, index: int, tensors: LayerTensors, latent: bool) -> None:
+    def __init__(self, cache: Cache, index: int, tensors: LayerTensors, latent: bool) -> None:
         self._cache, self.index = weakref.ref(cache), index
-        self._kept: PagedKVCache | None = None
+        self._kept: Cache | None = None
         self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens = tensors
         self._latent_width = self.value.shape[3] if latent else None
         step = cache._step
@@ -80,8 +78,8 @@ class CacheLayer:
         return f"<CacheLayer {self.index}: {dtype} on {self.key.device}, {tokens}>"
 
     @property
-    def cache(self) -> PagedKVCache:
-        """The cache that the layer is of.
+    def cache(self) -> Cache:
+        """The `PagedKVCache` that the layer is of.
 
         Raises:
             RuntimeError: nothing keeps the cache any more.
@@ -153,9 +151,9 @@ class CacheLayer:
             write_step(self._stored, self._reserved, self._step, k, v, sequence)
 
 
-def _copied_layer(cache: PagedKVCache, index: int) -> CacheLayer:
+def _copied_layer(cache: Any, index: int) -> CacheLayer:
     """The layer of a copied cache."""
-    layer = cache.layer(index)
+    layer: CacheLayer = cache.layer(index)
     layer._kept = cache  # nobody else may have the cache of a layer that was copied alone
     return layer
 

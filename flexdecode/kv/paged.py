@@ -108,9 +108,7 @@ class PagedKVCache(Cache):
             return
         self.kv_lens = self._step.ends
         latent = self._latent_width is not None
-        self._layers = tuple(
-            CacheLayer(self, i, self._tensors_of_layer(i), latent) for i in range(self.num_layers)
-        )
+        self._layers = tuple(CacheLayer(self, i, self._tensors_of_layer(i), latent) for i in range(self.num_layers))
 
     def _tensors_of_layer(self, i: int) -> LayerTensors:
         k_scale = None if self.k_scale is None else self.k_scale[i]
@@ -214,7 +212,8 @@ class PagedKVCache(Cache):
         Raises:
             TypeError: it is neither.
             ValueError: numbers are wrong, or a sequence would become too long; nothing was changed.
-            RuntimeError: a CUDA graph is captured, or a region compiled.
+            RuntimeError: a CUDA graph is captured, or a region compiled; or the cache has one layer, and no graph has
+                captured an append of it.
             OutOfPagesError: there are too few free pages; nothing was changed.
         """
         if self.num_layers is None:
