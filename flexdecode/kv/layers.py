@@ -136,7 +136,8 @@ class CacheLayer:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: shapes, dtypes or devices do not match, or there are fewer tokens than are reserved.
+            ValueError: shapes, dtypes or devices do not match, there are fewer tokens than are reserved, or there are
+                tokens of one `sequence` for which nothing is reserved.
             RuntimeError: nothing is reserved, and no graph is captured; or the cache was made in inference mode and is
                 used outside of it.
         """
@@ -170,7 +171,7 @@ def write_step(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the new tokens do not match, or are too few.
+        ValueError: the new tokens do not match, are too few, or are of a sequence that takes none.
         RuntimeError: nothing is reserved.
     """
     packed = is_packed(k)
@@ -191,6 +192,11 @@ def write_step(
         if step.counts is None:
             raise RuntimeError("nothing is reserved: call reserve() of the cache once for each step, before its layers")
         check_tokens(num_tokens, step.counts, packed, sequence)
+        if sequence is not None and num_tokens and not step.counts[sequence]:
+            raise ValueError(
+                f"`k` has T = {num_tokens} tokens for sequence {sequence}, but nothing is reserved for it in this "
+                "step: leave out the append, or reserve() for this sequence"
+            )
     write_reserved(stored, reserved, k, v, check, sequence)
 
 

@@ -205,6 +205,11 @@ class PagedKVCache(Cache):
         sets `kv_lens` and `cu_seqlens_q`, in one small copy, and then every `layer` appends the tokens. In a cache of
         one layer it does the work of the host for one replay of a CUDA graph with a captured append.
 
+        All layers have the reserved tokens from then on, written or not. So append to every layer that attends, before
+        the next `reserve`: a place that nobody wrote holds what an earlier sequence left there. `truncate` takes back a
+        step that is given up. In a cache with layers an error of `reserve` ends the step before, so that no append
+        writes there again; lengths and pages do not change.
+
         Args:
             num_tokens: how many tokens the step has: one number for all sequences, or one for each.
             sequence: the only sequence that takes tokens. Then `num_tokens` is one number.
@@ -220,8 +225,12 @@ class PagedKVCache(Cache):
             super().reserve(num_tokens, sequence=sequence)
             return
         self._refuse_capture("reserve")
-        counts = self._counts(num_tokens, sequence)
-        self._grow(counts)
+        try:
+            counts = self._counts(num_tokens, sequence)
+            self._grow(counts)
+        except Exception:
+            self._step.end()  # otherwise an append would write its tokens to the places of the step before
+            raise
         self._step.begin(self._lengths, counts)
 
     def fork(self, source: int, target: int) -> None:
