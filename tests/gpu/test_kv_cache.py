@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit.kv.test_kv_cache import Model, assert_same, new_tokens
+from unit.kv.test_kv_cache import Model, assert_same, captured, new_tokens
 
 from flexdecode import flex_decode, mods, write_kv
 from flexdecode.kv import launching
@@ -140,7 +140,7 @@ def test_an_append_is_one_kernel(dtype, kind):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # PyTorch calls the mode a prototype
 @CACHES
 def test_nothing_waits_for_the_gpu(kind):
-    cache = make(kind, dtype=torch.int8)
+    cache = captured(make(kind, dtype=torch.int8))
     one, many = tokens(1), tokens(50)
 
     def steps():
