@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .kv.reading import checked_cache
+
 __all__ = ["dequantized_rows", "evaluate_mod", "reference_decode"]
 
 
@@ -91,11 +93,12 @@ def reference_decode(
         for every row that shares them may hold anything.
 
     Raises:
-        TypeError: a mod does what no function of one pair can do.
-        ValueError: shapes do not fit together, or there is a `page_table` without `kv_lens`.
+        TypeError: a mod does what no function of one pair can do, or `cache` is no cache.
+        ValueError: shapes do not fit together, there is a `page_table` without `kv_lens`, or `cache` has layers.
         IndexError: an entry of `page_table` with such a key is not the number of a page.
     """
     if cache is not None:
+        cache = checked_cache(cache)
         key, value, kv_lens, page_table = cache.key, cache.value, cache.kv_lens, cache.page_table
         k_scale, v_scale = cache.k_scale, cache.v_scale
     if key is None or value is None:

@@ -18,6 +18,8 @@ def extent(tensor: torch.Tensor) -> int:
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements of a tensor have the same place."""
     dims = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+    if tensor.numel() and any(stride == 0 for stride, _ in dims):
+        return True  # without a list of its places, which may be many
     reached = 0  # the last place that the dimensions with smaller strides reach
     for stride, size in sorted(dims):
         if stride <= reached:

@@ -31,6 +31,11 @@ _what_it_does = torch.compiler.assume_constant_result(what_it_does)
 _options_text = torch.compiler.assume_constant_result(options_text)
 
 
+def _dynamic(x: float) -> torch.Tensor:
+    """The form in which a float stays dynamic. It is on the CPU, whatever the default device: the op reads it there."""
+    return torch.zeros((), dtype=torch.float64, device="cpu") + x
+
+
 class _Recorder(TorchFunctionMode):
     """Writes down what a mod does with the values of its parameters and with captured tensors.
 
@@ -79,7 +84,7 @@ class _Recorder(TorchFunctionMode):
             self.ints.append(x)
             return ("i", len(self.ints) - 1)
         if isinstance(x, float) and not has_static_value(x):
-            self.floats.append(torch.zeros((), dtype=torch.float64) + x)  # the form in which a float stays dynamic
+            self.floats.append(_dynamic(x))  # the form in which a float stays dynamic
             return ("f", len(self.floats) - 1)
         return ("c", _constant(x))
 
@@ -244,7 +249,7 @@ def _optional(inputs: Inputs) -> tuple[str, list, list]:
         elif x is not None and name in ("k_scale", "v_scale", "scale"):
             if name != "scale" or not has_static_value(x):
                 names.append(name)
-                tensors.append(torch.zeros((), dtype=torch.float64) + x)
+                tensors.append(_dynamic(x))
         elif x is not None:
             numbered.append(name)
             ints.append(x)

@@ -37,6 +37,7 @@ class Cache:
 
     page_table: torch.Tensor | None = None
     num_layers: int | None = None
+    _captured = False  # whether a CUDA graph may append
     _length_argument = "max_kv_len"  # the argument that bounds the length of a sequence
     _latent_width: int | None = None  # Dv, if values are the first columns of keys
 
@@ -104,7 +105,11 @@ class Cache:
         _caches[number] = self
 
     def __getstate__(self) -> dict:
-        views = ("value", "v_scale", "_layers") if self._latent_width is not None else ("_layers",)
+        views = ["_layers", "_captured"]  # no graph writes into a copy
+        if self._latent_width is not None:
+            views += ["value", "v_scale"]
+        if self.num_layers is not None:
+            views.append("kv_lens")
         return {name: x for name, x in self.__dict__.items() if name not in views}
 
     def __setstate__(self, state: dict) -> None:  # of a copy
@@ -207,6 +212,7 @@ class Cache:
         capturing = self._capturing()
         if capturing and num_tokens is not None:
             raise ValueError("a CUDA graph cannot keep `num_tokens`: give it to `reserve()` before each replay")
+        self._captured = self._captured or capturing
         counts = self._counts(offered if num_tokens is None else num_tokens)
         if max(counts) > offered:
             raise ValueError(f"`num_tokens` must be at most T = {offered} (from k), got {counts}")
@@ -244,7 +250,9 @@ class Cache:
         """Does the work of the host for one replay of a CUDA graph with a captured append.
 
         It checks that there is room, takes the pages and lengthens `lengths`. The next replay on the same stream then
-        writes the tokens. An append outside of a graph does this by itself.
+        writes the tokens. An append outside of a graph does this by itself: between `reserve` and its replay it would
+        lengthen the sequences once more, and `lengths` and `kv_lens` would differ from then on. `truncate` takes back
+        a reservation that is given up.
 
         Args:
             num_tokens: how many tokens the replay shall append: one number, or one for each sequence.
@@ -253,9 +261,15 @@ class Cache:
         Raises:
             TypeError: it is neither.
             ValueError: numbers are wrong, or a sequence would become too long; nothing was changed.
+            RuntimeError: no graph has captured an append of this cache; or a graph is captured, or a region compiled.
             OutOfPagesError: a `PagedKVCache` has too few free pages; nothing was changed.
         """
         self._refuse_capture("reserve")
+        if not self._captured:
+            raise RuntimeError(
+                "no CUDA graph has captured an append of this cache, so nothing would write what is reserved: call "
+                "append() alone, which reserves by itself, or make PagedKVCache(num_layers=1) and append to layer(0)"
+            )
         self._grow(self._counts(num_tokens, sequence))
         self._send_limits()
 

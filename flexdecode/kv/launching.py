@@ -78,7 +78,8 @@ def launch(kernel: str, tensors: Tensors, flags: tuple, sizes: Callable[[], Size
         sizes()
         raise
     aligned = not any(x is not None and x % 16 for x in addresses[:4])
-    known = (kernel, aligned, flags, *layouts)
+    in_one_place = addresses[2] == addresses[3], addresses[4] == addresses[5]  # what `sizes` may refuse
+    known = (kernel, aligned, in_one_place, flags, *layouts)
     found = _prepared.get(known)
     if found is None:
         found = _prepare(kernel, tensors, aligned, sizes())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .cache import Cache
 from .slots import check_slots, is_list
 from .steps import Step, check_tokens
 from .writing import (
@@ -40,6 +41,9 @@ class LayerTensors(NamedTuple):
 class CacheLayer:
     """One layer of a `PagedKVCache` with layers, from `PagedKVCache.layer`. `flex_decode` takes it as `cache=`.
 
+    A layer does not keep its cache alive. A copy of a layer, by `copy.deepcopy` or `pickle`, is the same layer of a
+    copy of the cache, and keeps that cache.
+
     Attributes:
         index: the number of the layer.
         key: `[num_pages, Hkv, page_size, D]`, the keys of this layer.
@@ -50,11 +54,13 @@ class CacheLayer:
         kv_lens: int32 `[B]`, the lengths, those of all layers.
     """
 
-    def __init__(self, index: int, tensors: LayerTensors, latent: bool, step: Step, lengths: list[int]) -> None:
-        self.index = index
+    def __init__(self, cache: Cache, index: int, tensors: LayerTensors, latent: bool) -> None:
+        self._cache, self.index = weakref.ref(cache), index
+        self._kept: Cache | None = None
         self.key, self.value, self.k_scale, self.v_scale, self.page_table, self.kv_lens = tensors
         self._latent_width = self.value.shape[3] if latent else None
-        self._step, self._lengths = step, lengths  # the cache's own, so that a layer does not keep a cache alive
+        step = cache._step
+        self._step, self._lengths = step, cache._lengths
         self._reserved = Reserved(self.page_table, step.starts, step.ends, step.cu_seqlens)
         of_values = (None, None) if latent else (self.value, self.v_scale)
         self._stored = Stored(self.key, of_values[0], self.k_scale, of_values[1])
@@ -62,11 +68,26 @@ class CacheLayer:
         self._number = torch.tensor(number, device="cpu")  # a Python number would be a constant of a compiled region
         _layers[number] = self
 
+    def __reduce__(self) -> tuple:
+        return _copied_layer, (self.cache, self.index)
+
     def __repr__(self) -> str:
         dtype = str(self.key.dtype).removeprefix("torch.")
         lengths, total = self._lengths, sum(self._lengths)
         tokens = f"lengths {lengths}" if len(lengths) <= 8 else f"{len(lengths)} sequences with {total} tokens"
         return f"<CacheLayer {self.index}: {dtype} on {self.key.device}, {tokens}>"
+
+    @property
+    def cache(self) -> Cache:
+        """The `PagedKVCache` that the layer is of.
+
+        Raises:
+            RuntimeError: nothing keeps the cache any more.
+        """
+        cache = self._cache()
+        if cache is None:
+            raise RuntimeError("the cache of this layer is gone: keep it as long as its layers")
+        return cache
 
     @property
     def lengths(self) -> list[int]:
@@ -115,7 +136,8 @@ class CacheLayer:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: shapes, dtypes or devices do not match, or there are fewer tokens than are reserved.
+            ValueError: shapes, dtypes or devices do not match, there are fewer tokens than are reserved, or there are
+                tokens of one `sequence` for which nothing is reserved.
             RuntimeError: nothing is reserved, and no graph is captured; or the cache was made in inference mode and is
                 used outside of it.
         """
@@ -130,6 +152,13 @@ class CacheLayer:
             write_step(self._stored, self._reserved, self._step, k, v, sequence)
 
 
+def _copied_layer(cache: Any, index: int) -> CacheLayer:
+    """The layer of a copied cache."""
+    layer: CacheLayer = cache.layer(index)
+    layer._kept = cache  # nobody else may have the cache of a layer that was copied alone
+    return layer
+
+
 def write_step(
     stored: Stored,
     reserved: Reserved,
@@ -142,7 +171,7 @@ def write_step(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the new tokens do not match, or are too few.
+        ValueError: the new tokens do not match, are too few, or are of a sequence that takes none.
         RuntimeError: nothing is reserved.
     """
     packed = is_packed(k)
@@ -163,6 +192,11 @@ def write_step(
         if step.counts is None:
             raise RuntimeError("nothing is reserved: call reserve() of the cache once for each step, before its layers")
         check_tokens(num_tokens, step.counts, packed, sequence)
+        if sequence is not None and num_tokens and not step.counts[sequence]:
+            raise ValueError(
+                f"`k` has T = {num_tokens} tokens for sequence {sequence}, but nothing is reserved for it in this "
+                "step: leave out the append, or reserve() for this sequence"
+            )
     write_reserved(stored, reserved, k, v, check, sequence)
 
 

@@ -108,9 +108,7 @@ class PagedKVCache(Cache):
             return
         self.kv_lens = self._step.ends
         latent = self._latent_width is not None
-        self._layers = tuple(
-            CacheLayer(i, self._tensors_of_layer(i), latent, self._step, self._lengths) for i in range(self.num_layers)
-        )
+        self._layers = tuple(CacheLayer(self, i, self._tensors_of_layer(i), latent) for i in range(self.num_layers))
 
     def _tensors_of_layer(self, i: int) -> LayerTensors:
         k_scale = None if self.k_scale is None else self.k_scale[i]
@@ -207,6 +205,11 @@ class PagedKVCache(Cache):
         sets `kv_lens` and `cu_seqlens_q`, in one small copy, and then every `layer` appends the tokens. In a cache of
         one layer it does the work of the host for one replay of a CUDA graph with a captured append.
 
+        All layers have the reserved tokens from then on, written or not. So append to every layer that attends, before
+        the next `reserve`: a place that nobody wrote holds what an earlier sequence left there. `truncate` takes back a
+        step that is given up. In a cache with layers an error of `reserve` ends the step before, so that no append
+        writes there again; lengths and pages do not change.
+
         Args:
             num_tokens: how many tokens the step has: one number for all sequences, or one for each.
             sequence: the only sequence that takes tokens. Then `num_tokens` is one number.
@@ -214,15 +217,20 @@ class PagedKVCache(Cache):
         Raises:
             TypeError: it is neither.
             ValueError: numbers are wrong, or a sequence would become too long; nothing was changed.
-            RuntimeError: a CUDA graph is captured, or a region compiled.
+            RuntimeError: a CUDA graph is captured, or a region compiled; or the cache has one layer, and no graph has
+                captured an append of it.
             OutOfPagesError: there are too few free pages; nothing was changed.
         """
         if self.num_layers is None:
             super().reserve(num_tokens, sequence=sequence)
             return
         self._refuse_capture("reserve")
-        counts = self._counts(num_tokens, sequence)
-        self._grow(counts)
+        try:
+            counts = self._counts(num_tokens, sequence)
+            self._grow(counts)
+        except Exception:
+            self._step.end()  # otherwise an append would write its tokens to the places of the step before
+            raise
         self._step.begin(self._lengths, counts)
 
     def fork(self, source: int, target: int) -> None:

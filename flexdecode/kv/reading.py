@@ -16,10 +16,7 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
         TypeError: it is no cache.
         ValueError: what it stands for is given as well, or the query does not fit to the cache.
     """
-    if not isinstance(cache, (Cache, CacheLayer)):
-        raise TypeError(f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(cache).__name__}")
-    if isinstance(cache, Cache) and cache.num_layers is not None:
-        raise ValueError(f"`cache` has {cache.num_layers} layers: pass one of them, `cache=cache.layer(i)`")
+    cache = checked_cache(cache)
     if inputs.cu_seqlens_k is not None:
         raise ValueError("`cu_seqlens_k` and `cache` exclude one another: `cu_seqlens_k` is for keys without a cache")
     names = ("key", "value", "kv_lens", "page_table", "k_scale", "v_scale")
@@ -35,6 +32,20 @@ def read_cache(cache: object, inputs: Inputs) -> Inputs:
         # As an input of the region, the view would be another tensor in the memory of one that an append changes.
         found["value"] = cache.key[..., : cache._latent_width]
     return inputs._replace(**found)
+
+
+def checked_cache(cache: object) -> Cache | CacheLayer:
+    """Refuses what cannot be the `cache` of a call.
+
+    Raises:
+        TypeError: it is no cache.
+        ValueError: it has layers, and a call needs one of them.
+    """
+    if not isinstance(cache, (Cache, CacheLayer)):
+        raise TypeError(f"`cache` must be a flexdecode.KVCache, PagedKVCache or CacheLayer, got {type(cache).__name__}")
+    if isinstance(cache, Cache) and cache.num_layers is not None:
+        raise ValueError(f"`cache` has {cache.num_layers} layers: pass one of them, `cache=cache.layer(i)`")
+    return cache
 
 
 def _check_query(cache: Cache | CacheLayer, query: torch.Tensor, cu_seqlens_q: object) -> None:

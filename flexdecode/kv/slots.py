@@ -9,7 +9,12 @@ import torch
 
 from ..call.checks import check_place, checked_scale
 from ..call.inputs import DTYPES, MAX_HEAD_DIM, QUANTISED
+from ..call.overlap import extent, overlaps_itself, share_memory
+from ..memos import Bounded
+from .launching import is_dynamic
 from .writing import Stored, check_gradient, check_new, write_to_slots
+
+_apart = Bounded.memo(limit=1024)  # layouts of two tensors that share no memory
 
 
 def write_kv(
@@ -35,7 +40,7 @@ def write_kv(
         v: `[T, Hkv, Dv]`, likewise. None, as `value`, for latents whose values are the first columns of their keys.
         key: `[num_pages, Hkv, page_size, D]`, any strides; float16, bfloat16, float32, float8_e4m3fn, float8_e5m2 or
             int8. Float8 numbers that a server keeps as bytes come as `key.view(torch.float8_e4m3fn)`.
-        value: `[num_pages, Hkv, page_size, Dv]`, likewise; of the dtype of `key`.
+        value: `[num_pages, Hkv, page_size, Dv]`, likewise; of the dtype of `key`. It shares no memory with `key`.
         slot_mapping: int32 or int64 `[T]`, the slot of each token: page * page_size + offset. A token whose slot is
             negative or beyond the pages is skipped. Further rows of k and v are padding. No slot may occur twice.
         k_scale: of a quantised cache, stored = k / k_scale, clamped to the range of the dtype: a number, a float32
@@ -46,7 +51,8 @@ def write_kv(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes, dtypes, devices or numbers do not match; nothing was written.
+        ValueError: shapes, dtypes, devices or numbers do not match, or a token would overwrite another one, because
+            tensors that are written share memory or are expanded; nothing was written.
         CompilationForbiddenError: the kernel is not compiled yet, and compilation is forbidden.
     """
     if torch.compiler.is_compiling():
@@ -109,6 +115,9 @@ def _check(k: Any, v: Any, key: Any, value: Any, slots: Any, k_scale: Any, v_sca
                 f"and {key.dtype}, got {list(value.shape[:3])} and {value.dtype}"
             )
         check_place("value", value, key, "key", "write_kv")
+        _check_apart("value", value, key, "key", ": leave out `v` and `value` if values are the first columns of keys")
+    for name, cache in caches:
+        _check_places(name, cache)
     num_rows = check_new(k, v, key, value, None)
     check_slots(slots, key, num_rows)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -117,6 +126,31 @@ def _check(k: Any, v: Any, key: Any, value: Any, slots: Any, k_scale: Any, v_sca
                 raise ValueError("`v_scale` must be left out, like `value`: values are the first columns of keys")
             continue
         _check_scale(name, scale, key)
+        if isinstance(scale, torch.Tensor) and is_dynamic(scale):
+            _check_places(name, scale)
+    of_tokens = [x for x in (k_scale, v_scale) if isinstance(x, torch.Tensor) and is_dynamic(x)]
+    if len(of_tokens) == 2:
+        _check_apart("v_scale", v_scale, k_scale, "k_scale", "")
+
+
+def _check_places(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor to write into of which two elements have the same place."""
+    if overlaps_itself(tensor):
+        found = f"strides {list(tensor.stride())} for shape {list(tensor.shape)}"
+        raise ValueError(f"`{name}` must have a place of its own for each element, got {found}")
+
+
+def _check_apart(name: str, tensor: torch.Tensor, other: torch.Tensor, of_other: str, remedy: str) -> None:
+    """Refuses two tensors to write into that share memory. Interleaved slices of one tensor share none."""
+    distance = tensor.data_ptr() - other.data_ptr()
+    if distance >= extent(other) or -distance >= extent(tensor):
+        return
+    layout = (distance, tensor.dtype, tensor.shape, tensor.stride(), other.shape, other.stride())
+    if _apart.get(layout):
+        return
+    if share_memory(tensor, other):
+        raise ValueError(f"`{name}` must have memory of its own, but it shares memory with `{of_other}`{remedy}")
+    _apart.add(layout, True)
 
 
 def check_slots(slots: object, key: torch.Tensor, num_rows: int) -> None:

@@ -15,6 +15,11 @@ def send(numbers: list[int], dtype: torch.dtype, device: torch.device) -> torch.
     return pinned.to(device, non_blocking=True)
 
 
+def _part(batch: int) -> int:
+    """Where the second of the tensors of a step begins."""
+    return -(-batch // 4) * 4
+
+
 class Step:
     """Where the new tokens of the sequences go. The tensors are int32 and stay where they are.
 
@@ -25,16 +30,23 @@ class Step:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
+        numbers = torch.zeros(2 * _part(batch) + batch + 1, dtype=torch.int32, device=device)
+        self.__setstate__((batch, numbers, None))
+
+    def __getstate__(self) -> tuple[int, torch.Tensor, list[int] | None]:
+        return len(self.ends), self._all, self.counts
+
+    def __setstate__(self, state: tuple[int, torch.Tensor, list[int] | None]) -> None:
+        """Makes the three views anew: pickle would make a copy of each, which no step fills."""
+        batch, self._all, self.counts = state
         # The three lie in one tensor, which one copy fills. Each begins at a multiple of 16 bytes.
-        self._part = -(-batch // 4) * 4
-        self._all = torch.zeros(2 * self._part + batch + 1, dtype=torch.int32, device=device)
-        self.ends, self.starts = (self._all[at : at + batch] for at in (0, self._part))
-        self.cu_seqlens = self._all[2 * self._part :]
-        self.counts: list[int] | None = None
+        part = _part(batch)
+        self.ends, self.starts = (self._all[at : at + batch] for at in (0, part))
+        self.cu_seqlens = self._all[2 * part :]
 
     def begin(self, lengths: list[int], counts: list[int]) -> None:
         """Sends a step to the device, in one copy; `lengths` are those after the step."""
-        padding = [0] * (self._part - len(lengths))
+        padding = [0] * (_part(len(lengths)) - len(lengths))
         starts = [length - count for length, count in zip(lengths, counts, strict=True)]
         numbers = [*lengths, *padding, *starts, *padding, *itertools.accumulate(counts, initial=0)]
         pinned = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=self._all.is_cuda)
@@ -43,9 +55,8 @@ class Step:
 
     def to(self, device: torch.device) -> Step:
         """The same step on another device."""
-        moved = Step(len(self.ends), device)
-        moved._all.copy_(self._all)
-        moved.counts = self.counts
+        moved = Step.__new__(Step)
+        moved.__setstate__((len(self.ends), self._all.to(device, copy=True), self.counts))
         return moved
 
     def end(self) -> None:

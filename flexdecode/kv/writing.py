@@ -142,12 +142,12 @@ def write_reserved(
     check()
     if by_totals:
         first, count = rows_of_sequences(cu_seqlens, len(k))
-        new = torch.arange(int(first[0]), int(first[0] + count.sum()))
+        new = torch.arange(int(first[0]), int(first[0] + count.sum()), device=k.device)
         b = torch.searchsorted(first + count, new, right=True)
         token = new - first[b]
     else:
         num_sequences, num_tokens = (1, len(k)) if k.dim() == 3 else (len(k), k.shape[2])
-        new = torch.arange(num_sequences * num_tokens)
+        new = torch.arange(num_sequences * num_tokens, device=k.device)
         b, token = new // max(num_tokens, 1) + (sequence or 0), new % max(num_tokens, 1)
     position = starts[b] + token
     taken = position < ends[b]
@@ -222,7 +222,7 @@ def _store(stored: Stored, k: torch.Tensor, v: torch.Tensor | None, page: torch.
         if most:
             x = x.float()
             if scale is None:
-                divisor = torch.tensor(number, dtype=torch.float32)
+                divisor = torch.tensor(number, dtype=torch.float32, device=x.device)
             elif is_dynamic(scale):
                 divisor = (x.abs().amax(-1) + (x * 0).sum(-1)) / most
                 divisor = divisor.where(divisor != 0, 1.0)

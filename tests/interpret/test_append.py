@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit.kv.test_kv_cache import Model, assert_same, contiguous, new_tokens, paged
+from unit.kv.test_kv_cache import Model, assert_same, captured, contiguous, new_tokens, paged
 
 from flexdecode.kv import writing
 from flexdecode.kv.cache import Cache
@@ -160,7 +160,7 @@ def test_shared_pages(monkeypatch):
 
 @CACHES
 def test_a_replay_appends_what_was_reserved(make, monkeypatch):
-    cache, model = make(), Model()
+    cache, model = captured(make()), Model()
     for step, counts in enumerate([2, 1, [1, 0, 2], [0, 0, 0], 2, [0, 2, 1]]):
         k, v = new_tokens(2, seed=step)
         cache.reserve(counts)
@@ -171,7 +171,7 @@ def test_a_replay_appends_what_was_reserved(make, monkeypatch):
 
 @CACHES
 def test_a_replay_without_a_reservation_appends_nothing(make, monkeypatch):
-    cache, model = make(), Model()
+    cache, model = captured(make()), Model()
     k, v = new_tokens(4)
     cache.append(k, v)
     model.append(k, v)
@@ -189,7 +189,7 @@ def test_a_replay_without_a_reservation_appends_nothing(make, monkeypatch):
 
 
 def test_a_replay_between_appends(monkeypatch):
-    cache, model = paged(), Model()
+    cache, model = captured(paged()), Model()
     for step in range(6):
         k, v = new_tokens(1, seed=step)
         if step % 2:
@@ -202,7 +202,7 @@ def test_a_replay_between_appends(monkeypatch):
 
 
 def test_a_replay_does_not_write_into_pages_of_others(monkeypatch):
-    cache, model = paged(), Model()
+    cache, model = captured(paged()), Model()
     k, v = new_tokens(6)
     cache.append(k, v, num_tokens=[6, 0, 0])
     cache.fork(0, 1)

@@ -47,6 +47,17 @@ def caches(dtype=torch.float32, fill=7.0, heads=HEADS, D=D, Dv=DV):
     return [torch.full((PAGES, heads, SIZE, width), fill).to(dtype) for width in (D, Dv)]
 
 
+def test_one_tensor_for_keys_and_values_of_a_known_layout():
+    """A launch that is prepared looks at addresses only, and sees that two of them are one."""
+    (k, v), (key, value) = tokens(3, Dv=D), caches(Dv=D)
+    slots = torch.arange(3)
+    flexdecode.write_kv(k, v, key, value, slots)
+    before = key.clone()
+    with pytest.raises(ValueError, match="`value` must have memory of its own, but it shares memory with `key`: leave"):
+        flexdecode.write_kv(v, k, key, key, slots)
+    assert torch.equal(key, before)
+
+
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("new", [torch.float16, torch.float32], ids=str)

@@ -22,6 +22,7 @@ from flexdecode import (
     merge_attention,
     mods,
 )
+from flexdecode.reference import reference_decode
 
 B, HQ, HKV, Q, D, DV = 2, 4, 2, 3, 16, 24
 LENS = torch.tensor([11, 3])
@@ -284,8 +285,10 @@ def test_a_cache_in_the_place_of_the_key(more):
 
 @pytest.mark.parametrize("wrong", [KEY, (KEY, VALUE), {"key": KEY, "value": VALUE}, 1])
 def test_a_cache_of_the_wrong_type(wrong):
-    message = f"`cache` must be a flexdecode.KVCache or PagedKVCache, got {type(wrong).__name__}"
+    message = f"`cache` must be a flexdecode.KVCache, PagedKVCache or CacheLayer, got {type(wrong).__name__}"
     refused(TypeError, message, {}, cache=wrong)
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        reference_decode(QUERY, cache=wrong)
 
 
 def test_neither_keys_nor_a_cache():

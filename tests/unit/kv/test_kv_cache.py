@@ -1,5 +1,7 @@
 """KV caches on the CPU, by PyTorch operations, against plain lists of tokens. No Triton runs here."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import settings
@@ -59,6 +61,12 @@ def assert_same(cache, other):
     assert numbers == other_numbers
     for x, y in zip(held, other_held, strict=True):
         assert torch.equal(x, y)
+
+
+def captured(cache):
+    """The cache as it is after a CUDA graph has captured an append of it."""
+    cache._captured = True
+    return cache
 
 
 class Model:
@@ -177,7 +185,7 @@ def test_kv_lens_and_page_table_stay_where_they_are():
     before = cache.kv_lens.data_ptr(), cache.page_table.data_ptr(), cache.key.data_ptr(), cache._limits.data_ptr()
     cache.append(*new_tokens(5), num_tokens=[5, 0, 1])
     cache.fork(0, 1)
-    cache.reserve(1)
+    captured(cache).reserve(1)
     cache.truncate(0, 2)
     cache.reset()
     after = cache.kv_lens.data_ptr(), cache.page_table.data_ptr(), cache.key.data_ptr(), cache._limits.data_ptr()
@@ -304,7 +312,7 @@ def test_out_of_pages_changes_nothing(call):
         if call == "append":
             cache.append(*new_tokens(4, batch=4, seed=1), num_tokens=counts)
         else:
-            cache.reserve(counts)
+            captured(cache).reserve(counts)
     after = state(cache)
     assert before[1:] == after[1:]
     assert all(torch.equal(x, y) for x, y in zip(before[0], after[0], strict=True))
@@ -326,7 +334,7 @@ def test_a_sequence_too_long_changes_nothing(make, remedy):
     with pytest.raises(ValueError, match=f"sequence 1 has 7 tokens, and 2 more do not fit.*holds 8 tokens.*`{remedy}`"):
         cache.append(*new_tokens(2))
     with pytest.raises(ValueError, match="sequence 1 has 7 tokens, and 5 more do not fit"):
-        cache.reserve([1, 5, 0])
+        captured(cache).reserve([1, 5, 0])
     after = state(cache)
     assert before[1:] == after[1:]
     assert all(torch.equal(x, y) for x, y in zip(before[0], after[0], strict=True))
@@ -336,7 +344,7 @@ def test_a_sequence_too_long_changes_nothing(make, remedy):
 def test_reserve_takes_pages_and_lengthens_the_host_only():
     cache = paged()
     cache.append(*new_tokens(3))
-    cache.reserve([1, 2, 0])
+    captured(cache).reserve([1, 2, 0])
     assert cache.lengths == [4, 5, 3] and cache.num_free_pages == 6
     assert cache.kv_lens.tolist() == [3, 3, 3] and cache._limits.tolist() == [4, 5, 3]
     assert cache.page_table[1, :2].tolist() == cache._pages[1]
@@ -345,10 +353,35 @@ def test_reserve_takes_pages_and_lengthens_the_host_only():
 def test_truncate_takes_back_what_was_reserved():
     cache = paged()
     cache.append(*new_tokens(3))
-    cache.reserve(5)
+    captured(cache).reserve(5)
     cache.truncate(0, 6)
     cache.truncate(1, 2)
     assert cache.kv_lens.tolist() == [3, 2, 3] and cache._limits.tolist() == [6, 2, 8]
+
+
+@pytest.mark.parametrize("make", [contiguous, paged])
+def test_a_reservation_that_nothing_can_take_is_refused(make, monkeypatch):
+    """The next append would lengthen the host's sequences a second time, and the device's once."""
+    cache, tokens = make(), new_tokens(1)
+    cache.append(*tokens)
+    before = state(cache)
+
+    def refused(x):
+        with pytest.raises(RuntimeError, match=r"no CUDA graph has captured an append of this cache.*num_layers=1"):
+            x.reserve(1)
+
+    refused(cache)
+    after = state(cache)
+    assert before[1:] == after[1:]
+    assert all(torch.equal(x, y) for x, y in zip(before[0], after[0], strict=True))
+    monkeypatch.setattr(cache_module.Cache, "_capturing", lambda self: True)
+    monkeypatch.setattr(cache_module, "append_rows", lambda *given: None)
+    cache.append(*tokens)
+    monkeypatch.undo()
+    cache.reserve(1)
+    assert cache.lengths == [2, 2, 2]
+    refused(copy.deepcopy(cache))  # no graph writes into it
+    refused(make())
 
 
 # --- Against the model ------------------------------------------------------------------------------------------------
@@ -614,9 +647,9 @@ def test_impossible_sequences_and_lengths():
     with pytest.raises(ValueError, match="sequence 1 is `source`"):
         cache.fork(1, 1)
     with pytest.raises(TypeError, match="`num_tokens` must be an integer or a list of 3, got NoneType"):
-        cache.reserve(None)
+        captured(cache).reserve(None)
     with pytest.raises(ValueError, match="integers of at least 0, got -1"):
-        cache.reserve(-1)
+        captured(cache).reserve(-1)
 
 
 def test_what_a_graph_cannot_record_is_refused(monkeypatch):

@@ -264,6 +264,8 @@ def test_what_a_pool_does_not_do_itself():
     cache, (k, v) = pool(), new_tokens(2)
     with pytest.raises(ValueError, match=r"`cache` has 3 layers: pass one of them, `cache=cache.layer\(i\)`"):
         flex_decode(torch.zeros(3, 4, 1, D), cache=cache)
+    with pytest.raises(ValueError, match=r"`cache` has 3 layers: pass one of them, `cache=cache.layer\(i\)`"):
+        reference_decode(torch.zeros(3, 4, 1, D), cache=cache)
     with pytest.raises(
         ValueError, match=r"this cache has layers: call reserve\(\) once for each step, and then append"
     ):
@@ -276,25 +278,38 @@ def test_what_a_pool_does_not_do_itself():
         pool(num_layers=0)
 
 
-@pytest.mark.parametrize("end", ["new", "fork", "truncate", "free", "reset"])
+@pytest.mark.parametrize("end", ["new", "fork", "truncate", "free", "reset", "no pages", "too long", "wrong number"])
 def test_an_append_without_a_step(end):
     cache, (k, v) = pool(), new_tokens(2)
     if end != "new":
         cache.reserve([2, 0, 2])
         cache.layer(0).append(k, v)
-        {"fork": lambda: cache.fork(0, 1), "truncate": lambda: cache.truncate(0, 1), "free": lambda: cache.free(2)}.get(
-            end, cache.reset
-        )()
+        does = {
+            "fork": lambda: cache.fork(0, 1), "truncate": lambda: cache.truncate(0, 1), "free": lambda: cache.free(2),
+            "reset": cache.reset,
+        }  # fmt: skip
+        if end in does:
+            does[end]()
+        else:
+            counts = {"no pages": 15, "too long": 99, "wrong number": -1}[end]
+            with pytest.raises((ValueError, OutOfPagesError)):
+                cache.reserve(counts)
     before = cache.key.clone()
     with pytest.raises(RuntimeError, match=r"nothing is reserved: call reserve\(\) of the cache once for each step"):
         cache.layer(0).append(k, v)
     assert torch.equal(cache.key, before)
+    assert torch.equal(cache._step.starts, cache._step.ends)  # a replay of a graph writes nothing, either
 
 
 WRONG = {
     "few": ([3, 0, 0], {}, "`k` has T = 2 tokens, but a sequence takes 3"),
     "few packed": ([3, 0, 0], {"form": "packed"}, "`k` has T = 2 tokens, but the sequences take together 3"),
     "few of one": ([0, 3, 0], {"form": "one", "sequence": 1}, "`k` has T = 2 tokens, but sequence 1 takes 3"),
+    "nothing of one": (
+        [0, 1, 1],
+        {"form": "one", "sequence": 0},
+        "`k` has T = 2 tokens for sequence 0, but nothing is reserved for it in this step",
+    ),
     "sequence": ([1, 1, 1], {"form": "one", "sequence": 3}, "`sequence` must be between 0 and B - 1 = 2, got 3"),
     "bool": ([1, 1, 1], {"form": "one", "sequence": True}, "`sequence` must be between 0 and B - 1 = 2, got True"),
     "batch": (

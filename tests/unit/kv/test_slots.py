@@ -71,6 +71,28 @@ WRONG = {
     ),
     "sparse": ({"k": torch.zeros(3, HEADS, D).to_sparse()}, "`k` must be a dense tensor on cpu, got torch.sparse_coo"),
 }
+WIDE = torch.zeros(PAGES, HEADS, SIZE, 2 * DV)
+SCALES = torch.ones(PAGES, HEADS, SIZE)
+IN_ONE_PLACE = {
+    "one tensor": (
+        {"key": WIDE[..., :D], "value": WIDE[..., :DV]},
+        "`value` must have memory of its own, but",
+    ),
+    "a part": ({"key": WIDE[..., :D], "value": WIDE[..., D - 1 : D - 1 + DV]}, "`value` must have memory of its own"),
+    "expanded key": (
+        {"key": torch.zeros(1, HEADS, SIZE, D).expand(PAGES, -1, -1, -1)},
+        r"`key` must have a place of its own for each element, got strides \[0, 64, 16, 1\] for shape \[5, 2, 4, 16\]",
+    ),
+    "expanded value": (
+        {"value": torch.zeros(PAGES, 1, SIZE, DV).expand(-1, HEADS, -1, -1)},
+        "`value` must have a place of its own for each element",
+    ),
+    "one tensor of scales": (INT8 | {"k_scale": SCALES, "v_scale": SCALES}, "`v_scale` must have memory of its own"),
+    "expanded scales": (
+        INT8 | {"k_scale": torch.ones(PAGES, 1, SIZE).expand(-1, HEADS, -1), "v_scale": 1.0},
+        "`k_scale` must have a place of its own for each element",
+    ),
+}
 TYPES = {
     "slots": ({"slot_mapping": [1, 2, 3]}, "`slot_mapping` must be a torch.Tensor, got list"),
     "k": ({"k": None}, "`k` must be a torch.Tensor, got NoneType"),
@@ -86,6 +108,18 @@ def test_wrong_values_are_refused(changed, message):
         write_kv(**given)
     for name in ("key", "value"):
         assert given[name] is None or not given[name].any()
+
+
+@pytest.mark.parametrize(("changed", "message"), IN_ONE_PLACE.values(), ids=IN_ONE_PLACE)
+def test_caches_that_would_overwrite_themselves_are_refused(changed, message):
+    test_wrong_values_are_refused(changed, message)
+
+
+@pytest.mark.parametrize("scales", [{}, dict.fromkeys(("k_scale", "v_scale"), torch.ones(HEADS))], ids=["none", "one"])
+def test_halves_of_one_tensor_and_scales_that_are_only_read(scales):
+    pages = torch.zeros(PAGES, SIZE, HEADS, D + DV, dtype=torch.int8 if scales else torch.float32).transpose(1, 2)
+    write_kv(**arguments(key=pages[..., :D], value=pages[..., D:], **scales))
+    assert pages[2, :, 1].ne(0).any()
 
 
 @pytest.mark.parametrize(("changed", "message"), TYPES.values(), ids=TYPES)
