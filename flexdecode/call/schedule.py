@@ -29,6 +29,7 @@ BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
 COMBINE_US = 2.0
 WAVE_US = 1.0  # to start and to end a wave of programs
+MORE_FOR_ONE = 1.05  # what a multiprocessor can read at once, over an equal share of the bandwidth
 ONE_EACH = 0.8  # the share of the bandwidth that one program on each multiprocessor reaches, where more fit
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
@@ -293,12 +294,15 @@ def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int,
 def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
     """The share of the bandwidth that a number of programs reaches.
 
-    Up to `per_sm` programs per multiprocessor, the bandwidth grows with their number. With more, programs run in waves
-    of `fit` per multiprocessor. A last wave that is not full has the bandwidth for itself, as far as it can use it.
+    Up to `per_sm` programs per multiprocessor, the bandwidth grows with their number. If all run at once, those on the
+    multiprocessors with the most programs end last. With more, programs run in waves of `fit` per multiprocessor, and
+    one starts where another ends. A last wave that is not full has the bandwidth for itself, as far as it can use it.
     """
     if programs <= per_sm * num_sms:
         return programs / (per_sm * num_sms)
     wave = fit * num_sms
     full, rest = divmod(programs, wave)
+    if not full:
+        return min(0.95, MORE_FOR_ONE * programs / (-(-programs // num_sms) * num_sms))
     time = full + (rest / wave / min(1.0, ONE_EACH * rest / num_sms) if rest else 0.0)  # in times of a full wave
     return 0.95 * programs / (wave * time)
