@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from flexdecode import mods
+from flexdecode import merge_attention, mods
 from flexdecode.integrations.vllm import Layer, LayerMods, register
-from flexdecode.integrations.vllm.attend import NO_MODS, LayerAttention, OfModel, as_hint, combine
+from flexdecode.integrations.vllm.attend import NO_MODS, LayerAttention, OfModel, Step, as_hint, combine
 from flexdecode.integrations.vllm.factory import VARIABLE, find_factory, make_mods, read_settings
 
 LAYER = Layer("model.layers.3.self_attn.attn", 3, 4, 2, 32, 0, None, torch.device("cpu"), torch.float32)
 SOURCE = """
 import torch
-from flexdecode import mods
+from flexdecode import merge_attention, mods
 from flexdecode.integrations.vllm import LayerMods
 
 class Family:
@@ -238,7 +238,6 @@ def test_sinks_of_both_add_up():
     attention = LayerAttention(OfModel(32**-0.5, sinks=model), None, None)
     attention.user = LayerMods(sinks=user)
     from flexdecode import flex_decode
-    from flexdecode.integrations.vllm.attend import Step
 
     query, cache = torch.randn(3, 4, 32), torch.randn(2, 2, 16, 64)
     numbers = torch.tensor([0, 3, 20], dtype=torch.int32)
@@ -262,3 +261,26 @@ def test_register_names_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)
     with pytest.raises(ImportError, match=r"needs vLLM 0\.32 or later"):
         register()
+
+
+def test_parts_of_a_sequence_on_two_ranks_add_up():
+    """Decode context parallelism of latents: each rank has every second token, and gives a log-sum-exp."""
+    latents, lens = torch.randn(3, 40, 48), [40, 17, 1]
+    query = torch.randn(3, 4, 48)
+    attention = LayerAttention(OfModel(32**-0.5), None, None)
+    attention.user = LayerMods()
+
+    def of_ranks(ranks, rank):
+        mine = [x[rank:length:ranks] for x, length in zip(latents, lens, strict=True)]
+        pages = torch.zeros(3, 1, 40, 48)
+        for page, rows in zip(pages, mine, strict=True):
+            page[0, : len(rows)] = rows
+        kv_lens = torch.tensor([len(rows) for rows in mine], dtype=torch.int32)
+        step = Step(torch.arange(4, dtype=torch.int32), kv_lens, torch.arange(3, dtype=torch.int32)[:, None], 1)
+        return attention.compute(query, pages, pages[..., :32], step, return_lse=True)
+
+    (whole, whole_lse), parts = of_ranks(1, 0), [of_ranks(2, rank) for rank in (0, 1)]
+    assert parts[1][1][2].eq(-torch.inf).all()  # the second rank has nothing of the third sequence
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(lse, whole_lse)
