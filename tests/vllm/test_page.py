@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-from flexdecode.integrations.vllm import layers
 from tests.vllm.engine import check, run
 from tests.vllm.test_models import PROMPTS
 
@@ -14,6 +13,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 def test_the_first_server(models, tmp_path, monkeypatch):
     """The file, the name of the factory and the line of the log."""
+    from flexdecode.integrations.vllm import layers
+
     text = PAGE.read_text()
     source = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     (config,) = {*re.findall(r"--additional-config '(.*?)'", text)}

@@ -112,7 +112,7 @@ def start(models, tmp_path):
 
 def test_a_server_under_load_is_killed_and_started_again(models, start):
     prompts = make_prompts(3, 90, 17, 140, 5, 61, 33, 8, seed=4)
-    server, stop, answers, broken = start(), threading.Event(), [], []
+    server, stop, answers, broken, streamed = start(), threading.Event(), [], [], []
 
     def client(number):
         turn = 0
@@ -120,12 +120,13 @@ def test_a_server_under_load_is_killed_and_started_again(models, start):
             prompt, count = prompts[(number + turn) % len(prompts)], 8 + 4 * ((number + turn) % 4)
             try:
                 answer, parts = server.stream(prompt, count)
-                if len(answer.tokens) != count or parts == 1:
-                    raise ValueError(f"{len(answer.tokens)} of {count} tokens came, in {parts} parts")
+                if len(answer.tokens) != count:
+                    raise ValueError(f"{len(answer.tokens)} of {count} tokens came")
             except (OSError, http.client.HTTPException, ValueError) as error:
                 broken.append(error)
                 return
             answers.append(answer)
+            streamed.append(parts > 1)
             turn += 1
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
@@ -139,6 +140,7 @@ def test_a_server_under_load_is_killed_and_started_again(models, start):
         thread.join(130)
         assert not thread.is_alive()
     assert len(answers) > CLIENTS
+    assert sum(streamed) > len(answers) // 2  # a busy server may send all tokens of a short answer at once
 
     again = start()
     after = [again.stream(prompt, 16)[0] for prompt in prompts]
