@@ -19,7 +19,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.stamp-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test test-unit test-interpret test-compile test-transformers test-vllm test-pages lint format docs clean
+.PHONY: help venv venv-vllm demo test test-unit test-interpret test-compile test-transformers test-vllm test-pages lint format docs clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -51,6 +51,8 @@ test-compile: venv ## Compile the generated kernels for sm_80, sm_90, sm_100 and
 
 test-transformers: $(STAMP)-transformers ## Generate with models of transformers, and run the page about it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers tests/docs/test_docs.py -k 'not test_docs or transformers.md' -n $(JOBS) -rs
+
+venv-vllm: $(VLLM_STAMP) ## Create the virtual environment of test-vllm
 
 test-vllm: $(VLLM_STAMP) ## Serve tiny models with a real vLLM on the CPU, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -n $(JOBS) -rs
