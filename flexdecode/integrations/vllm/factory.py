@@ -177,7 +177,7 @@ def make_mods(name: str | None, layer: Layer) -> LayerMods:
     factory = find_factory(name)
     try:
         given = factory(layer)
-    except Exception as error:
+    except Exception as error:  # any error of the user's code; the message names the factory and the layer
         raise RuntimeError(f"{name} raised {type(error).__name__} for layer {layer.name}: {error}") from error
     of = f"{name}, for layer {layer.name},"
     if given is None:

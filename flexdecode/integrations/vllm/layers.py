@@ -98,7 +98,7 @@ def _try(layer: Layer, impl: Any, instead: Any) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RuntimeWarning)
             _run(layer, impl, instead)
-    except Exception as error:
+    except Exception as error:  # of a mod, of tracing or of compiling: each ends the start with the layer's name
         raise RuntimeError(
             f"flexdecode cannot compute the attention of layer {layer.name}: {type(error).__name__}: {error}"
         ) from error
@@ -107,6 +107,7 @@ def _try(layer: Layer, impl: Any, instead: Any) -> None:
 
 
 def _run(layer: Layer, impl: Any, instead: Any) -> None:
+    """Computes the attention of a layer for one token and for a prompt, over a cache of zeros."""
     num_pages, page_size, prompt, device = 4, 16, 40, layer.device
     table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
     one = torch.ones((), device=device)
