@@ -207,19 +207,24 @@ class Launch:
         encode_descriptors: makes launch arguments of two tensor descriptors, key and value.
     """
 
-    def __init__(self, compiled: Any, num_constants: int, num_descriptors: int = 0) -> None:
+    def __init__(self, compiled: Any, num_constants: int, num_descriptors: int = 0, shared: int = 0) -> None:
         """Loads the machine code.
 
         Args:
             compiled: what `compile_ahead` gives.
             num_constants: trailing compile-time arguments, which a launch takes as None.
             num_descriptors: tensor descriptors among the arguments, 0 or 2.
+            shared: bytes of shared memory to ask for, if the kernel needs less.
 
         Raises:
             TritonVersionError: this Triton launches kernels in another way.
         """
         self.compiled = compiled
         try:
+            if shared and shared > compiled.metadata.shared:  # Triton loads a kernel for what is said here
+                warps, ctas, _, *others = compiled.packed_metadata
+                compiled.metadata = compiled.metadata._replace(shared=shared)
+                compiled.packed_metadata = (warps, ctas, shared, *others)
             self._run = compiled.run  # loads the machine code
             self._head = compiled.function, compiled.packed_metadata, None, None, None
         except AttributeError as error:

@@ -108,8 +108,8 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     """Attends the run of units of one worker, item by item."""
     tl.static_assert(C.BALANCED)
     if C.PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     num_kv_heads, tokens = call.outputs.num_kv_heads, call.lengths.tokens
     last_head = num_kv_heads * C.GROUP_SIZE - 1
     worker = tl.program_id(0)

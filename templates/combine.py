@@ -166,8 +166,8 @@ def decode_combine(
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     if cu_seqlens_q is not None:
         if PDL:
-            gdc_wait()
             gdc_launch_dependents()
+            gdc_wait()
         row = _packed_row(tl.program_id(0), tokens, num_kv_heads, GROUP_SIZE, BLOCK_M, OF_SMALL)
         out_row = out
     else:
@@ -179,8 +179,8 @@ def decode_combine(
         row, tokens, num_kv_heads, num_splits, first_place, large_splits, GROUP_SIZE, BLOCK_M, LARGE_M, OF_SMALL
     )
     if PDL and cu_seqlens_q is None:  # what is above reads no memory
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     used = row.span.used
     if q_lens is not None:
         used = read_length(q_lens, row.b, num_queries)

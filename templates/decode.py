@@ -47,13 +47,14 @@ HAS_SCORE_MOD = tl.constexpr(False)  # the generator writes True where there is 
 Constants = namedtuple(
     "Constants",
     "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
-    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL RAGGED "
+    "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL PREFETCH RAGGED "
     "STARTED SHIFTED",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
-# Keys or values: where rows start, the descriptor or None, steps between sequences and heads, strides, and the scales.
-Cache = namedtuple("Cache", "start descriptor steps stride_n stride_d scales")
+# Keys or values: their address, where the rows of a KV head start, the descriptor or None, steps between sequences and
+# heads, strides, and the scales.
+Cache = namedtuple("Cache", "base start descriptor steps stride_n stride_d scales")
 # Where results go: the output, the numbers of rows and the sinks of whole items, and the partial results.
 Outputs = namedtuple(
     "Outputs",
@@ -181,6 +182,12 @@ def owner(b):
 def row_offsets(block, step, stride_n, C: tl.constexpr):
     """Where the keys of a block lie in a KV head, in elements [BLOCK_N]; `step`: stride of the first dimension."""
     return (block.start_n + tl.arange(0, C.BLOCK_N)).to(tl.int64) * stride_n
+
+
+@triton.jit
+def row_addresses(cache, block, C: tl.constexpr):
+    """The addresses of the rows of a block in a KV head [BLOCK_N]."""
+    return cache.start + row_offsets(block, cache.steps[0], cache.stride_n, C)
 
 
 @triton.jit
@@ -616,10 +623,7 @@ def as_type(x, NAME: tl.constexpr):
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
-    # A descriptor never reads outside a cache, and the scores of dead keys do not count. So dead keys may hold
-    # anything, unless they are values, too.
-    CHECKED_KEYS: tl.constexpr = CHECKED and (C.SHARED or keys.descriptor is None)
-    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED_KEYS, C)
+    k = load_kv(keys, block, spans, 0, C.HEAD_DIM // PER_WORD, C.BLOCK_D // PER_WORD, CHECKED, C)
     if C.PAIRED is not None:
         k_even, k_odd = unpack(k, C.PAIRED)
         score = tl.dot(q, tl.trans(k_even))
@@ -628,7 +632,7 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
         k = as_type(k, C.KEY_PRODUCT)
         score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
     if C.BLOCK_R > 0:
-        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED_KEYS, C)
+        k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED, C)
         k_rest = as_type(k_rest, C.KEY_PRODUCT)
         score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=C.PRECISION)
     return score, k
@@ -812,6 +816,15 @@ def make_tile(item, rows, lengths, captures, C: tl.constexpr):
 
 
 @triton.jit
+def equal_share(item, count):
+    """The numbers (first, last) of an item's share of `count` blocks. Shares differ by one block at most."""
+    share = count // item.parts
+    extra = count % item.parts
+    first = item.start * share + tl.minimum(item.start, extra)
+    return first, first + share + tl.where(item.start < extra, 1, 0)
+
+
+@triton.jit
 def share_of(item, runs, C: tl.constexpr):
     """The numbers (first, last) of the blocks in an item's share. Full blocks have lower numbers than partial ones."""
     first = 0
@@ -825,12 +838,45 @@ def share_of(item, runs, C: tl.constexpr):
             count = last.to(tl.int64)
             first = (count * item.start // item.parts).to(tl.int32)
             last = (count * item.end // item.parts).to(tl.int32)
-    elif C.SPLIT:  # shares differ by one block at most
-        share = last // item.parts
-        extra = last % item.parts
-        first = item.start * share + tl.minimum(item.start, extra)
-        last = first + share + tl.where(item.start < extra, 1, 0)
+    elif C.SPLIT:
+        first, last = equal_share(item, last)
     return first, last
+
+
+@triton.jit
+def prefetch(pointers, inside):
+    """Asks for the lines at some addresses, where `inside`. They come into the L2 cache; no register waits for them."""
+    ASM: tl.constexpr = """{
+        .reg .pred inside;
+        setp.ne.s32 inside, $2, 0;
+        @inside prefetch.global.L2 [$1];
+        mov.u32 $0, 0;
+        }"""
+    pointers, inside = tl.broadcast(pointers.to(tl.int64), inside.to(tl.int32))
+    tl.inline_asm_elementwise(ASM, "=r,l,r", [pointers, inside], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_columns(row, inside, COLUMNS: tl.constexpr):
+    """Asks for the first `COLUMNS` columns of the rows at some addresses, where `inside`."""
+    LINE: tl.constexpr = 128 * 8 // row.dtype.element_ty.primitive_bitwidth  # elements
+    lines = LINE * tl.arange(0, triton.next_power_of_2((COLUMNS + LINE - 1) // LINE))
+    prefetch(row[:, None] + lines[None, :], inside[:, None] & (lines < COLUMNS)[None, :])
+
+
+@triton.jit
+def prefetch_share(item, keys, values, max_kv_len, C: tl.constexpr):
+    """Asks for the first block of an item's share, if no length, mask or table decides where it lies."""
+    PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
+    first = 0
+    last = tl.cdiv(max_kv_len, C.BLOCK_N)
+    if C.SPLIT:
+        first, last = equal_share(item, last)
+    block = Block(first * C.BLOCK_N, ())
+    inside = block.start_n + tl.arange(0, C.BLOCK_N) < tl.minimum(last * C.BLOCK_N, max_kv_len)
+    prefetch_columns(row_addresses(keys, block, C), inside, C.HEAD_DIM // PER_WORD)
+    if not C.SHARED:
+        prefetch_columns(row_addresses(values, block, C), inside, C.V_HEAD_DIM // PER_WORD)
 
 
 @triton.jit
@@ -911,13 +957,18 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     lanes = tl.arange(0, C.BLOCK_M)
     rows = query_rows(item, lanes, call.lengths.tokens, C)
     row = row_start(call.queries.start, call.queries, item.b, rows)
-    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
-    keys = Cache(start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
-    start = kv_start(values.start, item.b, item.kv_head, values.steps)
-    values = Cache(start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
+    start = kv_start(keys.base, item.b, item.kv_head, keys.steps)
+    keys = Cache(keys.base, start, keys.descriptor, keys.steps, keys.stride_n, keys.stride_d, keys.scales)
+    start = kv_start(values.base, item.b, item.kv_head, values.steps)
+    values = Cache(values.base, start, values.descriptor, values.steps, values.stride_n, values.stride_d, values.scales)
     if C.PDL and not (C.BALANCED or C.RAGGED):
-        gdc_wait()
         gdc_launch_dependents()
+        # Nothing is read here, so it does not matter what the kernel before this one still writes. The lines come while
+        # that kernel ends and few of its programs read memory.
+        prefetch_columns(row, rows.valid & (item.start == 0), C.HEAD_DIM)
+        if C.PREFETCH:
+            prefetch_share(item, keys, values, call.lengths.max_kv_len, C)
+        gdc_wait()
 
     tile = make_tile(item, rows, call.lengths, call.captures, C)
     scale = call.scale * item_scale(keys.scales, item.b, item.kv_head)
@@ -965,8 +1016,8 @@ def attend_items(keys, values, call, schedule, C: tl.constexpr):
     tl.static_assert(not C.BALANCED, "that schedule is in balanced.py")
     tokens = call.lengths.tokens
     if C.PDL and C.RAGGED:  # the tokens of an item are in memory
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     num_kv_heads = call.outputs.num_kv_heads
     kv_head = tl.program_id(0) % num_kv_heads
     b, tile, index = find_tile(tokens, tl.program_id(0) // num_kv_heads, C)
@@ -999,7 +1050,7 @@ def decode_split(
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     UNIT_OUT: tl.constexpr, KEY_PRODUCT: tl.constexpr, VALUE_PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (tiles * num_kv_heads, num_splits), or the one of balanced.py if BALANCED.
 
@@ -1017,9 +1068,10 @@ def decode_split(
 
     NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is evaluated in every block that is not
     proven full. SHARED: a value is the first columns of its key. PAIRED is the dtype of a quantised cache if its
-    columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1. KEY_PRODUCT and VALUE_PRODUCT are the dtypes in
-    which the query meets keys, and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the columns of values
-    are computed in parts of BLOCK_DV.
+    columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1. PREFETCH: neither mask nor length nor table
+    decides where a share begins, so its first block is asked for before the wait. KEY_PRODUCT and VALUE_PRODUCT are
+    the dtypes in which the query meets keys, and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the
+    columns of values are computed in parts of BLOCK_DV.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.
@@ -1027,11 +1079,11 @@ def decode_split(
     C: tl.constexpr = Constants(
         GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
         PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, KEY_PRODUCT, VALUE_PRODUCT, PRECISION,
-        PDL, q_lens is not None or cu_seqlens_q is not None, kv_starts is not None, kv_offset is not None,
+        PDL, PREFETCH, q_lens is not None or cu_seqlens_q is not None, kv_starts is not None, kv_offset is not None,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
-    keys = Cache(key, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
-    values = Cache(value, value_descriptor, value_steps, stride_vn, stride_vd, value_scales)
+    keys = Cache(key, None, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)
+    values = Cache(value, None, value_descriptor, value_steps, stride_vn, stride_vd, value_scales)
     outputs = Outputs(
         out, lse, max_scores, partial_out, partial_max, partial_sum, sinks, stride_ob, stride_oh, stride_om, stride_od,
         num_kv_heads,

@@ -20,13 +20,25 @@ def kv_start(base, b, kv_head, steps):
 
 
 @triton.jit
+def row_addresses(cache, block, C: tl.constexpr):
+    """The addresses of the rows of a block in a KV head [BLOCK_N]."""
+    row, column = rectangle(cache.start, block, cache.steps, C)
+    return cache.base + (row + tl.arange(0, C.BLOCK_N)).to(tl.int64) * cache.stride_n + column
+
+
+@triton.jit
 def load_kv(
     cache, block, spans, COLUMN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows of a block as [BLOCK_N, COLUMNS]; CHECKED replaces rows outside `spans` by zeros."""
-    loaded = cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))
+    """Loads the rows of a block as [BLOCK_N, COLUMNS]; CHECKED gives zeros outside `spans`.
+
+    The copy engine reads whole blocks. The last block of a sequence may have few live rows, so the rows of a block that
+    is CHECKED are loaded through pointers, and dead ones are not read.
+    """
     if CHECKED:
+        pointers = row_addresses(cache, block, C)[:, None] + tl.arange(0, COLUMNS)[None, :]
         inside = in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)
-        loaded = tl.where(inside[:, None], loaded, tl.zeros_like(loaded))
-    return loaded
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        return cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))

@@ -334,8 +334,8 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     L: gl.constexpr = Layouts(SCORES, OUTPUT)
     if C.PDL and not (C.BALANCED or C.RAGGED):
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
     rows = query_rows(item, gl.arange(0, C.BLOCK_M, gl.SliceLayout(1, SCORES)), call.lengths.tokens, C)
     tile = make_tile(item, rows, call.lengths, call.captures, C)
@@ -350,7 +350,7 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     memory = _share_memory((q_left, q_right, q_rest), C)
     fence_async_shared()
 
-    start = kv_start(keys.start, item.b, item.kv_head, keys.steps)
+    start = kv_start(keys.base, item.b, item.kv_head, keys.steps)
     acc, m_i, l_i = gl.warp_specialize(
         [
             (_attend_left, (memory, visit, scale, tile, call.captures, C, L)),

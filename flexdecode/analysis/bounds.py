@@ -29,6 +29,11 @@ class Bounds:
     def _walked(self) -> Region:
         return self.score_live if self.mask_live == EVERYWHERE else self.mask_live
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether no key is left out."""
+        return self._walked == EVERYWHERE
+
     @cached_property
     def is_bounded(self) -> bool:
         """Whether few keys of a long cache may be live: no interval grows with the position of the query."""

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from ..analysis.proven import ProvenMods
 from .descriptor import Matrix, as_matrices, as_matrix
-from .device import BYTES_PER_US, DeviceFacts
+from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
 from .signature import Signature, all_strides, in_pairs
+from .splits import Work, divide
 from .tiles import (
     LARGE_ROWS,
     SMALL_ROWS,
@@ -18,19 +19,16 @@ from .tiles import (
     find_columns,
     find_tiles,
     has_latent_kernel,
+    is_copied,
     is_paired,
     most_rows,
     next_power_of_2,
 )
 
-MAX_SPLITS = 1024
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
-COMBINE_US = 2.0
-WAVE_US = 1.0  # to start and to end a wave of programs
-MORE_FOR_ONE = 1.05  # what a multiprocessor can read at once, over an equal share of the bandwidth
-ONE_EACH = 0.8  # the share of the bandwidth that one program on each multiprocessor reaches, where more fit
+SHORT_SHARE = 1024  # keys of a program
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 FEW_ROWS = 128  # where no sequence of packed queries can have more rows, one launch computes all of them
@@ -124,7 +122,7 @@ class Scheduler:
         self.paired = is_paired(signature, facts, options)
         # A score_mod that reads captured tensors for every key waits for them. A second program on each multiprocessor
         # works meanwhile.
-        self.per_sm = 2 if proven.fetches and not self.is_bounded else 1
+        self.waits = proven.fetches and not self.is_bounded
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))
         # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids
         # this. With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
@@ -213,24 +211,28 @@ class Scheduler:
         total_bytes = busy_items * max_kv_len * self.kv_bytes
         longest = -(-max_kv_len // (options.block_n or 64))
         balanced = self._is_balanced(part, sizes, total_bytes)
-        if options.num_splits:
-            num_splits = options.num_splits
-        elif balanced:
-            num_splits = max(1, min((1 if latent else 2) * num_sms, busy_items * longest))
+        alone = latent or block_m > SMALL_ROWS  # then one program fills a multiprocessor
+        per_sm = 1 if alone else 2
+        if balanced:
+            num_splits = options.num_splits or max(1, min(per_sm * num_sms, busy_items * longest))
         elif options.batch_invariant:
             tiles_of_one = 1 if self.packed else num_tiles // max(batch, 1)
             num_splits = 1 if row_range[0] > 0 else max(1, num_sms // max(num_kv_heads * tiles_of_one, 1))
+            num_splits, per_sm = options.num_splits or num_splits, 1
         else:
-            fit = 1 if latent or block_m > SMALL_ROWS else 2
-            num_splits = _num_splits(busy_items, longest, total_bytes, num_sms, self.per_sm, fit)
-            if num_splits > 1:
-                bytes_of_split = num_items * block_m * (self.signature.v_head_dim + 2) * 4
-                num_splits = max(1, min(num_splits, MAX_WORKSPACE // bytes_of_split))
-        crowded = balanced or (not options.batch_invariant and busy_items * num_splits > num_sms)
+            copied = is_copied(self.signature, self.facts, options, loads, self.is_bounded or is_prompt)
+            choices = (1,) if alone else (1, 2, 3, 4) if copied else (1, 2)
+            work = Work(busy_items, longest, total_bytes, num_sms, self.waits and not alone, copied)
+            num_splits, per_sm = divide(work, choices, options.num_splits)
+            most = max(1, MAX_WORKSPACE // (num_items * block_m * (self.signature.v_head_dim + 2) * 4))
+            if num_splits > most and not options.num_splits:
+                num_splits, per_sm = divide(work, choices, most)
         # A latent cache has many query rows. Each row is wide and usually has few partial results.
         block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
         block_b = _at_least(batch, (32, 256, 1024)) if balanced else 0
-        use = Use(block_m, is_prompt, crowded, num_splits > 1 or balanced, balanced, block_b, balanced and batch > 256)
+        is_short = not balanced and max_kv_len < SHORT_SHARE * num_splits
+        split, many = num_splits > 1 or balanced, balanced and batch > 256
+        use = Use(block_m, is_prompt, per_sm, is_short, split, balanced, block_b, many)
         tiles = self.tiles.get((loads, use)) or self._find_tiles(loads, use)
         return Schedule(tiles, num_items, num_splits, block_s, row_range)
 
@@ -268,41 +270,3 @@ def _at_least(number: int, choices: tuple[int, ...]) -> int:
         if number <= choice:
             return choice
     return choices[-1]
-
-
-def _num_splits(num_items: int, num_blocks: int, total_bytes: int, num_sms: int, per_sm: int, fit: int) -> int:
-    """The number of splits with the shortest modelled time.
-
-    The time is bytes / reached bandwidth, plus that of starting and ending each wave, plus that of a combine.
-    """
-    if num_items == 0:
-        return 1
-    most = max(1, min(num_blocks, MAX_SPLITS, 4 * fit * num_sms // num_items + 1))
-    # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
-    filling = [per_sm * num_sms, *[waves * fit * num_sms for waves in range(1, 6)]]
-    tried = {1, most, *[min(max(1, programs // num_items), most) for programs in filling]}
-
-    def microseconds(splits: int) -> float:
-        programs = num_items * splits
-        waves = -(-programs // (fit * num_sms))
-        time = total_bytes / BYTES_PER_US / _reached(programs, num_sms, per_sm, fit) + WAVE_US * waves
-        return time + (COMBINE_US if splits > 1 else 0.0)
-
-    return min(sorted(tried), key=microseconds)
-
-
-def _reached(programs: int, num_sms: int, per_sm: int, fit: int) -> float:
-    """The share of the bandwidth that a number of programs reaches.
-
-    Up to `per_sm` programs per multiprocessor, the bandwidth grows with their number. If all run at once, those on the
-    multiprocessors with the most programs end last. With more, programs run in waves of `fit` per multiprocessor, and
-    one starts where another ends. A last wave that is not full has the bandwidth for itself, as far as it can use it.
-    """
-    if programs <= per_sm * num_sms:
-        return programs / (per_sm * num_sms)
-    wave = fit * num_sms
-    full, rest = divmod(programs, wave)
-    if not full:
-        return min(0.95, MORE_FOR_ONE * programs / (-(-programs // num_sms) * num_sms))
-    time = full + (rest / wave / min(1.0, ONE_EACH * rest / num_sms) if rest else 0.0)  # in times of a full wave
-    return 0.95 * programs / (wave * time)

@@ -20,6 +20,9 @@ WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
 WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
 # A float32 product is three products of tf32, so its operands fill the registers twice. For more columns they spill.
 FLOAT32_HEAD_DIM, FLOAT32_COLUMNS = 256, 256
+# What the copy engine loads in a step, and what is on its way while a step is computed, by programs per multiprocessor.
+STEP_BYTES = {1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}
+BYTES_AHEAD = {1: 128 << 10, 2: 64 << 10, 3: 64 << 10, 4: 32 << 10}
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -45,7 +48,8 @@ class Tiles:
     parts of `block_d` columns of its key and `block_dv` columns of its value. `shared`: the first columns of a key are
     its value. `paired`: the columns of a quantised cache are loaded two by two. `balanced`: all work is divided into
     equal runs. This needs the number of blocks of every sequence. The kernel counts them for all sequences at once, or,
-    if `many`, for `block_b` sequences per step.
+    if `many`, for `block_b` sequences per step. `per_sm` programs run on a multiprocessor at once, or as many as fit if
+    it is 0.
     """
 
     block_m: int
@@ -62,6 +66,7 @@ class Tiles:
     balanced: bool = False
     block_b: int = 0
     many: bool = False
+    per_sm: int = 0
 
     @property
     def descriptors(self) -> bool:
@@ -113,13 +118,15 @@ class Use(NamedTuple):
     Attributes:
         block_m: query rows of a tile.
         is_prompt: whether many rows of a sequence read the same keys, so that products take longer than loads.
-        crowded: more programs than multiprocessors.
+        per_sm: programs that are to run on a multiprocessor at once.
+        is_short: whether a program attends to few keys.
         split, balanced, block_b, many: as in `Tiles`.
     """
 
     block_m: int
     is_prompt: bool
-    crowded: bool
+    per_sm: int
+    is_short: bool
     split: bool
     balanced: bool
     block_b: int
@@ -139,7 +146,8 @@ def find_tiles(
         use: what the tiles are for.
         is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
     """
-    block_m, is_prompt, crowded, _, balanced, _, _ = use
+    block_m, is_prompt, per_sm, is_short, _, balanced, _, _ = use
+    crowded, copied = per_sm > 1, is_copied(signature, facts, options, loads, is_bounded or is_prompt)
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
@@ -155,6 +163,12 @@ def find_tiles(
         block_n, num_stages = LATENT_BLOCK, 2  # one program fills a multiprocessor
     elif is_prompt and block_m >= SMALL_ROWS:
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
+    elif copied:
+        # More scores would spill registers. Few keys are better divided into more steps.
+        most = 256 if block_m <= 16 and not is_short else 128
+        if signature.page_size >= 64:  # a copy does not cross pages; fewer keys would be loaded in another way
+            most = min(most, signature.page_size)
+        block_n, num_stages = _copy_pipeline(block_m, per_sm, tile_bytes, options.block_n, most, facts)
     else:
         block_n, num_stages = _pipeline(
             block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
@@ -185,6 +199,29 @@ def find_tiles(
         balanced=balanced,
         block_b=use.block_b,
         many=use.many,
+        per_sm=per_sm if copied else 0,
+    )
+
+
+def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, loads: Loads, is_special: bool) -> bool:
+    """Whether the copy engine loads many keys of 16-bit numbers, and products take little time beside the copies.
+
+    Args:
+        signature: of the call.
+        facts: of the device.
+        options: choices of the caller.
+        loads: how the caches can be loaded.
+        is_special: whether few keys are live, or many rows read the same keys.
+    """
+    columns = find_columns(signature, facts)
+    return (
+        loads is Loads.DESCRIPTORS
+        and not is_special
+        and not columns.wide
+        and not is_narrow(signature)
+        and not is_paired(signature, facts, options)
+        and torch.float32 not in signature.product_dtypes
+        and 256 <= columns.tile_bytes <= 2048
     )
 
 
@@ -305,18 +342,38 @@ def _pipeline(
     block_n = 64 if crowded and (is_float32 or ((block_m > 16 or balanced) and not descriptors)) else 128
     if paired and block_m < SMALL_ROWS:  # with more rows, the scores of more keys would spill registers
         block_n *= 1 if crowded and descriptors else 2
-    # Seen in compiled kernels: shared memory holds stages - 1 tiles for pointer loads, half a tile or one tile more for
-    # descriptors, and per row the query, the output and a few values per key.
-    tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
+    # Seen in compiled kernels: shared memory holds stages - 1 tiles, and per row the query, the output and a few values
+    # per key.
     per_key = 8 if is_float32 else 2 if descriptors else 6
     while block_n > 16:
-        needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
+        needed = block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes + per_key * block_n)
         if needed <= facts.shared_memory:
             break
         if block_n == 64 and stages == 3:  # fewer stages rather than fewer keys: each step has a fixed cost
-            stages, tiles_kept = 2, tiles_kept - 1
+            stages = 2
         else:
             block_n //= 2
+    return block_n, stages
+
+
+def _copy_pipeline(
+    block_m: int, per_sm: int, kv_bytes: int, block_n: int | None, most_keys: int, facts: DeviceFacts
+) -> tuple[int, int]:
+    """Keys per step and pipeline depth for caches that the copy engine loads. The programs share the shared memory.
+
+    Args:
+        block_m: rows of a tile.
+        per_sm: programs that are to run on a multiprocessor at once.
+        kv_bytes: bytes of one key and its value.
+        block_n: keys per step, if the caller chose them.
+        most_keys: a limit for them otherwise, a power of two.
+        facts: of the device.
+    """
+    if block_n is None:
+        block_n = min(1 << ((STEP_BYTES[per_sm] // kv_bytes).bit_length() - 1), most_keys)
+    stages = max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes))
+    while stages > 2 and block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes + 2 * block_n) > facts.shared_memory:
+        stages -= 1
     return block_n, stages
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class KernelSpec:
         score_captures, mask_captures: Triton types of the captured values of each mod.
         num_live: intervals of kv_idx that can attend.
         num_full: intervals in which no mask is needed.
+        unbounded: whether every key of a sequence is in the one interval.
         fp_fusion: whether a product and a sum may become one operation. It is False if a mod rounds to half precision,
             because LLVM would drop the rounding between them.
         block_lists: whether the blocks to visit come from lists.
@@ -52,6 +54,7 @@ class KernelSpec:
     mask_captures: CaptureTypes
     num_live: int
     num_full: int
+    unbounded: bool
     fp_fusion: bool = True
     block_lists: bool = False
     block_s: int = 0
@@ -67,6 +70,22 @@ class KernelSpec:
     def value_type(self) -> str:
         """Triton's type of the elements that are loaded of a value."""
         return "i16" if self.tiles.paired else TYPE_NAMES[self.signature.value_dtype]
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether a program of the first pass asks for its first block of keys before it reads memory.
+
+        It has to know where the block lies. And there have to be other launches before it, or few programs: where many
+        programs share a multiprocessor, the next launch was slower (measured on an H200).
+        """
+        signature, tiles = self.signature, self.tiles
+        lengths = ("kv_lens", "kv_starts", "cu_seqlens_k")
+        return (
+            self.unbounded
+            and (tiles.split or tiles.per_sm == 1)
+            and not (tiles.balanced or tiles.latent or signature.packed or self.block_lists or signature.page_size)
+            and all(signature.kind(name) is None for name in lengths)
+        )
 
     @property
     def strides(self) -> dict[str, int]:
@@ -186,7 +205,9 @@ def _steps(name: str, tensor: str) -> Argument:
     """Steps between sequences and heads of a cache: two strides, or rows and columns in the matrix of a descriptor."""
 
     def divisors(spec: KernelSpec) -> Any:
-        return 1 if spec.tiles.descriptors else tuple(spec.strides[f"stride_{tensor}{dim}"] for dim in "bh")
+        step_b, step_h, pitch = (spec.strides[f"stride_{tensor}{dim}"] for dim in "bhn")
+        # Columns are what remains of a stride that is divided by the pitch.
+        return (1, gcd(step_b, pitch), 1, gcd(step_h, pitch)) if spec.tiles.descriptors else (step_b, step_h)
 
     return Argument(name, lambda spec: ("i32",) * 4 if spec.tiles.descriptors else ("i64",) * 2, divisor=divisors)
 

@@ -20,6 +20,7 @@ from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, Ke
 from .lower import CaptureLayout, number_dtypes
 
 ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
+RESERVED_SHARED = 1 << 10  # bytes of a multiprocessor that CUDA keeps for each program
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 
@@ -85,6 +86,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "KEY_PRODUCT": TYPE_NAMES[with_keys],
         "VALUE_PRODUCT": TYPE_NAMES[with_values],
         "PRECISION": _precision((with_keys, with_values), facts),
+        "PREFETCH": facts.has_pdl and spec.prefetches,
     }
 
 
@@ -146,3 +148,17 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
             "  Choose a smaller `options.block_n` or `options.num_stages`."
         )
     return compiled
+
+
+def shared_memory(compiled: Any, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> int:
+    """Bytes of shared memory that a launch asks for: what the kernel needs, or more to keep other programs away.
+
+    A kernel is made for some programs per multiprocessor. If more fitted, programs of the next launch could begin where
+    there is room: some multiprocessors would have many of them, and those would end last.
+    """
+    needed: int = compiled.metadata.shared
+    per_sm = 0 if combine else spec.tiles.per_sm
+    if per_sm == 0:
+        return needed
+    whole = facts.shared_memory + RESERVED_SHARED
+    return max(needed, whole // (per_sm + 1) + 16 - RESERVED_SHARED)

@@ -37,7 +37,8 @@ def identity_of(kernel: str, spec: KernelSpec, proven: ProvenMods | None) -> str
         proven: the mods of a first pass; None for a second pass, which does not depend on them.
     """
     if proven is None:
-        spec = replace(spec, score_captures=(), mask_captures=(), num_live=0, num_full=0, block_lists=False)
+        spec = replace(spec, score_captures=(), mask_captures=(), num_live=0, num_full=0, unbounded=True)
+        spec = replace(spec, block_lists=False)
     signature = _plain(spec.signature, without=("device", "format"))
     signature["format"] = type(spec.signature.format).__name__
     others = _plain(spec, without=("signature",))

@@ -21,7 +21,7 @@ from ..switch import check_allowed
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
-from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
+from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants, shared_memory
 from .identity import COMBINE, SPLIT, identity_of, signature_text, target_of
 from .lower import lower, lower_bounds
 from .template import generate, sources_digest, standalone
@@ -82,7 +82,8 @@ def _pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: boo
         function = module.decode_combine if combine else module.decode_split
         return lambda grid, _, arguments: function[grid](*arguments, **known)
     descriptors = 2 if spec.tiles.descriptors and not combine else 0
-    return Launch(compile_pass(module, spec, facts, combine), len(known), descriptors)
+    compiled = compile_pass(module, spec, facts, combine)
+    return Launch(compiled, len(known), descriptors, shared_memory(compiled, spec, facts, combine))
 
 
 # These memos have no limit: a CUDA graph may launch any kernel, and Triton unloads a kernel that is collected.

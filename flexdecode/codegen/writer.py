@@ -16,7 +16,7 @@ from ..errors import CompilationForbiddenError, CompileError
 from ..switch import check_allowed
 from ..triton_api import triton_release
 from .arguments import KernelSpec
-from .compile import argument_types, compile_pass
+from .compile import argument_types, compile_pass, shared_memory
 from .identity import COMBINE, SPLIT, identity_of, signature_text
 from .kernels import Combine, Kernel, first_module, second_module
 
@@ -99,7 +99,7 @@ class Writer:
             text_file,
             form,
             metadata.num_warps * metadata.target.warp_size,
-            metadata.shared,
+            shared_memory(compiled, spec, self.facts, is_second),
             bool(getattr(metadata, "launch_pdl", False)),
             list(getattr(metadata, "tensordesc_meta", None) or []),
             names,

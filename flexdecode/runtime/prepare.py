@@ -308,6 +308,7 @@ class _Loaded:
                 capture_types(proven.mask),
                 num_live=proven.bounds.num_live,
                 num_full=proven.num_full,
+                unbounded=proven.bounds.is_everywhere,
                 fp_fusion=not (rounds_to_half(proven.score) or rounds_to_half(proven.mask)),
                 block_lists=proven.block_lists,
             )

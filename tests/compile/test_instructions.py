@@ -15,7 +15,7 @@ from flexdecode.triton_api import load_module
 
 SPLIT_SHAPE = (1, 16, 2, 1, 32768, 128)
 CROWDED_SHAPE = (256, 16, 1, 1, 1024, 128)
-GLOBAL_ACCESS = re.compile(r"\b(ld\.global|st\.global|ld\.param\.global|cp\.async|atom|red\.|prefetch)")
+GLOBAL_ACCESS = re.compile(r"\b(ld\.global|st\.global|ld\.param\.global|cp\.async|atom|red\.|prefetch(?!\.global\.L2))")
 
 
 # --- Programmatic dependent launch ------------------------------------------------------------------------------------
@@ -100,7 +100,25 @@ def test_descriptors_on_hopper_and_later(device, layout):
     call = compile_call(device, meta_inputs(*SPLIT_SHAPE, layout=layout))
     assert call.spec.tiles.descriptors
     assert "cp.async.bulk.tensor.2d" in assembly(call.split)
-    assert not widths_of_copies(call.split)
+    assert widths_of_copies(call.split) == {16}  # of the live rows of a block that has dead ones
+
+
+def prefetched(shape, mask_mod=None, options=None, **more):
+    """How often a thread asks for a line before the wait."""
+    call = compile_call("sm_90", meta_inputs(*shape), mask_mod=mask_mod, options=options, **more)
+    before, wait, after = assembly(call.split).partition("griddepcontrol.wait")
+    assert wait and "prefetch" not in after
+    return before.count("prefetch.global.L2")
+
+
+def test_the_first_block_is_asked_for_before_the_wait_if_nothing_in_memory_decides_where_it_lies():
+    """16 rows of the query are 32 lines, at most one for each thread; 128 keys and values are 512 lines."""
+    for shape in (SPLIT_SHAPE, (128, 16, 1, 1, 512, 128)):  # several programs for a head, one program for a head
+        assert prefetched(shape) == 1 + 4
+        assert prefetched(shape, mods.sliding_window(200)) == 1
+        assert prefetched(shape, kv_lens=meta_lengths(shape[0])) == 1
+    assert prefetched(CROWDED_SHAPE) == 1
+    assert prefetched((256, 16, 1, 1, 256, 128)) == 1  # two programs on a multiprocessor
 
 
 def test_partial_outputs_are_read_16_bytes_at_a_time():

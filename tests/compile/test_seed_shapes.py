@@ -7,9 +7,9 @@ from compile.compiling import DEVICES, DTYPES, FULL, SPILLED_MORE, assembly, com
 from benchmarks.rows import load_rows
 from flexdecode import mods
 
-# Bytes of local memory per thread. Half types must not spill; three TF32 products per float32 product need more
-# operands at a time than there are registers on NVIDIA devices, and a few spill.
-SPILLS = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 64}
+# Bytes of local memory per thread. Half types must not spill, but for an address of the last block. Three TF32 products
+# per float32 product need more operands at a time than there are registers on NVIDIA devices, and a few spill.
+SPILLS = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 72}
 # Registers per thread of the first pass; the combine pass has one warp and may use more.
 REGISTERS = {torch.float16: 208, torch.bfloat16: 208, torch.float32: 256}
 AMD_REGISTERS = 256  # from 169 to 256 of them a multiprocessor holds as many waves, and Triton 3.6 takes 212
@@ -48,8 +48,9 @@ def test_resources(device, dtype, mod):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_with_few_programs_is_copied_by_descriptors_on_hopper(dtype):
-    """The bulk copy engine reads K and V; no thread does."""
+    """The bulk copy engine reads whole blocks. Threads read the live rows of a block that has dead ones."""
     call = compile_call("sm_90", meta_inputs(1, 16, 1, 1, 65536, 128, dtype=dtype))
     assert call.spec.tiles.descriptors
-    assert "cp.async.bulk.tensor.2d" in assembly(call.split)
-    assert "cp.async.cg" not in assembly(call.split)
+    text = assembly(call.split)
+    assert "cp.async.bulk.tensor.2d" in text
+    assert text.index("cp.async.bulk.tensor.2d") < text.index("cp.async.cg")

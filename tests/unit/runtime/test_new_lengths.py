@@ -11,7 +11,7 @@ from support import MODS, assert_close_to_reference, make_inputs
 
 from flexdecode import DecodeOptions, cache_info, clear_cache, flex_decode, memos, mods
 from flexdecode.analysis import bounds, proofs
-from flexdecode.call import schedule
+from flexdecode.call import splits
 from flexdecode.call.device import KNOWN_DEVICES, DeviceFacts
 from flexdecode.codegen.arguments import ARGUMENTS
 from flexdecode.runtime import launch, prepare, run
@@ -426,34 +426,53 @@ def test_results_of_a_cache_that_grows():
 
 # --- The number of splits ---------------------------------------------------------------------------------------------
 
+CHOICES = st.sampled_from([(1,), (1, 2), (1, 2, 3, 4)])
+
 
 @settings(max_examples=500)
 @given(
     st.integers(0, 3000), st.integers(0, 2000), st.integers(0, 10**10), st.sampled_from([1, 4, 7, 108, 132, 148, 304]),
-    st.sampled_from([1, 2]), st.sampled_from([1, 2]),
+    CHOICES, st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_the_best_number_of_splits_is_found_without_trying_all(items, blocks, total_bytes, num_sms, per_sm, fit):
-    def cost(splits):
-        programs = items * splits
-        reached = schedule._reached(programs, num_sms, per_sm, fit)
-        time = total_bytes / schedule.BYTES_PER_US / reached + schedule.WAVE_US * -(-programs // (fit * num_sms))
-        return time + (schedule.COMBINE_US if splits > 1 else 0.0)
-
-    found = schedule._num_splits(items, blocks, total_bytes, num_sms, per_sm, fit)
-    most = max(1, min(blocks, schedule.MAX_SPLITS, 4 * fit * num_sms // items + 1)) if items else 1
-    assert 1 <= found <= most
-    if items:
-        assert cost(found) <= min(map(cost, range(1, most + 1))) * 1.02
-
-
-def test_a_last_wave_that_is_not_full_has_the_bandwidth_for_itself():
-    """Measured on an H200: 400 programs of which 264 run at once take as long as their bytes, not as two full waves."""
-    assert 0.85 < schedule._reached(400, 132, 1, 2) < schedule._reached(528, 132, 1, 2) == 0.95
-    assert schedule._num_splits(400, 5, 202_000_000, 132, 1, 2) == 1  # 100 sequences of 1234 tokens, 4 KV heads
-    assert schedule._num_splits(266, 5, 202_000_000, 132, 1, 2) > 1  # two programs that wait for all others
+def test_the_best_division_is_found_without_trying_all(items, blocks, total_bytes, num_sms, choices, waits, long_waves):
+    work = splits.Work(items, blocks, total_bytes, num_sms, waits, long_waves)
+    found = splits.divide(work, choices)
+    assert 1 <= found.num_splits <= max(1, min(blocks, splits.MAX_SPLITS))
+    assert found.per_sm in choices
+    for per_sm in choices if items else ():
+        for number in range(
+            1, max(1, min(blocks, splits.MAX_SPLITS, splits.MAX_WAVES * per_sm * num_sms // items)) + 1
+        ):
+            programs = items * number
+            is_needed = per_sm == choices[0] or programs > (per_sm - 1) * num_sms
+            if is_needed and (long_waves or per_sm == choices[-1] or programs <= per_sm * num_sms):
+                time = splits.microseconds(work, splits.Division(number, per_sm))
+                assert splits.microseconds(work, found) <= 1.02 * time
 
 
-def test_programs_that_all_run_at_once_are_no_more_on_one_multiprocessor_than_on_others():
-    """Measured on an H200: 188 programs, of which 56 multiprocessors have two, take 113 us; divided by four, 97 us."""
-    assert schedule._reached(188, 132, 1, 2) < 0.8 < schedule._reached(264, 132, 1, 2) == 0.95
-    assert schedule._num_splits(188, 65, 394_000_000, 132, 1, 2) == 4
+def test_a_given_number_of_splits_is_kept():
+    work = splits.Work(40, 193, 250_000_000, 132, long_waves=True)
+    assert splits.divide(work, (1, 2, 3, 4), 3) == (3, 1)
+    assert splits.divide(work, (1, 2, 3, 4), 6) == (6, 2)
+    assert splits.divide(work, (1, 2, 3, 4), 9) == (9, 3)
+    assert splits.divide(splits.Work(0, 0, 0, 132), (1, 2)) == (1, 1)
+
+
+# Items, keys of each, bytes of a key and its value, and the fastest division of those that were measured on an H200.
+MEASURED = [
+    (256, 256, 512, (1, 2)),  # two programs on each multiprocessor 11.2 us, one 13.7
+    (128, 8192, 512, (1, 1)),  # one program on each multiprocessor 123.3 us, two 125.1, three 125.7
+    (192, 777, 512, (2, 3)),  # 192 programs on 132 multiprocessors 26.4 us, 384 programs 24.8
+    (96, 6000, 512, (4, 3)),  # 96 programs 84.2 us, 192 programs 75.3, 384 programs 72.9
+    (40, 12345, 512, (3, 1)),  # 120 programs 61.9 us, 240 programs 63.7, 360 programs 65.0
+    (216, 3500, 512, (1, 1)),  # 216 programs of one wave 100.1 us, of two waves 95.1
+    (384, 2048, 256, (1, 3)),  # one wave of three programs 49.3 us, 768 programs 60.5
+    (80, 5000, 256, (3, 2)),  # 80 programs 35.8 us, 240 programs 28.9, 320 programs 31.2, 480 programs 29.6
+    (1024, 2000, 512, (1, 2)),  # two programs on each multiprocessor 239.4 us, one 247.6
+]
+
+
+@pytest.mark.parametrize(("items", "keys", "size", "fastest"), MEASURED)
+def test_the_fastest_measured_division_is_chosen(items, keys, size, fastest):
+    work = splits.Work(items, -(-keys // 64), items * keys * size, 132, long_waves=True)
+    assert splits.divide(work, (1, 2, 3, 4)) == fastest

@@ -1,0 +1,101 @@
+"""How many programs share the keys of one item, and how many of them run on a multiprocessor at once.
+
+A model of the time of a launch decides. Its numbers were fitted to times on an H200; docs/schedules.md has them, and
+shows how far from the best the choices are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .device import BYTES_PER_US
+
+MAX_SPLITS = 1024
+MAX_WAVES = 4
+# The share of the bandwidth that a full wave reaches, by programs per multiprocessor. One has the deepest pipeline.
+REACHED = {1: 1.0, 2: 0.99, 3: 0.97, 4: 0.92}
+# What a multiprocessor can read, over an equal share of the bandwidth: with one program, with more.
+ALONE, TOGETHER = 1.15, 1.07
+# What a last wave that is not full costs, over its bytes: others end later, and leave it the bandwidth.
+UNFILLED = 0.25
+WAVE_US = {1: 1.3, 2: 2.0, 3: 2.0, 4: 1.8}  # to start and to end the programs of a wave
+COMBINE_US = 1.0
+
+
+class Work(NamedTuple):
+    """What a launch has to do.
+
+    Attributes:
+        num_items: (row tile of a sequence, KV head) pairs.
+        num_blocks: the blocks of the longest item, which cannot be divided.
+        total_bytes: of all keys and values that are read.
+        num_sms: multiprocessors of the device.
+        waits: whether programs wait for memory in every step, so that a multiprocessor needs two of them.
+        long_waves: whether several waves of fewer programs than a multiprocessor can have are worth trying.
+    """
+
+    num_items: int
+    num_blocks: int
+    total_bytes: int
+    num_sms: int
+    waits: bool = False
+    long_waves: bool = False
+
+
+class Division(NamedTuple):
+    """How a launch is divided.
+
+    Attributes:
+        num_splits: programs per item.
+        per_sm: programs that run on one multiprocessor at once.
+    """
+
+    num_splits: int
+    per_sm: int
+
+
+def microseconds(work: Work, division: Division) -> float:
+    """The modelled time of a launch.
+
+    In one wave, the multiprocessors with the most programs end last. With more waves, one program starts where another
+    one ends.
+    """
+    splits, per_sm = division
+    programs, places = work.num_items * splits, per_sm * work.num_sms
+    waves = -(-programs // places)
+    time = work.total_bytes / BYTES_PER_US
+    if waves > 1:
+        time *= (1 + UNFILLED * (waves * places / programs - 1)) / REACHED[per_sm]
+    elif work.waits:
+        time /= REACHED[per_sm] * programs / max(places, 2 * work.num_sms)
+    else:
+        most = -(-programs // work.num_sms)  # on one multiprocessor
+        evenly = programs / (most * work.num_sms)
+        time /= min(REACHED[per_sm], (ALONE if per_sm == 1 else TOGETHER) * evenly)
+    return time + WAVE_US[per_sm] * waves + (COMBINE_US if splits > 1 else 0.0)
+
+
+def divide(work: Work, per_sm: Sequence[int], num_splits: int | None = None) -> Division:
+    """The division with the shortest modelled time.
+
+    Args:
+        work: of the launch.
+        per_sm: how many programs a multiprocessor can have at once: the choices, in ascending order.
+        num_splits: if they are given.
+    """
+    items = work.num_items
+    if items == 0:
+        return Division(num_splits or 1, per_sm[0])
+    tried = []
+    for of_sm in per_sm:
+        places = of_sm * work.num_sms
+        # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
+        most = max(1, min(work.num_blocks, MAX_SPLITS, MAX_WAVES * places // items))
+        filling = {1, most, *[min(max(1, waves * places // items), most) for waves in range(1, MAX_WAVES)]}
+        for splits in {num_splits} if num_splits else sorted(filling):
+            is_needed = of_sm == per_sm[0] or items * splits > places - work.num_sms
+            is_enough = of_sm == per_sm[-1] or items * splits <= places or work.long_waves
+            if is_needed and is_enough:
+                tried.append(Division(splits, of_sm))
+    return min(tried, key=lambda division: microseconds(work, division))
