@@ -222,7 +222,8 @@ class Scheduler:
         else:
             copied = is_copied(self.signature, self.facts, options, loads, self.is_bounded or is_prompt)
             choices = (1,) if alone else (1, 2, 3, 4) if copied else (1, 2)
-            work = Work(busy_items, longest, total_bytes, num_sms, self.waits and not alone, copied)
+            waits = self.waits and not alone
+            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied)
             num_splits, per_sm = divide(work, choices, options.num_splits)
             most = max(1, MAX_WORKSPACE // (num_items * block_m * (self.signature.v_head_dim + 2) * 4))
             if num_splits > most and not options.num_splits:

@@ -13,14 +13,16 @@ from .device import BYTES_PER_US
 
 MAX_SPLITS = 1024
 MAX_WAVES = 4
-# The share of the bandwidth that a full wave reaches, by programs per multiprocessor. One has the deepest pipeline.
-REACHED = {1: 1.0, 2: 0.99, 3: 0.97, 4: 0.92}
+# By programs per multiprocessor: the share of the bandwidth that a full wave reaches; microseconds to start and to end
+# the programs of a wave; and what a last wave that is not full costs, over its bytes. Others end later than it begins,
+# and leave it the bandwidth.
+REACHED = {1: 0.985, 2: 0.985, 3: 0.97, 4: 0.92}
+WAVE_US = {1: 1.3, 2: 1.9, 3: 2.5, 4: 1.8}
+UNFILLED = {1: 0.55, 2: 0.2, 3: 0.2, 4: 0.2}
 # What a multiprocessor can read, over an equal share of the bandwidth: with one program, with more.
-ALONE, TOGETHER = 1.15, 1.07
-# What a last wave that is not full costs, over its bytes: others end later, and leave it the bandwidth.
-UNFILLED = 0.25
-WAVE_US = {1: 1.3, 2: 2.0, 3: 2.0, 4: 1.8}  # to start and to end the programs of a wave
+ALONE, TOGETHER = 1.15, 1.05
 COMBINE_US = 1.0
+LAST = 0.2  # where lengths differ, so much of the time of a longest item is spent in waiting for it, with others gone
 
 
 class Work(NamedTuple):
@@ -32,6 +34,7 @@ class Work(NamedTuple):
         total_bytes: of all keys and values that are read.
         num_sms: multiprocessors of the device.
         waits: whether programs wait for memory in every step, so that a multiprocessor needs two of them.
+        lengths_differ: whether sequences may be shorter than the longest one.
         long_waves: whether several waves of fewer programs than a multiprocessor can have are worth trying.
     """
 
@@ -40,6 +43,7 @@ class Work(NamedTuple):
     total_bytes: int
     num_sms: int
     waits: bool = False
+    lengths_differ: bool = False
     long_waves: bool = False
 
 
@@ -66,7 +70,9 @@ def microseconds(work: Work, division: Division) -> float:
     waves = -(-programs // places)
     time = work.total_bytes / BYTES_PER_US
     if waves > 1:
-        time *= (1 + UNFILLED * (waves * places / programs - 1)) / REACHED[per_sm]
+        time *= (1 + UNFILLED[per_sm] * (waves * places / programs - 1)) / REACHED[per_sm]
+        if work.lengths_differ:  # programs on one multiprocessor share what it can read
+            time += LAST * per_sm * work.num_sms * work.total_bytes / programs / BYTES_PER_US
     elif work.waits:
         time /= REACHED[per_sm] * programs / max(places, 2 * work.num_sms)
     else:
