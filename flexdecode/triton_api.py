@@ -10,10 +10,13 @@ flexdecode compiles and launches by what lies below, which differs between versi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +134,51 @@ def standalone_kernel(path: Path, name: str) -> Any:
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _hashing() -> threading.Thread:
+    """A thread in which Triton hashes its own files. It does that once in each process, before it compiles."""
+
+    def hash_files() -> None:
+        with contextlib.suppress(Exception):  # another Triton: it does so when it compiles
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+
+    thread = threading.Thread(target=hash_files, name="flexdecode", daemon=True)
+    thread.start()
+    return thread
+
+
+def start_compiler() -> None:
+    """Begins what Triton does before it compiles and what depends on no kernel. `compile_ahead` waits for it."""
+    _hashing()
+
+
+def compiler_text(target: tuple[str, int | str, int]) -> str | None:
+    """What the machine code depends on besides the kernel: Triton, and its settings and variables for a target.
+
+    None if a setting asks Triton to do more than to compile what it has not compiled yet.
+    """
+    check_version()
+    import triton
+    from triton import knobs
+    from triton._C import libtriton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    settings = knobs.compilation
+    asked = [getattr(settings, name, None) for name in ("override", "dump_ir", "always_compile", "listener")]
+    if any([*asked, getattr(knobs.runtime, "add_stages_inspection_hook", None)]):
+        return None
+    file = os.stat(libtriton.__file__)
+    triton_as_installed = triton_release(), triton.__file__, file.st_size, file.st_mtime_ns
+    variables = sorted(libtriton.get_cache_invalidating_env_vars().items())
+    given = sorted(x for x in os.environ.items() if x[0].startswith("TRITON_") and x[0] != "TRITON_CACHE_DIR")
+    options = make_backend(GPUTarget(*target)).parse_options({"enable_fp_fusion": True}).hash()
+    chosen = getattr(settings, "knobs", None), getattr(knobs.language, "knobs", None)
+    return f"{triton_as_installed}\n{variables}\n{given}\n{options}\n{chosen}"
+
+
 def compile_ahead(
     function: Any,
     types: dict[str, Any],
@@ -171,6 +219,9 @@ def compile_ahead(
         source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
     else:
         source = ASTSource(function, types, known, attributes)
+    hashing = _hashing()
+    source.hash()  # it is remembered
+    hashing.join()
     return _compile(source, GPUTarget(*target), options)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..codegen.store import clear_store, store_folder, stored_modules
+from ..codegen.store import clear_store, store_folder, stored_files
 from ..triton_api import triton_folder
 
 # How the text of a module shows that it has a mod. The template has `return live` where there is no mask.
@@ -23,7 +23,7 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def list_modules() -> None:
     """Lists the generated modules, the newest first: name, size, age, and what each is."""
-    modules = sorted(stored_modules(), key=lambda path: -path.stat().st_mtime)
+    modules = sorted(stored_files("modules"), key=lambda path: -path.stat().st_mtime)
     for path in modules:
         found = path.stat()
         age = _age(time.time() - found.st_mtime)
@@ -35,12 +35,12 @@ def list_modules() -> None:
 
 def show_size() -> None:
     """Says how many modules there are, how large they are, and where."""
-    _say_where(stored_modules())
+    _say_where(stored_files("modules"))
 
 
 def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Removes the generated modules. Calls that come later make them again."""
-    modules = stored_modules()
+    modules = stored_files("modules")
     _say_where(modules)
     if not modules:
         return
