@@ -144,7 +144,7 @@ def _hashing() -> threading.Thread:
 
             triton_key()
 
-    thread = threading.Thread(target=hash_files, name="flexdecode", daemon=True)
+    thread = threading.Thread(target=hash_files, name="flexdecode")
     thread.start()
     return thread
 

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Task(threading.Thread, Generic[T]):
-    """A function that has been started in a thread. The end of the process does not wait for it."""
+    """A function that has been started in a thread. The end of the process waits for it."""
 
     def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(name="flexdecode", daemon=True)
+        super().__init__(name="flexdecode")
         self._function = function
         self._value: T | None = None
         self._error: BaseException | None = None

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from ..ahead.folder import Entry
 from ..ahead.helper import build_launcher, import_launcher, system
 from ..ahead.loaded import HelperLaunch
@@ -108,5 +110,6 @@ def launch_of(binary: Binary, device: int) -> HelperLaunch | None:
         except (CompileError, KernelFolderError):
             return None
         source = store.module_file(binary.entry.source)
-        found = _launches[key] = HelperLaunch(launcher, binary.entry, binary.image, "cuda", source, device)
+        with torch.cuda.device(device):
+            found = _launches[key] = HelperLaunch(launcher, binary.entry, binary.image, "cuda", source, device)
     return found

@@ -147,7 +147,7 @@ def test_a_writing_error_does_not_leave_a_temporary_file(folder, monkeypatch):
 
     monkeypatch.setattr(store.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        store._publish(folder / "modules" / "x.py", "text")
+        store._publish(folder / "modules" / "x.py", b"text")
     assert files(folder, "modules") == []
 
 
