@@ -124,7 +124,6 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
     finally:
         if collects:
             gc.enable()
-    counters.compilations += kernel == SPLIT
     try:
         found = Binary(*entry_of(compiled, module, spec, kernel, ""))
     except CompileError:
@@ -149,6 +148,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
     with lock:
         if key not in _kernels:
             launch = _find_loaded(SPLIT, spec, facts, proven)
+            is_loaded = launch is not None
             if launch is None:
                 _refuse_compilation(SPLIT, spec, facts)
                 launch = _launch(_gpu(spec, facts), lambda: _machine_code(SPLIT, spec, facts, proven))
@@ -157,7 +157,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
             else:
                 module, path = first_module(proven, spec)
                 _kernels[key] = Kernel(path, _pass(module, spec, facts, combine=False))
-                counters.compilations += _gpu(spec, facts) is None
+            counters.compilations += not is_loaded
         return _kernels[key]
 
 
