@@ -10,8 +10,8 @@ flexdecode compiles and launches by what lies below, which differs between versi
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -135,23 +135,41 @@ def standalone_kernel(path: Path, name: str) -> Any:
 
 
 @functools.cache
-def _hashing() -> threading.Thread:
-    """A thread in which Triton hashes its own files. It does that once in each process, before it compiles."""
+def _installed() -> str:
+    """The installed Triton: its version, its place, and a hash of the sizes and times of the files that compile."""
+    import triton
 
-    def hash_files() -> None:
-        with contextlib.suppress(Exception):  # another Triton: it does so when it compiles
-            from triton.runtime.cache import triton_key
+    package, found = os.path.dirname(triton.__file__), []
+    for folder in ("_C", "backends", "compiler", "language", "runtime"):
+        for place, _, names in os.walk(os.path.join(package, folder)):
+            for name in names:
+                if name.endswith((".py", ".so")):
+                    path = os.path.join(place, name)
+                    of = os.stat(path)
+                    found.append((path, of.st_size, of.st_mtime_ns))
+    return f"{triton_release()} {package} {hashlib.sha256(repr(sorted(found)).encode()).hexdigest()}"
 
-            triton_key()
 
-    thread = threading.Thread(target=hash_files, name="flexdecode")
-    thread.start()
-    return thread
+_here = threading.local()  # has `compiles` in a thread that compiles a kernel of this library
 
 
-def start_compiler() -> None:
-    """Begins what Triton does before it compiles and what depends on no kernel. `compile_ahead` waits for it."""
-    _hashing()
+@functools.cache
+def _identify_quickly() -> None:
+    """Lets Triton's own store know this Triton by `_installed`, for the kernels of this library.
+
+    For other kernels Triton goes on to hash its own files, several hundred megabytes, once in each process.
+    """
+    from triton.runtime import cache
+
+    hash_files = getattr(cache, "triton_key", None)
+    if hash_files is None:  # another Triton
+        return
+
+    @functools.wraps(hash_files)
+    def triton_key() -> str:
+        return _installed() if getattr(_here, "compiles", False) else hash_files()
+
+    cache.triton_key = triton_key
 
 
 def compiler_text(target: tuple[str, int | str, int]) -> str | None:
@@ -160,7 +178,6 @@ def compiler_text(target: tuple[str, int | str, int]) -> str | None:
     None if a setting asks Triton to do more than to compile what it has not compiled yet.
     """
     check_version()
-    import triton
     from triton import knobs
     from triton._C import libtriton
     from triton.backends.compiler import GPUTarget
@@ -170,13 +187,11 @@ def compiler_text(target: tuple[str, int | str, int]) -> str | None:
     asked = [getattr(settings, name, None) for name in ("override", "dump_ir", "always_compile", "listener")]
     if any([*asked, getattr(knobs.runtime, "add_stages_inspection_hook", None)]):
         return None
-    file = os.stat(libtriton.__file__)
-    triton_as_installed = triton_release(), triton.__file__, file.st_size, file.st_mtime_ns
     variables = sorted(libtriton.get_cache_invalidating_env_vars().items())
     given = sorted(x for x in os.environ.items() if x[0].startswith("TRITON_") and x[0] != "TRITON_CACHE_DIR")
     options = make_backend(GPUTarget(*target)).parse_options({"enable_fp_fusion": True}).hash()
     chosen = getattr(settings, "knobs", None), getattr(knobs.language, "knobs", None)
-    return f"{triton_as_installed}\n{variables}\n{given}\n{options}\n{chosen}"
+    return f"{_installed()}\n{variables}\n{given}\n{options}\n{chosen}"
 
 
 def compile_ahead(
@@ -219,10 +234,12 @@ def compile_ahead(
         source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
     else:
         source = ASTSource(function, types, known, attributes)
-    hashing = _hashing()
-    source.hash()  # it is remembered
-    hashing.join()
-    return _compile(source, GPUTarget(*target), options)
+    _identify_quickly()
+    _here.compiles = True
+    try:
+        return _compile(source, GPUTarget(*target), options)
+    finally:
+        _here.compiles = False
 
 
 def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:

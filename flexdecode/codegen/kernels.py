@@ -21,7 +21,7 @@ from ..call.tiles import Tiles
 from ..errors import CompileError, SharedMemoryError
 from ..memos import counters, lock
 from ..switch import check_allowed, is_forbidden
-from ..triton_api import Launch, load_module, standalone_kernel, start_compiler
+from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
 from .background import Task
@@ -112,7 +112,6 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
     from .entries import entry_of  # where kernels are found, it is not needed
 
     start_helper()
-    start_compiler()
     collects = gc.isenabled()
     gc.disable()  # it would look at all modules of PyTorch and Triton several times
     try:

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 import triton
+from compile.compiling import compile_call, meta_inputs
 
 from benchmarks import first_call
+from flexdecode import mods, triton_api
 from flexdecode.triton_api import compiler_text
 
 TARGET = "cuda", 90, 32
@@ -37,6 +39,30 @@ def test_a_setting_in_the_program_is_part_of_the_identity():
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
         assert compiler_text(TARGET) != plain
+
+
+def test_triton_hashes_its_files_for_other_kernels_only(monkeypatch):
+    from triton.runtime import cache
+
+    hashed = []
+    monkeypatch.setattr(cache, "triton_key", lambda: hashed.append(1) or "the hash")
+    triton_api._identify_quickly.cache_clear()
+    compile_call("sm_90", meta_inputs(2, 8, 2, 1, 4096, 32), mods.softcap(7.0))
+    assert not hashed
+    assert cache.triton_key() == "the hash" and hashed == [1]
+    triton_api._identify_quickly.cache_clear()
+
+
+def test_an_edited_triton_is_another_one(monkeypatch, tmp_path):
+    known = []
+    for text in ("x = 1", "x = 12"):
+        (tmp_path / "language").mkdir(exist_ok=True)
+        (tmp_path / "language" / "core.py").write_text(text)
+        triton_api._installed.cache_clear()
+        monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+        known.append(triton_api._installed())
+    triton_api._installed.cache_clear()
+    assert known[0] != known[1]
 
 
 def test_the_benchmark_compiles_once_and_then_finds(tmp_path, capsys, monkeypatch):

@@ -62,7 +62,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(kernels, "load_module", lambda path: names)
     monkeypatch.setattr(kernels, "launch_of", launch_of)
     monkeypatch.setattr(kernels, "start_helper", lambda: None)
-    monkeypatch.setattr(kernels, "start_compiler", lambda: None)
     monkeypatch.setattr(entries, "entry_of", entry_of)
     monkeypatch.setattr(binaries, "compiler_text", lambda target: happened.text)
     return happened
