@@ -19,14 +19,12 @@ import torch
 from ..ahead.folder import Entry
 from ..ahead.helper import build_launcher, import_launcher, system
 from ..ahead.loaded import HelperLaunch
-from ..analysis.proven import ProvenMods
 from ..call.device import DeviceFacts
 from ..errors import CompileError, KernelFolderError
 from ..triton_api import compiler_text
 from . import store
-from .arguments import KernelSpec
 from .background import Task
-from .identity import identity_of, target_of
+from .identity import target_of
 from .template import sources_digest
 
 
@@ -42,12 +40,17 @@ class Binary(NamedTuple):
     image: bytes
 
 
-def binary_identity(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> str | None:
-    """The text that identifies a kernel in the store; None if a setting asks Triton to do more than to compile."""
+def binary_identity(text: str, facts: DeviceFacts) -> str | None:
+    """What identifies a kernel in the store; None if a setting asks Triton to do more than to compile.
+
+    Args:
+        text: what it is compiled from.
+        facts: about the device that it is compiled for.
+    """
     compiler = compiler_text((*target_of(facts), 32))
     if compiler is None:
         return None
-    return f"{sources_digest()}\n{compiler}\n{facts.shared_memory}\n{identity_of(kernel, spec, proven)}"
+    return f"{sources_digest()}\n{compiler}\n{facts.shared_memory}\n{text}"
 
 
 def find_binary(identity: str | None) -> Binary | None:

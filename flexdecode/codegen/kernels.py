@@ -104,7 +104,11 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
     Raises:
         CompileError: it does not compile, or needs more shared memory than the device has.
     """
-    identity = binary_identity(kernel, spec, facts, proven)
+    if proven is None:
+        text = f"{kernel}\n{_combine_key(spec, facts)}"  # many first passes share a second pass
+    else:
+        text = identity_of(kernel, spec, proven)
+    identity = binary_identity(text, facts)
     found = find_binary(identity)
     if found is not None:
         counters.disk_hits += kernel == SPLIT
@@ -176,7 +180,7 @@ def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
         launch = _find_loaded(COMBINE, spec, facts, None)
         if launch is not None:
             return Combine(spec, launch, launch.entry.arguments)
-        key = _combine_key(spec, facts)
+        key = spec.signature.device, _combine_key(spec, facts)
         if key not in _combines:
             _refuse_compilation(COMBINE, spec, facts)
             task = _started.pop(key, None)
@@ -193,7 +197,7 @@ def start_combine(spec: KernelSpec, facts: DeviceFacts) -> None:
     if _gpu(spec, facts) is None or is_forbidden() or loaded.any_folder():
         return
     with lock:
-        key = _combine_key(spec, facts)
+        key = spec.signature.device, _combine_key(spec, facts)
         if key not in _combines and key not in _started:
             _started[key] = Task(lambda: _machine_code(COMBINE, spec, facts, None))
 
@@ -204,10 +208,10 @@ def _combine_names() -> list[str]:
 
 
 def _combine_key(spec: KernelSpec, facts: DeviceFacts) -> tuple:
-    """What a second pass is compiled from, and the device that has it."""
+    """What a second pass is compiled from."""
     types = argument_types(spec, _combine_names())
     given, known = attributes(spec, types), constants(spec, facts, combine=True)
-    return *known.items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts, spec.signature.device
+    return *known.items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
 
 
 def _find_loaded(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> HelperLaunch | None:

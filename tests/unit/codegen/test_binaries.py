@@ -5,7 +5,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -119,6 +118,16 @@ def test_another_mod_shares_the_second_pass(gpu):
     assert gpu.compiled == [SPLIT]
 
 
+def test_calls_of_other_kinds_share_the_second_pass(gpu):
+    warm()
+    flexdecode.clear_cache()
+    gpu.compiled.clear()
+    query, *cache = META
+    options = DecodeOptions(backend="triton", num_splits=4)
+    warmup(query, *(x.to(torch.int8) for x in cache), k_scale=1.0, v_scale=1.0, options=options)
+    assert gpu.compiled == [SPLIT]
+
+
 @pytest.mark.parametrize("text", ["another compiler", None])
 def test_another_compiler_compiles_again(gpu, text):
     """None: a setting asks Triton to compile in any case."""
@@ -169,15 +178,9 @@ def test_what_the_helper_cannot_launch_is_launched_by_triton(gpu, monkeypatch, s
 
 
 def test_the_memory_of_the_device_is_part_of_the_identity(gpu):
-    found = []
-    for facts in (H200, KNOWN_DEVICES["H100"][0]):
-        spec = mock.MagicMock()
-        with mock.patch.object(binaries, "identity_of", lambda *_: "identity"):
-            found.append(binary_identity(SPLIT, spec, facts, None))
-    smaller = SimpleNamespace(backend="cuda", arch=90, shared_memory=1000)
-    with mock.patch.object(binaries, "identity_of", lambda *_: "identity"):
-        assert binary_identity(SPLIT, mock.MagicMock(), smaller, None) not in found
-    assert found[0] == found[1]
+    h100, smaller = KNOWN_DEVICES["H100"][0], SimpleNamespace(backend="cuda", arch=90, shared_memory=1000)
+    assert binary_identity("text", H200) == binary_identity("text", h100) != binary_identity("text", smaller)
+    assert binary_identity("another text", H200) != binary_identity("text", H200)
 
 
 # --- The C helper -----------------------------------------------------------------------------------------------------
