@@ -17,7 +17,7 @@ import flexdecode
 from flexdecode import CompilationForbiddenError, CompileError, DecodeOptions, KernelFolderError, triton_api
 from flexdecode.ahead import loaded
 from flexdecode.call.device import DeviceFacts
-from flexdecode.codegen import writer
+from flexdecode.codegen import entries, writer
 from flexdecode.codegen.compile import compile_pass
 from flexdecode.codegen.template import template_folder
 from flexdecode.errors import SharedMemoryError
@@ -326,7 +326,7 @@ def test_nothing_is_written_while_compilation_is_forbidden(folder, tmp_path):
 
 def test_parameters_of_another_size_are_refused(tmp_path, monkeypatch):
     """A Triton that passes arguments in another way is refused when the folder is written."""
-    monkeypatch.setattr(writer, "parameter_bytes", lambda asm: [8, 8, 4])
+    monkeypatch.setattr(entries, "parameter_bytes", lambda asm: [8, 8, 4])
     with pytest.raises(CompileError, match=r"gives decode_split parameters of \[8, 8, 4\] bytes"):
         save(tmp_path)
 
