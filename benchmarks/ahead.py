@@ -1,7 +1,7 @@
-"""Milliseconds from a fresh process to the first decode: kernels of a folder, against kernels that Triton has compiled.
+"""Milliseconds from a fresh process to the first decode: kernels of a folder, against kernels in the store.
 
-`import torch, triton, flexdecode`, CUDA's start and the making of the tensors are not counted. Triton's own cache is
-warm in the second case. Needs a GPU.
+`import torch, triton, flexdecode`, CUDA's start and the making of the tensors are not counted. An earlier process has
+compiled the kernels in both cases. Needs a GPU.
 
 python benchmarks/ahead.py
 """
@@ -69,10 +69,10 @@ def main() -> None:
         stores = known | {"TRITON_CACHE_DIR": f"{made}/triton", "FLEXDECODE_CACHE_DIR": f"{made}/flexdecode"}
         command = [sys.executable, __file__, "--child", folder]
         subprocess.run([*command, "save"], env=stores, check=True)
-        subprocess.run([*command, "triton"], env=stores, check=True, capture_output=True)
+        subprocess.run([*command, "store"], env=stores, check=True, capture_output=True)
         print(f"{'':24}load ms  first decode ms  later us per call")
         empty = known | {"TRITON_CACHE_DIR": f"{made}/none", "FLEXDECODE_CACHE_DIR": f"{made}/none", "CC": "false"}
-        for way, label, environment in (("load", "folder", empty), ("triton", "Triton's warm cache", stores)):
+        for way, label, environment in (("load", "folder", empty), ("store", "kernels in the store", stores)):
             shown = [
                 subprocess.run([*command, way], env=environment, check=True, capture_output=True, text=True).stdout
                 for _ in range(PROCESSES)

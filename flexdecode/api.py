@@ -325,7 +325,8 @@ def cache_info() -> CacheInfo:
 def clear_cache() -> None:
     """Forgets every plan, graph and kernel in memory and resets the counters; the disk cache and loaded folders stay.
 
-    From Triton 3.8 on this unloads the kernels from the GPU. A CUDA graph that holds one must not be replayed after it.
+    From Triton 3.8 on this unloads the kernels that Triton launches from the GPU, such as those of `append`. A CUDA
+    graph that holds one must not be replayed after it.
     """
     with lock:
         forget_memos()

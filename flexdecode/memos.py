@@ -19,9 +19,10 @@ class CacheInfo:
         hits: calls that found everything prepared (mods, shapes and strides seen before).
         traces: mods traced.
         generations: modules written from graphs.
-        compilations: kernels compiled or found in Triton's cache. The second pass, which merges the parts of a row,
-            is not counted: calls share it.
-        disk_hits: modules found on disk, with no analysis and no generation.
+        compilations: kernels compiled or found on disk. The second pass, which merges the parts of a row, is not
+            counted: calls share it.
+        disk_hits: kernels found on disk, with no compilation; and modules found there, with no analysis and no
+            generation, for kernels that had to be compiled.
         loads: kernels taken from a folder that `load` registered, with no compilation.
     """
 

@@ -37,7 +37,7 @@ def forbid_compilation() -> Switch:
         ...     out = flexdecode.flex_decode(query, key, value)
 
     Kernels in memory and in folders that `load` registered still run. Everything else counts as a compilation, also
-    what Triton would find in its own cache, so that a call fails or works whatever that cache holds. Tracing a mod
+    what would be found on disk, so that a call fails or works whatever is there. Tracing a mod
     needs no compiler and is allowed. The variable `FLEXDECODE_NO_COMPILE=1` does the same from the start.
 
     Returns:

@@ -11,9 +11,12 @@ flexdecode compiles and launches by what lies below, which differs between versi
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +134,66 @@ def standalone_kernel(path: Path, name: str) -> Any:
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _installed() -> str:
+    """The installed Triton: its version, its place, and a hash of the sizes and times of the files that compile."""
+    import triton
+
+    package, found = os.path.dirname(triton.__file__), []
+    for folder in ("_C", "backends", "compiler", "language", "runtime"):
+        for place, _, names in os.walk(os.path.join(package, folder)):
+            for name in names:
+                if name.endswith((".py", ".so")):
+                    path = os.path.join(place, name)
+                    of = os.stat(path)
+                    found.append((path, of.st_size, of.st_mtime_ns))
+    return f"{triton_release()} {package} {hashlib.sha256(repr(sorted(found)).encode()).hexdigest()}"
+
+
+_here = threading.local()  # has `compiles` in a thread that compiles a kernel of this library
+
+
+@functools.cache
+def _identify_quickly() -> None:
+    """Lets Triton's own store know this Triton by `_installed`, for the kernels of this library.
+
+    For other kernels Triton goes on to hash its own files, several hundred megabytes, once in each process.
+    """
+    from triton.runtime import cache
+
+    hash_files = getattr(cache, "triton_key", None)
+    if hash_files is None:  # another Triton
+        return
+
+    @functools.wraps(hash_files)
+    def triton_key() -> str:
+        return _installed() if getattr(_here, "compiles", False) else hash_files()
+
+    cache.triton_key = triton_key
+
+
+def compiler_text(target: tuple[str, int | str, int]) -> str | None:
+    """What the machine code depends on besides the kernel: Triton, and its settings and variables for a target.
+
+    None if a setting asks Triton to do more than to compile what it has not compiled yet.
+    """
+    check_version()
+    from triton import knobs
+    from triton._C import libtriton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    settings = knobs.compilation
+    asked = [getattr(settings, name, None) for name in ("override", "dump_ir", "always_compile", "listener")]
+    if any([*asked, getattr(knobs.runtime, "add_stages_inspection_hook", None)]):
+        return None
+    variables = sorted(libtriton.get_cache_invalidating_env_vars().items())
+    given = sorted(x for x in os.environ.items() if x[0].startswith("TRITON_") and x[0] != "TRITON_CACHE_DIR")
+    options = make_backend(GPUTarget(*target)).parse_options({"enable_fp_fusion": True}).hash()
+    chosen = getattr(settings, "knobs", None), getattr(knobs.language, "knobs", None)
+    return f"{_installed()}\n{variables}\n{given}\n{options}\n{chosen}"
+
+
 def compile_ahead(
     function: Any,
     types: dict[str, Any],
@@ -171,7 +234,12 @@ def compile_ahead(
         source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
     else:
         source = ASTSource(function, types, known, attributes)
-    return _compile(source, GPUTarget(*target), options)
+    _identify_quickly()
+    _here.compiles = True
+    try:
+        return _compile(source, GPUTarget(*target), options)
+    finally:
+        _here.compiles = False
 
 
 def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
@@ -194,6 +262,14 @@ def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
             return triton.compile(source, target=target, options=options)
 
 
+def ask_for_shared_memory(compiled: Any, shared: int) -> None:
+    """Makes launches of a kernel ask for so many bytes of shared memory, before its machine code is loaded."""
+    if shared > compiled.metadata.shared:
+        num_warps, num_ctas, _, *others = compiled.packed_metadata
+        compiled.metadata = compiled.metadata._replace(shared=shared)
+        compiled.packed_metadata = (num_warps, num_ctas, shared, *others)
+
+
 # --- Launching --------------------------------------------------------------------------------------------------------
 
 _GRID = ["gridX", "gridY", "gridZ", "stream", "function"]  # what Triton's launcher takes first
@@ -207,24 +283,19 @@ class Launch:
         encode_descriptors: makes launch arguments of two tensor descriptors, key and value.
     """
 
-    def __init__(self, compiled: Any, num_constants: int, num_descriptors: int = 0, shared: int = 0) -> None:
+    def __init__(self, compiled: Any, num_constants: int, num_descriptors: int = 0) -> None:
         """Loads the machine code.
 
         Args:
             compiled: what `compile_ahead` gives.
             num_constants: trailing compile-time arguments, which a launch takes as None.
             num_descriptors: tensor descriptors among the arguments, 0 or 2.
-            shared: bytes of shared memory to ask for, if the kernel needs less.
 
         Raises:
             TritonVersionError: this Triton launches kernels in another way.
         """
         self.compiled = compiled
         try:
-            if shared and shared > compiled.metadata.shared:  # Triton loads a kernel for what is said here
-                warps, ctas, _, *others = compiled.packed_metadata
-                compiled.metadata = compiled.metadata._replace(shared=shared)
-                compiled.packed_metadata = (warps, ctas, shared, *others)
             self._run = compiled.run  # loads the machine code
             self._head = compiled.function, compiled.packed_metadata, None, None, None
         except AttributeError as error:

@@ -20,29 +20,29 @@ def hash_of(identity: str) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-class FolderLaunch:
-    """Launches a kernel of a folder. It takes the place of `triton_api.Launch`.
+class HelperLaunch:
+    """Launches a kernel by the C helper. It takes the place of `triton_api.Launch`.
 
     Attributes:
         entry: of the kernel.
         source: the module that it was compiled from.
     """
 
-    def __init__(self, launcher: ModuleType, entry: Entry, folder: Folder, device: int) -> None:
+    def __init__(self, launcher: ModuleType, entry: Entry, image: bytes, backend: str, source: Path, device: int):
         """Loads machine code into a device.
 
         Args:
             launcher: the C helper.
             entry: of the kernel.
-            folder: that has it.
+            image: the machine code.
+            backend: `cuda` or `hip`.
+            source: the module that it was compiled from.
             device: the number of the device.
 
         Raises:
-            KernelFolderError: the machine code is missing or changed.
             RuntimeError: the driver refuses it.
         """
-        self.entry, self.source = entry, folder.path / entry.source
-        image, backend = folder.read(entry.binary), folder.made_with.backend
+        self.entry, self.source = entry, source
         self._kernel = launcher.load(
             backend, entry.kernel, image, entry.form, device, entry.num_threads, entry.shared, int(entry.pdl)
         )
@@ -77,19 +77,22 @@ class LoadedFolder:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.launcher = import_launcher(folder.path / LAUNCHER, folder.checksums[LAUNCHER])
-        self._launches: dict[tuple[str, int], FolderLaunch] = {}  # these stay: a CUDA graph may hold any of them
+        self._launches: dict[tuple[str, int], HelperLaunch] = {}  # these stay: a CUDA graph may hold any of them
 
-    def launch(self, name: str, device: int) -> FolderLaunch:
+    def launch(self, name: str, device: int) -> HelperLaunch:
         """The kernel with this name in the manifest, on a device.
 
         Raises:
             CompileError: it did not compile when the folder was written, and the same would happen again.
+            KernelFolderError: the machine code is missing or changed.
         """
-        entry = self.folder.entries[name]
+        entry, folder = self.folder.entries[name], self.folder
         entry.check()
         key = name, device
         if key not in self._launches:
-            self._launches[key] = FolderLaunch(self.launcher, entry, self.folder, device)
+            image, source = folder.read(entry.binary), folder.path / entry.source
+            backend = folder.made_with.backend
+            self._launches[key] = HelperLaunch(self.launcher, entry, image, backend, source, device)
         return self._launches[key]
 
 

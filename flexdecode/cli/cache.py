@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from ..codegen.store import clear_store, store_folder, stored_modules
+from ..codegen.store import SUFFIXES, clear_store, store_folder, stored_files
 from ..triton_api import triton_folder
 
 # How the text of a module shows that it has a mod. The template has `return live` where there is no mask.
@@ -23,32 +22,30 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def list_modules() -> None:
     """Lists the generated modules, the newest first: name, size, age, and what each is."""
-    modules = sorted(stored_modules(), key=lambda path: -path.stat().st_mtime)
-    for path in modules:
+    for path in sorted(stored_files("modules"), key=lambda path: -path.stat().st_mtime):
         found = path.stat()
         age = _age(time.time() - found.st_mtime)
         typer.echo(
             f"{path.stem}  {size_text(found.st_size):>9}  {age:>6}  {_describe(path.read_text(errors='replace'))}"
         )
-    _say_where(modules)
+    _say_where()
 
 
 def show_size() -> None:
-    """Says how many modules there are, how large they are, and where."""
-    _say_where(stored_modules())
+    """Says how many modules and kernels there are, how large they are, and where."""
+    _say_where()
 
 
 def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
-    """Removes the generated modules. Calls that come later make them again."""
-    modules = stored_modules()
-    _say_where(modules)
-    if not modules:
+    """Removes the generated modules and the compiled kernels. Calls that come later make them again."""
+    stored = _say_where()
+    if not stored:
         return
     if not yes and not typer.confirm("Remove them?"):
         typer.echo("Nothing was removed.")
         return
     clear_store()
-    typer.echo(f"{_count(modules)} removed.")
+    typer.echo(f"{stored} removed.")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"list": list_modules, "size": show_size, "clear": clear}
@@ -59,17 +56,25 @@ def size_text(number: int) -> str:
     return f"{number / 1024:.1f} KiB" if number < 1 << 20 else f"{number / (1 << 20):.1f} MiB"
 
 
-def _say_where(modules: list[Path]) -> None:
-    total = sum(path.stat().st_size for path in modules)
-    typer.echo(f"{_count(modules)}, {size_text(total)}, in {store_folder()}")
+def _say_where() -> str:
+    """Says what is stored, and where.
+
+    Returns:
+        How many modules and kernels; empty if there is nothing.
+    """
+    files = {kind: stored_files(kind) for kind in SUFFIXES}
+    total = sum(path.stat().st_size for paths in files.values() for path in paths)
+    modules, kernels = (_count(kind[:-1], len(files[kind])) for kind in ("modules", "kernels"))
+    counted = f"{modules} and {kernels}" if files["kernels"] else modules
+    typer.echo(f"{counted}, {size_text(total)}, in {store_folder()}")
     folder = triton_folder()
     if folder:
-        typer.echo(f"Triton's machine code is not part of it: that is in {folder}")
+        typer.echo(f"What Triton itself keeps is not part of it: that is in {folder}")
+    return counted if any(files.values()) else ""
 
 
-def _count(modules: Iterable[Path]) -> str:
-    number = len(list(modules))
-    return f"{number} module{'' if number == 1 else 's'}"
+def _count(name: str, number: int) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _age(seconds: float) -> str:

@@ -15,7 +15,7 @@ from ..call.signature import UNIT
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8, HALF
-from ..triton_api import compile_ahead
+from ..triton_api import ask_for_shared_memory, compile_ahead
 from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, KernelSpec
 from .lower import CaptureLayout, number_dtypes
 
@@ -147,18 +147,16 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
             f"{facts.shared_memory} of the device\n  source: {module.__file__}\n"
             "  Choose a smaller `options.block_n` or `options.num_stages`."
         )
+    if not combine:
+        ask_for_shared_memory(compiled, _asked_shared(compiled.metadata.shared, spec.tiles.per_sm, facts))
     return compiled
 
 
-def shared_memory(compiled: Any, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> int:
-    """Bytes of shared memory that a launch asks for: what the kernel needs, or more to keep other programs away.
+def _asked_shared(needed: int, per_sm: int, facts: DeviceFacts) -> int:
+    """Bytes of shared memory that a launch asks for: what a program needs, or more to keep other programs away.
 
-    A kernel is made for some programs per multiprocessor. If more fitted, programs of the next launch could begin where
-    there is room: some multiprocessors would have many of them, and those would end last.
+    A kernel is made for `per_sm` programs on a multiprocessor. If more fitted, programs of the next launch could begin
+    where there is room: some multiprocessors would have many of them, and those would end last.
     """
-    needed: int = compiled.metadata.shared
-    per_sm = 0 if combine else spec.tiles.per_sm
-    if per_sm == 0:
-        return needed
     whole = facts.shared_memory + RESERVED_SHARED
-    return max(needed, whole // (per_sm + 1) + 16 - RESERVED_SHARED)
+    return max(needed, whole // (per_sm + 1) + 16 - RESERVED_SHARED) if per_sm else needed

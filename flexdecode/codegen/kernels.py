@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -10,21 +12,24 @@ from typing import Any
 import torch
 
 from ..ahead import loaded
-from ..ahead.loaded import FolderLaunch
+from ..ahead.folder import Entry
+from ..ahead.loaded import HelperLaunch
 from ..analysis.proven import ProvenMods
 from ..call.device import DeviceFacts
 from ..call.signature import Signature
 from ..call.tiles import Tiles
-from ..errors import CompileError
+from ..errors import CompileError, SharedMemoryError
 from ..memos import counters, lock
-from ..switch import check_allowed
+from ..switch import check_allowed, is_forbidden
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
-from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants, shared_memory
+from .background import Task
+from .binaries import Binary, binary_identity, find_binary, keep_binary, launch_of, start_helper
+from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
 from .identity import COMBINE, SPLIT, identity_of, signature_text, target_of
 from .lower import lower, lower_bounds
-from .template import generate, sources_digest, standalone
+from .template import generate, parameters_of, sources_digest, standalone
 
 
 class Kernel:
@@ -32,7 +37,7 @@ class Kernel:
 
     Attributes:
         path: the generated module.
-        run: `run(grid, stream, arguments)`; a `Launch` or a `FolderLaunch`, except in the interpreter.
+        run: `run(grid, stream, arguments)`; a `Launch` or a `HelperLaunch`, except in the interpreter.
     """
 
     def __init__(self, path: Path, run: Any) -> None:
@@ -82,17 +87,62 @@ def _pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: boo
         function = module.decode_combine if combine else module.decode_split
         return lambda grid, _, arguments: function[grid](*arguments, **known)
     descriptors = 2 if spec.tiles.descriptors and not combine else 0
-    compiled = compile_pass(module, spec, facts, combine)
-    return Launch(compiled, len(known), descriptors, shared_memory(compiled, spec, facts, combine))
+    return Launch(compile_pass(module, spec, facts, combine), len(known), descriptors)
+
+
+def _gpu(spec: KernelSpec, facts: DeviceFacts) -> int | None:
+    """The number of the GPU on which the C helper is to launch a kernel; None if Triton launches it."""
+    device = spec.signature.device
+    return device.index if facts.backend == "cuda" and device.type == "cuda" else None
+
+
+def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> Binary | None:
+    """The machine code of a kernel, from the disk or compiled; None if the C helper cannot launch it.
+
+    It may run in any thread. It holds no lock, and loads nothing into a device.
+
+    Raises:
+        CompileError: it does not compile, or needs more shared memory than the device has.
+    """
+    if proven is None:
+        text = f"{kernel}\n{_combine_key(spec, facts)}"  # many first passes share a second pass
+    else:
+        text = identity_of(kernel, spec, proven)
+    identity = binary_identity(text, facts)
+    found = find_binary(identity)
+    if found is not None:
+        counters.disk_hits += kernel == SPLIT
+        return found
+    from .entries import entry_of  # where kernels are found, it is not needed
+
+    start_helper()
+    collects = gc.isenabled()
+    gc.disable()  # it would look at all modules of PyTorch and Triton several times
+    try:
+        module = second_module() if proven is None else first_module(proven, spec)[0]
+        compiled = compile_pass(module, spec, facts, kernel == COMBINE)
+    except SharedMemoryError as error:
+        keep_binary(identity, Binary(Entry(kernel, "", refusal=(type(error).__name__, str(error))), b""))
+        raise
+    finally:
+        if collects:
+            gc.enable()
+    try:
+        found = Binary(*entry_of(compiled, module, spec, kernel, ""))
+    except CompileError:
+        return None
+    keep_binary(identity, found)
+    return found
 
 
 # These memos have no limit: a CUDA graph may launch any kernel, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
 _combines: dict[tuple, Combine] = {}
+_started: dict[tuple, Task[Binary | None]] = {}  # second passes that are being compiled
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
-    """The kernel for a spec and two mods: from memory, from a loaded folder, from a module on disk, or generated.
+    """The kernel for a spec and two mods: from memory, from a loaded folder, from the disk, or compiled.
 
     Raises:
         CompilationForbiddenError: it would have to be compiled, and that is forbidden.
@@ -101,14 +151,23 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
     with lock:
         if key not in _kernels:
             launch = _find_loaded(SPLIT, spec, facts, proven)
+            is_loaded = launch is not None
+            if launch is None:
+                _refuse_compilation(SPLIT, spec, facts)
+                launch = _launch(_gpu(spec, facts), lambda: _machine_code(SPLIT, spec, facts, proven))
             if launch is not None:
                 _kernels[key] = Kernel(launch.source, launch)
             else:
-                _refuse_compilation(SPLIT, spec, facts)
                 module, path = first_module(proven, spec)
                 _kernels[key] = Kernel(path, _pass(module, spec, facts, combine=False))
-                counters.compilations += 1
+            counters.compilations += not is_loaded
         return _kernels[key]
+
+
+def _launch(device: int | None, machine_code: Callable[[], Binary | None]) -> HelperLaunch | None:
+    """Launches machine code by the C helper; None if Triton has to do it."""
+    binary = None if device is None else machine_code()
+    return None if device is None or binary is None else launch_of(binary, device)
 
 
 def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
@@ -121,19 +180,41 @@ def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
         launch = _find_loaded(COMBINE, spec, facts, None)
         if launch is not None:
             return Combine(spec, launch, launch.entry.arguments)
-        module = second_module()
-        names = module.decode_combine.arg_names
-        types = argument_types(spec, names)
-        given = attributes(spec, types)
-        known = constants(spec, facts, combine=True)
-        key = *known.items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
+        key = spec.signature.device, _combine_key(spec, facts)
         if key not in _combines:
             _refuse_compilation(COMBINE, spec, facts)
-            _combines[key] = Combine(spec, _pass(module, spec, facts, combine=True), names)
+            task = _started.pop(key, None)
+            code = task.result if task is not None else lambda: _machine_code(COMBINE, spec, facts, None)
+            run: Any = _launch(_gpu(spec, facts), code)
+            if run is None:
+                run = _pass(second_module(), spec, facts, combine=True)
+            _combines[key] = Combine(spec, run, _combine_names())
         return _combines[key]
 
 
-def _find_loaded(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> FolderLaunch | None:
+def start_combine(spec: KernelSpec, facts: DeviceFacts) -> None:
+    """Begins to compile a second pass in another thread, if it may be compiled. `find_combine` waits for it."""
+    if _gpu(spec, facts) is None or is_forbidden() or loaded.any_folder():
+        return
+    with lock:
+        key = spec.signature.device, _combine_key(spec, facts)
+        if key not in _combines and key not in _started:
+            _started[key] = Task(lambda: _machine_code(COMBINE, spec, facts, None))
+
+
+def _combine_names() -> list[str]:
+    """The parameters of the second pass."""
+    return list(parameters_of("combine.py", COMBINE))
+
+
+def _combine_key(spec: KernelSpec, facts: DeviceFacts) -> tuple:
+    """What a second pass is compiled from."""
+    types = argument_types(spec, _combine_names())
+    given, known = attributes(spec, types), constants(spec, facts, combine=True)
+    return *known.items(), *types.items(), *map(str, given.items()), spec.fp_fusion, facts
+
+
+def _find_loaded(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods | None) -> HelperLaunch | None:
     """A kernel of a loaded folder, on the device of the spec.
 
     Raises:
@@ -190,4 +271,5 @@ def forget_kernels() -> None:
     """Drops every kernel in memory, also those for `append` and `merge_attention`."""
     _kernels.clear()
     _combines.clear()
+    _started.clear()
     standalone_kernel.cache_clear()

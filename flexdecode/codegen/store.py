@@ -1,9 +1,9 @@
-"""The store of generated modules on disk.
+"""The store on disk: generated modules, compiled kernels, and the C helper that launches them.
 
-The name of a file is the hash of its text. An index maps what a module is generated from (graphs, templates, library
-version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies in the
-same folder. No mod changes it. Triton keeps the machine code in its own store. Files are published by `os.replace`. A
-damaged file is written again.
+The name of a file is the hash of its content. An index maps what a file is made from (graphs, templates, library
+version) to its name, so a known module needs no analysis and no generation, and a known kernel needs no module. The
+module of the second pass lies in the same folder as those of the first pass. No mod changes it. Files are published by
+`os.replace`. A damaged file is written again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from ..memos import counters
 from ..version import __version__
 
+SUFFIXES = {"modules": ".py", "kernels": ".kernel", "helpers": ".so"}  # of the files in each folder of the store
+
 
 def store_folder() -> Path:
     """`$FLEXDECODE_CACHE_DIR`, else `flexdecode` in the user's cache folder; `~` is the home folder."""
@@ -28,29 +30,60 @@ def store_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "flexdecode"
 
 
+def find(kind: str, identity: str) -> Path | None:
+    """Finds a file on disk.
+
+    Args:
+        kind: of `SUFFIXES`.
+        identity: everything that its content depends on, except the version of the library.
+
+    Raises:
+        PermissionError: other users could put code into the folder, and it would be executed.
+    """
+    folder = checked_folder()
+    try:
+        return _find(folder, kind, (folder / "index" / _entry(identity)).read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def keep(kind: str, identity: str | None, content: bytes) -> Path | None:
+    """Writes a file, and lists it in the index if it has an identity; None if the folder cannot be written."""
+    folder = store_folder()
+    name = _name_of(content)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = _publish(folder / kind / f"{name}{SUFFIXES[kind]}", content)
+    except OSError:
+        return None
+    if identity is not None:
+        with contextlib.suppress(OSError):
+            _publish(folder / "index" / _entry(identity), name.encode())
+    return path
+
+
+def keep_anywhere(kind: str, identity: str | None, content: bytes) -> Path:
+    """As `keep`. If the home is read-only, the file lives as long as the machine's temporary files."""
+    found = keep(kind, identity, content)
+    return found or _publish(_temporary_folder() / f"{_name_of(content)}{SUFFIXES[kind]}", content)
+
+
 def stored_module(identity: str, generate: Callable[[], str]) -> Path:
     """Finds the file of the module for `identity` on disk, or generates and writes it.
 
     Args:
-        identity: everything that the text depends on, except the library itself.
+        identity: as for `find`.
         generate: makes the text.
 
     Raises:
-        PermissionError: other users could put code into the folder, and it would be imported.
+        PermissionError: as for `find`.
     """
-    entry = hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
-    folder = checked_folder()
-    index = folder / "index" / entry
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        found = _find_module(folder, index.read_text())
-        if found is not None:
-            counters.disk_hits += 1
-            return found
-    path = _publish_module(folder, generate())
+    found = find("modules", identity)
+    if found is not None:
+        counters.disk_hits += 1
+        return found
+    path = keep_anywhere("modules", identity, generate().encode())
     counters.generations += 1
-    if path.parent == folder / "modules":
-        with contextlib.suppress(OSError):
-            _publish(index, path.stem)
     return path
 
 
@@ -58,43 +91,44 @@ def fixed_module(text: str) -> Path:
     """Finds the file of a module that depends on no mod on disk, or writes it.
 
     Raises:
-        PermissionError: as for `stored_module`.
+        PermissionError: as for `find`.
     """
-    folder = checked_folder()
-    return _find_module(folder, _name_of(text.encode())) or _publish_module(folder, text)
+    content = text.encode()
+    return _find(checked_folder(), "modules", _name_of(content)) or keep_anywhere("modules", None, content)
 
 
-def stored_modules() -> list[Path]:
-    """The files of all modules on disk, also those that another version of the library made."""
-    return sorted((store_folder() / "modules").glob("*.py"))
+def module_file(name: str) -> Path:
+    """Where the module of this name lies, if it is still there."""
+    return store_folder() / "modules" / f"{name}.py"
+
+
+def stored_files(kind: str) -> list[Path]:
+    """All files of a kind on disk, also those that another version of the library made."""
+    return sorted((store_folder() / kind).glob(f"*{SUFFIXES[kind]}"))
 
 
 def clear_store() -> None:
-    """Removes the modules and their index from the disk. Calls that come later make them again."""
-    for path in (*stored_modules(), *(store_folder() / "index").glob("*")):
+    """Removes all files and their index from the disk. Calls that come later make them again."""
+    for path in (*(path for kind in SUFFIXES for path in stored_files(kind)), *(store_folder() / "index").glob("*")):
         path.unlink(missing_ok=True)
 
 
-def _name_of(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:32]
+def _name_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _find_module(folder: Path, name: str) -> Path | None:
-    """The module of this name; None if there is none or its text does not match its name."""
-    path = folder / "modules" / f"{name}.py"
+def _entry(identity: str) -> str:
+    """The file in the index."""
+    return hashlib.sha256(f"{__version__}\n{identity}".encode()).hexdigest()
+
+
+def _find(folder: Path, kind: str, name: str) -> Path | None:
+    """The file of this name; None if there is none or its content does not match its name."""
+    path = folder / kind / f"{name}{SUFFIXES[kind]}"
     try:
         return path if _name_of(path.read_bytes()) == name else None
     except (OSError, ValueError):  # a damaged index may hold a name that no file can have
         return None
-
-
-def _publish_module(folder: Path, text: str) -> Path:
-    name = f"{_name_of(text.encode())}.py"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _publish(folder / "modules" / name, text)
-    except OSError:  # a read-only home: the module lives as long as the machine's temporary files
-        return _publish(_temporary_folder() / name, text)
 
 
 def checked_folder() -> Path:
@@ -104,7 +138,7 @@ def checked_folder() -> Path:
         PermissionError: everybody can.
     """
     folder = store_folder()
-    for place in (folder, folder / "index", folder / "modules"):
+    for place in (folder, folder / "index", *(folder / kind for kind in SUFFIXES)):
         try:
             mode = place.stat().st_mode
         except OSError:  # it does not exist yet, or cannot be read
@@ -142,13 +176,13 @@ def _temporary_folder() -> Path:
     )
 
 
-def _publish(path: Path, text: str) -> Path:
+def _publish(path: Path, content: bytes) -> Path:
     """Writes a file. Another process sees all of it or nothing."""
     path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)  # with any umask, not everybody can write to it
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -141,6 +141,12 @@ def _parameters(node: ast.FunctionDef) -> tuple[str, ...]:
     return tuple(a.arg for a in node.args.args)
 
 
+@functools.cache
+def parameters_of(name: str, function: str) -> tuple[str, ...]:
+    """The parameters of a function of a template file."""
+    return _parameters(_functions(name)[function])
+
+
 def _body(template: dict[str, ast.FunctionDef], name: str, body: str) -> _Edit:
     """Replaces the body of a hook; its signature and docstring stay."""
     node = template.get(name)

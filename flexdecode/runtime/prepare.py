@@ -17,12 +17,12 @@ from ..analysis.proven import Listed, ProvenMods
 from ..call.checks import check_device, check_inputs
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
-from ..call.schedule import Scheduler
+from ..call.schedule import Schedule, Scheduler
 from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2
 from ..codegen.arguments import KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
-from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel
+from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel, start_combine
 from ..errors import CompilationForbiddenError, CompileError, SharedMemoryError
 from ..frontend.graph import Graph
 from .identity import Mod, add_sources, graph_of, names_of
@@ -266,8 +266,13 @@ class _Loaded:
 
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
-        passes = []
-        for launch in self.scheduler.choose(inputs, sizes, allows_latents(self.facts)):
+        passes: list[FirstPass] = []
+        launches = self.scheduler.choose(inputs, sizes, allows_latents(self.facts))
+        if self.find_combine is find_combine and any(x.schedule.tiles not in self.forms for x in launches):
+            merged = self._merged([x.schedule for x in launches])
+            if merged is not None:
+                start_combine(self._combine_spec(*merged), self.facts)
+        for launch in launches:
             tiles = launch.schedule.tiles
             try:
                 form = self.forms.get(tiles) or self._find(tiles)
@@ -283,35 +288,50 @@ class _Loaded:
 
     def _combine(self, passes: list[FirstPass]) -> Combine | None:
         """The second pass for the partial results of the first passes; None if there are none."""
-        chosen, other = passes[0].chosen, passes[-1].chosen
-        first, large = chosen.tiles, None if len(passes) == 1 else other.tiles
-        if not (first.split or other.tiles.split):
+        merged = self._merged([each.chosen for each in passes])
+        if merged is None:
             return None
-        block_s = max(chosen.block_s, other.block_s)
-        key = block_s, first, large
-        found = self.combines.get(key)
+        found = self.combines.get(merged)
         if found is None:
-            spec = replace(passes[0].form.spec, tiles=replace(first, split=True), block_s=block_s)
-            if large is not None:
-                spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
-            found = self.combines[key] = self.find_combine(spec, self.facts)
+            found = self.combines[merged] = self.find_combine(self._combine_spec(*merged), self.facts)
         return found
+
+    def _merged(self, chosen: list[Schedule]) -> tuple[int, Tiles, Tiles | None] | None:
+        """What a second pass merges: partial results per step, the tiles of the first pass, and those of another one.
+
+        None if nothing is split.
+        """
+        first, other = chosen[0], chosen[-1]
+        if not (first.tiles.split or other.tiles.split):
+            return None
+        return max(first.block_s, other.block_s), first.tiles, None if len(chosen) == 1 else other.tiles
+
+    def _combine_spec(self, block_s: int, first: Tiles, large: Tiles | None) -> KernelSpec:
+        spec = replace(self._spec(first), tiles=replace(first, split=True), block_s=block_s)
+        if large is not None:
+            spec = replace(spec, large_m=large.block_m if large.split else 0, of_small=not large.split)
+        return spec
+
+    def _spec(self, tiles: Tiles) -> KernelSpec:
+        """What the first pass with some tiles is compiled from."""
+        proven = self.proven
+        return KernelSpec(
+            self.signature,
+            tiles,
+            capture_types(proven.score),
+            capture_types(proven.mask),
+            num_live=proven.bounds.num_live,
+            num_full=proven.num_full,
+            unbounded=proven.bounds.is_everywhere,
+            fp_fusion=not (rounds_to_half(proven.score) or rounds_to_half(proven.mask)),
+            block_lists=proven.block_lists,
+        )
 
     def _find(self, wanted: Tiles) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller tiles if that kernel is too large for the device."""
         proven, tiles = self.proven, wanted
         while True:
-            spec = KernelSpec(
-                self.signature,
-                tiles,
-                capture_types(proven.score),
-                capture_types(proven.mask),
-                num_live=proven.bounds.num_live,
-                num_full=proven.num_full,
-                unbounded=proven.bounds.is_everywhere,
-                fp_fusion=not (rounds_to_half(proven.score) or rounds_to_half(proven.mask)),
-                block_lists=proven.block_lists,
-            )
+            spec = self._spec(tiles)
             try:
                 kernel = self.find_kernel(spec, self.facts, proven)
                 self.forms[wanted] = LaunchForm(kernel, spec, proven, self.facts.backend != "cpu")

@@ -1,9 +1,10 @@
-"""Runs calls in a process whose driver is `fake_driver.c`: with Triton's launchers, or from a folder of kernels.
+"""Runs calls in a process whose driver is `fake_driver.c`: with Triton's launchers, or with the C helper.
 
-    python ahead_process.py NAME FOLDER (save | triton | folder)
+    python ahead_process.py NAME FOLDER (save | triton | compile | disk | folder)
 
-`save` writes the kernels of a call. `triton` and `folder` run it twice, and the driver logs what it gets. `folder`
-prints the milliseconds of `load` and the first call; no compiler can be started there.
+`save` writes the kernels of a call. The others run it twice, and the driver logs what it gets: `triton` with Triton's
+launchers; `compile` and `disk` with the store, empty or not; `folder` with the folder of kernels. `disk` and `folder`
+print the milliseconds of the first call, with `load`; no compiler can be started there.
 """
 
 import contextlib
@@ -21,12 +22,13 @@ from no_compiler import no_compiler
 import flexdecode
 from flexdecode.ahead import loaded
 from flexdecode.call.device import DeviceFacts
-from flexdecode.codegen import writer
+from flexdecode.codegen import entries, kernels
 from flexdecode.runtime import prepare
 
 H200 = DeviceFacts("cuda", 90, num_sms=132, shared_memory=227 * 1024)
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.5, 0.25, 0.125, 0.1], dtype=torch.float32)
 WINDOW = 3000
+NUM_FIRST = {"plain": 1, "mods": 1, "latents": 1, "quantised": 1, "paged": 2}  # kernels of the first pass
 
 
 def alibi(score, b, h, q_idx, kv_idx):
@@ -83,6 +85,11 @@ def pretended_gpu():
         yield
 
 
+def the_helper_launches():
+    """Lets kernels be launched as for tensors of the first GPU."""
+    return mock.patch.object(kernels, "_gpu", lambda spec, facts: 0)
+
+
 def use_driver():
     """Makes Triton use its driver for NVIDIA's GPUs, which this machine does not have."""
     from triton.backends.nvidia.driver import CudaDriver
@@ -98,7 +105,7 @@ def tell_sizes(folder):
     tell = ctypes.CDLL("libcuda.so.1").fake_tell_sizes
     for entry in json.loads((Path(folder) / "manifest.json").read_text())["entries"].values():
         if entry["refusal"] is None:
-            sizes = [writer.BYTES[kind] for kind in entry["form"] if kind in writer.BYTES] + [8, 8]
+            sizes = [entries.BYTES[kind] for kind in entry["form"] if kind in entries.BYTES] + [8, 8]
             tell(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
 
@@ -111,10 +118,22 @@ def main(name, folder, way):
         return
     tell_sizes(folder)
     with pretended_gpu():
-        if way == "triton":
+        if way in ("triton", "compile"):
             use_driver()
-            for _ in range(2):
+            with contextlib.nullcontext() if way == "triton" else the_helper_launches():
+                for _ in range(2):
+                    flexdecode.flex_decode(*arguments, **keywords)
+            return
+        if way == "disk":
+            with no_compiler(), the_helper_launches():
+                start = time.perf_counter()
                 flexdecode.flex_decode(*arguments, **keywords)
+                spent = time.perf_counter() - start
+                flexdecode.flex_decode(*arguments, **keywords)
+            info = flexdecode.cache_info()
+            assert (info.disk_hits, info.generations) == (NUM_FIRST[name], 0), info
+            assert "sympy" not in sys.modules
+            print(1000 * spent)
             return
         with no_compiler(), flexdecode.forbid_compilation():
             start = time.perf_counter()

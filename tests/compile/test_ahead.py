@@ -17,7 +17,7 @@ import flexdecode
 from flexdecode import CompilationForbiddenError, CompileError, DecodeOptions, KernelFolderError, triton_api
 from flexdecode.ahead import loaded
 from flexdecode.call.device import DeviceFacts
-from flexdecode.codegen import writer
+from flexdecode.codegen import entries, writer
 from flexdecode.codegen.compile import compile_pass
 from flexdecode.codegen.template import template_folder
 from flexdecode.errors import SharedMemoryError
@@ -74,6 +74,38 @@ def test_a_folder_launches_what_triton_launches(name, driver, tmp_path):
     assert sum("decode_" in line for line in actual) >= 2
     assert without_addresses(actual) == without_addresses(expected)
     assert not (tmp_path / "empty").exists() and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_store_launches_what_triton_launches(name, driver, tmp_path):
+    """Both where the kernels are compiled, and in another process that finds them."""
+    folder = tmp_path / "kernels"
+    run(name, folder, "save")
+    _, expected = run(name, folder, "triton", driver)
+    store = {"FLEXDECODE_CACHE_DIR": str(tmp_path / "store"), "TRITON_CACHE_DIR": str(tmp_path / "empty")}
+    _, compiled = run(name, folder, "compile", driver, **store)
+    _, found = run(name, folder, "disk", driver, **store, CC="false")
+    assert sum("decode_" in line for line in expected) >= 2
+    assert without_addresses(compiled) == without_addresses(found) == without_addresses(expected)
+
+
+def test_a_call_is_quick_whose_kernels_are_on_disk(driver, tmp_path):
+    """Below 50 ms; the fastest of several processes counts, because the machine may be busy."""
+    folder = tmp_path / "kernels"
+    run("mods", folder, "save")
+    variables = {"FLEXDECODE_CACHE_DIR": str(tmp_path / "store"), "TRITON_CACHE_DIR": str(tmp_path / "empty")}
+    run("mods", folder, "compile", driver, **variables)
+    variables |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    milliseconds = [float(run("mods", folder, "disk", driver, **variables)[0]) for _ in range(4)]
+    assert min(milliseconds) < 50, milliseconds
+
+
+def test_without_a_c_compiler_triton_launches(driver, tmp_path):
+    folder = tmp_path / "kernels"
+    run("mods", folder, "save")
+    _, expected = run("mods", folder, "triton", driver)  # from now on Triton has its launchers
+    _, found = run("mods", folder, "compile", driver, CC="false", FLEXDECODE_CACHE_DIR=str(tmp_path / "store"))
+    assert without_addresses(found) == without_addresses(expected)
 
 
 def test_loading_and_the_first_call_are_quick(driver, tmp_path):
@@ -294,7 +326,7 @@ def test_nothing_is_written_while_compilation_is_forbidden(folder, tmp_path):
 
 def test_parameters_of_another_size_are_refused(tmp_path, monkeypatch):
     """A Triton that passes arguments in another way is refused when the folder is written."""
-    monkeypatch.setattr(writer, "parameter_bytes", lambda asm: [8, 8, 4])
+    monkeypatch.setattr(entries, "parameter_bytes", lambda asm: [8, 8, 4])
     with pytest.raises(CompileError, match=r"gives decode_split parameters of \[8, 8, 4\] bytes"):
         save(tmp_path)
 

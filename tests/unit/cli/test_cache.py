@@ -9,7 +9,7 @@ import torch
 
 from flexdecode import clear_cache, explain, mods
 from flexdecode.codegen.kernels import standalone
-from flexdecode.codegen.store import fixed_module
+from flexdecode.codegen.store import fixed_module, keep
 
 
 @pytest.fixture
@@ -57,7 +57,16 @@ def test_size(run, store, modules):
     total = sum(path.stat().st_size for path in modules)
     first, second = run("cache", "size").out.splitlines()
     assert first == f"5 modules, {total / 1024:.1f} KiB, in {store}"
-    assert second.startswith("Triton's machine code is not part of it: that is in ")
+    assert second.startswith("What Triton itself keeps is not part of it: that is in ")
+
+
+def test_kernels_are_counted_and_cleared(run, store, modules):
+    keep("kernels", "one", b"x" * 1024)
+    assert run("cache", "size").out.startswith("5 modules and 1 kernel, ")
+    keep("kernels", "two", b"y" * 1024)
+    done = run("cache", "clear", "--yes")
+    assert done.out.endswith("\n5 modules and 2 kernels removed.\n")
+    assert [path for path in store.rglob("*") if path.is_file()] == []
 
 
 def test_clear(run, store, modules):

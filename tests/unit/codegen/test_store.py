@@ -147,7 +147,7 @@ def test_a_writing_error_does_not_leave_a_temporary_file(folder, monkeypatch):
 
     monkeypatch.setattr(store.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        store._publish(folder / "modules" / "x.py", "text")
+        store._publish(folder / "modules" / "x.py", b"text")
     assert files(folder, "modules") == []
 
 
@@ -258,11 +258,12 @@ def test_a_cache_folder_that_everybody_can_write_into(folder):
     assert stored_module("an identity", Generator()).is_relative_to(folder)
 
 
-@pytest.mark.parametrize("name", ["index", "modules"])
+@pytest.mark.parametrize("name", ["index", "modules", "kernels", "helpers"])
 def test_a_part_of_the_cache_folder_that_everybody_can_write_into(folder, name):
     umask = os.umask(0)
     try:
-        stored_module("an identity", Generator())
+        for kind in store.SUFFIXES:
+            store.keep(kind, "an identity", b"content")
     finally:
         os.umask(umask)
     assert not (folder / name).stat().st_mode & stat.S_IWOTH

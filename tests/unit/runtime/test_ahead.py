@@ -12,7 +12,7 @@ import flexdecode
 from flexdecode import DecodeOptions, cache_info, flex_decode, mods, warmup
 from flexdecode.ahead import loaded
 from flexdecode.ahead.folder import Entry, MadeWith
-from flexdecode.ahead.loaded import FolderLaunch, hash_of
+from flexdecode.ahead.loaded import HelperLaunch, hash_of
 from flexdecode.call.device import DeviceFacts
 from flexdecode.codegen import kernels
 from flexdecode.codegen.identity import COMBINE, SPLIT, identity_of
@@ -190,10 +190,9 @@ def test_what_a_folder_refuses_is_not_tried(asked):
 
 def test_a_launch_hands_its_arguments_on():
     launcher = Launches()
-    folder = mock.MagicMock(made_with=SimpleNamespace(backend="cuda"), read=lambda name: b"image")
     meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [64, 32]}
     of = Entry(SPLIT, "", None, "b", "s", "PTiillx", 128, 99, True, [meta, meta | {"elem_type": 7}])
-    launch = FolderLaunch(launcher, of, folder, 3)
+    launch = HelperLaunch(launcher, of, b"image", "cuda", Path("s"), 3)
     assert launcher.loaded == [("cuda", SPLIT, b"image", "PTiillx", 3, 128, 99, 1)]
     launch((5, 6), 7, (8, 9))
     assert launcher.launched == [(SPLIT, 5, 6, 7, (8, 9))]
