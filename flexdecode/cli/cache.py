@@ -1,16 +1,17 @@
-"""`flexdecode cache`: the store of generated modules on disk."""
+"""`flexdecode cache`: the store of generated modules and measured schedules on disk."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..codegen.store import clear_store, store_folder, stored_modules
+from ..codegen.store import clear_store, store_folder, stored_modules, stored_records
+from ..codegen.tuned import read_record
 from ..triton_api import triton_folder
 
 # How the text of a module shows that it has a mod. The template has `return live` where there is no mask.
@@ -22,33 +23,31 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def list_modules() -> None:
-    """Lists the generated modules, the newest first: name, size, age, and what each is."""
-    modules = sorted(stored_modules(), key=lambda path: -path.stat().st_mtime)
-    for path in modules:
-        found = path.stat()
-        age = _age(time.time() - found.st_mtime)
-        typer.echo(
-            f"{path.stem}  {size_text(found.st_size):>9}  {age:>6}  {_describe(path.read_text(errors='replace'))}"
-        )
-    _say_where(modules)
+    """Lists generated modules and measured schedules, the newest first: name, size, age, and what each is."""
+    for paths, describe in ((stored_modules(), _describe), (stored_records(), _describe_record)):
+        for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+            found = path.stat()
+            age = _age(time.time() - found.st_mtime)
+            typer.echo(f"{path.stem}  {size_text(found.st_size):>9}  {age:>6}  {describe(path)}")
+    _say_where()
 
 
 def show_size() -> None:
-    """Says how many modules there are, how large they are, and where."""
-    _say_where(stored_modules())
+    """Says how many modules and measured schedules there are, how large they are, and where."""
+    _say_where()
 
 
 def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
-    """Removes the generated modules. Calls that come later make them again."""
-    modules = stored_modules()
-    _say_where(modules)
-    if not modules:
+    """Removes generated modules and measured schedules. Calls that come later make them again."""
+    _say_where()
+    count = _count()
+    if not (stored_modules() or stored_records()):
         return
     if not yes and not typer.confirm("Remove them?"):
         typer.echo("Nothing was removed.")
         return
     clear_store()
-    typer.echo(f"{_count(modules)} removed.")
+    typer.echo(f"{count} removed.")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"list": list_modules, "size": show_size, "clear": clear}
@@ -59,17 +58,19 @@ def size_text(number: int) -> str:
     return f"{number / 1024:.1f} KiB" if number < 1 << 20 else f"{number / (1 << 20):.1f} MiB"
 
 
-def _say_where(modules: list[Path]) -> None:
-    total = sum(path.stat().st_size for path in modules)
-    typer.echo(f"{_count(modules)}, {size_text(total)}, in {store_folder()}")
+def _say_where() -> None:
+    total = sum(path.stat().st_size for path in (*stored_modules(), *stored_records()))
+    typer.echo(f"{_count()}, {size_text(total)}, in {store_folder()}")
     folder = triton_folder()
     if folder:
         typer.echo(f"Triton's machine code is not part of it: that is in {folder}")
 
 
-def _count(modules: Iterable[Path]) -> str:
-    number = len(list(modules))
-    return f"{number} module{'' if number == 1 else 's'}"
+def _count() -> str:
+    """How many files of each kind there are; schedules are named only if there are some."""
+    modules, records = len(stored_modules()), len(stored_records())
+    words = [(modules, "module")] + [(records, "schedule")] * (records > 0)
+    return " and ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in words)
 
 
 def _age(seconds: float) -> str:
@@ -77,8 +78,15 @@ def _age(seconds: float) -> str:
     return f"{seconds // size:.0f} {unit}"
 
 
-def _describe(text: str) -> str:
+def _describe_record(path: Path) -> str:
+    """What was measured."""
+    found = read_record(path)
+    return "A damaged schedule" if found is None else f"Schedule, {found}"
+
+
+def _describe(path: Path) -> str:
     """What a module is, from its text: the first words of its docstring, and the mods that it has."""
+    text = path.read_text(errors="replace")
     kind = text.removeprefix('"""').partition("\n")[0].partition(":")[0].rstrip('."')
     mods = [name for name, pattern in _HOOKS.items() if re.search(pattern, text)]
     return f"{kind}, with {' and '.join(mods)}" if mods else kind

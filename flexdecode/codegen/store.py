@@ -1,9 +1,9 @@
-"""The store of generated modules on disk.
+"""The store of generated modules and of measured schedules on disk.
 
 The name of a file is the hash of its text. An index maps what a module is generated from (graphs, templates, library
 version) to its file, so a known module needs no analysis and no generation. The module of the second pass lies in the
-same folder. No mod changes it. Triton keeps the machine code in its own store. Files are published by `os.replace`. A
-damaged file is written again.
+same folder. No mod changes it. Triton keeps the machine code in its own store. Records are what `codegen.tuned` has
+measured; no code is in them. Files are published by `os.replace`. A damaged file is written again.
 """
 
 from __future__ import annotations
@@ -69,9 +69,26 @@ def stored_modules() -> list[Path]:
     return sorted((store_folder() / "modules").glob("*.py"))
 
 
+def record_path(identity: str) -> Path:
+    """Where a record lies that was measured for `identity`, if there is one."""
+    return store_folder() / "schedules" / f"{_name_of(identity.encode())}.json"
+
+
+def keep_record(identity: str, text: str) -> None:
+    """Writes a record. In a folder that cannot be written to, nothing is kept."""
+    with contextlib.suppress(OSError):
+        store_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        _publish(record_path(identity), text)
+
+
+def stored_records() -> list[Path]:
+    """The files of all records on disk, also those that another version of the library made."""
+    return sorted((store_folder() / "schedules").glob("*.json"))
+
+
 def clear_store() -> None:
-    """Removes the modules and their index from the disk. Calls that come later make them again."""
-    for path in (*stored_modules(), *(store_folder() / "index").glob("*")):
+    """Removes modules, their index and records from the disk. Calls that come later make them again."""
+    for path in (*stored_modules(), *(store_folder() / "index").glob("*"), *stored_records()):
         path.unlink(missing_ok=True)
 
 
