@@ -17,6 +17,7 @@ from ..call.schedule import Schedule, Scheduler
 from ..call.signature import Signature
 from ..codegen.tuned import Tuned, find_tuned, keep_tuned, tuned_identity
 from ..errors import CompileError
+from ..memos import Bounded
 from ..switch import is_forbidden
 from .launch import TritonLauncher
 from .timing import time_launches
@@ -52,7 +53,7 @@ def _is_on_gpu(query: torch.Tensor) -> bool:
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _device_name(device: torch.device) -> str | None:
@@ -117,7 +118,7 @@ class Autotuner:
 
     def __init__(self, signature: Signature, options: DecodeOptions, facts: DeviceFacts) -> None:
         self.signature, self.options, self.facts = signature, options, facts
-        self.identities: dict[tuple, str | None] = {}  # by the mods and the class of the sizes
+        self.identities = Bounded(limit=256)  # texts or None, by the mods and the class of the sizes
 
     def launcher(
         self, loaded: Any, inputs: Inputs, rehearse: Callable[[TritonLauncher], Callable[[], None]]
@@ -130,17 +131,19 @@ class Autotuner:
             rehearse: makes a function that launches the call and writes its result to memory of its own.
 
         Returns:
-            The launcher, and whether it is to stay. Otherwise it is the default one until schedules can be measured.
+            The launcher, and whether it is to stay. While a CUDA graph is captured, nothing can be measured: then it is
+            the default one until another call can.
         """
         sizes = inputs.sizes
         scheduler = loaded.scheduler
         if len(scheduler.parts(sizes)) > 1:  # two launches have other tiles each, which options cannot choose
             return loaded.launcher(inputs, sizes), True
         key = loaded.proven.text, class_of(sizes, self.signature.packed)
-        if key not in self.identities:
+        identity = self.identities.get(key, "")
+        if identity == "":
             of_call = loaded.proven, self.signature, self.options, sizes, self.facts, self.signature.device
-            self.identities[key] = identity_of_call(*of_call)
-        identity = self.identities[key]
+            identity = identity_of_call(*of_call)
+            self.identities.add(key, identity)
         if identity is None:
             return loaded.launcher(inputs, sizes), True
         tuned = find_tuned(identity)
@@ -148,20 +151,20 @@ class Autotuner:
             with _measuring:  # another thread may have measured it meanwhile
                 tuned = find_tuned(identity) or self._measure(loaded, inputs, identity, rehearse)
         if tuned is None:
-            return loaded.launcher(inputs, sizes), False
-        return self._chosen(loaded, inputs, tuned)
+            return loaded.launcher(inputs, sizes), not _is_capturing()
+        return self._chosen(loaded, inputs, tuned), True
 
-    def _chosen(self, loaded: Any, inputs: Inputs, tuned: Tuned) -> tuple[TritonLauncher, bool]:
+    def _chosen(self, loaded: Any, inputs: Inputs, tuned: Tuned) -> TritonLauncher:
         """The launcher of a choice; the default one if its kernel is not at hand and may not be compiled."""
         sizes = inputs.sizes
         options = fit(tuned.choice, tuned.num_items, loaded.scheduler, sizes).applied_to(self.options)
         try:
-            return loaded.launcher(inputs, sizes, options), True
+            return loaded.launcher(inputs, sizes, options)
         except CompileError as error:
             if tuned.choice == DEFAULT:
                 raise
             _logger.info("autotune: %s: the default takes its place: %s", tuned.choice, error)
-            return loaded.launcher(inputs, sizes), False
+            return loaded.launcher(inputs, sizes)
 
     def _measure(
         self, loaded: Any, inputs: Inputs, identity: str, rehearse: Callable[[TritonLauncher], Callable[[], None]]

@@ -26,6 +26,7 @@ from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel
 from ..errors import CompilationForbiddenError, CompileError, SharedMemoryError
 from ..frontend.graph import Graph
+from ..memos import Bounded
 from .autotune import Autotuner
 from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
@@ -279,7 +280,7 @@ class _Loaded:
         self.facts, self.find_kernel, self.find_combine = target
         self.options = traced.options
         self.scheduler = Scheduler(traced.signature, proven, self.facts, traced.options)
-        self.schedulers = {traced.options: self.scheduler}
+        self.schedulers = Bounded(limit=64)  # by other options, of schedules that were measured
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
         self.combines: dict[tuple, Combine] = {}
 
@@ -289,9 +290,10 @@ class _Loaded:
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         options = self.options if options is None else options
-        scheduler = self.schedulers.get(options)
+        scheduler = self.scheduler if options == self.options else self.schedulers.get(options)
         if scheduler is None:
-            scheduler = self.schedulers[options] = Scheduler(self.signature, self.proven, self.facts, options)
+            scheduler = Scheduler(self.signature, self.proven, self.facts, options)
+            self.schedulers.add(options, scheduler)
         passes = []
         for launch in scheduler.choose(inputs, sizes, allows_latents(self.facts)):
             tiles = launch.schedule.tiles

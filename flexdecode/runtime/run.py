@@ -9,7 +9,6 @@ import torch
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.signature import Aux
 from ..memos import Bounded, counters
-from .autotune import can_measure
 from .debug import check_again
 from .identity import Mod
 from .plan import Plan, Results, any_length, layout
@@ -85,11 +84,11 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
     if known is None:
         return _make_plan(known, request, call, lengths)
     plan = known.plans.get(lengths)
-    if plan is None or (not plan.is_settled and can_measure(inputs.query)):
+    if plan is None or not plan.is_settled:
         return _make_plan(known, request, call, lengths)
     if lengths not in known.found:
         known.found.add(lengths, True)
-    elif plan.is_settled and (found := Recent.of(plan, inputs, score, mask)) is not None:
+    elif (found := Recent.of(plan, inputs, score, mask)) is not None:
         _recent.add(site, (found, *recents[: MAX_RECENT - 1]))
     counters.hits += 1
     return plan, score, mask
