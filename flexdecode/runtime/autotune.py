@@ -20,10 +20,10 @@ from ..errors import CompileError
 from ..memos import Bounded
 from ..switch import is_forbidden
 from .launch import TritonLauncher
-from .timing import time_launches
+from .timing import Run, time_launches
 
 MARGIN = 0.02  # a schedule takes the place of another one if it is faster by more than this share: the rest is noise
-ROUNDS, LAST_ROUNDS = 15, 45  # measurements of each schedule while they are tried, and of the last two
+ROUNDS, LAST_ROUNDS = 25, 75  # the most measurements of each schedule while they are tried, and of the last two
 _logger = logging.getLogger("flexdecode")
 _measuring = threading.RLock()  # two measurements at a time would disturb one another
 
@@ -37,10 +37,13 @@ class Trial(NamedTuple):
     """
 
     schedule: Schedule
-    run: Callable[[], None]
+    run: Run
 
 
-Clock = Callable[[list[Callable[[], None]], int], list[float]]  # as `time_launches`, on one device
+Clock = Callable[[list[Run], int], list[float]]  # as `time_launches`, on one device
+
+
+Rehearse = Callable[[TritonLauncher], Run]  # makes what launches a call and writes its result to memory of its own
 
 
 def can_measure(query: torch.Tensor) -> bool:
@@ -120,15 +123,13 @@ class Autotuner:
         self.signature, self.options, self.facts = signature, options, facts
         self.identities = Bounded(limit=256)  # texts or None, by the mods and the class of the sizes
 
-    def launcher(
-        self, loaded: Any, inputs: Inputs, rehearse: Callable[[TritonLauncher], Callable[[], None]]
-    ) -> tuple[TritonLauncher, bool]:
+    def launcher(self, loaded: Any, inputs: Inputs, rehearse: Rehearse) -> tuple[TritonLauncher, bool]:
         """Finds the fastest launcher of a call. Measures it if that was not done and can be done now.
 
         Args:
             loaded: the kernels of the call, `runtime.prepare._Loaded`.
             inputs: of the call.
-            rehearse: makes a function that launches the call and writes its result to memory of its own.
+            rehearse: makes a launcher measurable.
 
         Returns:
             The launcher, and whether it is to stay. While a CUDA graph is captured, nothing can be measured: then it is
@@ -166,9 +167,7 @@ class Autotuner:
             _logger.info("autotune: %s: the default takes its place: %s", tuned.choice, error)
             return loaded.launcher(inputs, sizes)
 
-    def _measure(
-        self, loaded: Any, inputs: Inputs, identity: str, rehearse: Callable[[TritonLauncher], Callable[[], None]]
-    ) -> Tuned:
+    def _measure(self, loaded: Any, inputs: Inputs, identity: str, rehearse: Rehearse) -> Tuned:
         """Measures the schedules of a call and remembers the result."""
         sizes, device = inputs.sizes, self.signature.device
         space = Space(loaded.scheduler, sizes)
@@ -177,7 +176,7 @@ class Autotuner:
             launcher = loaded.launcher(inputs, sizes, choice.applied_to(self.options))
             return Trial(launcher.first.chosen, rehearse(launcher))
 
-        def clock(runs: list[Callable[[], None]], rounds: int) -> list[float]:
+        def clock(runs: list[Run], rounds: int) -> list[float]:
             return time_launches(runs, rounds, device)
 
         _logger.info("autotune: measuring schedules of a call of %s", sizes)
@@ -233,6 +232,6 @@ def _try(choice: Choice, make: Callable[[Choice], Trial]) -> Trial | None:
         trial = make(choice)
         trial.run()
     except Exception as error:  # of whatever kind: the call itself can be computed, by the default schedule
-        _logger.info("autotune: %s is left out: %s", choice, error)
+        _logger.info("autotune: %s is left out: %s", choice, str(error).partition("\n")[0])
         return None
     return trial
