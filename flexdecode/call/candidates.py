@@ -139,5 +139,10 @@ class Space:
         return [at._replace(num_stages=n) for n in tried] * self._is_free("num_stages", schedule)
 
     def _is_free(self, name: str, schedule: Schedule) -> bool:
-        """Whether an option can be varied. The kernel for latents has fixed tiles."""
-        return getattr(self.options, name) is None and schedule.tiles.loads is not Loads.LATENTS
+        """Whether an option can be varied. The kernel for latents has fixed tiles.
+
+        LLVM ends the whole process where it compiles some tiles for an AMD GPU (block_n 128 and D 128 for gfx942, in
+        Triton 3.9). So there only tiles that a default schedule has are tried.
+        """
+        is_free = getattr(self.options, name) is None and self.facts.backend == "cuda"
+        return is_free and schedule.tiles.loads is not Loads.LATENTS

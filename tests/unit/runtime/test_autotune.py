@@ -229,6 +229,26 @@ def test_what_the_caller_chose_stays(gpu, name):
     assert {read(schedule) for schedule in measured} == set(given.values()) and len(measured) > 3
 
 
+def test_tiles_of_an_amd_gpu_stay(monkeypatch, store):
+    """LLVM ends the process where it compiles some tiles for them."""
+    clear_cache()
+    gpu = Gpu(monkeypatch, KNOWN_DEVICES["MI300X"][0])
+    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 1 else 100.0
+    flex_decode(*tensors(), options=AUTO)
+    sizes = {(tiles.block_n, tiles.num_warps, tiles.num_stages) for tiles in gpu.compiled}
+    assert len(sizes) == 1 and gpu.chosen.num_splits == 1 and len(gpu.rounds[0]) > 2
+    clear_cache()
+
+
+def test_the_kernel_for_latents_keeps_its_tiles(gpu):
+    query = torch.zeros(2, 128, 1, 576, dtype=torch.bfloat16)
+    key = torch.zeros(2, 1, 4096, 576, dtype=torch.bfloat16)
+    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 1 else 100.0
+    flex_decode(query, key, key[..., :512], options=AUTO)
+    assert all(tiles.latent for tiles in gpu.compiled)
+    assert gpu.chosen.num_splits == 1 and len(gpu.rounds[0]) > 2
+
+
 def test_ragged_calls_try_both_ways_to_divide(gpu):
     lens = torch.tensor([30000, 100], dtype=torch.int32)
     gpu.us = lambda schedule: 50.0 if schedule.tiles.balanced and schedule.num_splits == 132 else 100.0
