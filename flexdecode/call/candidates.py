@@ -40,13 +40,12 @@ DEFAULT = Choice()
 def class_of(sizes: Sizes, packed: bool) -> tuple[int, ...]:
     """What calls with the same best schedule have in common in their sizes.
 
-    A cache that grows has a new length at each token, and packed queries have new numbers of tokens and sequences at
-    each step. So these count as the next power of two.
+    A cache that grows has a new length at each token, each prompt has another number of tokens, and packed queries have
+    another number of sequences at each step. So these count as the next power of two.
     """
-    batch, num_kv_heads, max_kv_len, num_queries, hint = sizes
-    if packed:
-        batch, num_queries = next_power_of_2(batch), next_power_of_2(num_queries)
-    return batch, num_kv_heads, next_power_of_2(max_kv_len), num_queries, next_power_of_2(hint or 0)
+    batch, num_kv_heads, *others = sizes
+    rounded = [next_power_of_2(number or 0) for number in others]
+    return next_power_of_2(batch) if packed else batch, num_kv_heads, *rounded
 
 
 def fit(choice: Choice, num_items: int, scheduler: Scheduler, sizes: Sizes) -> Choice:

@@ -25,7 +25,6 @@ from flexdecode.call.device import KNOWN_DEVICES, DeviceFacts
 from flexdecode.call.inputs import Inputs, Sizes
 from flexdecode.codegen.store import stored_records
 from flexdecode.errors import CompilationForbiddenError, CompileError, SharedMemoryError
-from flexdecode.memos import Bounded
 from flexdecode.runtime import autotune, launch
 from flexdecode.runtime import prepare as preparing
 from flexdecode.switch import is_forbidden
@@ -135,7 +134,7 @@ def default_of(*arguments, **keywords):
     return explain(*arguments, **keywords, options=PLAIN, device=H200).schedule
 
 
-def no_warps(schedule):
+def eight_warps(schedule):
     """Faster with eight warps."""
     return 90.0 if schedule.tiles.num_warps == 8 else 100.0
 
@@ -147,7 +146,7 @@ FASTEST = {
     "splits": lambda schedule: 1000.0 / schedule.num_splits if schedule.num_splits <= 100 else 200.0,
     "one split": lambda schedule: 50.0 if schedule.num_splits == 1 else 100.0,
     "keys": lambda schedule: 100.0 - schedule.tiles.block_n / 8,
-    "warps": no_warps,
+    "warps": eight_warps,
     "stages": lambda schedule: 80.0 if schedule.tiles.num_stages == 2 else 100.0,
     "all": lambda schedule: (
         100.0
@@ -282,7 +281,7 @@ def test_all_results_of_a_measurement_go_to_memory_of_their_own(gpu):
 
 
 def test_a_cache_that_grows_is_measured_once_for_each_doubling(gpu):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     counts = []
     for length in (4000, 4001, 4050, 4096, 4097, 5000, 8192, 3000, 2049, 2048):
         before = len(gpu.rounds)
@@ -305,8 +304,7 @@ def test_a_number_of_splits_is_kept_as_the_cache_grows(gpu):
 
 
 def test_what_makes_another_kind_of_call(gpu):
-    gpu.us = no_warps
-    window = 100
+    gpu.us = eight_warps
     lens = torch.full((2,), 4000, dtype=torch.int32)
     kinds = [
         (tensors(), {}),
@@ -329,7 +327,7 @@ def test_what_makes_another_kind_of_call(gpu):
     before = len(gpu.rounds)
     flex_decode(*tensors(), mask_mod=mods.sliding_window(200), options=AUTO)  # another number is no other mod
     flex_decode(*tensors(), return_lse=True, options=AUTO)
-    assert len(gpu.rounds) == before and window == 100
+    assert len(gpu.rounds) == before
 
 
 def packed(tokens, batch, length=4000, heads=2):
@@ -341,33 +339,35 @@ def packed(tokens, batch, length=4000, heads=2):
 
 
 def test_packed_queries_of_similar_numbers_share_it(gpu):
-    def few_programs(schedule):
-        return abs(schedule.num_splits - 4) + 10.0
-
-    gpu.us = few_programs
-    measured = []
+    """The number of programs stays about the same."""
+    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 8 else 100.0
+    measured, programs = [], []
     for batch in (8, 7, 6, 5, 4):
         given, more = packed(batch, batch, 512)
         before = len(gpu.rounds)
         flex_decode(*given, **more, max_q_len=1, options=AUTO)
         measured.append(len(gpu.rounds) > before)
+        programs.append(batch * gpu.chosen.num_splits)
     assert measured == [True, False, False, False, True]
+    assert programs[:4] == [8 * 8, 7 * 8, 6 * 8, 5 * 8]  # at most 8 shares of 64 keys each
 
 
-def test_packed_queries_keep_the_number_of_programs(gpu):
-    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 8 else 100.0
-    given, more = packed(8, 8, 512)
-    flex_decode(*given, **more, max_q_len=1, options=AUTO)
-    assert gpu.chosen.num_splits == 8  # for 8 sequences
-    given, more = packed(6, 6, 2048)
-    flex_decode(*given, **more, max_q_len=1, options=AUTO)
-    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 12 else 100.0
-    given, more = packed(16, 16, 4096)
-    flex_decode(*given, **more, max_q_len=1, options=AUTO)
-    busy = gpu.chosen.num_splits * 16
-    given, more = packed(12, 12, 4096)
-    flex_decode(*given, **more, max_q_len=1, options=AUTO)
-    assert gpu.chosen.num_splits == busy // 12
+def test_a_larger_batch_of_packed_queries_has_fewer_splits(gpu):
+    gpu.us = lambda schedule: 50.0 if schedule.num_splits == 14 else 100.0
+    for batch, splits in ((9, 14), (16, 7), (10, 12)):
+        given, more = packed(batch, batch, 4096)
+        flex_decode(*given, **more, max_q_len=1, options=AUTO)
+        assert gpu.chosen.num_splits == splits
+
+
+def test_prompts_of_similar_lengths_share_it(gpu):
+    gpu.us = eight_warps
+    counts = []
+    for tokens in (5, 6, 8, 9, 16):
+        before = len(gpu.rounds)
+        flex_decode(*tensors(tokens=tokens), options=AUTO)
+        counts.append(len(gpu.rounds) > before)
+    assert counts == [True, False, False, True, False]
 
 
 def test_two_launches_keep_their_schedules(gpu):
@@ -379,7 +379,8 @@ def test_two_launches_keep_their_schedules(gpu):
 
 
 def test_classes():
-    assert class_of(Sizes(3, 2, 4000, 5), False) == (3, 2, 4096, 5, 1)
+    assert class_of(Sizes(3, 2, 4000, 1), False) == (3, 2, 4096, 1, 1)
+    assert class_of(Sizes(3, 2, 4000, 5), False) == (3, 2, 4096, 8, 1)
     assert class_of(Sizes(3, 2, 4097, 5, 6), True) == (4, 2, 8192, 8, 8)
 
 
@@ -392,7 +393,7 @@ def record():
 
 
 def test_another_process_reads_what_was_measured(gpu):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     rounds = len(gpu.rounds)
     clear_cache()
@@ -418,7 +419,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_record_is_measured_anew(gpu, name):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     rounds, text = len(gpu.rounds), record().read_text()
     if DAMAGES[name] is None:
@@ -455,7 +456,7 @@ def test_another_device_or_version_measures_anew(gpu, monkeypatch, changed):
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_to(gpu, store):
     store.mkdir(mode=0o500)
-    gpu.us = no_warps
+    gpu.us = eight_warps
     for length in (4000, 4001):
         flex_decode(*tensors(length), options=AUTO)
         assert gpu.chosen.tiles.num_warps == 8
@@ -464,7 +465,7 @@ def test_a_folder_that_cannot_be_written_to(gpu, store):
 
 def test_a_file_in_the_place_of_the_folder(gpu, store):
     store.write_text("no folder")
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     rounds = len(gpu.rounds)
     flex_decode(*tensors(4001), options=AUTO)
@@ -473,7 +474,7 @@ def test_a_file_in_the_place_of_the_folder(gpu, store):
 
 def test_too_little_memory(gpu):
     """The default is used, and only until the memory is cleared."""
-    gpu.is_full, gpu.us = True, no_warps
+    gpu.is_full, gpu.us = True, eight_warps
     for length in (4000, 4001):
         flex_decode(*tensors(length), options=AUTO)
         assert gpu.chosen == default_of(*tensors(length))
@@ -485,17 +486,11 @@ def test_too_little_memory(gpu):
     assert gpu.chosen.tiles.num_warps == 8
 
 
-def test_memory_is_bounded():
-    from flexdecode.codegen import tuned
-
-    assert isinstance(tuned._found, Bounded)
-
-
 # --- Where and when nothing is measured -------------------------------------------------------------------------------
 
 
 def test_a_captured_graph_is_not_disturbed(gpu):
-    gpu.us, gpu.capturing = no_warps, True
+    gpu.us, gpu.capturing = eight_warps, True
     for length in (4000, 4000, 4000, 4001):
         flex_decode(*tensors(length), options=AUTO)
         assert gpu.chosen == default_of(*tensors(length))
@@ -511,7 +506,7 @@ def test_a_captured_graph_is_not_disturbed(gpu):
 
 
 def test_a_prepared_call_that_is_captured_first(gpu):
-    gpu.us, gpu.capturing = no_warps, True
+    gpu.us, gpu.capturing = eight_warps, True
     query, key, value = tensors()
     step = prepare(query, key, value, options=AUTO)
     step(query)
@@ -525,7 +520,7 @@ def test_a_prepared_call_that_is_captured_first(gpu):
 
 
 def test_where_compilation_is_forbidden(gpu):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=PLAIN)
     with forbid_compilation():
         flex_decode(*tensors(), options=AUTO)
@@ -547,7 +542,7 @@ def test_where_compilation_is_forbidden(gpu):
 
 
 def test_plans_with_and_without_it(gpu):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     for _ in range(3):
         flex_decode(*tensors(), options=AUTO)
         assert gpu.chosen.tiles.num_warps == 8
@@ -557,7 +552,7 @@ def test_plans_with_and_without_it(gpu):
 
 @pytest.mark.parametrize("way", ["warmup", "prepare"])
 def test_what_measures_before_the_first_call(gpu, way):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     query, key, value = tensors()
     step = (warmup if way == "warmup" else prepare)(query, key, value, options=AUTO)
     rounds = len(gpu.rounds)
@@ -579,7 +574,7 @@ def test_warmup_of_shapes(gpu, monkeypatch):
     monkeypatch.setattr("flexdecode.runtime.ahead.find_combine", Kernel)
     warmup(*on_meta, options=AUTO)
     assert [tiles.num_warps for tiles in gpu.compiled] == [4] and not gpu.rounds
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     rounds = len(gpu.rounds)
     gpu.compiled.clear()
@@ -612,7 +607,7 @@ def test_the_options_are_checked():
 
 
 def test_threads_measure_once(gpu):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     alone = len(gpu.rounds)
     gpu.rounds.clear()
@@ -687,7 +682,7 @@ def test_explain(gpu):
     assert before.autotune == "not measured yet: this is the default schedule" and before.tuned is None
     assert "\n  autotune  not measured yet: this is the default schedule" in str(before)
     assert not gpu.rounds
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     after = explain(*tensors(4050), options=AUTO)
     assert after.schedule.tiles.num_warps == 8 and after.tuned.choice == Choice(num_warps=8)
@@ -708,7 +703,7 @@ def test_explain_where_the_default_is_the_fastest(gpu):
 
 
 def test_it_is_silent_unless_asked(gpu, caplog, capsys):
-    gpu.us = no_warps
+    gpu.us = eight_warps
     flex_decode(*tensors(), options=AUTO)
     assert capsys.readouterr() == ("", "") and not caplog.records
     with caplog.at_level("INFO", logger="flexdecode"):
