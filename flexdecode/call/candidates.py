@@ -143,5 +143,5 @@ class Space:
         LLVM ends the whole process where it compiles some tiles for an AMD GPU (block_n 128 and D 128 for gfx942, in
         Triton 3.9). So there only tiles that a default schedule has are tried.
         """
-        is_free = getattr(self.options, name) is None and self.facts.backend == "cuda"
+        is_free = getattr(self.options, name) is None and self.facts.backend != "hip"
         return is_free and schedule.tiles.loads is not Loads.LATENTS
