@@ -154,7 +154,7 @@ def prepare(*arguments: Any, **keywords: Any) -> PreparedCall:
     caches, pages and scales in the tensors that were given here, and what the mods capture, also if it was bound anew.
     With `cache=`, sequences may grow between the steps. A step refuses another layout of the query or of a given
     tensor: another shape, dtype or device, or other strides. Strides of dimensions of size 1 do not matter. Nothing is
-    computed here, but kernels may be compiled.
+    computed here, but kernels may be compiled, and with `options.autotune` schedules may be measured.
 
     torch.compile does not trace a prepared call. A region ends before the call, and another one begins after it; with
     `fullgraph=True`, that is an error of torch.compile. torch.export cannot export it. `flex_decode` can be traced.
@@ -257,8 +257,9 @@ def warmup(*arguments: Any, **keywords: Any) -> None:
 
         >>> warmup(query, key, value, score_mod=alibi, kv_lens=kv_lens)
 
-    Nothing is computed. Kernels come from memory, from folders that `load` registered, or from the compiler. Query, key
-    and value may be on the meta device: then the call is prepared for the current GPU, or for the CPU if there is none.
+    Nothing is computed, but with `options.autotune` schedules may be measured. Kernels come from memory, from folders
+    that `load` registered, or from the compiler. Query, key and value may be on the meta device: then the call is
+    prepared for the current GPU, or for the CPU if there is none, and nothing is measured.
     The number and the length of the sequences decide which tiles a call uses, so warm up each that matters.
 
     Args:

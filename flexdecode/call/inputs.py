@@ -44,6 +44,9 @@ class DecodeOptions:
         debug: checks on every call what is otherwise trusted: that `kv_lens` are within the cache, that captured
             indices are in range at attending pairs, and that mods compute the same as when they were traced. The
             checks synchronise the host and compute the call a second time, which is slow.
+        autotune: measures a few schedules on the GPU at the first call of its kind and uses the fastest from then on,
+            also in other processes. What is given of `num_splits`, `block_n`, `num_warps`, `num_stages` and `schedule`
+            stays. It changes nothing where no kernel is launched on a GPU.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -57,6 +60,7 @@ class DecodeOptions:
     schedule: str | None = None
     batch_invariant: bool = False
     debug: bool = False
+    autotune: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in (None, "triton", "torch"):
@@ -69,11 +73,13 @@ class DecodeOptions:
                 raise ValueError(f"`options.{name}` must be a power of two, got {value}")
         if self.schedule not in (None, "split", "balanced"):
             raise ValueError(f'`options.schedule` must be "split", "balanced" or None, got {self.schedule!r}')
-        for name in ("batch_invariant", "debug"):
+        for name in ("batch_invariant", "debug", "autotune"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"`options.{name}` must be a bool, got {getattr(self, name)!r}")
         if self.schedule == "balanced" and self.batch_invariant:
             raise ValueError('`options.schedule="balanced"` and `options.batch_invariant=True` exclude one another')
+        if self.autotune and self.batch_invariant:
+            raise ValueError("`options.autotune=True` and `options.batch_invariant=True` exclude one another")
         if self.num_splits is not None and self.num_splits > MAX_PROGRAMS:
             raise ValueError(f"`options.num_splits` must be at most {MAX_PROGRAMS}, got {self.num_splits}")
 

@@ -147,7 +147,7 @@ class Scheduler:
         """
         key, value = (in_pairs(x) if self.paired else x for x in (inputs.key, inputs.value))
         strides, matrices, loads = all_strides(inputs, key, value), None, Loads.POINTERS
-        if allow_latents and self.has_latents and (self.packed or self.group * sizes.num_queries > LATENT_ROWS):
+        if allow_latents and self._wants_latents(sizes):
             latents = as_matrix(key, strides[4:8])
             matrices, loads = (None if latents is None else (latents, latents)), Loads.LATENTS
         if matrices is None and self.has_matrices:
@@ -159,6 +159,14 @@ class Scheduler:
             chosen = self._schedule(sizes, part, loads)
             found.append(PlannedLaunch(chosen, strides, matrices if chosen.tiles.descriptors else None))
         return found
+
+    def _wants_latents(self, sizes: Sizes) -> bool:
+        """Whether the kernel for latents is faster than the general one."""
+        return self.has_latents and (self.packed or self.group * sizes.num_queries > LATENT_ROWS)
+
+    def busy_items(self, sizes: Sizes) -> int:
+        """How many items of the first launch have rows, as far as the host can guess."""
+        return self.parts(sizes, self._wants_latents(sizes))[0].busy_tiles * sizes.num_kv_heads
 
     def parts(self, sizes: Sizes, latent: bool = False) -> tuple[Part, ...]:
         """Divides the sequences of a call into one or two launches.

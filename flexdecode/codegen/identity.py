@@ -39,13 +39,13 @@ def identity_of(kernel: str, spec: KernelSpec, proven: ProvenMods | None) -> str
     if proven is None:
         spec = replace(spec, score_captures=(), mask_captures=(), num_live=0, num_full=0, unbounded=True)
         spec = replace(spec, block_lists=False)
-    signature = _plain(spec.signature, without=("device", "format"))
+    signature = plain(spec.signature, without=("device", "format"))
     signature["format"] = type(spec.signature.format).__name__
-    others = _plain(spec, without=("signature",))
+    others = plain(spec, without=("signature",))
     return f"{kernel}\n{signature}\n{others}\n{proven.text if proven is not None else ''}"
 
 
-def _plain(record: Any, without: tuple[str, ...]) -> dict[str, str]:
+def plain(record: Any, without: tuple[str, ...]) -> dict[str, str]:
     """The fields of a dataclass as text."""
     return {f.name: repr(getattr(record, f.name)) for f in fields(record) if f.name not in without}
 

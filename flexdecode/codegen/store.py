@@ -1,4 +1,4 @@
-"""The store on disk: generated modules, compiled kernels, and the C helper that launches them.
+"""The store on disk: generated modules, compiled kernels, the C helper that launches them, and measured schedules.
 
 The name of a file is the hash of its content. An index maps what a file is made from (graphs, templates, library
 version) to its name, so a known module needs no analysis and no generation, and a known kernel needs no module. The
@@ -19,7 +19,8 @@ from pathlib import Path
 from ..memos import counters
 from ..version import __version__
 
-SUFFIXES = {"modules": ".py", "kernels": ".kernel", "helpers": ".so"}  # of the files in each folder of the store
+# Of the files in each folder of the store.
+SUFFIXES = {"modules": ".py", "kernels": ".kernel", "helpers": ".so", "schedules": ".json"}
 
 
 def store_folder() -> Path:

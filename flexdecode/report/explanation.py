@@ -22,6 +22,8 @@ from ..call.schedule import Schedule, Scheduler
 from ..call.signature import NO_AUX, Signature, shares_storage
 from ..call.tiles import Loads
 from ..codegen.kernels import module_path, template_files
+from ..codegen.tuned import Tuned
+from ..runtime.autotune import Known, known_choice
 from ..runtime.identity import Mod
 from ..runtime.prepare import allows_latents, trace_call
 from ..runtime.request import Request
@@ -50,6 +52,8 @@ class Explanation:
         bandwidth: of the device, measured or of its fact sheet; None if it is not known.
         limit_us: microseconds that the device needs to read `read_bytes`; None if its bandwidth is not known.
         source: file of the generated Triton module; None if no kernel is launched.
+        tuned: what `options.autotune` has measured of such calls on this device; None if nothing is known.
+        autotune: the same in words; empty without that option.
     """
 
     shapes: str
@@ -67,6 +71,8 @@ class Explanation:
     bandwidth: Bandwidth | None
     limit_us: float | None
     source: Path | None
+    tuned: Tuned | None = None
+    autotune: str = ""
 
     @property
     def title(self) -> str:
@@ -157,6 +163,10 @@ class Explanation:
             ("programs", programs),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
         ]
+        if self.autotune:
+            rows.append(("autotune", self.autotune))
+        if self.tuned is not None:
+            rows += [("", f"{us:.1f} us  {name}") for name, us in self.tuned.tried]
         return "\n".join(["schedule", *(f"  {label:<10}{text}" for label, text in rows)])
 
     def save_picture(self, path: str | PathLike[str]) -> None:
@@ -209,7 +219,11 @@ class Explanation:
 def explain_request(request: Request, options: DecodeOptions | None, device: str | DeviceFacts | None) -> Explanation:
     """As `flexdecode.explain`, for arguments that are already read."""
     call = _check(request, options, device)
-    return _report(call, find_target(call.inputs.query.device, call.signature.backend, device))
+    place = call.inputs.query.device
+    target = find_target(place, call.signature.backend, device)
+    if device == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+    return _report(call, target, place if device in (None, "cuda") else None)
 
 
 class _Call(NamedTuple):
@@ -283,17 +297,17 @@ def _known(given: int | torch.Tensor, batch: int, place: torch.device) -> torch.
     return None if given.is_meta else given.to(place, torch.int64).expand(batch)
 
 
-def _report(call: _Call, target: Target) -> Explanation:
-    """What is known of a checked call on a device."""
+def _report(call: _Call, target: Target, present: torch.device | None) -> Explanation:
+    """What is known of a checked call on a device, which is at hand if `present` names it."""
     inputs, signature = call.inputs, call.signature
-    schedule, source = None, None
+    schedule, source, known = None, None, Known(call.options, None, "")
     if target.facts is not None and not inputs.is_empty:
         check_device(inputs, target.facts)
-        schedule = (
-            Scheduler(signature, call.proven, target.facts, call.options)
-            .choose(inputs, inputs.sizes, allows_latents(target.facts))[0]
-            .schedule
-        )
+        scheduler = Scheduler(signature, call.proven, target.facts, call.options)
+        if call.options.autotune:
+            known = known_choice(scheduler, call.proven, inputs.sizes, present)
+            scheduler = Scheduler(signature, call.proven, target.facts, known.options)
+        schedule = scheduler.choose(inputs, inputs.sizes, allows_latents(target.facts))[0].schedule
         source = module_path(call.proven, template_files(call.proven, signature, schedule.tiles))
     found = _find_step(call, schedule)
     step, unknown = (None, found) if isinstance(found, str) else (found, "")
@@ -326,6 +340,8 @@ def _report(call: _Call, target: Target) -> Explanation:
         bandwidth=target.bandwidth,
         limit_us=None if read is None or target.bandwidth is None else read / target.bandwidth.bytes_per_us,
         source=source,
+        tuned=known.tuned,
+        autotune=known.text,
     )
 
 

@@ -103,7 +103,7 @@ def _for_kernels(options: DecodeOptions) -> DecodeOptions:
     """
     if options.backend == "torch":
         raise ValueError('`options.backend="torch"` compiles nothing: leave it out to write a folder of kernels')
-    return replace(options, backend="triton")
+    return replace(options, backend="triton", autotune=False)  # they are written for GPUs that are not at hand
 
 
 def _saved(path: Path, was_there: bool, entry: Entry) -> SavedKernel:

@@ -11,6 +11,7 @@ import torch
 
 from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
+from ..call.candidates import with_full_cache
 from ..call.checks import check_all_lens, checked_scale
 from ..call.device import without_autocast
 from ..call.inputs import DecodeOptions, Inputs
@@ -206,16 +207,39 @@ class Plan:
         ]
         self.numbers = [name for name in ("k_scale", "v_scale") if _is_number(getattr(inputs, name))]
 
+        self.is_settled = True  # whether later calls shall use it: one that was not measured may be replaced
         self.extents: list[tuple[int, int]] = []  # place among the inputs, and bytes, of each tensor that is read
         self.apart: set[tuple[int, int]] = set()  # places and distances from `out` at which they share no memory
 
-    def launched_by(self, launcher: Launcher, inputs: Inputs) -> Plan:
+    def launched_by(self, launcher: Launcher, inputs: Inputs, is_settled: bool = True) -> Plan:
         """The same plan for another length, or another number of query tokens."""
         other = Plan.__new__(Plan)
         other.__dict__.update(self.__dict__)
         other.launcher, other.out_shape, other.extents, other.apart = launcher, inputs.out_shape, [], set()
-        other.like = None
+        other.like, other.is_settled = None, is_settled
         return other
+
+    def rehearsal(self, inputs: Inputs, score: Mod, mask: Mod, lists: BlockLists | None) -> Call:
+        """A call of this layout whose sequences fill the cache, with results in memory of its own."""
+        out = inputs.query.new_empty_strided(inputs.out_shape, inputs.out_strides)
+        lse, max_scores = (
+            out.new_empty(inputs.out_shape[:-1], dtype=torch.float32) if is_asked else None for is_asked in self.aux
+        )
+        scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
+        filled = self.for_kernels(with_full_cache(inputs))
+        return Call(filled, out, lse, max_scores, score.leaves, mask.leaves, scale, lists, (score.frame, mask.frame))
+
+    def for_kernels(self, inputs: Inputs) -> Inputs:
+        """The call with the scales that are numbers as checked floats, and with tensors that the kernels can read.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        if self.numbers:
+            inputs = self.with_numbers(inputs)
+        if self.loose:
+            inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
+        return inputs
 
     def with_numbers(self, inputs: Inputs) -> Inputs:
         """The call with its scales that are numbers as checked floats.
@@ -271,10 +295,8 @@ class Plan:
                     numbers.fill_(-math.inf)
         else:
             scale = self.default_scale if inputs.scale is None else checked_scale(inputs.scale)
-            if self.numbers:
-                inputs = self.with_numbers(inputs)
-            if self.loose:
-                inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in self.loose})
+            if self.numbers or self.loose:
+                inputs = self.for_kernels(inputs)
             if self.checker is not None:
                 self.checker(Call(inputs, torch.empty_like(out), None, None, score_leaves, mask_leaves, scale))
             frames = score.frame, mask.frame

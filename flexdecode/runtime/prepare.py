@@ -14,17 +14,20 @@ from ..analysis.bounds import find_bounds
 from ..analysis.intervals import EVERYWHERE
 from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_length, find_checks
 from ..analysis.proven import Listed, ProvenMods
+from ..call.block_mask import BlockLists
 from ..call.checks import check_device, check_inputs
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
 from ..call.schedule import Schedule, Scheduler
 from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2
-from ..codegen.arguments import KernelSpec
+from ..codegen.arguments import Call, KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel, start_combine
 from ..errors import CompilationForbiddenError, CompileError, SharedMemoryError
 from ..frontend.graph import Graph
+from ..memos import Bounded
+from .autotune import Autotuner
 from .identity import Mod, add_sources, graph_of, names_of
 from .launch import FirstPass, LaunchForm, TritonLauncher
 from .plan import EagerLauncher, Plan, name_graphs
@@ -154,9 +157,14 @@ def _refuse_float64(inputs: Inputs) -> None:
 
 
 def prepare(
-    inputs: Inputs, mods: Mods, aux: Aux, options: DecodeOptions | None, listed: Listed = Listed.NO
+    inputs: Inputs,
+    mods: Mods,
+    aux: Aux,
+    options: DecodeOptions | None,
+    listed: Listed = Listed.NO,
+    lists: BlockLists | None = None,
 ) -> tuple[Prepared, Plan, Mods]:
-    """Checks a call and makes its plan.
+    """Checks a call and makes its plan. `lists` are those of its BlockMask.
 
     Returns:
         What calls of other lengths share, the plan, and both mods with the identities that tracing found.
@@ -166,7 +174,7 @@ def prepare(
     """
     traced, mods = trace_call(inputs, mods, aux, DEFAULT_OPTIONS if options is None else options, listed)
     prepared = Prepared(traced, inputs, mods, aux)
-    plan, mask = prepared.plan(inputs, mods)
+    plan, mask = prepared.plan(inputs, mods, lists)
     return prepared, plan, (mods[0], mask)
 
 
@@ -190,6 +198,9 @@ class Prepared:
         if traced.signature.backend == "triton" and not inputs.is_empty:
             self.facts = device_facts(traced.signature.device) if target is None else target.facts
             check_device(inputs, self.facts)
+        self.autotuner: Autotuner | None = None
+        if options.autotune and self.facts is not None:
+            self.autotuner = Autotuner(traced.signature, options, self.facts)
         self.loaded: dict[tuple, _Loaded] = {}  # the key: what the loads of both mods check
         self.is_proof_of_length = any(graph is not None and depends_on_length(graph) for graph in traced.graphs)
         # What the last proofs used: the number of sequences and values of the mods. Their result, and the shortest and
@@ -197,12 +208,13 @@ class Prepared:
         self.last: tuple[tuple, _Loaded | None, int, int] = (), None, 0, 0
         self.num_proof_values = -1  # numbers of the mask_mod if proofs of the score_mod also use them
 
-    def plan(self, inputs: Inputs, mods: Mods) -> tuple[Plan, Mod]:
-        """Plans a call.
+    def plan(self, inputs: Inputs, mods: Mods, lists: BlockLists | None = None) -> tuple[Plan, Mod]:
+        """Plans a call. Nothing is computed, unless schedules have to be measured.
 
         Args:
             inputs: checked; they have the layout that this was made for, except lengths.
             mods: the score_mod and the mask_mod as they are now.
+            lists: those of a BlockMask; only a measurement reads them.
 
         Returns:
             The plan, and the mask_mod with the numbers that the proofs use.
@@ -217,7 +229,17 @@ class Prepared:
         now = sizes.batch, score.proof_values, mask.proof_values
         if loaded is None or not first <= sizes.max_kv_len <= end or used != now:
             loaded, mask = self._reach(mods, sizes)
-        return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes), inputs), mask
+        if self.autotuner is None:
+            return self.plan_of_any.launched_by(loaded.launcher(inputs, sizes), inputs), mask
+        call: list[Call] = []  # made when it is needed
+
+        def rehearse(launcher: TritonLauncher) -> Callable[[], None]:
+            if not call:
+                call.append(self.plan_of_any.rehearsal(inputs, score, mask, lists))
+            return lambda: launcher(call[0])
+
+        chosen, is_settled = self.autotuner.launcher(loaded, inputs, rehearse)
+        return self.plan_of_any.launched_by(chosen, inputs, is_settled), mask
 
     def _reach(self, mods: Mods, sizes: Sizes) -> tuple[_Loaded, Mod]:
         """Proves what can be proven of a call, and notes up to which length the result holds."""
@@ -258,16 +280,22 @@ class _Loaded:
         self.facts, self.find_kernel, self.find_combine = target
         self.options = traced.options
         self.scheduler = Scheduler(traced.signature, proven, self.facts, traced.options)
+        self.schedulers = Bounded(limit=64)  # by other options, of schedules that were measured
         self.forms: dict[Tiles, LaunchForm] = {}  # by the tiles asked for; a kernel may have smaller ones
         self.combines: dict[tuple, Combine] = {}
 
-    def launcher(self, inputs: Inputs, sizes: Sizes) -> TritonLauncher:
-        """Chooses schedules and finds the kernels.
+    def launcher(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions | None = None) -> TritonLauncher:
+        """Chooses schedules, by the options of the call or by others, and finds the kernels.
 
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
+        options = self.options if options is None else options
+        scheduler = self.scheduler if options == self.options else self.schedulers.get(options)
+        if scheduler is None:
+            scheduler = Scheduler(self.signature, self.proven, self.facts, options)
+            self.schedulers.add(options, scheduler)
         passes: list[FirstPass] = []
-        launches = self.scheduler.choose(inputs, sizes, allows_latents(self.facts))
+        launches = scheduler.choose(inputs, sizes, allows_latents(self.facts))
         if self.find_combine is find_combine and any(x.schedule.tiles not in self.forms for x in launches):
             merged = self._merged([x.schedule for x in launches])
             if merged is not None:
@@ -275,14 +303,14 @@ class _Loaded:
         for launch in launches:
             tiles = launch.schedule.tiles
             try:
-                form = self.forms.get(tiles) or self._find(tiles)
+                form = self.forms.get(tiles) or self._find(tiles, options)
             except CompileError as error:
                 if not tiles.latent or isinstance(error, CompilationForbiddenError):
                     raise
                 _refusals[self.facts] = str(error)  # the error itself would keep the tensors of its call alive
                 text = f"flexdecode's kernel for latents did not compile, a slower one takes its place: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
-                return self.launcher(inputs, sizes)
+                return self.launcher(inputs, sizes, options)
             passes.append(FirstPass(form, sizes, launch))
         return TritonLauncher(passes, self._combine(passes), sizes)
 
@@ -327,7 +355,7 @@ class _Loaded:
             block_lists=proven.block_lists,
         )
 
-    def _find(self, wanted: Tiles) -> LaunchForm:
+    def _find(self, wanted: Tiles, options: DecodeOptions) -> LaunchForm:
         """Finds the kernel for some tiles, or for smaller tiles if that kernel is too large for the device."""
         proven, tiles = self.proven, wanted
         while True:
@@ -337,7 +365,7 @@ class _Loaded:
                 self.forms[wanted] = LaunchForm(kernel, spec, proven, self.facts.backend != "cpu")
                 return self.forms[wanted]
             except SharedMemoryError:
-                if tiles.latent or self.options.block_n or tiles.block_n <= 16:
+                if tiles.latent or options.block_n or tiles.block_n <= 16:
                     raise
                 tiles = replace(tiles, block_n=tiles.block_n // 2)
 

@@ -195,7 +195,9 @@ class PreparedCall:
         """Keeps a call and its plan, so that the next one that is alike is quick."""
         inputs = request.inputs
         own = [inputs.query] if inputs.out is None else [inputs.query, inputs.out]
-        if not self._is_fixed or any(x.data_ptr() & 15 for x in own):  # a plan depends on the alignment
+        if not (self._is_fixed and plan.is_settled):
+            return
+        if any(x.data_ptr() & 15 for x in own):  # a plan depends on the alignment
             return
         given = [inputs.query, *self._fixed, *own[1:]]
         same = same_layouts(given, single_steps=False)

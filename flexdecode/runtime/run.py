@@ -53,7 +53,7 @@ def run_request(request: Request, aux: Aux, options: DecodeOptions | None) -> Re
 
 
 def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tuple[Plan, Mod, Mod]:
-    """Finds the plan of a request, or makes it; nothing is computed.
+    """Finds the plan of a request, or makes it. Nothing is computed, unless schedules have to be measured.
 
     Returns:
         The plan, and both mods with what tracing found of them.
@@ -84,7 +84,7 @@ def find_plan(request: Request, aux: Aux, options: DecodeOptions | None) -> tupl
     if known is None:
         return _make_plan(known, request, call, lengths)
     plan = known.plans.get(lengths)
-    if plan is None:
+    if plan is None or not plan.is_settled:
         return _make_plan(known, request, call, lengths)
     if lengths not in known.found:
         known.found.add(lengths, True)
@@ -100,13 +100,13 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
     Returns:
         The plan, and both mods with what tracing found of them.
     """
-    inputs, score, mask, _, listed = request
+    inputs, score, mask, lists, listed = request
     free = any_length(*lengths[3:])
     shared = None
     if known is not None and free is not None:
         shared = known.prepared.get((len(score.proof_values), len(mask.proof_values), free))
     if known is not None and shared is not None:
-        plan, mask = shared.plan(inputs, (score, mask))
+        plan, mask = shared.plan(inputs, (score, mask), lists)
     else:
         if getattr(inputs.query, "is_meta", False):
             raise ValueError(
@@ -114,7 +114,7 @@ def _make_plan(known: _Lengths | None, request: Request, call: tuple, lengths: t
                 "do flexdecode.warmup and flexdecode.save_kernels"
             )
         *_, aux, options, _, _ = call
-        prepared, plan, (score, mask) = prepare(inputs, (score, mask), aux, options, listed)
+        prepared, plan, (score, mask) = prepare(inputs, (score, mask), aux, options, listed, lists)
         call = (score.mark, mask.mark, *call[2:])
         known = _calls.get(call)
         if known is None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from flexdecode import clear_cache, explain, mods
+from flexdecode.call.candidates import DEFAULT, Choice
 from flexdecode.codegen.kernels import standalone
-from flexdecode.codegen.store import fixed_module, keep
+from flexdecode.codegen.store import find, fixed_module, keep
+from flexdecode.codegen.tuned import Tuned, keep_tuned
 
 
 @pytest.fixture
@@ -67,6 +69,42 @@ def test_kernels_are_counted_and_cleared(run, store, modules):
     done = run("cache", "clear", "--yes")
     assert done.out.endswith("\n5 modules and 2 kernels removed.\n")
     assert [path for path in store.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def schedules(store):
+    """Two measured schedules and a damaged one, in the order in which they were made."""
+    for i, choice in enumerate((Choice(num_splits=16, schedule="split"), DEFAULT)):
+        keep_tuned(f"call {i}", Tuned(choice, 4, 50.0, 40.0, (("the default", 50.0), ("num_splits=16", 40.0))))
+    keep("schedules", "call 2", b"no json")
+    found = [find("schedules", f"call {i}") for i in range(3)]
+    for age, path in zip((300, 200, 100), found, strict=True):
+        os.utime(path, (time.time() - age,) * 2)
+    return found
+
+
+def test_schedules(run, store, modules, schedules):
+    total = sum(path.stat().st_size for path in (*modules, *schedules))
+    where = f"5 modules and 3 schedules, {total / 1024:.1f} KiB, in {store}"
+    lines = run("cache", "list").out.splitlines()
+    assert [line.split("  ")[0] for line in lines[5:8]] == [path.stem for path in reversed(schedules)]
+    assert [line[line.index(" min  ") + 6 :] for line in lines[5:8]] == [
+        "A damaged schedule",
+        "Schedule, the default is the fastest of 2 schedules: 50.0 us",
+        "Schedule, num_splits=16, schedule='split': 40.0 us, the default 50.0 us; 2 schedules were measured",
+    ]
+    assert lines[8] == where == run("cache", "size").out.splitlines()[0]
+    done = run("cache", "clear", "--yes")
+    assert done.out.endswith("\n5 modules and 3 schedules removed.\n")
+    assert not any(path.exists() for path in (*modules, *schedules))
+
+
+def test_schedules_alone(run, store, schedules):
+    schedules[1].unlink()
+    schedules[2].unlink()
+    assert run("cache", "size").out.startswith("0 modules and 1 schedule, ")
+    assert run("cache", "clear", "--yes").out.endswith("\n0 modules and 1 schedule removed.\n")
+    assert not schedules[0].exists()
 
 
 def test_clear(run, store, modules):
