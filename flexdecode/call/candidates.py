@@ -103,6 +103,9 @@ class Space:
     def divisions(self, at: Choice, schedule: Schedule) -> list[Choice]:
         """Other numbers of programs, and the other way to divide the work.
 
+        Splits fill one wave of 1, 2, 3 or 4 programs per multiprocessor. How many of them run at once is part of the
+        tiles, which the scheduler chooses for them.
+
         Args:
             at: the choice to begin from.
             schedule: what it gives.
@@ -119,11 +122,19 @@ class Space:
         per_split = schedule.num_items * schedule.tiles.block_m * (self.v_head_dim + 2) * 4
         most = min(-(-self.sizes.max_kv_len // SHORTEST_BLOCK), MAX_SPLITS, MAX_WORKSPACE // per_split)
         waves = [programs * sms // self.items for programs in (1, 2, 3, 4)]
-        tried = {max(1, min(splits, most)) for splits in (1, *waves, now // 2, 2 * now)} - {now}
+        tried = {max(1, min(splits, most)) for splits in (1, now // 2, *waves)} - {now}
         return [at._replace(num_splits=splits) for splits in sorted(tried)] + other
 
+    def neighbours(self, at: Choice, schedule: Schedule) -> list[Choice]:
+        """The next smaller and the next larger number of programs, divided in the same way."""
+        tried = self.divisions(at, schedule)
+        numbers = [choice.num_splits for choice in tried if choice.num_splits is not None]
+        fewer = [n for n in numbers if n < schedule.num_splits]
+        more = [n for n in numbers if n > schedule.num_splits]
+        return [at._replace(num_splits=n) for n in (*fewer[-1:], *more[:1])]
+
     def block_n(self, at: Choice, schedule: Schedule) -> list[Choice]:
-        """Half and twice the keys per step."""
+        """Half and twice the keys per step. The scheduler chooses the stages for them."""
         now = schedule.tiles.block_n
         tried = [n for n in (now // 2, 2 * now) if 16 <= n <= MAX_BLOCK_N]
         return [at._replace(block_n=n) for n in tried] * self._is_free("block_n", schedule)
@@ -134,8 +145,9 @@ class Space:
         return [at._replace(num_warps=n) for n in tried] * self._is_free("num_warps", schedule)
 
     def num_stages(self, at: Choice, schedule: Schedule) -> list[Choice]:
-        """A pipeline of two stages or three."""
-        tried = [n for n in (2, 3) if n != schedule.tiles.num_stages]
+        """A pipeline that is a stage shorter or longer. With one stage, nothing is loaded ahead."""
+        now = schedule.tiles.num_stages
+        tried = [n for n in (now - 1, now + 1) if n > 1]
         return [at._replace(num_stages=n) for n in tried] * self._is_free("num_stages", schedule)
 
     def _is_free(self, name: str, schedule: Schedule) -> bool:

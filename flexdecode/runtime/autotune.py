@@ -199,7 +199,7 @@ def search(space: Space, make: Callable[[Choice], Trial], clock: Clock) -> Tuned
         clock: measures.
     """
     best, trials, tried = DEFAULT, {DEFAULT: make(DEFAULT)}, {str(DEFAULT): 0.0}
-    for vary in (space.divisions, space.block_n, space.num_warps, space.num_stages, space.divisions):
+    for vary in (space.divisions, space.block_n, space.num_warps, space.num_stages, space.neighbours):
         known = {trial.schedule for trial in trials.values()}
         choices = []
         for choice in vary(best, trials[best].schedule):
