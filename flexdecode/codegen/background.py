@@ -1,7 +1,8 @@
-"""Work that runs in a thread of its own while the first call goes on."""
+"""Work that runs in a thread of its own while the first call goes on, and what threads do to all the process."""
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -32,3 +33,28 @@ class Task(threading.Thread, Generic[T]):
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]  # it has returned
+
+
+class Uncollected:
+    """No garbage is collected while at least one thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._was_enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._was_enabled:
+                gc.enable()
+
+
+uncollected = Uncollected()

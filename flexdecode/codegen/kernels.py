@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..switch import check_allowed, is_forbidden
 from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
-from .background import Task
+from .background import Task, uncollected
 from .binaries import Binary, binary_identity, find_binary, keep_binary, launch_of, start_helper
 from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
 from .identity import COMBINE, SPLIT, identity_of, signature_text, target_of
@@ -116,17 +115,13 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
     from .entries import entry_of  # where kernels are found, it is not needed
 
     start_helper()
-    collects = gc.isenabled()
-    gc.disable()  # it would look at all modules of PyTorch and Triton several times
     try:
-        module = second_module() if proven is None else first_module(proven, spec)[0]
-        compiled = compile_pass(module, spec, facts, kernel == COMBINE)
+        with uncollected:  # it would look at all modules of PyTorch and Triton several times
+            module = second_module() if proven is None else first_module(proven, spec)[0]
+            compiled = compile_pass(module, spec, facts, kernel == COMBINE)
     except SharedMemoryError as error:
         keep_binary(identity, Binary(Entry(kernel, "", refusal=(type(error).__name__, str(error))), b""))
         raise
-    finally:
-        if collects:
-            gc.enable()
     try:
         found = Binary(*entry_of(compiled, module, spec, kernel, ""))
     except CompileError:

@@ -1,6 +1,7 @@
 """Compiled kernels in the store, and second passes that compile in a thread of their own."""
 
 import contextlib
+import gc
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from flexdecode.ahead import loaded
 from flexdecode.ahead.folder import Entry
 from flexdecode.call.device import KNOWN_DEVICES
 from flexdecode.codegen import binaries, entries, kernels
-from flexdecode.codegen.background import Task
+from flexdecode.codegen.background import Task, uncollected
 from flexdecode.codegen.binaries import Binary, binary_identity, find_binary, keep_binary, launch_of
 from flexdecode.codegen.identity import COMBINE, SPLIT
 from flexdecode.errors import CompileError, KernelFolderError, SharedMemoryError
@@ -280,8 +281,6 @@ def test_gpus_do_not_share_the_handle_of_a_second_pass(gpu, monkeypatch):
 
 
 def test_garbage_is_collected_again_afterwards(gpu):
-    import gc
-
     assert gc.isenabled()
     warm()
     assert gc.isenabled()
@@ -296,3 +295,24 @@ def test_garbage_is_collected_again_afterwards(gpu):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_garbage_is_not_collected_until_the_last_thread_has_compiled(gpu):
+    """The thread that ends first was the first or the last one to begin."""
+    for order in ((0, 1), (1, 0)):
+        begun, may_end = ([threading.Event(), threading.Event()] for _ in range(2))
+        threads = []
+
+        def compile_something(i, begun=begun, may_end=may_end):
+            with uncollected:
+                begun[i].set()
+                may_end[i].wait(10)
+
+        for i in range(2):
+            threads.append(threading.Thread(target=compile_something, args=(i,)))
+            threads[i].start()
+            begun[i].wait(10)
+        for i, is_enabled in zip(order, (False, True), strict=True):
+            may_end[i].set()
+            threads[i].join()
+            assert gc.isenabled() is is_enabled
