@@ -133,7 +133,7 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
 # These memos have no limit: a CUDA graph may launch any kernel, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
 _combines: dict[tuple, Combine] = {}
-_started: dict[tuple, Task[Binary | None]] = {}  # second passes that are being compiled
+_started: dict[tuple, Task[Binary | None]] = {}  # kernels that are being compiled, by the same keys
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
@@ -143,13 +143,17 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
         CompilationForbiddenError: it would have to be compiled, and that is forbidden.
     """
     key = (spec, facts, proven.text)
+    task = _started.pop(key, None)
+    if task is not None:
+        task.join()  # without the lock, which the task may need
     with lock:
         if key not in _kernels:
             launch = _find_loaded(SPLIT, spec, facts, proven)
             is_loaded = launch is not None
             if launch is None:
                 _refuse_compilation(SPLIT, spec, facts)
-                launch = _launch(_gpu(spec, facts), lambda: _machine_code(SPLIT, spec, facts, proven))
+                code = task.result if task is not None else lambda: _machine_code(SPLIT, spec, facts, proven)
+                launch = _launch(_gpu(spec, facts), code)
             if launch is not None:
                 _kernels[key] = Kernel(launch.source, launch)
             else:
@@ -187,14 +191,26 @@ def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
         return _combines[key]
 
 
+def start_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> None:
+    """Begins to compile a first pass in another thread, if it may be compiled. `find_kernel` waits for it."""
+    _start(_kernels, (spec, facts, proven.text), spec, facts, lambda: _machine_code(SPLIT, spec, facts, proven))
+
+
 def start_combine(spec: KernelSpec, facts: DeviceFacts) -> None:
     """Begins to compile a second pass in another thread, if it may be compiled. `find_combine` waits for it."""
+    key = spec.signature.device, _combine_key(spec, facts)
+    _start(_combines, key, spec, facts, lambda: _machine_code(COMBINE, spec, facts, None))
+
+
+def _start(
+    known: dict[tuple, Any], key: tuple, spec: KernelSpec, facts: DeviceFacts, code: Callable[[], Binary | None]
+) -> None:
+    """Begins to compile a kernel, unless it is `known` or may not be compiled."""
     if _gpu(spec, facts) is None or is_forbidden() or loaded.any_folder():
         return
     with lock:
-        key = spec.signature.device, _combine_key(spec, facts)
-        if key not in _combines and key not in _started:
-            _started[key] = Task(lambda: _machine_code(COMBINE, spec, facts, None))
+        if key not in known and key not in _started:
+            _started[key] = Task(code)
 
 
 def _combine_names() -> list[str]:

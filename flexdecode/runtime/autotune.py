@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -176,12 +177,16 @@ class Autotuner:
             launcher = loaded.launcher(inputs, sizes, choice.applied_to(self.options))
             return Trial(launcher.first.chosen, rehearse(launcher))
 
+        def start(choice: Choice) -> None:
+            with contextlib.suppress(Exception):  # `make` raises it again
+                loaded.start(inputs, sizes, choice.applied_to(self.options))
+
         def clock(runs: list[Run], rounds: int) -> list[float]:
             return time_launches(runs, rounds, device)
 
         _logger.info("autotune: measuring schedules of a call of %s", sizes)
         try:
-            tuned, on_disk = search(space, make, clock), True
+            tuned, on_disk = search(space, start, make, clock), True
         except torch.OutOfMemoryError as error:
             _logger.warning("autotune: too little memory to measure, the default schedule is used: %s", error)
             tuned, on_disk = Tuned(DEFAULT, space.items, 0.0, 0.0, ()), False
@@ -190,19 +195,23 @@ class Autotuner:
         return tuned
 
 
-def search(space: Space, make: Callable[[Choice], Trial], clock: Clock) -> Tuned:
+def search(space: Space, start: Callable[[Choice], None], make: Callable[[Choice], Trial], clock: Clock) -> Tuned:
     """Finds the fastest schedule: first the number of programs, then keys per step, warps and stages, one at a time.
 
     Args:
         space: the schedules.
+        start: begins to compile what one needs. Those of a step are compiled at once.
         make: makes one ready; an exception drops it, except the default.
         clock: measures.
     """
     best, trials, tried = DEFAULT, {DEFAULT: make(DEFAULT)}, {str(DEFAULT): 0.0}
     for vary in (space.divisions, space.block_n, space.num_warps, space.num_stages, space.neighbours):
         known = {trial.schedule for trial in trials.values()}
-        choices = []
-        for choice in vary(best, trials[best].schedule):
+        choices: list[Choice] = []
+        varied = [choice for choice in vary(best, trials[best].schedule) if choice not in trials]
+        for choice in varied:
+            start(choice)
+        for choice in varied:
             trial = _try(choice, make)
             if trial is not None and trial.schedule not in known:
                 known.add(trial.schedule)

@@ -18,12 +18,12 @@ from ..call.block_mask import BlockLists
 from ..call.checks import check_device, check_inputs
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
-from ..call.schedule import Schedule, Scheduler
+from ..call.schedule import PlannedLaunch, Schedule, Scheduler
 from ..call.signature import Aux, Signature, describe
 from ..call.tiles import Tiles, next_power_of_2
 from ..codegen.arguments import Call, KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
-from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel, start_combine
+from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel, start_combine, start_kernel
 from ..errors import CompilationForbiddenError, CompileError, SharedMemoryError
 from ..frontend.graph import Graph
 from ..memos import Bounded
@@ -290,17 +290,8 @@ class _Loaded:
         Gluon is experimental in Triton. If a release does not compile the kernel for latents, the general kernel runs.
         """
         options = self.options if options is None else options
-        scheduler = self.scheduler if options == self.options else self.schedulers.get(options)
-        if scheduler is None:
-            scheduler = Scheduler(self.signature, self.proven, self.facts, options)
-            self.schedulers.add(options, scheduler)
         passes: list[FirstPass] = []
-        launches = scheduler.choose(inputs, sizes, allows_latents(self.facts))
-        if self.find_combine is find_combine and any(x.schedule.tiles not in self.forms for x in launches):
-            merged = self._merged([x.schedule for x in launches])
-            if merged is not None:
-                start_combine(self._combine_spec(*merged), self.facts)
-        for launch in launches:
+        for launch in self._choose(inputs, sizes, options):
             tiles = launch.schedule.tiles
             try:
                 form = self.forms.get(tiles) or self._find(tiles, options)
@@ -313,6 +304,25 @@ class _Loaded:
                 return self.launcher(inputs, sizes, options)
             passes.append(FirstPass(form, sizes, launch))
         return TritonLauncher(passes, self._combine(passes), sizes)
+
+    def start(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> None:
+        """Begins to compile in other threads what `launcher` needs for these options."""
+        for launch in self._choose(inputs, sizes, options):
+            if self.find_kernel is find_kernel and launch.schedule.tiles not in self.forms:
+                start_kernel(self._spec(launch.schedule.tiles), self.facts, self.proven)
+
+    def _choose(self, inputs: Inputs, sizes: Sizes, options: DecodeOptions) -> list[PlannedLaunch]:
+        """Chooses schedules, and begins to compile the second pass if a first pass has to be compiled."""
+        scheduler = self.scheduler if options == self.options else self.schedulers.get(options)
+        if scheduler is None:
+            scheduler = Scheduler(self.signature, self.proven, self.facts, options)
+            self.schedulers.add(options, scheduler)
+        launches = scheduler.choose(inputs, sizes, allows_latents(self.facts))
+        if self.find_combine is find_combine and any(x.schedule.tiles not in self.forms for x in launches):
+            merged = self._merged([x.schedule for x in launches])
+            if merged is not None:
+                start_combine(self._combine_spec(*merged), self.facts)
+        return launches
 
     def _combine(self, passes: list[FirstPass]) -> Combine | None:
         """The second pass for the partial results of the first passes; None if there are none."""

@@ -1,4 +1,4 @@
-"""Compiled kernels in the store, and second passes that compile in a thread of their own."""
+"""Compiled kernels in the store, and kernels that compile in a thread of their own."""
 
 import contextlib
 import gc
@@ -20,6 +20,7 @@ from flexdecode.codegen.background import Task, uncollected
 from flexdecode.codegen.binaries import Binary, binary_identity, find_binary, keep_binary, launch_of
 from flexdecode.codegen.identity import COMBINE, SPLIT
 from flexdecode.errors import CompileError, KernelFolderError, SharedMemoryError
+from flexdecode.memos import Bounded
 from flexdecode.runtime import ahead
 
 H200 = KNOWN_DEVICES["H200"][0]
@@ -261,6 +262,64 @@ def test_nothing_is_compiled_in_a_thread_that_a_folder_may_have(gpu, monkeypatch
     monkeypatch.setattr(loaded, "any_folder", lambda: True)
     warm()
     assert set(gpu.threads) == {threading.current_thread()}
+
+
+@pytest.fixture
+def wanted(gpu, monkeypatch):
+    """What `find_kernel` gets for the first pass of a call. Nothing is compiled yet."""
+    given, find = [], ahead.find_kernel
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead, "find_kernel", lambda *arguments: given.append(arguments) or find(*arguments))
+        warm()
+    flexdecode.clear_cache()
+    for path in kernels.store.stored_files("kernels"):
+        path.unlink()
+    gpu.compiled.clear()
+    gpu.threads.clear()
+    return given[0]
+
+
+def test_a_first_pass_is_compiled_before_it_is_asked_for(gpu, wanted):
+    gpu.wait = 0.2
+    for _ in range(2):
+        kernels.start_kernel(*wanted)
+    found = kernels.find_kernel(*wanted)
+    kernels.start_kernel(*wanted)
+    assert kernels.find_kernel(*wanted) is found and not kernels._started
+    assert gpu.compiled == [SPLIT] and threading.current_thread() not in gpu.threads
+    assert cache_info().compilations == 1
+
+
+def test_what_fails_in_a_thread_fails_where_it_is_asked_for(gpu, wanted):
+    gpu.refuse = CompileError("no")
+    kernels.start_kernel(*wanted)
+    with pytest.raises(CompileError, match="no"):
+        kernels.find_kernel(*wanted)
+    gpu.refuse = None
+    assert kernels.find_kernel(*wanted) and gpu.compiled == [SPLIT, SPLIT] and not kernels._started
+
+
+def test_a_thread_that_needs_the_lock_is_waited_for_without_it(gpu, wanted, monkeypatch):
+    compile_pass = kernels.compile_pass
+
+    def compile_and_remember(*arguments):
+        compiled = compile_pass(*arguments)
+        Bounded(limit=1).add("a fact", "in a memo")
+        return compiled
+
+    monkeypatch.setattr(kernels, "compile_pass", compile_and_remember)
+    gpu.wait = 0.2
+    kernels.start_kernel(*wanted)
+    finder = threading.Thread(target=kernels.find_kernel, args=wanted, daemon=True)
+    finder.start()
+    finder.join(10)
+    assert not finder.is_alive()
+
+
+def test_nothing_is_started_where_compilation_is_forbidden(gpu, wanted):
+    with flexdecode.forbid_compilation():
+        kernels.start_kernel(*wanted)
+    assert not kernels._started and not gpu.compiled
 
 
 def test_without_splits_there_is_no_second_pass(gpu):

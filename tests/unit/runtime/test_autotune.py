@@ -194,6 +194,24 @@ def test_at_the_end_only_the_next_numbers_of_programs_are_tried(gpu):
     assert {(schedule.tiles.block_n, schedule.tiles.num_warps) for schedule in last_step} == {(256, 8)}
 
 
+def test_all_kernels_of_a_step_are_started_before_one_is_waited_for(gpu, monkeypatch):
+    happened, find = [], preparing.find_kernel
+
+    def find_kernel(spec, *others):
+        happened.append(("find", spec.tiles))
+        return find(spec, *others)
+
+    monkeypatch.setattr(preparing, "find_kernel", find_kernel)
+    monkeypatch.setattr(preparing, "start_kernel", lambda spec, *_: happened.append(("start", spec.tiles)))
+    flex_decode(*tensors(8000), options=AUTO)
+    (verb, _), *steps = happened  # the default one alone
+    assert verb == "find"
+    first_step = {schedule.tiles for schedule in gpu.rounds[0][1:]} - {gpu.rounds[0][0].tiles}
+    number = len(first_step)
+    assert number > 2 and [verb for verb, _ in steps[: 2 * number]] == ["start"] * number + ["find"] * number
+    assert {tiles for _, tiles in steps[:number]} == {tiles for _, tiles in steps[number : 2 * number]} == first_step
+
+
 @pytest.mark.parametrize(("faster", "is_default"), [(0.0, True), (1.5, True), (2.5, False)])
 def test_noise_keeps_the_default(gpu, faster, is_default):
     """A schedule has to be faster by more than 2%."""
