@@ -23,18 +23,17 @@ def evaluate(
     outputs: Sequence[Node], graph: Graph, leaves: list, indices: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """Computes nodes of a graph or of its captures, such as the bounds of a mask, on index tensors that broadcast."""
-    anywhere = torch.ones((), dtype=torch.bool, device=indices["b"].device)
-    return Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
+    return Evaluation((graph, leaves), indices, None, None, check_indices=False).values(outputs)
 
 
 @dataclass
 class Evaluation:
-    """One run of a graph over broadcast tensors [R, Hq, W, n]."""
+    """One run of a graph over broadcast tensors [R, Hq, W, n]. `live` says which pairs attend; None means all."""
 
     mod: tuple[Graph | None, list]
     indices: dict[str, torch.Tensor]
     score: torch.Tensor | None
-    live: torch.Tensor
+    live: torch.Tensor | None
     check_indices: bool
     dtype: torch.dtype = torch.float32  # float64 takes the place of float32 for float64 inputs
 
@@ -42,7 +41,9 @@ class Evaluation:
         graph, self.leaves = self.mod
         assert graph is not None
         self.graph = graph
-        self.device = self.live.device
+        self.device = self.indices["b"].device
+        if self.live is None and self.check_indices:
+            self.live = torch.ones((), dtype=torch.bool, device=self.device)
         # Only with `check_indices`: where each load is out of range, and where a value depends on such a load.
         self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
