@@ -96,7 +96,7 @@ class Contiguous:
 
         def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
             part = slots[piece.slots]
-            if len(tensor) == 1:
+            if tensor.shape[0] == 1:
                 return tensor[:, piece.heads, part.start : part.stop]
             if owner is None:
                 return tensor[piece.sequences, piece.heads, part.start : part.stop]

@@ -65,12 +65,16 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
 class _Rows(NamedTuple):
     """Query tokens as a batch of R rows of W tokens: the padded form, or pieces of the sequences of a packed query.
 
+    Of `Numbers`, there is one for all rows, or int64 [R].
+
     Attributes:
         owner: the sequence of each row, int64 [R]; None if each sequence has one row.
-        lens, starts: slots up to the last key of each row, and before its first one; a number for all, or int64 [R].
-        shift: position of slot 0 of each row, likewise.
-        q_idx: position of each token, int64 [R, W], or [1, W] if it is the same in all rows. A token past the last one
-            of its sequence has the position of that one, so that mods see only positions of the sequence.
+        lens, starts: slots up to the last key of each row, and before its first one.
+        shift: position of slot 0 of each row.
+        tokens: of the sequence of each row.
+        first: position of the first token of the sequence of each row.
+        before: tokens of its sequence before each row.
+        width: W.
         live: which tokens there are, bool [R, W]; None if all.
         place: row of the packed query and its output for each token, int64 [R, W]; T where there is no token. None if
             the query is padded.
@@ -80,9 +84,23 @@ class _Rows(NamedTuple):
     lens: Numbers
     starts: Numbers
     shift: Numbers
-    q_idx: torch.Tensor
+    tokens: Numbers
+    first: Numbers
+    before: Numbers
+    width: int
     live: torch.Tensor | None
     place: torch.Tensor | None = None
+
+    def q_idx(self, device: torch.device) -> torch.Tensor:
+        """Position of each token, int64 [R, W], or [1, W] if it is the same in all rows.
+
+        A token past the last one of its sequence has the position of that one, so that mods see only positions of the
+        sequence.
+        """
+        token = torch.arange(self.width, device=device) + spread(self.before, 2)
+        if isinstance(self.tokens, torch.Tensor):
+            token = token.minimum(self.tokens.clamp(min=1)[:, None] - 1)
+        return (token + spread(self.first, 2)).view(-1, self.width)
 
 
 class _Sequences(NamedTuple):
@@ -117,12 +135,10 @@ def _sequences(inputs: Inputs) -> _Sequences:
 
 def _padded_rows(inputs: Inputs) -> _Rows:
     """Each sequence is a row."""
-    lens, starts, shift, tokens, first = _sequences(inputs)
-    token, live = torch.arange(inputs.num_tokens, device=inputs.query.device)[None], None
-    if isinstance(tokens, torch.Tensor):
-        live = token < tokens[:, None]
-        token = token.minimum(tokens.clamp(min=1)[:, None] - 1)
-    return _Rows(None, lens, starts, shift, token + spread(first, 2), live)
+    found, width, live = _sequences(inputs), inputs.num_tokens, None
+    if isinstance(found.tokens, torch.Tensor):
+        live = torch.arange(width, device=found.tokens.device) < found.tokens[:, None]
+    return _Rows(None, *found, before=0, width=width, live=live)
 
 
 def _packed_rows(inputs: Inputs) -> _Rows:
@@ -131,20 +147,19 @@ def _packed_rows(inputs: Inputs) -> _Rows:
     There are as many rows as any division of T tokens among B sequences needs. So nothing is read from a GPU.
     """
     assert inputs.cu_seqlens_q is not None
-    lens, starts, shift, tokens, first = _sequences(inputs)
-    assert isinstance(tokens, torch.Tensor)
-    start, _ = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
+    found = _sequences(inputs)
+    start, tokens = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
     width = 1 << (-(-inputs.num_tokens // inputs.batch) - 1).bit_length()
     rows = -(-tokens // width)
     ends = rows.cumsum(0)
     row = torch.arange(inputs.num_tokens // width + inputs.batch, device=tokens.device)
     owner = torch.searchsorted(ends, row, right=True).clamp(max=inputs.batch - 1)
-    token = (row - (ends - rows)[owner])[:, None] * width + torch.arange(width, device=tokens.device)
+    before = (row - (ends - rows)[owner]) * width
+    token = before[:, None] + torch.arange(width, device=tokens.device)
     live = token < tokens[owner][:, None]
     place = torch.where(live, start[owner][:, None] + token, inputs.num_tokens)
-    token = token.minimum(tokens.clamp(min=1)[owner][:, None] - 1)
-    lens, starts, shift, first = (x[owner] if isinstance(x, torch.Tensor) else x for x in (lens, starts, shift, first))
-    return _Rows(owner, lens, starts, shift, token + spread(first, 2), live, place)
+    of_rows = (x[owner] if isinstance(x, torch.Tensor) else x for x in found)
+    return _Rows(owner, *of_rows, before=before, width=width, live=live, place=place)
 
 
 def _attend(
@@ -176,7 +191,7 @@ def _attend(
         indices = {
             "b": b.view(-1, 1, 1, 1),
             "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
-            "q_idx": batch.q_idx[:, None, :, None],
+            "q_idx": batch.q_idx(device)[:, None, :, None],
         }
     # The rows of one KV head are together.
     grouped = (query.to(dtype) * call.scale).reshape(count, num_kv_heads, -1, inputs.head_dim)
@@ -193,7 +208,7 @@ def _attend(
                 live = _live(mask, indices, kv, batch, check_indices, dtype)
                 # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
                 of_heads = 1 if live.shape[1] == 1 else num_kv_heads
-                read = live.reshape(len(live), of_heads, -1, len(slots)).any(2)
+                read = live.reshape(live.shape[0], of_heads, -1, len(slots)).any(2)
                 if device.type == "cpu" and bool(read.all()):
                     read = None
             gather = inputs.format.gather(inputs.key, inputs.table, slots, read, check_indices, batch.owner)

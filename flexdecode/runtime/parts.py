@@ -62,7 +62,8 @@ def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bo
         rows: of the call.
     """
     score, mask = zip(graphs, (call.score_leaves, call.mask_leaves), strict=True)
-    of_both = _ends(mask, bounds.mask_live, rows)
+    of_mask = _ends(mask, bounds.mask_live + bounds.mask_full, rows)
+    of_both, of_full = of_mask[: len(bounds.mask_live)], of_mask[len(bounds.mask_live) :]
     if bounds.score_live != EVERYWHERE:
         of_score = _ends(score, bounds.score_live, rows)
         if len(of_score) == 1:  # beside a mask, `Bounds` joins the intervals of a score into one
@@ -71,7 +72,7 @@ def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bo
         elif bounds.mask_live == EVERYWHERE:
             of_both = of_score
     live = sorted(part for lo, hi in of_both if (part := _around(lo, hi, rows.live)))
-    whole = [_inside(lo, hi, rows.live) for lo, hi in _ends(mask, bounds.mask_full, rows)]
+    whole = [_inside(lo, hi, rows.live) for lo, hi in of_full]
     whole = sorted((start, end) for start, end in whole if end - start >= MIN_WHOLE)
     return list(_cut(_joined(live), _joined(whole)))
 
@@ -109,8 +110,8 @@ def _earlier(a: Numbers, b: Numbers) -> Numbers:
 def _around(lo: Numbers, hi: Numbers, live: torch.Tensor | None) -> tuple[int, int] | None:
     """The slots from the first to the last one that any live row has in [lo, hi); None if there is none."""
     met = lo < hi if live is None else live & (lo < hi)
-    if isinstance(lo, int) and isinstance(hi, int):
-        return (lo, hi) if torch.as_tensor(met).any() else None
+    if isinstance(met, bool):
+        return (lo, hi) if met else None
     start, end = int(torch.where(met, lo, _FAR).min()), int(torch.where(met, hi, -_FAR).max())
     return (start, end) if start < end else None
 

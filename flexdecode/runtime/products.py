@@ -7,6 +7,7 @@ CPU until it is multiplied.
 from __future__ import annotations
 
 import functools
+import math
 from itertools import product
 from typing import NamedTuple
 
@@ -63,33 +64,44 @@ class Cached:
         if isinstance(scale, torch.Tensor) and scale.dim() == 2:
             count, scale = chunk.count, scale if owner is None else scale[owner]
         else:
-            count = 1 if chunk.is_contiguous and len(cache) == 1 else chunk.count
+            count = 1 if chunk.is_contiguous and cache.shape[0] == 1 else chunk.count
         if read is not None and count == 1:
             read = read.any(0, keepdim=True)
         self.cache, self.gather, self.read, self.scale, self.dtype = cache, chunk.gather, read, scale, dtype
+        self.converted: torch.Tensor | None = None  # memory for pieces: new memory is slower than their conversion
         self.shape = count, cache.shape[1], chunk.length, cache.shape[3]
-        is_view = chunk.is_contiguous and (owner is None or len(cache) == 1)
-        self.is_stored = is_view and cache.dtype == dtype and scale is None and read is None
+        is_view = chunk.is_contiguous and (owner is None or cache.shape[0] == 1) and scale is None and read is None
+        # PyTorch copies other batches of bfloat16 matrices.
+        is_dense = dtype != torch.bfloat16 or (chunk.length == cache.shape[2] and cache.is_contiguous())
+        self.is_stored = is_view and cache.dtype == dtype and is_dense
 
     def pieces(self) -> list[Piece]:
         """What is read at one time."""
-        count, heads, slots, width = self.shape
+        *sizes, width = self.shape
         cpu = self.cache.device.type == "cpu"
         most = (PIECE_ELEMENTS * torch.get_num_threads() if cpu else _ON_OTHER_DEVICES) // max(1, width)
-        if count * heads * slots <= most or self.is_stored:
+        if self.is_stored or math.prod(sizes) <= most:
             return [WHOLE]
-        of_slots = min(slots, max(16, most))
-        of_heads = min(heads, max(1, most // slots))
-        of_count = min(count, max(1, most // (slots * heads)))
+        steps = [1, 1, 1]
+        order = sorted(range(3), key=self.cache.stride)  # what lies together is read together
+        if self.dtype == torch.bfloat16:  # a sum of all slots is rounded once
+            order.sort(key=lambda dim: dim != 2)
+        for dim in order:
+            steps[dim] = max(1, min(sizes[dim], most))
+            most //= steps[dim]
         cuts = [
             [slice(start, start + step) for start in range(0, size, step)]
-            for size, step in ((count, of_count), (heads, of_heads), (slots, of_slots))
+            for size, step in zip(sizes, steps, strict=True)
         ]
         return [Piece(*cut) for cut in product(*cuts)]
 
     def rows(self, piece: Piece) -> torch.Tensor:
-        """A piece in the type of the arithmetic; 0 where nothing may be read."""
-        rows = indexed(self.cache, functools.partial(self.gather, piece=piece)).to(self.dtype)
+        """A piece in the type of the product; 0 where nothing may be read. The next piece may overwrite it."""
+        rows = indexed(self.cache, functools.partial(self.gather, piece=piece))
+        if rows.dtype != self.dtype:
+            if self.converted is None:  # the first piece is the largest
+                self.converted = torch.empty(rows.numel(), dtype=self.dtype, device=rows.device)
+            rows = self.converted[: rows.numel()].view(rows.shape).copy_(rows)
         scale = self.scale
         if isinstance(scale, torch.Tensor):
             if scale.dim() == 3:
@@ -143,8 +155,9 @@ def weighted(weights: torch.Tensor, total: torch.Tensor, values: Cached) -> torc
     Returns:
         [R, Hkv, M, Dv], in the type of the arithmetic.
     """
-    dtype, total = weights.dtype, total[..., None]
+    dtype = weights.dtype
     if dtype != values.dtype:
+        total = total[..., None]
         weights = (weights / total.clamp(min=torch.finfo(dtype).tiny)).to(values.dtype)
     rows = _together(weights, values)
     pieces = values.pieces()
@@ -179,9 +192,9 @@ def _multiplies_bfloat16() -> bool:
 
 def _together(rows: torch.Tensor, cached: Cached) -> torch.Tensor:
     """Rows [R, Hkv, M, ...] as [1, Hkv, R * M, ...] if they share the cache; else PyTorch would copy it R times."""
-    return rows if len(rows) == cached.shape[0] else rows.transpose(0, 1).flatten(1, 2)[None]
+    return rows if rows.shape[0] == cached.shape[0] else rows.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _apart(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Undoes `_together`."""
-    return rows if len(rows) == len(like) else rows[0].unflatten(1, (len(like), -1)).transpose(0, 1)
+    return rows if rows.shape[0] == like.shape[0] else rows[0].unflatten(1, (like.shape[0], -1)).transpose(0, 1)
