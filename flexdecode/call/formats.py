@@ -96,11 +96,12 @@ class Contiguous:
 
         def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
             part = slots[piece.slots]
+            found = tensor if len(part) == tensor.shape[2] else tensor.narrow(2, part.start, len(part))
             if tensor.shape[0] == 1:
-                return tensor[:, piece.heads, part.start : part.stop]
+                return found if piece is WHOLE else found[:, piece.heads]
             if owner is None:
-                return tensor[piece.sequences, piece.heads, part.start : part.stop]
-            return tensor[:, piece.heads, part.start : part.stop][owner[piece.sequences]]
+                return found if piece is WHOLE else found[piece.sequences, piece.heads]
+            return found[:, piece.heads][owner[piece.sequences]]
 
         return rows
 
@@ -159,9 +160,12 @@ class Paged(Contiguous):
             found = int(pages[wrong][0])
             raise ValueError(f"`page_table` names page {found} within a sequence, but `key` has {num_pages} pages")
         pages = torch.where(wrong, 0, pages)  # as in the kernel, which cannot raise
-        return lambda tensor, piece: tensor[:, piece.heads][
-            pages[piece.sequences, piece.slots], :, row[piece.slots]
-        ].transpose(1, 2)
+
+        def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+            found = tensor[:, piece.heads]
+            return found[pages[piece.sequences, piece.slots], :, row[piece.slots]].transpose(1, 2)
+
+        return rows
 
 
 class Packed(Contiguous):
@@ -209,9 +213,12 @@ class Packed(Contiguous):
         # What is not read may lie past the last key.
         places = start[owner][:, None] + torch.arange(slots.start, slots.stop, device=table.device)
         places = places if read is None else torch.where(read.any(1), places, 0)
-        return lambda tensor, piece: tensor[0, piece.heads].transpose(0, 1)[
-            places[piece.sequences, piece.slots]
-        ].transpose(1, 2)
+
+        def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+            found = tensor[0, piece.heads].transpose(0, 1)
+            return found[places[piece.sequences, piece.slots]].transpose(1, 2)
+
+        return rows
 
 
 CONTIGUOUS, PAGED, PACKED = Contiguous(), Paged(), Packed()

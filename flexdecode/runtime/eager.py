@@ -43,17 +43,17 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
     else:
         query = inputs.query[batch.place.clamp(max=inputs.num_tokens - 1)].transpose(1, 2)
     softmax = _attend(call, graphs, query, batch, check_indices)
-    for result, part_of, empty in (
-        (call.out, softmax.out, 0.0),
-        (call.lse, softmax.lse, -torch.inf),
-        (call.max_scores, softmax.max_scores, -torch.inf),
+    for result, part_of, empty, width in (
+        (call.out, softmax.out, 0.0, (inputs.value.shape[3],)),
+        (call.lse, softmax.lse, -torch.inf, ()),
+        (call.max_scores, softmax.max_scores, -torch.inf, ()),
     ):
         if result is None:
             continue
-        part = part_of()
+        part = part_of().reshape(*query.shape[:3], *width)
         if batch.live is not None:
             live = batch.live[:, None]
-            part = torch.where(live[..., None] if part.dim() == 4 else live, part, empty)
+            part = torch.where(live[..., None] if width else live, part, empty)
         if batch.place is None:
             result.copy_(part)
         else:
@@ -116,21 +116,25 @@ class _Sequences(NamedTuple):
 def _sequences(inputs: Inputs) -> _Sequences:
     """What a call says of its sequences."""
     device = inputs.query.device
-
-    def within(given: Numbers | None, least: int, most: int) -> Numbers:
-        if isinstance(given, torch.Tensor):
-            return given.to(device, torch.int64).clamp(least, most)
-        return min(max(given or 0, least), most)
-
-    lens = within(inputs.given_kv_lens, 0, inputs.max_kv_len)
-    tokens = within(inputs.given_q_lens, 0, inputs.num_tokens)
-    starts = within(inputs.kv_starts, 0, MAX_KV_LEN)
-    shift = within(inputs.kv_offset, -MAX_KV_OFFSET, MAX_KV_OFFSET)  # as in the kernel, which cannot refuse it
-    first: Numbers = shift + lens - tokens
-    if inputs.q_offset is not None:
-        given = inputs.q_offset
-        first = given.to(device, torch.int64) if isinstance(given, torch.Tensor) else given
+    lens = _within(inputs.given_kv_lens, 0, inputs.max_kv_len, device)
+    tokens = _within(inputs.given_q_lens, 0, inputs.num_tokens, device)
+    starts = _within(inputs.kv_starts, 0, MAX_KV_LEN, device)
+    shift = _within(inputs.kv_offset, -MAX_KV_OFFSET, MAX_KV_OFFSET, device)  # as in the kernel, which cannot refuse it
+    first = inputs.q_offset
+    if first is None:
+        first = shift + lens - tokens
+    elif isinstance(first, torch.Tensor):
+        first = first.to(device, torch.int64)
     return _Sequences(lens, starts, shift, tokens, first)
+
+
+def _within(given: Numbers | None, least: int, most: int, device: torch.device) -> Numbers:
+    """Numbers of a call, clamped; None counts as 0."""
+    if given is None:
+        return 0
+    if isinstance(given, int):
+        return min(max(given, least), most)
+    return given.to(device, torch.int64).clamp(least, most)
 
 
 def _padded_rows(inputs: Inputs) -> _Rows:
@@ -138,7 +142,7 @@ def _padded_rows(inputs: Inputs) -> _Rows:
     found, width, live = _sequences(inputs), inputs.num_tokens, None
     if isinstance(found.tokens, torch.Tensor):
         live = torch.arange(width, device=found.tokens.device) < found.tokens[:, None]
-    return _Rows(None, *found, before=0, width=width, live=live)
+    return _Rows(None, *found, 0, width, live)
 
 
 def _packed_rows(inputs: Inputs) -> _Rows:
@@ -158,8 +162,8 @@ def _packed_rows(inputs: Inputs) -> _Rows:
     token = before[:, None] + torch.arange(width, device=tokens.device)
     live = token < tokens[owner][:, None]
     place = torch.where(live, start[owner][:, None] + token, inputs.num_tokens)
-    of_rows = (x[owner] if isinstance(x, torch.Tensor) else x for x in found)
-    return _Rows(owner, *of_rows, before=before, width=width, live=live, place=place)
+    of_rows = _Sequences(*(x[owner] if isinstance(x, torch.Tensor) else x for x in found))
+    return _Rows(owner, *of_rows, before, width, live, place)
 
 
 def _attend(
@@ -195,7 +199,7 @@ def _attend(
         }
     # The rows of one KV head are together.
     grouped = (query.to(dtype) * call.scale).reshape(count, num_kv_heads, -1, inputs.head_dim)
-    softmax = _Softmax((count, heads, width), inputs, dtype)
+    softmax = _Softmax(grouped, inputs)
     step = max(16, CHUNK_ELEMENTS // max(1, count * heads * width))
     for part in _parts(call, graphs, batch, indices, check_indices):
         for start in range(part.start, part.end, step):
@@ -214,11 +218,12 @@ def _attend(
             gather = inputs.format.gather(inputs.key, inputs.table, slots, read, check_indices, batch.owner)
             chunk = Chunk(gather, inputs.format is CONTIGUOUS, read, batch.owner, count, len(slots))
             s = scores(grouped, Cached(chunk, inputs.key, inputs.k_scale, dtype))
-            s = s.reshape(count, heads, width, len(slots))
-            if score[0] is not None:
-                s = Evaluation(score, indices, s, live, check_indices, dtype).result()
-                s = s.expand(count, heads, width, len(slots))
-            s = s if live is None else torch.where(live, s, -torch.inf)
+            if score[0] is not None or live is not None:
+                s = s.reshape(count, heads, width, len(slots))
+                if score[0] is not None:
+                    s = Evaluation(score, indices, s, live, check_indices, dtype).result().expand(s.shape)
+                s = s if live is None else torch.where(live, s, -torch.inf)
+                s = s.reshape(count, num_kv_heads, -1, len(slots))
             softmax.add(s, Cached(chunk, inputs.value, inputs.v_scale, of_values))
     return softmax
 
@@ -241,7 +246,7 @@ def _parts(
         return [Part(0, int(torch.as_tensor(batch.lens).max()), False)]
     bounds = find_bounds(*graphs, inputs.q_offset is not None, inputs.kv_offset is not None)
     live = None if batch.live is None else batch.live[:, None]
-    starts, lens, shift = (spread(x, 3) for x in (batch.starts, batch.lens, batch.shift))
+    starts, lens, shift = spread(batch.starts, 3), spread(batch.lens, 3), spread(batch.shift, 3)
     return find_parts(call, graphs, bounds, Rows(live, starts, lens, shift, indices))
 
 
@@ -263,62 +268,77 @@ def _live(
 
 
 class _Softmax:
-    """The online softmax of rows of query tokens [R, Hq, W].
+    """The online softmax of M rows for each KV head.
 
     Attributes:
-        largest: the largest score of each row [R, Hq, W], without its sink; None before the first key.
-        state: the same with the sink, the sum of the weights [R, Hq, W], and that of weighted values [R, Hq, W, Dv];
-            None before the first key, if there are no sinks.
+        largest: the largest score of each row [R, Hkv, M, 1], without its sink; None before the first key.
+        state: the same with the sink, the sum of the weights [R, Hkv, M, 1], and that of weighted values
+            [R, Hkv, M, Dv]; None before the first key, if there are no sinks.
     """
 
-    def __init__(self, rows: tuple[int, int, int], inputs: Inputs, dtype: torch.dtype) -> None:
-        """Before the first key. `rows` is R, Hq, W; `dtype` is that of the arithmetic."""
-        self.rows, self.width, self.dtype, self.device = rows, inputs.value.shape[3], dtype, inputs.query.device
+    def __init__(self, query: torch.Tensor, inputs: Inputs) -> None:
+        """Before the first key.
+
+        Args:
+            query: the rows [R, Hkv, M, D], in the type of the arithmetic.
+            inputs: of the call.
+        """
+        self.query, self.width = query, inputs.value.shape[3]
         self.largest: torch.Tensor | None = None
         self.state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if inputs.sinks is not None:
-            self.state = self._without_keys(inputs.sinks.to(dtype).view(1, -1, 1).expand(rows))
+            count, heads, rows, _ = query.shape
+            sinks = inputs.sinks.to(query.dtype).view(1, inputs.num_q_heads, 1)
+            width = heads * rows // inputs.num_q_heads
+            self.state = self._without_keys(sinks.expand(count, -1, width).reshape(count, heads, rows, 1))
 
     def _without_keys(self, m_i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        acc = torch.zeros(*self.rows, self.width, dtype=self.dtype, device=self.device)
-        return m_i, (m_i != -torch.inf).to(self.dtype), acc
+        return m_i, (m_i != -torch.inf).to(m_i.dtype), self.query.new_zeros(*m_i.shape[:3], self.width)
 
     def _no_score(self) -> torch.Tensor:
-        return torch.full(self.rows, -torch.inf, dtype=self.dtype, device=self.device)
+        return self.query.new_full((*self.query.shape[:3], 1), -torch.inf)
 
     def add(self, s: torch.Tensor, values: Cached) -> None:
-        """Adds keys with scores [R, Hq, W, n]."""
-        largest = s.amax(-1)
+        """Adds keys with scores [R, Hkv, M, n]."""
+        largest = s.amax(-1, keepdim=True)
         m_i = largest if self.state is None else self.state[0].maximum(largest)
         # A row without a live key keeps -inf; it must not meet -inf - -inf.
-        m_safe = m_i.clamp(min=torch.finfo(self.dtype).min)
-        p = _exp(s - m_safe[..., None])
-        l_i = p.sum(-1)
-        grouped = p.reshape(self.rows[0], values.shape[1], -1, p.shape[-1])
-        acc = weighted(grouped, l_i.view(grouped.shape[:3]), values).reshape(*self.rows, self.width)
+        m_safe = m_i.clamp(min=torch.finfo(s.dtype).min)
+        p = _exp(s - m_safe)
+        l_i = p.sum(-1, keepdim=True)
+        acc = weighted(p, l_i, values)
         if self.state is not None:
             m_before, l_before, acc_before = self.state
             alpha = torch.exp(m_before - m_safe)
-            l_i, acc = l_i + l_before * alpha, acc + acc_before * alpha[..., None]
+            l_i, acc = l_i + l_before * alpha, acc + acc_before * alpha
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
         self.state = m_i, l_i, acc
 
     def out(self) -> torch.Tensor:
-        """The output [R, Hq, W, Dv]: 0 of a row without a key."""
+        """The output [R, Hkv, M, Dv]: 0 of a row without a key."""
         _, l_i, acc = self.state or self._without_keys(self._no_score())
-        return acc / l_i.clamp(min=torch.finfo(self.dtype).tiny)[..., None]
+        return acc / l_i.clamp(min=torch.finfo(acc.dtype).tiny)
 
     def lse(self) -> torch.Tensor:
-        """Log-sum-exp [R, Hq, W]: -inf of a row without a key or sink."""
+        """Log-sum-exp [R, Hkv, M, 1]: -inf of a row without a key or sink."""
         m_i, l_i, _ = self.state or self._without_keys(self._no_score())
         return torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i))
 
     def max_scores(self) -> torch.Tensor:
-        """The largest scores [R, Hq, W]: -inf of a row without a key."""
+        """The largest scores [R, Hkv, M, 1]: -inf of a row without a key."""
         return self._no_score() if self.largest is None else self.largest
 
 
 def _exp(x: torch.Tensor) -> torch.Tensor:
     """The exponential, in place; 0 near and below the smallest normal number, where CPUs are a hundred times slower."""
-    least = math.ceil(math.log(torch.finfo(x.dtype).tiny))
-    return x.clamp_(min=least).exp_().sub_(1.001 * math.exp(least)).relu_()
+    least, smallest = _LEAST[x.dtype]
+    return torch.threshold_(x.clamp_(min=least).exp_(), smallest, 0.0)
+
+
+def _least(dtype: torch.dtype) -> tuple[int, float]:
+    """The least number whose exponential is normal, and a little more than this exponential."""
+    least = math.ceil(math.log(torch.finfo(dtype).tiny))
+    return least, 1.001 * math.exp(least)
+
+
+_LEAST = {dtype: _least(dtype) for dtype in (torch.float32, torch.float64)}

@@ -42,8 +42,6 @@ class Evaluation:
         assert graph is not None
         self.graph = graph
         self.device = self.indices["b"].device
-        if self.live is None and self.check_indices:
-            self.live = torch.ones((), dtype=torch.bool, device=self.device)
         # Only with `check_indices`: where each load is out of range, and where a value depends on such a load.
         self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
@@ -57,10 +55,14 @@ class Evaluation:
         output = self.graph.output
         (found,) = self.values([output])
         for load, (index, wrong) in self.wrong.items():
-            bad = self.live & self.unknown[output] & wrong
+            bad = self._attending(self.unknown[output] & wrong)
             if bad.any():
                 raise IndexRangeError(self.graph, load, self._where(index, bad, self._tensor(load).shape))
         return found
+
+    def _attending(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Those of some pairs that attend."""
+        return pairs if self.live is None else pairs & self.live
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
         """Some nodes of the graph."""
@@ -149,7 +151,7 @@ class Evaluation:
             place = torch.where(index < 0, index + size, index)
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
-        if self.check_indices and (self.live & ~inside).any():
+        if self.check_indices and self._attending(~inside).any():
             first, wrong = self.wrong.get(node, (args, ~inside))  # an earlier step of a loop may have made an entry
             self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:

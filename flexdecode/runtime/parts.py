@@ -109,9 +109,10 @@ def _earlier(a: Numbers, b: Numbers) -> Numbers:
 
 def _around(lo: Numbers, hi: Numbers, live: torch.Tensor | None) -> tuple[int, int] | None:
     """The slots from the first to the last one that any live row has in [lo, hi); None if there is none."""
+    if live is None and isinstance(lo, int) and isinstance(hi, int):
+        return (lo, hi) if lo < hi else None
+    lo, hi = torch.as_tensor(lo), torch.as_tensor(hi)
     met = lo < hi if live is None else live & (lo < hi)
-    if isinstance(met, bool):
-        return (lo, hi) if met else None
     start, end = int(torch.where(met, lo, _FAR).min()), int(torch.where(met, hi, -_FAR).max())
     return (start, end) if start < end else None
 

@@ -16,8 +16,8 @@ import torch
 from ..call.formats import WHOLE, Gather, Piece
 from .evaluation import indexed
 
-PIECE_ELEMENTS = 1 << 18  # of a piece, for each thread of a CPU
-_ON_OTHER_DEVICES = 1 << 24
+PIECE_ELEMENTS = 1 << 18  # numbers of a piece, for each thread of a CPU: 1 MiB in float32
+_ON_OTHER_DEVICES = 1 << 24  # there, a piece takes several launches
 
 
 class Chunk(NamedTuple):
@@ -28,16 +28,16 @@ class Chunk(NamedTuple):
         is_contiguous: whether it gives views of the cache, if each sequence has one row of query tokens.
         read: bool that broadcasts to [R, Hkv, n]; where it is false, the cache may hold anything. None if nowhere.
         owner: the sequence of each of the R rows of query tokens, int64 [R], if it is not its own number.
-        count: R.
-        length: n.
+        num_rows: R.
+        num_slots: n.
     """
 
     gather: Gather
     is_contiguous: bool
     read: torch.Tensor | None
     owner: torch.Tensor | None
-    count: int
-    length: int
+    num_rows: int
+    num_slots: int
 
 
 class Cached:
@@ -60,35 +60,36 @@ class Cached:
             scale: what they are multiplied by, as in the call.
             dtype: of the product.
         """
-        read, owner = chunk.read, chunk.owner
+        gather, is_contiguous, read, owner, count, num_slots = chunk
         if isinstance(scale, torch.Tensor) and scale.dim() == 2:
-            count, scale = chunk.count, scale if owner is None else scale[owner]
-        else:
-            count = 1 if chunk.is_contiguous and cache.shape[0] == 1 else chunk.count
-        if read is not None and count == 1:
-            read = read.any(0, keepdim=True)
-        self.cache, self.gather, self.read, self.scale, self.dtype = cache, chunk.gather, read, scale, dtype
-        self.converted: torch.Tensor | None = None  # memory for pieces: new memory is slower than their conversion
-        self.shape = count, cache.shape[1], chunk.length, cache.shape[3]
-        is_view = chunk.is_contiguous and (owner is None or cache.shape[0] == 1) and scale is None and read is None
+            scale = scale if owner is None else scale[owner]
+        elif is_contiguous and cache.shape[0] == 1 and read is None:
+            count = 1
+        self.cache, self.gather, self.read, self.scale, self.dtype = cache, gather, read, scale, dtype
+        self.converted: torch.Tensor | None = None  # memory for pieces
+        self.shape = count, cache.shape[1], num_slots, cache.shape[3]
+        is_view = is_contiguous and (owner is None or cache.shape[0] == 1) and scale is None and read is None
         # PyTorch copies other batches of bfloat16 matrices.
-        is_dense = dtype != torch.bfloat16 or (chunk.length == cache.shape[2] and cache.is_contiguous())
+        is_dense = dtype != torch.bfloat16 or (num_slots == cache.shape[2] and cache.is_contiguous())
         self.is_stored = is_view and cache.dtype == dtype and is_dense
 
     def pieces(self) -> list[Piece]:
         """What is read at one time."""
+        if self.is_stored:
+            return [WHOLE]
         *sizes, width = self.shape
         cpu = self.cache.device.type == "cpu"
         most = (PIECE_ELEMENTS * torch.get_num_threads() if cpu else _ON_OTHER_DEVICES) // max(1, width)
-        if self.is_stored or math.prod(sizes) <= most:
+        if math.prod(sizes) <= most:
             return [WHOLE]
-        steps = [1, 1, 1]
-        order = sorted(range(3), key=self.cache.stride)  # what lies together is read together
-        if self.dtype == torch.bfloat16:  # a sum of all slots is rounded once
-            order.sort(key=lambda dim: dim != 2)
-        for dim in order:
-            steps[dim] = max(1, min(sizes[dim], most))
-            most //= steps[dim]
+        steps = [0, 0, 0]
+        if self.dtype == torch.bfloat16:  # each product is rounded, so it sums over all slots
+            steps[2] = sizes[2]
+            most //= sizes[2]
+        for dim in sorted(range(3), key=self.cache.stride):  # what lies together is read together
+            if not steps[dim]:
+                steps[dim] = max(1, min(sizes[dim], most))
+                most //= steps[dim]
         cuts = [
             [slice(start, start + step) for start in range(0, size, step)]
             for size, step in zip(sizes, steps, strict=True)
@@ -97,7 +98,7 @@ class Cached:
 
     def rows(self, piece: Piece) -> torch.Tensor:
         """A piece in the type of the product; 0 where nothing may be read. The next piece may overwrite it."""
-        rows = indexed(self.cache, functools.partial(self.gather, piece=piece))
+        rows = indexed(self.cache, lambda cache: self.gather(cache, piece))
         if rows.dtype != self.dtype:
             if self.converted is None:  # the first piece is the largest
                 self.converted = torch.empty(rows.numel(), dtype=self.dtype, device=rows.device)
@@ -149,7 +150,7 @@ def weighted(weights: torch.Tensor, total: torch.Tensor, values: Cached) -> torc
 
     Args:
         weights: [R, Hkv, M, n], in the type of the arithmetic.
-        total: their sums, [R, Hkv, M].
+        total: their sums, [R, Hkv, M, 1].
         values: of n slots.
 
     Returns:
@@ -157,7 +158,6 @@ def weighted(weights: torch.Tensor, total: torch.Tensor, values: Cached) -> torc
     """
     dtype = weights.dtype
     if dtype != values.dtype:
-        total = total[..., None]
         weights = (weights / total.clamp(min=torch.finfo(dtype).tiny)).to(values.dtype)
     rows = _together(weights, values)
     pieces = values.pieces()
@@ -173,7 +173,10 @@ def weighted(weights: torch.Tensor, total: torch.Tensor, values: Cached) -> torc
 
 
 def product_dtype(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights and values are multiplied: bfloat16 if both query and value are, and the CPU is fast.
+    """The type in which weights and values are multiplied.
+
+    It is bfloat16 if both query and value are, the CPU has such products, and the values are more than a piece. The
+    conversion of one piece takes less time than that of the weights.
 
     Args:
         query: of the call.
@@ -181,7 +184,7 @@ def product_dtype(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) 
         dtype: of the arithmetic.
     """
     is_half = query.dtype == value.dtype == torch.bfloat16 and query.device.type == "cpu"
-    return torch.bfloat16 if is_half and _multiplies_bfloat16() else dtype
+    return torch.bfloat16 if is_half and value.numel() > PIECE_ELEMENTS and _multiplies_bfloat16() else dtype
 
 
 @functools.cache
