@@ -243,7 +243,7 @@ def _parts(
     if inputs.query.device.type != "cpu":
         return [Part(0, inputs.max_kv_len, False)]
     if check_indices:
-        return [Part(0, int(torch.as_tensor(batch.lens).max()), False)]
+        return [Part(0, batch.lens if isinstance(batch.lens, int) else int(batch.lens.max()), False)]
     bounds = find_bounds(*graphs, inputs.q_offset is not None, inputs.kv_offset is not None)
     live = None if batch.live is None else batch.live[:, None]
     starts, lens, shift = spread(batch.starts, 3), spread(batch.lens, 3), spread(batch.shift, 3)

@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bounds, rows: Rows) -> list[Part]:
     """Finds the parts of the cache in which a call can attend, in ascending order.
 
-    It reads the tensors, so on a GPU it would wait.
+    It reads the tensors, so they are on the CPU.
 
     Args:
         call: checked.
@@ -111,7 +111,7 @@ def _around(lo: Numbers, hi: Numbers, live: torch.Tensor | None) -> tuple[int, i
     """The slots from the first to the last one that any live row has in [lo, hi); None if there is none."""
     if live is None and isinstance(lo, int) and isinstance(hi, int):
         return (lo, hi) if lo < hi else None
-    lo, hi = torch.as_tensor(lo), torch.as_tensor(hi)
+    lo, hi = torch.as_tensor(lo, device="cpu"), torch.as_tensor(hi, device="cpu")
     met = lo < hi if live is None else live & (lo < hi)
     start, end = int(torch.where(met, lo, _FAR).min()), int(torch.where(met, hi, -_FAR).max())
     return (start, end) if start < end else None
