@@ -269,15 +269,13 @@ def check_all_lens(inputs: Inputs, options: DecodeOptions) -> None:
         check_lens("kv_lens", kv_lens, *_capacity(inputs))
     if q_lens is not None and (q_lens.device.type == "cpu" or options.debug):
         check_lens("q_lens", q_lens, inputs.num_tokens, f"{_tokens(inputs)} (from query)")
-    for name, most, limit in (
-        ("cu_seqlens_q", inputs.num_tokens, f"{_tokens(inputs)} (from query)"),
-        ("cu_seqlens_k", *_capacity(inputs)),
-    ):
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
         cu_seqlens = getattr(inputs, name)
         if cu_seqlens is None or cu_seqlens.is_meta:  # `explain` knows shapes only
             continue
         if cu_seqlens.device.type == "cpu" or options.debug:
-            check_lens(name, cu_seqlens, most, limit)
+            of_query = inputs.num_tokens, f"{_tokens(inputs)} (from query)"
+            check_lens(name, cu_seqlens, *(of_query if name == "cu_seqlens_q" else _capacity(inputs)))
             check_ascending(name, cu_seqlens)
     if isinstance(kv_offset, torch.Tensor) and (kv_offset.device.type == "cpu" or options.debug):
         check_lens("kv_offset", kv_offset, MAX_KV_OFFSET, str(MAX_KV_OFFSET), least=-MAX_KV_OFFSET)

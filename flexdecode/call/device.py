@@ -87,13 +87,17 @@ def may_keep_memory() -> bool:
     return "torch._inductor.cudagraph_trees" not in sys.modules
 
 
+def autocasts() -> list[str]:
+    """The kinds of devices for which the caller has switched autocast on."""
+    return [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Switches the caller's autocast off, so that float32 computations stay in float32."""
     with contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in autocasts():
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

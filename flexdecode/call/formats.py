@@ -8,13 +8,23 @@ the table of its kind.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .packing import rows_of_sequences
 
-Gather = Callable[[torch.Tensor], torch.Tensor]
+
+class Piece(NamedTuple):
+    """A part of some slots of a cache [R, Hkv, n, ...]."""
+
+    sequences: slice
+    heads: slice
+    slots: slice
+
+
+WHOLE = Piece(slice(None), slice(None), slice(None))
+Gather = Callable[[torch.Tensor, Piece], torch.Tensor]
 
 
 class Contiguous:
@@ -65,28 +75,33 @@ class Contiguous:
         self,
         key: torch.Tensor,
         table: torch.Tensor | None,
-        kv: torch.Tensor,
+        slots: range,
         read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
     ) -> Gather:
-        """Makes a function that takes `key`, `value` or scales per token and gives the rows of some positions.
+        """Makes a function that takes `key`, `value` or scales per token and gives a piece of the rows of some slots.
 
         Args:
             key: of the call.
             table: what says where the keys of each sequence lie.
-            kv: ascending positions [n] without a gap.
-            read: bool [R, Hkv, n], which of them are read; None if all are.
+            slots: n of them, without a gap.
+            read: bool that broadcasts to [R, Hkv, n], which of them are read; None if all are.
             check: whether to refuse tables that lead out of the cache; on a CPU they are always refused.
             owner: the sequence that each of the R results is for, int64 [R]. By default each sequence has one.
 
         Returns:
-            The function; it gives rows [R or 1, Hkv, n, ...].
+            The function. A piece of the whole is [R or 1, Hkv, n, ...].
         """
 
-        def rows(tensor: torch.Tensor) -> torch.Tensor:
-            found = tensor[:, :, int(kv[0]) : int(kv[-1]) + 1] if len(kv) else tensor[:, :, :0]
-            return found if owner is None or len(found) == 1 else found[owner]
+        def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+            part = slots[piece.slots]
+            found = tensor if len(part) == tensor.shape[2] else tensor.narrow(2, part.start, len(part))
+            if tensor.shape[0] == 1:
+                return found if piece is WHOLE else found[:, piece.heads]
+            if owner is None:
+                return found if piece is WHOLE else found[piece.sequences, piece.heads]
+            return found[:, piece.heads][owner[piece.sequences]]
 
         return rows
 
@@ -127,7 +142,7 @@ class Paged(Contiguous):
         self,
         key: torch.Tensor,
         table: torch.Tensor | None,
-        kv: torch.Tensor,
+        slots: range,
         read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
@@ -136,14 +151,21 @@ class Paged(Contiguous):
         assert table is not None
         table = table if owner is None else table[owner]
         page_size, num_pages = key.shape[2], key.shape[0]
-        pages = table[:, kv // page_size]
+        places = torch.arange(slots.start, slots.stop, device=table.device)
+        page, row = places // page_size, places % page_size
+        pages = table[:, page]
         pages = (pages if read is None else torch.where(read.any(1), pages, 0)).long()
         wrong = (pages < 0) | (pages >= num_pages)
         if (check or pages.device.type == "cpu") and wrong.any():
             found = int(pages[wrong][0])
             raise ValueError(f"`page_table` names page {found} within a sequence, but `key` has {num_pages} pages")
         pages = torch.where(wrong, 0, pages)  # as in the kernel, which cannot raise
-        return lambda tensor: tensor[pages, :, kv % page_size].transpose(1, 2)
+
+        def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+            found = tensor[:, piece.heads]
+            return found[pages[piece.sequences, piece.slots], :, row[piece.slots]].transpose(1, 2)
+
+        return rows
 
 
 class Packed(Contiguous):
@@ -180,7 +202,7 @@ class Packed(Contiguous):
         self,
         key: torch.Tensor,
         table: torch.Tensor | None,
-        kv: torch.Tensor,
+        slots: range,
         read: torch.Tensor | None,
         check: bool,
         owner: torch.Tensor | None = None,
@@ -189,9 +211,14 @@ class Packed(Contiguous):
         assert table is not None and owner is not None
         start, _ = rows_of_sequences(table, key.shape[2])
         # What is not read may lie past the last key.
-        places = start[owner][:, None] + kv
+        places = start[owner][:, None] + torch.arange(slots.start, slots.stop, device=table.device)
         places = places if read is None else torch.where(read.any(1), places, 0)
-        return lambda tensor: tensor[0].transpose(0, 1)[places].transpose(1, 2)
+
+        def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+            found = tensor[0, piece.heads].transpose(0, 1)
+            return found[places[piece.sequences, piece.slots]].transpose(1, 2)
+
+        return rows
 
 
 CONTIGUOUS, PAGED, PACKED = Contiguous(), Paged(), Packed()

@@ -6,23 +6,22 @@ It gives the same results as the generated kernel, on any device. It needs memor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ..analysis.analyze import MAX_KV_OFFSET
+from ..analysis.analyze import MAX_KV_LEN, MAX_KV_OFFSET
 from ..analysis.bounds import find_bounds
-from ..call.formats import CONTIGUOUS, Gather
+from ..call.formats import CONTIGUOUS
 from ..call.inputs import Inputs
 from ..call.packing import rows_of_sequences
 from ..codegen.arguments import Call
 from ..frontend.graph import Graph
-from .evaluation import Evaluation, indexed
-from .parts import Part, Rows, find_parts
+from .evaluation import Evaluation
+from .parts import Numbers, Part, Rows, find_parts, spread
+from .products import Cached, Chunk, product_dtype, scores, weighted
 
 CHUNK_ELEMENTS = 1 << 21  # scores in memory at one time
-CONVERTED_ELEMENTS = 1 << 17  # of keys that are converted at one time, so that they stay in a cache of the CPU
 
 
 def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices: bool = False) -> None:
@@ -38,16 +37,23 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
         IndexRangeError: `check_indices` found an index out of range.
     """
     inputs = call.inputs
-    batch = _packed_rows(inputs) if inputs.packed else _padded_rows(inputs)
+    batch = (_packed_rows if inputs.packed else _padded_rows)(inputs)
     if batch.place is None:
         query = inputs.query
     else:
         query = inputs.query[batch.place.clamp(max=inputs.num_tokens - 1)].transpose(1, 2)
-    computed = _attend(call, graphs, query, batch, check_indices)
-    results = call.out, call.lse, call.max_scores
-    for part, result, empty in zip(computed, results, (0.0, -torch.inf, -torch.inf), strict=True):
+    softmax = _attend(call, graphs, query, batch, check_indices)
+    for result, part_of, empty, width in (
+        (call.out, softmax.out, 0.0, (inputs.value.shape[3],)),
+        (call.lse, softmax.lse, -torch.inf, ()),
+        (call.max_scores, softmax.max_scores, -torch.inf, ()),
+    ):
         if result is None:
             continue
+        part = part_of().reshape(*query.shape[:3], *width)
+        if batch.live is not None:
+            live = batch.live[:, None]
+            part = torch.where(live[..., None] if width else live, part, empty)
         if batch.place is None:
             result.copy_(part)
         else:
@@ -59,59 +65,84 @@ def decode(call: Call, graphs: tuple[Graph | None, Graph | None], check_indices:
 class _Rows(NamedTuple):
     """Query tokens as a batch of R rows of W tokens: the padded form, or pieces of the sequences of a packed query.
 
+    Of `Numbers`, there is one for all rows, or int64 [R].
+
     Attributes:
         owner: the sequence of each row, int64 [R]; None if each sequence has one row.
-        lens, starts: slots up to the last key of each row, and before its first one, int64 [R].
-        shift: position of slot 0 of each row, int64 [R].
-        q_idx: position of each token, int64 [R, W]. A token past the last one of its sequence has the position of that
-            one, so that mods see only positions of the sequence.
-        live: which tokens there are, bool [R, W].
+        lens, starts: slots up to the last key of each row, and before its first one.
+        shift: position of slot 0 of each row.
+        tokens: of the sequence of each row.
+        first: position of the first token of the sequence of each row.
+        before: tokens of its sequence before each row.
+        width: W.
+        live: which tokens there are, bool [R, W]; None if all.
         place: row of the packed query and its output for each token, int64 [R, W]; T where there is no token. None if
             the query is padded.
     """
 
     owner: torch.Tensor | None
-    lens: torch.Tensor
-    starts: torch.Tensor
-    shift: torch.Tensor
-    q_idx: torch.Tensor
-    live: torch.Tensor
+    lens: Numbers
+    starts: Numbers
+    shift: Numbers
+    tokens: Numbers
+    first: Numbers
+    before: Numbers
+    width: int
+    live: torch.Tensor | None
     place: torch.Tensor | None = None
+
+    def q_idx(self, device: torch.device) -> torch.Tensor:
+        """Position of each token, int64 [R, W], or [1, W] if it is the same in all rows.
+
+        A token past the last one of its sequence has the position of that one, so that mods see only positions of the
+        sequence.
+        """
+        token = torch.arange(self.width, device=device) + spread(self.before, 2)
+        if isinstance(self.tokens, torch.Tensor):
+            token = token.minimum(self.tokens.clamp(min=1)[:, None] - 1)
+        return (token + spread(self.first, 2)).view(-1, self.width)
 
 
 class _Sequences(NamedTuple):
-    """Of each sequence, int64 [B]: `lens`, `starts` and `shift` as in `_Rows`, tokens, position of the first one."""
+    """Of each sequence, a number for all or int64 [B]: as in `_Rows`, tokens, position of the first one."""
 
-    lens: torch.Tensor
-    starts: torch.Tensor
-    shift: torch.Tensor
-    tokens: torch.Tensor
-    first: torch.Tensor
+    lens: Numbers
+    starts: Numbers
+    shift: Numbers
+    tokens: Numbers
+    first: Numbers
 
 
 def _sequences(inputs: Inputs) -> _Sequences:
     """What a call says of its sequences."""
-    batch, device = inputs.batch, inputs.query.device
-    lens, tokens = (
-        torch.as_tensor(given, device=device).long().expand(batch).clamp(0, most)
-        for given, most in ((inputs.given_kv_lens, inputs.max_kv_len), (inputs.given_q_lens, inputs.num_tokens))
-    )
-    starts, shift, first = (
-        torch.as_tensor(0 if given is None else given, device=device).long().expand(batch)
-        for given in (inputs.kv_starts, inputs.kv_offset, inputs.q_offset)
-    )
-    shift = shift.clamp(-MAX_KV_OFFSET, MAX_KV_OFFSET)  # as in the kernel, which cannot refuse it
-    first = shift + lens - tokens if inputs.q_offset is None else first
+    device = inputs.query.device
+    lens = _within(inputs.given_kv_lens, 0, inputs.max_kv_len, device)
+    tokens = _within(inputs.given_q_lens, 0, inputs.num_tokens, device)
+    starts = _within(inputs.kv_starts, 0, MAX_KV_LEN, device)
+    shift = _within(inputs.kv_offset, -MAX_KV_OFFSET, MAX_KV_OFFSET, device)  # as in the kernel, which cannot refuse it
+    first = inputs.q_offset
+    if first is None:
+        first = shift + lens - tokens
+    elif isinstance(first, torch.Tensor):
+        first = first.to(device, torch.int64)
     return _Sequences(lens, starts, shift, tokens, first)
+
+
+def _within(given: Numbers | None, least: int, most: int, device: torch.device) -> Numbers:
+    """Numbers of a call, clamped; None counts as 0."""
+    if given is None:
+        return 0
+    if isinstance(given, int):
+        return min(max(given, least), most)
+    return given.to(device, torch.int64).clamp(least, most)
 
 
 def _padded_rows(inputs: Inputs) -> _Rows:
     """Each sequence is a row."""
-    lens, starts, shift, tokens, first = _sequences(inputs)
-    token = torch.arange(inputs.num_tokens, device=lens.device)
-    live = token < tokens[:, None]
-    q_idx = first[:, None] + token.minimum(tokens.clamp(min=1)[:, None] - 1)
-    return _Rows(None, lens, starts, shift, q_idx, live)
+    found, width, live = _sequences(inputs), inputs.num_tokens, None
+    if isinstance(found.tokens, torch.Tensor):
+        live = torch.arange(width, device=found.tokens.device) < found.tokens[:, None]
+    return _Rows(None, *found, 0, width, live)
 
 
 def _packed_rows(inputs: Inputs) -> _Rows:
@@ -120,19 +151,19 @@ def _packed_rows(inputs: Inputs) -> _Rows:
     There are as many rows as any division of T tokens among B sequences needs. So nothing is read from a GPU.
     """
     assert inputs.cu_seqlens_q is not None
-    lens, starts, shift, tokens, first = _sequences(inputs)
-    start, _ = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
+    found = _sequences(inputs)
+    start, tokens = rows_of_sequences(inputs.cu_seqlens_q, inputs.num_tokens)
     width = 1 << (-(-inputs.num_tokens // inputs.batch) - 1).bit_length()
     rows = -(-tokens // width)
     ends = rows.cumsum(0)
-    row = torch.arange(inputs.num_tokens // width + inputs.batch, device=lens.device)
+    row = torch.arange(inputs.num_tokens // width + inputs.batch, device=tokens.device)
     owner = torch.searchsorted(ends, row, right=True).clamp(max=inputs.batch - 1)
-    token = (row - (ends - rows)[owner])[:, None] * width + torch.arange(width, device=lens.device)
+    before = (row - (ends - rows)[owner]) * width
+    token = before[:, None] + torch.arange(width, device=tokens.device)
     live = token < tokens[owner][:, None]
     place = torch.where(live, start[owner][:, None] + token, inputs.num_tokens)
-    token = token.minimum(tokens.clamp(min=1)[owner][:, None] - 1)
-    q_idx = first[owner][:, None] + token
-    return _Rows(owner, lens[owner], starts[owner], shift[owner], q_idx, live, place)
+    of_rows = _Sequences(*(x[owner] if isinstance(x, torch.Tensor) else x for x in found))
+    return _Rows(owner, *of_rows, before, width, live, place)
 
 
 def _attend(
@@ -141,7 +172,7 @@ def _attend(
     query: torch.Tensor,
     batch: _Rows,
     check_indices: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Softmax:
     """The attention of rows of query tokens.
 
     Args:
@@ -150,58 +181,51 @@ def _attend(
         query: the tokens, [R, Hq, W, D].
         batch: what they are.
         check_indices: as for `decode`.
-
-    Returns:
-        Output [R, Hq, W, Dv], log-sum-exp and largest score [R, Hq, W], in the type of the arithmetic.
     """
     inputs, device = call.inputs, query.device
-    dtype = torch.float64 if torch.float64 in (query.dtype, inputs.key.dtype, inputs.value.dtype) else torch.float32
+    types = query.dtype, inputs.key.dtype, inputs.value.dtype
+    dtype = torch.float64 if torch.float64 in types else torch.float32
+    of_values = product_dtype(query, inputs.value, dtype)
     score, mask = zip(graphs, (call.score_leaves, call.mask_leaves), strict=True)
-    rows = (*query.shape[:3],)
-    b = torch.arange(len(query), device=device) if batch.owner is None else batch.owner
-    indices = {
-        "b": b.view(-1, 1, 1, 1),
-        "h": torch.arange(rows[1], device=device).view(1, -1, 1, 1),
-        "q_idx": batch.q_idx[:, None, :, None],
-    }
-    shared = (rows[0], inputs.key.shape[1], -1)  # the rows of one KV head are together
-    grouped = (query.to(dtype) * call.scale).reshape(*shared, inputs.head_dim)
-    row_live = batch.live[:, None].expand(rows)
-    softmax = _Softmax.of(rows, inputs, row_live, dtype)
-    step = _step(rows, inputs)
+    count, heads, width, _ = query.shape
+    num_kv_heads = inputs.key.shape[1]
+    indices = {}
+    if graphs != (None, None):
+        b = torch.arange(count, device=device) if batch.owner is None else batch.owner
+        indices = {
+            "b": b.view(-1, 1, 1, 1),
+            "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+            "q_idx": batch.q_idx(device)[:, None, :, None],
+        }
+    # The rows of one KV head are together.
+    grouped = (query.to(dtype) * call.scale).reshape(count, num_kv_heads, -1, inputs.head_dim)
+    softmax = _Softmax(grouped, inputs)
+    step = max(16, CHUNK_ELEMENTS // max(1, count * heads * width))
     for part in _parts(call, graphs, batch, indices, check_indices):
         for start in range(part.start, part.end, step):
-            kv = torch.arange(start, min(start + step, part.end), device=device)
-            indices["kv_idx"] = kv.view(1, 1, 1, -1)
-            if inputs.kv_offset is not None:
-                indices["kv_idx"] = indices["kv_idx"] + batch.shift.view(-1, 1, 1, 1)
+            slots = range(start, min(start + step, part.end))
+            if not part.whole or indices:
+                kv = torch.arange(slots.start, slots.stop, device=device).view(1, 1, 1, -1)
+                indices["kv_idx"] = kv if inputs.kv_offset is None else kv + spread(batch.shift, 4)
             live = read = None
             if not part.whole:
-                live = _live(mask, indices, kv, batch, row_live, check_indices, dtype)
+                live = _live(mask, indices, kv, batch, check_indices, dtype)
                 # Keys that no row of their head attends to may hold anything, and their page entries may be invalid.
-                read = live.expand(*rows, -1).reshape(*shared, len(kv)).any(2)
+                of_heads = 1 if live.shape[1] == 1 else num_kv_heads
+                read = live.reshape(live.shape[0], of_heads, -1, len(slots)).any(2)
                 if device.type == "cpu" and bool(read.all()):
                     read = None
-            gather = inputs.format.gather(inputs.key, inputs.table, kv, read, check_indices, batch.owner)
-            k = _read(inputs.key, inputs.k_scale, gather, read, batch.owner, dtype)
-            s = (grouped @ k.transpose(-1, -2)).view(*rows, len(kv))
-            if score[0] is not None:
-                among = row_live[..., None] if live is None else live
-                s = Evaluation(score, indices, s, among, check_indices, dtype).result()
-            s = s.expand(*rows, len(kv)) if live is None else torch.where(live, s, -torch.inf)
-            softmax.add(s, _read(inputs.value, inputs.v_scale, gather, read, batch.owner, dtype))
-    out, lse = softmax.result()
-    return torch.where(row_live[..., None], out, 0.0), lse, softmax.largest  # 0 * NaN would be NaN
-
-
-def _step(rows: tuple[int, ...], inputs: Inputs) -> int:
-    """Keys of a chunk: so many that scores stay within a limit, and keys that are converted within a cache."""
-    step = CHUNK_ELEMENTS // max(1, math.prod(rows))
-    if not inputs.key.dtype.is_floating_point or inputs.key.dtype.itemsize < 4:
-        caches, heads = inputs.key.shape[:2]
-        owners = rows[0] if inputs.format is not CONTIGUOUS or caches > 1 else 1
-        step = min(step, max(256, CONVERTED_ELEMENTS // (owners * heads * inputs.head_dim)))
-    return max(16, step)
+            gather = inputs.format.gather(inputs.key, inputs.table, slots, read, check_indices, batch.owner)
+            chunk = Chunk(gather, inputs.format is CONTIGUOUS, read, batch.owner, count, len(slots))
+            s = scores(grouped, Cached(chunk, inputs.key, inputs.k_scale, dtype))
+            if score[0] is not None or live is not None:
+                s = s.reshape(count, heads, width, len(slots))
+                if score[0] is not None:
+                    s = Evaluation(score, indices, s, live, check_indices, dtype).result().expand(s.shape)
+                s = s if live is None else torch.where(live, s, -torch.inf)
+                s = s.reshape(count, num_kv_heads, -1, len(slots))
+            softmax.add(s, Cached(chunk, inputs.value, inputs.v_scale, of_values))
+    return softmax
 
 
 def _parts(
@@ -216,14 +240,14 @@ def _parts(
     Where indices are checked, all of the sequences is read, because bounds may come from a read out of range.
     """
     inputs = call.inputs
-    if batch.lens.device.type != "cpu":
+    if inputs.query.device.type != "cpu":
         return [Part(0, inputs.max_kv_len, False)]
     if check_indices:
-        return [Part(0, int(batch.lens.max()), False)]
+        return [Part(0, batch.lens if isinstance(batch.lens, int) else int(batch.lens.max()), False)]
     bounds = find_bounds(*graphs, inputs.q_offset is not None, inputs.kv_offset is not None)
-    starts, lens, shift = (x[:, None, None] for x in (batch.starts.clamp(min=0), batch.lens, batch.shift))
-    rows = Rows(batch.live[:, None], starts, lens, shift, indices)
-    return find_parts(call, graphs, bounds, rows)
+    live = None if batch.live is None else batch.live[:, None]
+    starts, lens, shift = spread(batch.starts, 3), spread(batch.lens, 3), spread(batch.shift, 3)
+    return find_parts(call, graphs, bounds, Rows(live, starts, lens, shift, indices))
 
 
 def _live(
@@ -231,83 +255,90 @@ def _live(
     indices: dict[str, torch.Tensor],
     kv: torch.Tensor,
     batch: _Rows,
-    row_live: torch.Tensor,
     check_indices: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Which rows attend to which of some slots `kv`, bool that broadcasts to [R, Hq, W, n]."""
-    inside = (kv < batch.lens[:, None]) & (kv >= batch.starts[:, None])
-    live = inside[:, None, None] & row_live[..., None]
+    """Which tokens attend to which of some slots `kv` [1, 1, 1, n], bool that broadcasts to [R, Hq, W, n]."""
+    live = (kv < spread(batch.lens, 4)) & (kv >= spread(batch.starts, 4))
+    if batch.live is not None:
+        live = live & batch.live[:, None, :, None]
     if mask[0] is None:
         return live
     return live & Evaluation(mask, indices, None, live, check_indices, dtype).result()
 
 
-@dataclass
 class _Softmax:
-    """The online softmax of rows: largest scores and sums [R, Hq, W], and sums of values [R, Hq, W, Dv].
+    """The online softmax of M rows for each KV head.
 
-    `m_i` includes the sinks, `largest` does not.
+    Attributes:
+        largest: the largest score of each row [R, Hkv, M, 1], without its sink; None before the first key.
+        state: the same with the sink, the sum of the weights [R, Hkv, M, 1], and that of weighted values
+            [R, Hkv, M, Dv]; None before the first key, if there are no sinks.
     """
 
-    largest: torch.Tensor
-    m_i: torch.Tensor
-    l_i: torch.Tensor
-    acc: torch.Tensor
-    is_new: bool = True
+    def __init__(self, query: torch.Tensor, inputs: Inputs) -> None:
+        """Before the first key.
 
-    @classmethod
-    def of(cls, rows: tuple[int, ...], inputs: Inputs, live: torch.Tensor, dtype: torch.dtype) -> _Softmax:
-        """Before the first key. Rows that are `live` begin with the sink of their head."""
-        device = live.device
-        largest = m_i = torch.full(rows, -torch.inf, dtype=dtype, device=device)
-        l_i = torch.zeros(rows, dtype=dtype, device=device)
-        acc = torch.zeros(*rows, inputs.value.shape[3], dtype=dtype, device=device)
+        Args:
+            query: the rows [R, Hkv, M, D], in the type of the arithmetic.
+            inputs: of the call.
+        """
+        self.query, self.width = query, inputs.value.shape[3]
+        self.largest: torch.Tensor | None = None
+        self.state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if inputs.sinks is not None:
-            m_i = m_i.where(~live, inputs.sinks.to(dtype).view(1, -1, 1))
-            l_i = (m_i != -torch.inf).to(dtype)
-        return cls(largest, m_i, l_i, acc)
+            count, heads, rows, _ = query.shape
+            sinks = inputs.sinks.to(query.dtype).view(1, inputs.num_q_heads, 1)
+            width = heads * rows // inputs.num_q_heads
+            self.state = self._without_keys(sinks.expand(count, -1, width).reshape(count, heads, rows, 1))
 
-    def add(self, s: torch.Tensor, v: torch.Tensor) -> None:
-        """Adds keys with scores [R, Hq, W, n] and values [R or 1, Hkv, n, Dv]."""
-        self.largest = torch.maximum(self.largest, s.amax(-1))
-        m_new = torch.maximum(self.m_i, self.largest)
-        m_safe = torch.where(m_new == -torch.inf, 0.0, m_new)
-        p = _exp(s - m_safe[..., None])
-        alpha = torch.exp(self.m_i - m_safe)
-        self.l_i = self.l_i * alpha + p.sum(-1)
-        partial = (p.reshape(len(s), v.shape[1], -1, s.shape[-1]) @ v).view_as(self.acc)
-        self.acc = partial if self.is_new else self.acc * alpha[..., None] + partial
-        self.m_i, self.is_new = m_new, False
+    def _without_keys(self, m_i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return m_i, (m_i != -torch.inf).to(m_i.dtype), self.query.new_zeros(*m_i.shape[:3], self.width)
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output and its log-sum-exp. A row without a key is 0 and -inf."""
-        m_i, l_i = self.m_i, self.l_i
-        out = self.acc / torch.where(l_i == 0, 1.0, l_i)[..., None]
-        return out, torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i))
+    def _no_score(self) -> torch.Tensor:
+        return self.query.new_full((*self.query.shape[:3], 1), -torch.inf)
+
+    def add(self, s: torch.Tensor, values: Cached) -> None:
+        """Adds keys with scores [R, Hkv, M, n]."""
+        largest = s.amax(-1, keepdim=True)
+        m_i = largest if self.state is None else self.state[0].maximum(largest)
+        # A row without a live key keeps -inf; it must not meet -inf - -inf.
+        m_safe = m_i.clamp(min=torch.finfo(s.dtype).min)
+        p = _exp(s - m_safe)
+        l_i = p.sum(-1, keepdim=True)
+        acc = weighted(p, l_i, values)
+        if self.state is not None:
+            m_before, l_before, acc_before = self.state
+            alpha = torch.exp(m_before - m_safe)
+            l_i, acc = l_i + l_before * alpha, acc + acc_before * alpha
+        self.largest = largest if self.largest is None else self.largest.maximum(largest)
+        self.state = m_i, l_i, acc
+
+    def out(self) -> torch.Tensor:
+        """The output [R, Hkv, M, Dv]: 0 of a row without a key."""
+        _, l_i, acc = self.state or self._without_keys(self._no_score())
+        return acc / l_i.clamp(min=torch.finfo(acc.dtype).tiny)
+
+    def lse(self) -> torch.Tensor:
+        """Log-sum-exp [R, Hkv, M, 1]: -inf of a row without a key or sink."""
+        m_i, l_i, _ = self.state or self._without_keys(self._no_score())
+        return torch.where(m_i == torch.inf, m_i, m_i + torch.log(l_i))
+
+    def max_scores(self) -> torch.Tensor:
+        """The largest scores [R, Hkv, M, 1]: -inf of a row without a key."""
+        return self._no_score() if self.largest is None else self.largest
 
 
 def _exp(x: torch.Tensor) -> torch.Tensor:
-    """The exponential; 0 near and below the smallest normal number, where CPUs are a hundred times slower."""
-    least = math.ceil(math.log(torch.finfo(x.dtype).tiny))
-    return torch.exp(x.clamp(min=least)).sub_(1.001 * math.exp(least)).relu_()
+    """The exponential, in place; 0 near and below the smallest normal number, where CPUs are a hundred times slower."""
+    least, smallest = _LEAST[x.dtype]
+    return torch.threshold_(x.clamp_(min=least).exp_(), smallest, 0.0)
 
 
-def _read(
-    cache: torch.Tensor,
-    scale: float | torch.Tensor | None,
-    gather: Gather,
-    read: torch.Tensor | None,
-    owner: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Rows of keys or values in the type of the arithmetic [R, Hkv, n, D]; 0 where `read` [R, Hkv, n] is false."""
-    rows = indexed(cache, gather).to(dtype)
-    if isinstance(scale, torch.Tensor):
-        if scale.dim() == 2 and owner is not None:
-            scale = scale[owner]
-        per_token = scale.dim() == 3
-        rows = rows * (gather(scale)[..., None] if per_token else scale[..., None, None]).to(dtype)
-    elif scale is not None:
-        rows = rows * scale
-    return rows if read is None else torch.where(read[..., None], rows, 0.0)
+def _least(dtype: torch.dtype) -> tuple[int, float]:
+    """The least number whose exponential is normal, and a little more than this exponential."""
+    least = math.ceil(math.log(torch.finfo(dtype).tiny))
+    return least, 1.001 * math.exp(least)
+
+
+_LEAST = {dtype: _least(dtype) for dtype in (torch.float32, torch.float64)}

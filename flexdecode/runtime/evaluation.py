@@ -23,18 +23,17 @@ def evaluate(
     outputs: Sequence[Node], graph: Graph, leaves: list, indices: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """Computes nodes of a graph or of its captures, such as the bounds of a mask, on index tensors that broadcast."""
-    anywhere = torch.ones((), dtype=torch.bool, device=indices["b"].device)
-    return Evaluation((graph, leaves), indices, None, anywhere, check_indices=False).values(outputs)
+    return Evaluation((graph, leaves), indices, None, None, check_indices=False).values(outputs)
 
 
 @dataclass
 class Evaluation:
-    """One run of a graph over broadcast tensors [R, Hq, W, n]."""
+    """One run of a graph over broadcast tensors [R, Hq, W, n]. `live` says which pairs attend; None means all."""
 
     mod: tuple[Graph | None, list]
     indices: dict[str, torch.Tensor]
     score: torch.Tensor | None
-    live: torch.Tensor
+    live: torch.Tensor | None
     check_indices: bool
     dtype: torch.dtype = torch.float32  # float64 takes the place of float32 for float64 inputs
 
@@ -42,7 +41,7 @@ class Evaluation:
         graph, self.leaves = self.mod
         assert graph is not None
         self.graph = graph
-        self.device = self.live.device
+        self.device = self.indices["b"].device
         # Only with `check_indices`: where each load is out of range, and where a value depends on such a load.
         self.wrong: dict[Node, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self.unknown: dict[Node, torch.Tensor] = {}
@@ -56,10 +55,14 @@ class Evaluation:
         output = self.graph.output
         (found,) = self.values([output])
         for load, (index, wrong) in self.wrong.items():
-            bad = self.live & self.unknown[output] & wrong
+            bad = self._attending(self.unknown[output] & wrong)
             if bad.any():
                 raise IndexRangeError(self.graph, load, self._where(index, bad, self._tensor(load).shape))
         return found
+
+    def _attending(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Those of some pairs that attend."""
+        return pairs if self.live is None else pairs & self.live
 
     def values(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
         """Some nodes of the graph."""
@@ -148,7 +151,7 @@ class Evaluation:
             place = torch.where(index < 0, index + size, index)
             inside = inside & (place >= 0) & (place < size)
             places.append(place.clamp(0, max(size - 1, 0)))
-        if self.check_indices and (self.live & ~inside).any():
+        if self.check_indices and self._attending(~inside).any():
             first, wrong = self.wrong.get(node, (args, ~inside))  # an earlier step of a loop may have made an entry
             self.wrong[node] = first, wrong | ~inside
         if tensor.numel() == 0:

@@ -17,6 +17,14 @@ MIN_WHOLE = 256  # keys; a shorter part without a mask is not worth a step of it
 _FAR = 1 << 40  # beyond every position
 
 
+Numbers = int | torch.Tensor  # one for each row, or one for all rows
+
+
+def spread(numbers: Numbers, dims: int) -> Numbers:
+    """Numbers of R rows as [R, 1, ...] of some dimensions; a number for all stays one."""
+    return numbers if isinstance(numbers, int) else numbers.view(-1, *[1] * (dims - 1))
+
+
 class Part(NamedTuple):
     """Slots from `start` to `end`. In a `whole` part, every row attends to every key."""
 
@@ -26,26 +34,26 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of query tokens, as tensors that broadcast to [R, Hq, W].
+    """Rows of query tokens, as tensors that broadcast to [R, Hq, W], or numbers for all rows.
 
     Attributes:
-        live: which tokens there are.
+        live: which tokens there are; None if all.
         starts, lens: slots before the first key, and up to the last one.
         shift: position of slot 0.
         indices: `b`, `h` and `q_idx`, with one dimension more.
     """
 
-    live: torch.Tensor
-    starts: torch.Tensor
-    lens: torch.Tensor
-    shift: torch.Tensor
+    live: torch.Tensor | None
+    starts: Numbers
+    lens: Numbers
+    shift: Numbers
     indices: dict[str, torch.Tensor]
 
 
 def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bounds, rows: Rows) -> list[Part]:
     """Finds the parts of the cache in which a call can attend, in ascending order.
 
-    It reads the tensors, so on a GPU it would wait.
+    It reads the tensors, so they are on the CPU.
 
     Args:
         call: checked.
@@ -54,22 +62,23 @@ def find_parts(call: Call, graphs: tuple[Graph | None, Graph | None], bounds: Bo
         rows: of the call.
     """
     score, mask = zip(graphs, (call.score_leaves, call.mask_leaves), strict=True)
-    of_score, of_mask = _ends(score, bounds.score_live, rows), _ends(mask, bounds.mask_live, rows)
-    if bounds.mask_live == EVERYWHERE:
-        of_mask = [(rows.starts, rows.lens)]
-    if len(of_score) == 1:  # beside a mask, `Bounds` joins the intervals of a score into one
-        ((low, high),) = of_score
-        of_mask = [(lo.maximum(low), hi.minimum(high)) for lo, hi in of_mask]
-    elif bounds.mask_live == EVERYWHERE:
-        of_mask = of_score
-    live = sorted(part for lo, hi in of_mask if (part := _around(lo, hi, rows.live)))
-    whole = [_inside(lo, hi, rows.live) for lo, hi in _ends(mask, bounds.mask_full, rows)]
+    of_mask = _ends(mask, bounds.mask_live + bounds.mask_full, rows)
+    of_both, of_full = of_mask[: len(bounds.mask_live)], of_mask[len(bounds.mask_live) :]
+    if bounds.score_live != EVERYWHERE:
+        of_score = _ends(score, bounds.score_live, rows)
+        if len(of_score) == 1:  # beside a mask, `Bounds` joins the intervals of a score into one
+            ((low, high),) = of_score
+            of_both = [(_later(lo, low), _earlier(hi, high)) for lo, hi in of_both]
+        elif bounds.mask_live == EVERYWHERE:
+            of_both = of_score
+    live = sorted(part for lo, hi in of_both if (part := _around(lo, hi, rows.live)))
+    whole = [_inside(lo, hi, rows.live) for lo, hi in of_full]
     whole = sorted((start, end) for start, end in whole if end - start >= MIN_WHOLE)
     return list(_cut(_joined(live), _joined(whole)))
 
 
-def _ends(mod: tuple[Graph | None, list], region: Region, rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The slots of each interval, within the sequences: two int64 tensors that broadcast to [R, Hq, W]."""
+def _ends(mod: tuple[Graph | None, list], region: Region, rows: Rows) -> list[tuple[Numbers, Numbers]]:
+    """The slots of each interval, within the sequences: two numbers, or int64 tensors that broadcast to [R, Hq, W]."""
     graph, leaves = mod
     nodes = list(dict.fromkeys(nodes_of(region)))
     found = [] if graph is None else evaluate(nodes, graph, leaves, rows.indices)
@@ -79,23 +88,40 @@ def _ends(mod: tuple[Graph | None, list], region: Region, rows: Rows) -> list[tu
     }
     return [
         (
-            rows.starts if lo is None else slots[lo].maximum(rows.starts),
-            rows.lens if hi is None else slots[hi].minimum(rows.lens),
+            rows.starts if lo is None else _later(slots[lo], rows.starts),
+            rows.lens if hi is None else _earlier(slots[hi], rows.lens),
         )
         for lo, hi in region
     ]
 
 
-def _around(lo: torch.Tensor, hi: torch.Tensor, live: torch.Tensor) -> tuple[int, int] | None:
+def _later(a: Numbers, b: Numbers) -> Numbers:
+    if isinstance(a, int):
+        return max(a, b) if isinstance(b, int) else b.clamp(min=a)
+    return a.clamp(min=b)
+
+
+def _earlier(a: Numbers, b: Numbers) -> Numbers:
+    if isinstance(a, int):
+        return min(a, b) if isinstance(b, int) else b.clamp(max=a)
+    return a.clamp(max=b)
+
+
+def _around(lo: Numbers, hi: Numbers, live: torch.Tensor | None) -> tuple[int, int] | None:
     """The slots from the first to the last one that any live row has in [lo, hi); None if there is none."""
-    met = (lo < hi) & live
+    if live is None and isinstance(lo, int) and isinstance(hi, int):
+        return (lo, hi) if lo < hi else None
+    lo, hi = torch.as_tensor(lo, device="cpu"), torch.as_tensor(hi, device="cpu")
+    met = lo < hi if live is None else live & (lo < hi)
     start, end = int(torch.where(met, lo, _FAR).min()), int(torch.where(met, hi, -_FAR).max())
     return (start, end) if start < end else None
 
 
-def _inside(lo: torch.Tensor, hi: torch.Tensor, live: torch.Tensor) -> tuple[int, int]:
+def _inside(lo: Numbers, hi: Numbers, live: torch.Tensor | None) -> tuple[int, int]:
     """The slots that every row has in [lo, hi): none if a row is not live."""
-    return (int(lo.max()), int(hi.min())) if live.all() else (0, 0)
+    if live is not None and not live.all():
+        return 0, 0
+    return lo if isinstance(lo, int) else int(lo.max()), hi if isinstance(hi, int) else int(hi.min())
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

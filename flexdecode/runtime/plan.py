@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..analysis.analyze import MAX_KV_LEN, MAX_QUERIES
 from ..call.block_mask import BlockLists
 from ..call.candidates import with_full_cache
 from ..call.checks import check_all_lens, checked_scale
-from ..call.device import without_autocast
+from ..call.device import autocasts, without_autocast
 from ..call.inputs import DecodeOptions, Inputs
 from ..call.overlap import extent, share_memory
 from ..call.signature import Aux
@@ -148,7 +149,7 @@ class EagerLauncher:
     def __call__(self, call: Call) -> None:
         """Computes the call. It ignores the lists of a BlockMask, because the mask contains them."""
         try:
-            with without_autocast():
+            with without_autocast() if autocasts() else nullcontext():  # the first one takes longer
                 eager.decode(call, self.graphs, self.names is not None)
         except IndexRangeError as error:
             raise FlexDecodeError(self._named(error)) from None

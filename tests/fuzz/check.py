@@ -10,7 +10,7 @@ from support import assert_close, pytorch_decode
 from flexdecode import DecodeOptions, flex_decode
 from flexdecode.errors import SharedMemoryError
 from flexdecode.reference import reference_decode
-from flexdecode.runtime import eager
+from flexdecode.runtime import eager, products
 
 from .case import Case
 from .tensors import Inputs
@@ -80,8 +80,11 @@ class _Result:
     def _run(self, case):
         call = dict(self.inputs.call)
         tensors = [call.pop(name, None) for name in ("query", "key", "value")]
-        chunk = eager.CHUNK_ELEMENTS if case.chunk is None else case.chunk
-        with warnings.catch_warnings(), patch.object(eager, "CHUNK_ELEMENTS", chunk):
+        chunk, piece = (
+            given if case.chunk is None else case.chunk for given in (eager.CHUNK_ELEMENTS, products.PIECE_ELEMENTS)
+        )
+        chunks = patch.object(eager, "CHUNK_ELEMENTS", chunk), patch.object(products, "PIECE_ELEMENTS", piece)
+        with warnings.catch_warnings(), chunks[0], chunks[1]:
             warnings.simplefilter("ignore")  # numpy's remarks on lanes that the interpreter discards
             warnings.filterwarnings("error", message="flexdecode")
             try:

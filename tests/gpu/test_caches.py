@@ -306,6 +306,16 @@ def test_latents_of_many_heads(num_heads, num_queries, dtype, page_size, family,
     check(query, key, key[..., :512], *of, options, sinks=sinks, q_lens=q_lens, **arguments)
 
 
+@pytest.mark.parametrize("options", [ONE, SPLITS, BALANCED, FEW], ids=["one", "splits", "balanced", "few"])
+@pytest.mark.parametrize("family", ["none", "window", "document"])
+def test_latents_of_every_small_number_of_blocks(family, options):
+    """Blocks have two places, so a run of none, of one, or of an even or odd number of blocks ends in its own way."""
+    lens = [0, 1, 64, 65, 128, 129, 192, 256, 257, 320, 400, 448]
+    query, key, arguments = of_latents(128, 1, torch.bfloat16, None, lens)
+    of = of_family(next(mods for mods in MODS if mods.name == family), len(lens), 128, 1024, 1)
+    check(query, key, key[..., :512], *of, options, **arguments)
+
+
 @pytest.mark.parametrize("options", [SPLITS, BALANCED, FEW], ids=["splits", "balanced", "few"])
 def test_a_graph_of_latents_of_many_heads(options):
     """Lengths change between replays, and the same call gives the same bits."""

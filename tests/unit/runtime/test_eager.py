@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from flexdecode import DecodeOptions, FlexDecodeError, flex_decode, mods
 from flexdecode.call.inputs import Inputs
 from flexdecode.call.signature import Aux
-from flexdecode.runtime import eager
+from flexdecode.runtime import eager, products
 from flexdecode.runtime.request import read_request
 from flexdecode.runtime.run import run_request
 
@@ -30,8 +30,9 @@ def check(query, key, value, score_mod=None, mask_mod=None, **arguments):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 16 keys, the least that there is."""
+    """Chunks of 16 keys, the least that there is, whose keys are read one by one."""
     monkeypatch.setattr(eager, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(products, "PIECE_ELEMENTS", 1)
 
 
 # --- Chunks -----------------------------------------------------------------------------------------------------------
