@@ -23,6 +23,7 @@ FLOAT32_HEAD_DIM, FLOAT32_COLUMNS = 256, 256
 # What the copy engine loads in a step, and what is on its way while a step is computed, by programs per multiprocessor.
 STEP_BYTES = {1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}
 BYTES_AHEAD = {1: 128 << 10, 2: 64 << 10, 3: 64 << 10, 4: 32 << 10}
+MOST_STAGES = 5  # of those that were measured
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -371,7 +372,7 @@ def _copy_pipeline(
     """
     if block_n is None:
         block_n = min(1 << ((STEP_BYTES[per_sm] // kv_bytes).bit_length() - 1), most_keys)
-    stages = max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes))
+    stages = min(max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes)), MOST_STAGES)
     while stages > 2 and block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes + 2 * block_n) > facts.shared_memory:
         stages -= 1
     return block_n, stages

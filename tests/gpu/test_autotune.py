@@ -31,7 +31,7 @@ def rounds(monkeypatch, tmp_path):
 
 def test_the_result_and_what_is_kept(rounds):
     query, key, value = make_inputs(4, 16, 4, 1, 4000, 128, dtype=torch.bfloat16, device="cuda")
-    score_mod, out = mods.alibi(16), torch.empty_like(query)
+    score_mod, out = mods.alibi(16, device="cuda"), torch.empty_like(query)
     for _ in range(3):
         returned, lse = flex_decode(query, key, value, score_mod, return_lse=True, out=out, options=AUTO)
         assert returned is out
