@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from .columns import next_power_of_2
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
 from .schedule import MAX_WORKSPACE, Schedule, Scheduler
 from .splits import MAX_SPLITS
-from .tiles import Loads, next_power_of_2
+from .tiles import Loads
 
 MAX_BLOCK_N = 256  # more keys per step take long to compile, and spill registers
 SHORTEST_BLOCK = 64  # keys of the smallest share that is worth a program

@@ -14,6 +14,7 @@ import torch
 
 from ..memos import hashed_once
 
+RESERVED_SHARED = 1 << 10  # bytes of the shared memory of a multiprocessor that CUDA keeps for each program
 BYTES_PER_US = 4.6e6  # read bandwidth of an H200; only its ratio to the cost of a combine matters to a schedule
 
 

@@ -5,25 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..analysis.proven import ProvenMods
+from .columns import find_columns, is_paired, next_power_of_2
+from .copies import is_copied, most_copied
 from .descriptor import Matrix, as_matrices, as_matrix
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
 from .signature import Signature, all_strides, in_pairs
 from .splits import Work, divide
-from .tiles import (
-    LARGE_ROWS,
-    SMALL_ROWS,
-    Loads,
-    Tiles,
-    Use,
-    find_columns,
-    find_tiles,
-    has_latent_kernel,
-    is_copied,
-    is_paired,
-    most_rows,
-    next_power_of_2,
-)
+from .tiles import LARGE_ROWS, SMALL_ROWS, Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
@@ -228,14 +217,15 @@ class Scheduler:
             num_splits = 1 if row_range[0] > 0 else max(1, num_sms // max(num_kv_heads * tiles_of_one, 1))
             num_splits, per_sm = options.num_splits or num_splits, 1
         else:
-            copied = is_copied(self.signature, self.facts, options, loads, self.is_bounded or is_prompt)
-            choices = (1,) if alone else (1, 2, 3, 4) if copied else (1, 2)
+            of, special = (self.signature, self.facts, options), self.is_bounded or is_prompt
+            copied = loads is Loads.DESCRIPTORS and is_copied(*of, special)
+            fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
             work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied)
-            num_splits, per_sm = divide(work, choices, options.num_splits)
-            most = max(1, MAX_WORKSPACE // (num_items * block_m * (self.signature.v_head_dim + 2) * 4))
-            if num_splits > most and not options.num_splits:
-                num_splits, per_sm = divide(work, choices, most)
+            num_splits, per_sm = divide(work, fit, options.num_splits)
+            if num_splits > 1 and not options.num_splits:
+                most = max(1, MAX_WORKSPACE // (num_items * block_m * (self.signature.v_head_dim + 2) * 4))
+                num_splits, per_sm = divide(work, fit, most) if most < num_splits else (num_splits, per_sm)
         # A latent cache has many query rows. Each row is wide and usually has few partial results.
         block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
         block_b = _at_least(batch, (32, 256, 1024)) if balanced else 0

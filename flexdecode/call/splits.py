@@ -6,7 +6,6 @@ shows how far from the best the choices are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from .device import BYTES_PER_US
@@ -82,26 +81,26 @@ def microseconds(work: Work, division: Division) -> float:
     return time + WAVE_US[per_sm] * waves + (COMBINE_US if splits > 1 else 0.0)
 
 
-def divide(work: Work, per_sm: Sequence[int], num_splits: int | None = None) -> Division:
+def divide(work: Work, fit: int, num_splits: int | None = None) -> Division:
     """The division with the shortest modelled time.
 
     Args:
         work: of the launch.
-        per_sm: how many programs a multiprocessor can have at once: the choices, in ascending order.
+        fit: how many programs a multiprocessor can have at once.
         num_splits: if they are given.
     """
     items = work.num_items
     if items == 0:
-        return Division(num_splits or 1, per_sm[0])
+        return Division(num_splits or 1, 1)
     tried = []
-    for of_sm in per_sm:
-        places = of_sm * work.num_sms
+    for per_sm in range(1, fit + 1):
+        places = per_sm * work.num_sms
         # More programs are better until a wave is full. So the best number fills a wave, or is the largest possible.
         most = max(1, min(work.num_blocks, MAX_SPLITS, MAX_WAVES * places // items))
         filling = {1, most, *[min(max(1, waves * places // items), most) for waves in range(1, MAX_WAVES)]}
         for splits in {num_splits} if num_splits else sorted(filling):
-            is_needed = of_sm == per_sm[0] or items * splits > places - work.num_sms
-            is_enough = of_sm == per_sm[-1] or items * splits <= places or work.long_waves
+            is_needed = per_sm == 1 or items * splits > places - work.num_sms
+            is_enough = per_sm == fit or items * splits <= places or work.long_waves
             if is_needed and is_enough:
-                tried.append(Division(splits, of_sm))
+                tried.append(Division(splits, per_sm))
     return min(tried, key=lambda division: microseconds(work, division))

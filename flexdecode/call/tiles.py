@@ -10,20 +10,13 @@ import torch
 
 from ..memos import hashed_once
 from ..triton_api import has_gluon
+from .columns import FLOAT32_COLUMNS, find_columns, is_narrow, is_paired
+from .copies import copy_pipeline, is_copied
 from .device import DeviceFacts
-from .inputs import QUANTISED, DecodeOptions
+from .inputs import DecodeOptions
 from .signature import Signature
 
 SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
-# Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
-WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
-WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
-# A float32 product is three products of tf32, so its operands fill the registers twice. For more columns they spill.
-FLOAT32_HEAD_DIM, FLOAT32_COLUMNS = 256, 256
-# What the copy engine loads in a step, and what is on its way while a step is computed, by programs per multiprocessor.
-STEP_BYTES = {1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}
-BYTES_AHEAD = {1: 128 << 10, 2: 64 << 10, 3: 64 << 10, 4: 32 << 10}
-MOST_STAGES = 5  # of those that were measured
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -92,11 +85,6 @@ class Tiles:
         return self.block_dv // 2 if self.paired else self.block_dv
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def most_rows(signature: Signature, facts: DeviceFacts, small: bool) -> int:
     """Rows of the largest tile. Float32 products and wide values need many registers.
 
@@ -148,7 +136,8 @@ def find_tiles(
         is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
     """
     block_m, is_prompt, per_sm, is_short, _, balanced, _, _ = use
-    crowded, copied = per_sm > 1, is_copied(signature, facts, options, loads, is_bounded or is_prompt)
+    copied = loads is Loads.DESCRIPTORS and is_copied(signature, facts, options, is_bounded or is_prompt)
+    crowded = per_sm > 1
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
@@ -169,7 +158,7 @@ def find_tiles(
         most = 256 if block_m <= 16 and not is_short else 128
         if signature.page_size >= 64:  # a copy does not cross pages; fewer keys would be loaded in another way
             most = min(most, signature.page_size)
-        block_n, num_stages = _copy_pipeline(block_m, per_sm, tile_bytes, options.block_n, most, facts)
+        block_n, num_stages = copy_pipeline(block_m, per_sm, tile_bytes, options.block_n, most, facts)
     else:
         block_n, num_stages = _pipeline(
             block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
@@ -204,43 +193,6 @@ def find_tiles(
     )
 
 
-def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, loads: Loads, is_special: bool) -> bool:
-    """Whether the copy engine loads many keys of 16-bit numbers, and products take little time beside the copies.
-
-    Args:
-        signature: of the call.
-        facts: of the device.
-        options: choices of the caller.
-        loads: how the caches can be loaded.
-        is_special: whether few keys are live, or many rows read the same keys.
-    """
-    columns = find_columns(signature, facts)
-    return (
-        loads is Loads.DESCRIPTORS
-        and not is_special
-        and not columns.wide
-        and not is_narrow(signature)
-        and not is_paired(signature, facts, options)
-        and torch.float32 not in signature.product_dtypes
-        and 256 <= columns.tile_bytes <= 2048
-    )
-
-
-def is_paired(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
-    """Whether the columns of a quantised cache are loaded two by two."""
-    # Whether a cache is pairable may depend on where in memory a sequence lies, so batch_invariant forbids it.
-    if not signature.pairable or not facts.can_unpack or options.batch_invariant:
-        return False
-    # A product takes at least 16 columns. A paired tile has two products of half the columns each.
-    columns = find_columns(signature, facts)
-    return columns.block_r == 0 and columns.block_d >= 32 and not columns.wide and not is_narrow(signature)
-
-
-def is_narrow(signature: Signature) -> bool:
-    """Whether keys or values have fewer columns than the smallest product, which takes 16."""
-    return min(signature.head_dim, signature.v_head_dim) < 16
-
-
 def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeOptions) -> bool:
     """Whether `templates/latent.py` can compute calls: latents of 512 + 64 columns. It is for many query rows."""
     widths = signature.shared_kv, signature.head_dim, signature.v_head_dim
@@ -255,62 +207,6 @@ def has_latent_kernel(signature: Signature, facts: DeviceFacts, options: DecodeO
         and options.num_stages is None
         and options.block_n in (None, LATENT_BLOCK)
     )
-
-
-class Columns(NamedTuple):
-    """What a signature says about the columns of tiles.
-
-    Attributes:
-        block_d, block_r, block_dv, shared: as in `Tiles`.
-        kv_bytes: bytes of one key and its value in memory.
-        tile_bytes: the same, where numbers are converted for the products.
-        wide: whether columns are computed in parts.
-    """
-
-    block_d: int
-    block_r: int
-    block_dv: int
-    shared: bool
-    kv_bytes: int
-    tile_bytes: int
-    wide: bool
-
-    @property
-    def loaded(self) -> int:
-        """Columns of a key and its value that a step has in registers."""
-        return self.block_d + self.block_r + self.block_dv
-
-
-def find_columns(signature: Signature, facts: DeviceFacts) -> Columns:
-    """Divides the columns of keys and values."""
-    block_d, block_r = _head_dim_blocks(signature.head_dim)
-    block_dv = max(16, next_power_of_2(signature.v_head_dim))
-    shared = signature.shared_kv and block_dv == block_d
-    columns = block_d + block_r, 0 if shared else block_dv
-    stored = signature.key_dtype, signature.value_dtype
-    tiled = [x if x in QUANTISED else y for x, y in zip(stored, signature.product_dtypes, strict=True)]
-    kv_bytes, tile_bytes = (
-        sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
-    )
-    is_float32 = torch.float32 in signature.product_dtypes
-    wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
-    if is_float32:
-        wide = max(signature.head_dim, signature.v_head_dim) > FLOAT32_HEAD_DIM
-    # Sixteen keys have to fit into the shared memory. Narrow products beside large ones would spill registers.
-    wide = wide or 16 * tile_bytes >= facts.shared_memory or (is_narrow(signature) and block_d + block_dv > 256)
-    if wide:
-        block_r, shared = 0, False
-        block_d, block_dv = min(block_d, WIDE_BLOCK_D // (2 if is_float32 else 1)), min(block_dv, WIDE_BLOCK_DV)
-    return Columns(block_d, block_r, block_dv, shared, kv_bytes, tile_bytes, wide)
-
-
-def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
-    """Columns of the first and the second load of a key, so that a large key is not padded to a power of two."""
-    whole = max(16, next_power_of_2(head_dim))
-    rest = head_dim - whole // 2
-    if whole <= 128 or rest > whole // 4:
-        return whole, 0
-    return whole // 2, max(16, next_power_of_2(rest))
 
 
 def _pipeline(
@@ -354,27 +250,6 @@ def _pipeline(
             stages = 2
         else:
             block_n //= 2
-    return block_n, stages
-
-
-def _copy_pipeline(
-    block_m: int, per_sm: int, kv_bytes: int, block_n: int | None, most_keys: int, facts: DeviceFacts
-) -> tuple[int, int]:
-    """Keys per step and pipeline depth for caches that the copy engine loads. The programs share the shared memory.
-
-    Args:
-        block_m: rows of a tile.
-        per_sm: programs that are to run on a multiprocessor at once.
-        kv_bytes: bytes of one key and its value.
-        block_n: keys per step, if the caller chose them.
-        most_keys: a limit for them otherwise, a power of two.
-        facts: of the device.
-    """
-    if block_n is None:
-        block_n = min(1 << ((STEP_BYTES[per_sm] // kv_bytes).bit_length() - 1), most_keys)
-    stages = min(max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes)), MOST_STAGES)
-    while stages > 2 and block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes + 2 * block_n) > facts.shared_memory:
-        stages -= 1
     return block_n, stages
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..call.device import DeviceFacts
+from ..call.device import RESERVED_SHARED, DeviceFacts
 from ..call.signature import UNIT
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
@@ -20,7 +20,6 @@ from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, Ke
 from .lower import CaptureLayout, number_dtypes
 
 ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
-RESERVED_SHARED = 1 << 10  # bytes of a multiprocessor that CUDA keeps for each program
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 

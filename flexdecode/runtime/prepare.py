@@ -16,11 +16,12 @@ from ..analysis.proofs import CallSizes, Checks, captured_integers, depends_on_l
 from ..analysis.proven import Listed, ProvenMods
 from ..call.block_mask import BlockLists
 from ..call.checks import check_device, check_inputs
+from ..call.columns import next_power_of_2
 from ..call.device import DeviceFacts, device_facts
 from ..call.inputs import DEFAULT_OPTIONS, DecodeOptions, Inputs, Sizes
 from ..call.schedule import PlannedLaunch, Schedule, Scheduler
 from ..call.signature import Aux, Signature, describe
-from ..call.tiles import Tiles, next_power_of_2
+from ..call.tiles import Tiles
 from ..codegen.arguments import Call, KernelSpec
 from ..codegen.compile import capture_types, rounds_to_half
 from ..codegen.kernels import Combine, Kernel, find_combine, find_kernel, start_combine, start_kernel

@@ -426,36 +426,36 @@ def test_results_of_a_cache_that_grows():
 
 # --- The number of splits ---------------------------------------------------------------------------------------------
 
-CHOICES = st.sampled_from([(1,), (1, 2), (1, 2, 3, 4)])
+FIT = st.sampled_from([1, 2, 3, 4])
 
 
 @settings(max_examples=500)
 @given(
     st.integers(0, 3000), st.integers(0, 2000), st.integers(0, 10**10), st.sampled_from([1, 4, 7, 108, 132, 148, 304]),
-    CHOICES, st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    FIT, st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )  # fmt: skip
-def test_the_best_division_is_found_without_trying_all(items, blocks, total_bytes, num_sms, choices, kind):
+def test_the_best_division_is_found_without_trying_all(items, blocks, total_bytes, num_sms, fit, kind):
     work = splits.Work(items, blocks, total_bytes, num_sms, *kind)
-    found = splits.divide(work, choices)
+    found = splits.divide(work, fit)
     assert 1 <= found.num_splits <= max(1, min(blocks, splits.MAX_SPLITS))
-    assert found.per_sm in choices
-    for per_sm in choices if items else ():
+    assert 1 <= found.per_sm <= fit
+    for per_sm in range(1, fit + 1) if items else ():
         for number in range(
             1, max(1, min(blocks, splits.MAX_SPLITS, splits.MAX_WAVES * per_sm * num_sms // items)) + 1
         ):
             programs = items * number
-            is_needed = per_sm == choices[0] or programs > (per_sm - 1) * num_sms
-            if is_needed and (work.long_waves or per_sm == choices[-1] or programs <= per_sm * num_sms):
+            is_needed = per_sm == 1 or programs > (per_sm - 1) * num_sms
+            if is_needed and (work.long_waves or per_sm == fit or programs <= per_sm * num_sms):
                 time = splits.microseconds(work, splits.Division(number, per_sm))
                 assert splits.microseconds(work, found) <= 1.02 * time
 
 
 def test_a_given_number_of_splits_is_kept():
     work = splits.Work(40, 193, 250_000_000, 132, long_waves=True)
-    assert splits.divide(work, (1, 2, 3, 4), 3) == (3, 1)
-    assert splits.divide(work, (1, 2, 3, 4), 6) == (6, 2)
-    assert splits.divide(work, (1, 2, 3, 4), 9) == (9, 3)
-    assert splits.divide(splits.Work(0, 0, 0, 132), (1, 2)) == (1, 1)
+    assert splits.divide(work, 4, 3) == (3, 1)
+    assert splits.divide(work, 4, 6) == (6, 2)
+    assert splits.divide(work, 4, 9) == (9, 3)
+    assert splits.divide(splits.Work(0, 0, 0, 132), 2) == (1, 1)
 
 
 # Items, keys of each, bytes of a key and its value, and the fastest division of those that were measured on an H200.
@@ -476,10 +476,10 @@ def test_long_sequences_of_different_lengths_have_a_multiprocessor_for_themselve
     256 sequences, one program 155.0 us, two 135.6."""
     for items, keys, fastest in ((1024, 8000, (1, 1)), (2048, 1024, (1, 2))):
         work = splits.Work(items, keys // 64, items * keys * 512, 132, lengths_differ=True, long_waves=True)
-        assert splits.divide(work, (1, 2)) == fastest
+        assert splits.divide(work, 2) == fastest
 
 
 @pytest.mark.parametrize(("items", "keys", "size", "fastest"), MEASURED)
 def test_the_fastest_measured_division_is_chosen(items, keys, size, fastest):
     work = splits.Work(items, -(-keys // 64), items * keys * size, 132, long_waves=True)
-    assert splits.divide(work, (1, 2, 3, 4)) == fastest
+    assert splits.divide(work, 4) == fastest

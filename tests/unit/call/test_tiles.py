@@ -1,0 +1,87 @@
+"""Tiles of caches that the copy engine loads: programs share the shared memory of a multiprocessor."""
+
+import itertools
+
+import pytest
+import torch
+
+from flexdecode import DecodeOptions
+from flexdecode.analysis.proven import ProvenMods
+from flexdecode.call.device import KNOWN_DEVICES, RESERVED_SHARED
+from flexdecode.call.inputs import Inputs
+from flexdecode.call.schedule import Scheduler
+from flexdecode.call.signature import NO_AUX, describe
+from flexdecode.call.tiles import Loads
+from flexdecode.codegen.compile import _asked_shared
+
+H200, _ = KNOWN_DEVICES["H200"]
+
+
+def scheduled(B, N, Hkv, D, *, rows=4, page_size=0, dtype=torch.bfloat16, **options):
+    """The schedule of a plain call on an H200."""
+
+    def cache():
+        shape = (B * N // page_size, Hkv, page_size, D) if page_size else (B, Hkv, N, D)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    table = torch.empty(B, N // page_size, dtype=torch.int32, device="meta") if page_size else None
+    query = torch.empty(B, rows * Hkv, 1, D, dtype=dtype, device="meta")
+    inputs = Inputs(query, cache(), cache(), None, page_table=table)
+    options = DecodeOptions(backend="triton", **options)
+    return (
+        Scheduler(describe(inputs, NO_AUX, options), ProvenMods(), H200, options)
+        .choose(inputs, inputs.sizes)[0]
+        .schedule
+    )
+
+
+SHAPES = [*itertools.product([1, 7, 24, 33, 48, 96, 230], [150, 700, 2000, 6000], [1, 4, 8], [64, 128, 256])]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+def test_the_programs_of_a_multiprocessor_fit_into_its_shared_memory(rows):
+    """What is on its way, the step that is computed and the query."""
+    for B, N, Hkv, D in SHAPES:
+        chosen = scheduled(B, N, Hkv, D, rows=rows)
+        tiles = chosen.tiles
+        assert tiles.loads is Loads.DESCRIPTORS and 1 <= tiles.per_sm <= 4, chosen
+        per_key = 2 * D * 2
+        kept = (tiles.num_stages - 1) * tiles.block_n * per_key + tiles.block_m * (2 * D + 2 * tiles.block_n)
+        assert tiles.per_sm * (kept + RESERVED_SHARED) <= H200.shared_memory + RESERVED_SHARED, chosen
+        assert tiles.num_stages <= 5
+        assert tiles.block_n <= 128 or 1024 * chosen.num_splits <= N
+        # In one wave no multiprocessor has more programs than others need to have.
+        if chosen.num_programs <= tiles.per_sm * H200.num_sms:
+            assert chosen.num_programs > (tiles.per_sm - 1) * H200.num_sms
+
+
+@pytest.mark.parametrize("per_sm", [1, 2, 3, 4])
+@pytest.mark.parametrize("needed", [10_000, 38_936, 73_752])
+def test_a_launch_asks_for_so_much_that_no_more_programs_fit(per_sm, needed):
+    asked = _asked_shared(needed, per_sm, H200)
+    whole = H200.shared_memory + RESERVED_SHARED
+    assert asked >= needed and (per_sm + 1) * (asked + RESERVED_SHARED) > whole
+    if per_sm * (needed + RESERVED_SHARED) <= whole:
+        assert per_sm * (asked + RESERVED_SHARED) <= whole
+    assert _asked_shared(needed, 0, H200) == needed
+
+
+@pytest.mark.parametrize("page_size", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_copy_does_not_cross_pages(page_size, head_dim):
+    """Where fewer keys a step would do, the copy engine is kept."""
+    for B in (1, 33, 256):
+        tiles = scheduled(B, 2048, 8, head_dim, page_size=page_size).tiles
+        assert tiles.loads is Loads.DESCRIPTORS and page_size % tiles.block_n == 0
+
+
+@pytest.mark.parametrize("block_n", [16, 32, 64])
+def test_a_small_block_of_the_caller_has_few_stages(block_n):
+    tiles = scheduled(1, 8192, 8, 64, block_n=block_n).tiles
+    assert tiles.block_n == block_n and 2 <= tiles.num_stages <= 5
+
+
+def test_other_kernels_have_no_limit_of_programs():
+    assert scheduled(1, 8192, 8, 128, dtype=torch.float32).tiles.per_sm == 0
+    assert scheduled(1, 8192, 8, 128, page_size=16).tiles.per_sm == 0
+    assert scheduled(64, 8192, 8, 80).tiles.per_sm == 0
