@@ -858,7 +858,7 @@ def prefetch(pointers, inside):
 
 @triton.jit
 def prefetch_columns(row, inside, stride_d, COLUMNS: tl.constexpr):
-    """Asks for the first `COLUMNS` columns of the rows at some addresses, where `inside`; those side by side are lines."""
+    """Asks for the first `COLUMNS` columns, `stride_d` apart, of the rows at some addresses, where `inside`."""
     LINE: tl.constexpr = 128 * 8 // row.dtype.element_ty.primitive_bitwidth  # elements
     lines = LINE * tl.arange(0, triton.next_power_of_2((COLUMNS + LINE - 1) // LINE))
     prefetch(row[:, None] + lines[None, :] * stride_d, inside[:, None] & (lines < COLUMNS)[None, :])

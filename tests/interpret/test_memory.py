@@ -89,7 +89,7 @@ class Watched:
 @pytest.mark.parametrize("width", [64, 200])
 @pytest.mark.parametrize("columns", ["side by side", "apart", "the same"])
 def test_lines_that_are_asked_for_lie_in_the_tensors(columns, width, monkeypatch):
-    """Before the wait, a program of a GPU asks for lines of the query and the caches; the interpreter has no such thing."""
+    """Before it waits, a program of a GPU asks for lines of query and caches. The interpreter cannot do that."""
     shapes = (1, 2, 1, width), (1, 2, 40, width), (1, 2, 40, width)
     made = {
         "side by side": torch.zeros,
