@@ -150,6 +150,7 @@ def _installed() -> str:
     return f"{triton_release()} {package} {hashlib.sha256(repr(sorted(found)).encode()).hexdigest()}"
 
 
+_one_at_a_time = threading.Lock()
 _here = threading.local()  # has `compiles` in a thread that compiles a kernel of this library
 
 
@@ -255,9 +256,9 @@ def _compile(source: Any, target: Any, options: dict[str, Any]) -> Any:
             raise
         return _compile(source, target, options | {"num_stages": 1})
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        manager: Any = triton.knobs.cache.manager_class or FileCacheManager
-        overwriting = type("Overwriting", (manager,), {"get_group": lambda self, filename: None})
-        with triton.knobs.cache.scope():
+        with _one_at_a_time, triton.knobs.cache.scope():  # a scope is of all threads
+            manager: Any = triton.knobs.cache.manager_class or FileCacheManager
+            overwriting = type("Overwriting", (manager,), {"get_group": lambda self, filename: None})
             triton.knobs.cache.manager_class = overwriting
             return triton.compile(source, target=target, options=options)
 

@@ -857,11 +857,11 @@ def prefetch(pointers, inside):
 
 
 @triton.jit
-def prefetch_columns(row, inside, COLUMNS: tl.constexpr):
-    """Asks for the first `COLUMNS` columns of the rows at some addresses, where `inside`."""
+def prefetch_columns(row, inside, stride_d, COLUMNS: tl.constexpr):
+    """Asks for the first `COLUMNS` columns, `stride_d` apart, of the rows at some addresses, where `inside`."""
     LINE: tl.constexpr = 128 * 8 // row.dtype.element_ty.primitive_bitwidth  # elements
     lines = LINE * tl.arange(0, triton.next_power_of_2((COLUMNS + LINE - 1) // LINE))
-    prefetch(row[:, None] + lines[None, :], inside[:, None] & (lines < COLUMNS)[None, :])
+    prefetch(row[:, None] + lines[None, :] * stride_d, inside[:, None] & (lines < COLUMNS)[None, :])
 
 
 @triton.jit
@@ -874,9 +874,9 @@ def prefetch_share(item, keys, values, max_kv_len, C: tl.constexpr):
         first, last = equal_share(item, last)
     block = Block(first * C.BLOCK_N, ())
     inside = block.start_n + tl.arange(0, C.BLOCK_N) < tl.minimum(last * C.BLOCK_N, max_kv_len)
-    prefetch_columns(row_addresses(keys, block, C), inside, C.HEAD_DIM // PER_WORD)
+    prefetch_columns(row_addresses(keys, block, C), inside, keys.stride_d, C.HEAD_DIM // PER_WORD)
     if not C.SHARED:
-        prefetch_columns(row_addresses(values, block, C), inside, C.V_HEAD_DIM // PER_WORD)
+        prefetch_columns(row_addresses(values, block, C), inside, values.stride_d, C.V_HEAD_DIM // PER_WORD)
 
 
 @triton.jit
@@ -965,7 +965,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
         gdc_launch_dependents()
         # Nothing is read here, so it does not matter what the kernel before this one still writes. The lines come while
         # that kernel ends and few of its programs read memory.
-        prefetch_columns(row, rows.valid & (item.start == 0), C.HEAD_DIM)
+        prefetch_columns(row, rows.valid & (item.start == 0), call.queries.stride_d, C.HEAD_DIM)
         if C.PREFETCH:
             prefetch_share(item, keys, values, call.lengths.max_kv_len, C)
         gdc_wait()

@@ -35,10 +35,19 @@ def load_kv(
 
     The copy engine reads whole blocks. The last block of a sequence may have few live rows, so the rows of a block that
     is CHECKED are loaded through pointers, and dead ones are not read.
+
+    A tile may have more than WIDTH columns. These would be those of the next row or of another head, which may be dead,
+    or they would lie past the end of the cache. Such columns of values become no part of a result. Those of keys do.
     """
+    offs_d = tl.arange(0, COLUMNS)
     if CHECKED:
-        pointers = row_addresses(cache, block, C)[:, None] + tl.arange(0, COLUMNS)[None, :]
-        inside = in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
+        pointers = row_addresses(cache, block, C)[:, None] + offs_d[None, :]
+        inside = in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)[:, None]
+        if WIDTH < COLUMNS:
+            inside = inside & (offs_d[None, :] < WIDTH)
+        return tl.load(pointers, mask=inside, other=0.0)
     else:
-        return cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))
+        loaded = cache.descriptor.load(rectangle(cache.start, block, cache.steps, C))
+        if C.SHARED and WIDTH < COLUMNS:
+            loaded = tl.where(offs_d[None, :] < WIDTH, loaded, tl.zeros_like(loaded))
+        return loaded

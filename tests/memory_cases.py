@@ -83,6 +83,8 @@ CALLS = {
     "descriptors, one split": Call(options=ONE, runs=DESCRIPTORS | {"split": False}),
     "descriptors, splits": Call(options=SPLITS, runs=DESCRIPTORS | {"split": True}),
     "descriptors, balanced": Call(options=BALANCED, runs=DESCRIPTORS | {"balanced": True}),
+    "descriptors, few columns": Call(D=16, Dv=16, options=SPLITS, runs=DESCRIPTORS),
+    "descriptors, few columns of both": Call(D=16, Dv=16, latent=True, options=SPLITS, runs=DESCRIPTORS),
     "descriptors, invariant": Call(options={"batch_invariant": True}),
     "small pages": Call(page_size=4, options=SPLITS, runs=POINTERS),
     "pages of one token": Call(page_size=1, options=BALANCED, runs=POINTERS | {"balanced": True}),

@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: it keeps the lines of the examples, and reads the same everywhere
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Lists, measures and clears the store of generated modules.", rich_markup_mode=None)
+cache_app = typer.Typer(help="Lists and clears the store of modules, kernels and schedules.", rich_markup_mode=None)
 
 
 def _example(*lines: str) -> str:

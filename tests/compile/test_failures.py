@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +11,7 @@ import pytest
 from compile import compiling
 from compile.compiling import DEVICES, compile_call, meta_inputs
 
-from flexdecode import CompileError, FlexDecodeError, cache_info, clear_cache
+from flexdecode import CompileError, FlexDecodeError, cache_info, clear_cache, triton_api
 from flexdecode.codegen.compile import compile_pass
 from flexdecode.triton_api import load_module
 
@@ -102,6 +104,33 @@ def test_a_compiler_that_is_killed_is_an_error(fresh_caches):
         pytest.raises(CompileError, match=r"ptxas was killed[^$]*source: .*\.py"),
     ):
         compile_call("sm_90", meta_inputs(*SHAPE))
+
+
+def test_threads_that_find_damaged_entries_leave_tritons_cache_in_use():
+    """Both passes may be compiled at once. The thread that begins again first ends first."""
+    from triton import knobs
+
+    both_found, begun = threading.Barrier(2, timeout=10), threading.Event()
+    found = set()
+
+    def compile_something(source, target, options):
+        if source not in found:
+            found.add(source)
+            both_found.wait()
+            if source == "second":
+                begun.wait(10)
+            raise ValueError("a damaged entry")
+        assert knobs.cache.manager_class is not None
+        begun.set()
+        time.sleep(0.1 if source == "first" else 0.3)
+
+    threads = [threading.Thread(target=triton_api._compile, args=(name, None, {})) for name in ("first", "second")]
+    with knobs.cache.scope(), mock.patch("triton.compile", compile_something):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert knobs.cache.manager_class is None
 
 
 def test_nothing_is_written_outside_the_caches(fresh_caches):

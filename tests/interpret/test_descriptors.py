@@ -1,8 +1,11 @@
 """KV loads through tensor descriptors, which the interpreter has too: where a head lies, and what is read past it."""
 
+import sys
+
 import pytest
 import torch
 from interpret.decoding import check_decode
+from memory_cases import fenced
 from support import make_inputs
 
 import flexdecode
@@ -97,6 +100,35 @@ def test_nan_past_the_length_is_not_seen(num_splits, launches):
         key[b, :, length:] = torch.nan
         value[b, :, length:] = torch.nan
     check_decode(query, key, value, num_splits=num_splits, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_in_the_row_after_the_last_live_one_is_not_seen(num_splits, launches):
+    """A tile may have more columns than a row. Where values are keys, those of the next row are no part of a score."""
+    query, key, _ = make_inputs(B, HQ, HKV, 1, N, D, dtype=DTYPE)
+    kv_lens = torch.tensor([21, 0, 36])
+    for b, length in enumerate(kv_lens):
+        key[b, :, length:] = torch.nan
+    check_decode(query, key, key, num_splits=num_splits, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+def test_nan_in_the_same_row_of_another_head_is_not_seen(launches):
+    """Where heads lie side by side, the columns past a row are those of the next head, whose key may be dead."""
+    query, key, _ = make_inputs(1, HQ, HKV, 1, 300, D, layout="bnhd", dtype=DTYPE)
+    limits = torch.tensor([300, 300, 10, 10])
+    key[:, 1, 10:] = torch.nan
+    check_decode(query, key, key, None, lambda b, h, q_idx, kv_idx: kv_idx < limits[h])
+    assert len(launches) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory by mprotect")
+@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (24, 32)])
+def test_nothing_past_the_last_column_of_a_cache_is_read(rows, columns, launches):
+    """The tile of values has more columns than a row, and past the last row lies memory that kills the process."""
+    query, key, value = (fenced(x, "cpu") for x in make_inputs(1, rows, 1, 1, N, columns, dtype=DTYPE))
+    check_decode(query, key, value)
     assert len(launches) == 1
 
 

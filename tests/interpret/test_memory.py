@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 from flexdecode import DecodeOptions, clear_cache, flex_decode, mods
 from flexdecode.call import checks
 from flexdecode.call.device import DeviceFacts
+from flexdecode.codegen import kernels
 from flexdecode.runtime import launch, plan, prepare
 
 pytestmark = [
@@ -83,6 +84,42 @@ class Watched:
             return access(builder, pointers, *rest)
 
         return run
+
+
+@pytest.mark.parametrize("width", [64, 200])
+@pytest.mark.parametrize("columns", ["side by side", "apart", "the same"])
+def test_lines_that_are_asked_for_lie_in_the_tensors(columns, width, monkeypatch):
+    """Before it waits, a program of a GPU asks for lines of query and caches. The interpreter cannot do that."""
+    shapes = (1, 2, 1, width), (1, 2, 40, width), (1, 2, 40, width)
+    made = {
+        "side by side": torch.zeros,
+        "apart": lambda shape: torch.zeros(*shape[:2], width, shape[2]).mT,
+        "the same": lambda shape: torch.zeros(*shape[:3], 1).expand(shape),
+    }[columns]
+    query, key, value = map(made, shapes)
+    asked = []
+
+    def prefetch(pointers, inside):
+        addresses, mask = np.broadcast_arrays(pointers.handle.data, inside.handle.data)
+        asked.extend(addresses[mask.astype(bool)].tolist())
+
+    def load(path, load=kernels.load_module):
+        module = load(path)
+        vars(module).update(prefetch=prefetch, gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
+        return module
+
+    clear_cache()
+    monkeypatch.setattr(DeviceFacts, "has_pdl", property(lambda facts: True))
+    monkeypatch.setattr(DeviceFacts, "has_descriptors", property(lambda facts: False))
+    monkeypatch.setattr(kernels, "load_module", load)
+    flex_decode(query, key, value, options=DecodeOptions(backend="triton", num_splits=2))
+    clear_cache()
+    for tensor in (query, key, value):
+        start = tensor.data_ptr()
+        end = start + tensor.untyped_storage().nbytes()
+        assert any(start <= address < end for address in asked)
+        asked = [address for address in asked if not start <= address < end]
+    assert not asked
 
 
 @pytest.mark.parametrize("chosen", [{"num_splits": 3}, {"schedule": "balanced"}, {}], ids=str)
