@@ -156,7 +156,7 @@ def find_tiles(
     elif copied:
         # More scores would spill registers. Few keys are better divided into more steps.
         most = 256 if block_m <= 16 and not is_short else 128
-        if signature.page_size >= 64:  # a copy does not cross pages; fewer keys would be loaded in another way
+        if signature.page_size >= 128:  # a copy does not cross pages; smaller pages are loaded through pointers
             most = min(most, signature.page_size)
         block_n, num_stages = copy_pipeline(block_m, per_sm, tile_bytes, options.block_n, most, facts)
     else:
@@ -240,14 +240,15 @@ def _pipeline(
     if paired and block_m < SMALL_ROWS:  # with more rows, the scores of more keys would spill registers
         block_n *= 1 if crowded and descriptors else 2
     # Seen in compiled kernels: shared memory holds stages - 1 tiles, and per row the query, the output and a few values
-    # per key.
+    # per key. With descriptors, tiles that would only just fit are so large that they spill registers.
+    tiles_kept = stages - 1 + (0.0 if not descriptors else 1.0 if is_float32 else 0.5)
     per_key = 8 if is_float32 else 2 if descriptors else 6
     while block_n > 16:
-        needed = block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes + per_key * block_n)
+        needed = block_n * kv_bytes * tiles_kept + block_m * (kv_bytes + per_key * block_n)
         if needed <= facts.shared_memory:
             break
         if block_n == 64 and stages == 3:  # fewer stages rather than fewer keys: each step has a fixed cost
-            stages = 2
+            stages, tiles_kept = 2, tiles_kept - 1
         else:
             block_n //= 2
     return block_n, stages
