@@ -7,7 +7,7 @@ other files take the place of some functions here: for pages, descriptors, lists
 A call has up to two kernels. `decode_split` keeps the online softmax (Milakov and Gimelshein, arXiv:1805.02867) of a
 run of KV blocks. With one split it writes the output. With more it writes a partial output, and the largest score and
 the sum of weights of each row. `decode_combine`, in combine.py, merges the partial results of a row. Both use
-programmatic dependent launch if the target has it, so every program waits (`gdc_wait`) before it touches global memory.
+programmatic dependent launch if the target has it, so each program waits (`gdc_wait`) before it reads or writes memory.
 
 Rows: the query rows of a sequence that share a KV head are packed. Row `r` is query token `r // GROUP_SIZE` and query
 head `r % GROUP_SIZE` of the group. The number of tokens is a run-time value; ONE_TOKEN kernels are for calls in which

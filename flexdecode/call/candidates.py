@@ -10,7 +10,7 @@ import torch
 from .columns import next_power_of_2
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
-from .schedule import MAX_WORKSPACE, Schedule, Scheduler
+from .schedule import Schedule, Scheduler, most_splits
 from .splits import MAX_SPLITS
 from .tiles import Loads
 
@@ -120,8 +120,8 @@ class Space:
             workers = [n for n in (sms, 2 * sms, 3 * sms) if n != now]
             return other + [at._replace(schedule="balanced", num_splits=n) for n in workers]
         other = [at._replace(schedule="balanced", num_splits=None)] * (free and self.may_balance)
-        per_split = schedule.num_items * schedule.tiles.block_m * (self.v_head_dim + 2) * 4
-        most = min(-(-self.sizes.max_kv_len // SHORTEST_BLOCK), MAX_SPLITS, MAX_WORKSPACE // per_split)
+        in_workspace = most_splits(schedule.num_items, schedule.tiles.block_m, self.v_head_dim)
+        most = min(-(-self.sizes.max_kv_len // SHORTEST_BLOCK), MAX_SPLITS, in_workspace)
         waves = [programs * sms // self.items for programs in (1, 2, 3, 4)]
         tried = {max(1, min(splits, most)) for splits in (1, now // 2, *waves)} - {now}
         return [at._replace(num_splits=splits) for splits in sorted(tried)] + other

@@ -224,7 +224,7 @@ class Scheduler:
             work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied)
             num_splits, per_sm = divide(work, fit, options.num_splits)
             if num_splits > 1 and not options.num_splits:
-                most = max(1, MAX_WORKSPACE // (num_items * block_m * (self.signature.v_head_dim + 2) * 4))
+                most = most_splits(num_items, block_m, self.signature.v_head_dim)
                 num_splits, per_sm = divide(work, fit, most) if most < num_splits else (num_splits, per_sm)
         # A latent cache has many query rows. Each row is wide and usually has few partial results.
         block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
@@ -261,6 +261,11 @@ class Scheduler:
             and sizes.max_kv_len >= BALANCED_LENGTH
             and 8 * part.busy_tiles <= self.facts.num_sms * sizes.batch
         )
+
+
+def most_splits(num_items: int, block_m: int, v_head_dim: int) -> int:
+    """The splits whose partial results fit into `MAX_WORKSPACE`; at least 1."""
+    return max(1, MAX_WORKSPACE // (num_items * block_m * (v_head_dim + 2) * 4))
 
 
 def _at_least(number: int, choices: tuple[int, ...]) -> int:

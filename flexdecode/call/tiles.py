@@ -169,11 +169,11 @@ def find_tiles(
             block_n = min(block_n, 32)
         elif is_narrow(signature):
             block_n = min(block_n, 64)
-        if block_m < SMALL_ROWS:
-            # Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too
-            # few for that, and each warp would hold a whole tile of keys.
-            block_dv = max(block_dv, 2 * block_m * (2 if paired else 1))
-            block_d = max(block_d, block_dv) if shared else block_d
+    if block_m < SMALL_ROWS and not (wide or latent):
+        # Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too few
+        # for that, and each warp would hold a whole tile of keys.
+        block_dv = max(block_dv, 2 * block_m * (2 if paired else 1))
+        block_d = max(block_d, block_dv) if shared else block_d
     return Tiles(
         block_m,
         options.block_n or block_n,

@@ -93,6 +93,15 @@ def test_few_value_columns(D, Dv, Q, device, stored):
     assert resources(found.split)[1] <= SPILLED + SPILLED_MORE
 
 
+@pytest.mark.parametrize(("D", "Dv", "Q"), [(128, 16, 4), (128, 32, 4), (256, 16, 4)])
+def test_few_value_columns_that_are_copied(D, Dv, Q):
+    """As above, where the copy engine loads the values: 255 registers and 80 bytes of local memory before."""
+    found = call("sm_90", D=D, Dv=Dv, Q=Q, dtype=HALF, **lengths())
+    assert found.spec.tiles.descriptors and found.spec.tiles.block_dv >= 2 * found.spec.tiles.block_m
+    registers, spilled = resources(found.split)
+    assert registers <= 208 and spilled <= SPILLED_MORE
+
+
 def pairs():
     for i, types in enumerate(itertools.product((HALF, BF16, SINGLE), repeat=3)):
         if len(set(types)) > 1:
