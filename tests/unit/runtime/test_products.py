@@ -86,7 +86,7 @@ def test_where_bfloat16_is_multiplied(monkeypatch):
 
 def test_a_product_of_bfloat16_rounds_once(monkeypatch):
     """Also if a piece could hold a few keys only: sums of rounded sums would be worse."""
-    monkeypatch.setattr(products, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(products, "PIECE_ELEMENTS", 64 // torch.get_num_threads())
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: True)
     query, key, value = make_inputs(2, 4, 2, 1, 512, 32, dtype=torch.bfloat16)
     seen = []
