@@ -3,15 +3,16 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-from .cases import Case, attend_plain, make_tensors
+from .cases import Case, Tensors, attend_plain, make_tensors
 from .columns import COLUMNS, Unsupported
-from .mod_cases import make_mod
+from .mod_cases import ModCase, make_mod
 from .timing import COLD_BYTES, Replay, settle, time_cpu, time_in_turn
 
-__all__ = ["EmptyCell", "Result", "WrongResult", "measure"]
+__all__ = ["EmptyCell", "Ready", "Result", "SetUp", "WrongResult", "get_ready", "measure", "set_up"]
 
 MAX_INPUT_BYTES = 16_000_000_000  # of all input sets of one case; windows read little of what is allocated
 LIMIT = "limit"  # the name of the read-only stream among what is timed in turn
@@ -69,7 +70,45 @@ class EmptyCell:
     wrong: bool = False
 
 
-class _Ready:
+class SetUp(NamedTuple):
+    """A case as it is run.
+
+    Attributes:
+        case: What is decoded.
+        mod: Its mod.
+        sets: Its inputs, in several sets if some runs are cold.
+        expected: The float64 result of the first set.
+        bound: The largest relative error of a result.
+        live_kv_bytes: Live keys and values.
+    """
+
+    case: Case
+    mod: ModCase
+    sets: list[Tensors]
+    expected: torch.Tensor
+    bound: float
+    live_kv_bytes: int
+
+
+def set_up(case: Case, kinds: list[str], device: torch.device) -> SetUp:
+    """Makes the inputs of a case, and what its results are compared with.
+
+    Args:
+        case: What is decoded.
+        kinds: "cold", "warm" or both.
+        device: Where to run.
+    """
+    mod = make_mod(case, device)
+    live_bytes = mod.live_keys * case.bytes_per_token
+    count = _num_sets(case, live_bytes, kinds, device)
+    sets = [make_tensors(case, device, number) for number in range(count)]
+    expected = attend_plain(case, mod, sets[0], torch.float64)
+    # The project's tolerance: at most twice the error of plain PyTorch in the input dtype, plus 1e-5.
+    bound = 2 * _relative_error(attend_plain(case, mod, sets[0], case.torch_dtype), expected) + 1e-5
+    return SetUp(case, mod, sets, expected, bound, live_bytes)
+
+
+class Ready:
     """A column that was checked, with what times it for each kind of input.
 
     Args:
@@ -93,6 +132,19 @@ class _Ready:
         return self._replays[kind].result() if self._replays else None
 
 
+def get_ready(column: str, of: SetUp, kinds: list[str], device: torch.device) -> Ready:
+    """Checks a column on a case, and records it.
+
+    Raises:
+        Unsupported: It cannot run the case.
+        WrongResult: It runs, and its result is wrong.
+    """
+    bind = COLUMNS[column].make(of.case, of.mod, device)
+    calls = [bind(tensors) for tensors in of.sets]
+    error = _check(calls[0](), of)
+    return Ready(calls, kinds, error, device.type == "cuda")
+
+
 def measure(
     case: Case, columns: list[str], kinds: list[str], device: torch.device, meter=None
 ) -> Iterator[Result | EmptyCell]:
@@ -105,35 +157,27 @@ def measure(
         device: Where to run.
         meter: A `FloorMeter`; None without a limit.
     """
-    mod = make_mod(case, device)
-    live_bytes = mod.live_keys * case.bytes_per_token
-    count = _num_sets(case, live_bytes, kinds, device)
-    sets = [make_tensors(case, device, number) for number in range(count)]
-    expected = attend_plain(case, mod, sets[0], torch.float64)
-    # The project's tolerance: at most twice the error of plain PyTorch in the input dtype, plus 1e-5.
-    bound = 2 * _relative_error(attend_plain(case, mod, sets[0], case.torch_dtype), expected) + 1e-5
-    ready: dict[str, _Ready] = {}
+    of = set_up(case, kinds, device)
+    ready: dict[str, Ready] = {}
     if any(COLUMNS[column].compiled for column in columns):
         torch.compiler.reset()  # else the recompile limit is met after a few shapes
     for column in columns:
         try:
-            bind = COLUMNS[column].make(case, mod, device)
-            calls = [bind(tensors) for tensors in sets]
-            error = _check(calls[0](), case, expected, bound)
-            ready[column] = _Ready(calls, kinds, error, device.type == "cuda")
+            ready[column] = get_ready(column, of, kinds, device)
         except Exception as failure:  # one cell must never end the run: the reason is kept and printed
             for kind in kinds:
                 yield EmptyCell(case.label, case.mod, kind, column, _reason(failure), isinstance(failure, WrongResult))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    results = [_time(case, live_bytes, ready, kind, meter) for kind in kinds]
+    results = [_time(of, ready, kind, meter) for kind in kinds]
     for column, of_column in ready.items():
-        yield from _check_timed(case, column, of_column, results, expected, bound)
+        yield from _check_timed(of, column, of_column, results)
     yield from results
 
 
-def _time(case: Case, live_bytes: int, ready: dict[str, _Ready], kind: str, meter) -> Result:
+def _time(of: SetUp, ready: dict[str, Ready], kind: str, meter) -> Result:
     """Times all columns that are ready, and the limit, in turn."""
+    case, live_bytes = of.case, of.live_kv_bytes
     timers = {column: of_column.timer(kind) for column, of_column in ready.items()}
     config = None
     if meter is not None:
@@ -143,24 +187,22 @@ def _time(case: Case, live_bytes: int, ready: dict[str, _Ready], kind: str, mete
     turns = time_in_turn(timers)
     result = Result(case.label, case.shape, case.mod, kind, live_bytes + case.query_bytes, live_bytes)
     result.floor_config = config
-    for name, of in turns.items():
-        result.turns_us[name] = [statistics.median(times) for times in of]
+    for name, times_us in turns.items():
+        result.turns_us[name] = [statistics.median(times) for times in times_us]
         if name == LIMIT:
             result.floor_us = result.turns_us[name][0]
         else:
-            result.times_us[name], result.relative_errors[name] = of[0], ready[name].error
+            result.times_us[name], result.relative_errors[name] = times_us[0], ready[name].error
     return result
 
 
-def _check_timed(
-    case: Case, column: str, ready: _Ready, results: list[Result], expected: torch.Tensor, bound: float
-) -> Iterator[EmptyCell]:
+def _check_timed(of: SetUp, column: str, ready: Ready, results: list[Result]) -> Iterator[EmptyCell]:
     """Checks what a column computed while it was timed; a wrong one is taken out of the results of all inputs."""
     try:
         for result in results:
             output = ready.result(result.inputs)
             if output is not None:
-                _check(output, case, expected, bound, " in a CUDA graph")
+                _check(output, of, " in a CUDA graph")
     except WrongResult as error:
         for result in results:  # what is wrong with one kind of input is not to be trusted with the other
             result.times_us.pop(column)
@@ -172,12 +214,12 @@ def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.double() - expected).norm() / expected.norm())
 
 
-def _check(output: torch.Tensor, case: Case, expected: torch.Tensor, bound: float, where: str = "") -> float:
-    if output.shape != expected.shape or output.dtype != case.torch_dtype:
+def _check(output: torch.Tensor, of: SetUp, where: str = "") -> float:
+    if output.shape != of.expected.shape or output.dtype != of.case.torch_dtype:
         raise WrongResult(f"the output{where} is {output.dtype} {list(output.shape)}, not like the query")
-    error = _relative_error(output, expected)
-    if not error <= bound:  # written so that NaN fails
-        raise WrongResult(f"wrong result{where}: relative error {error:.1e} is over the bound {bound:.1e}")
+    error = _relative_error(output, of.expected)
+    if not error <= of.bound:  # written so that NaN fails
+        raise WrongResult(f"wrong result{where}: relative error {error:.1e} is over the bound {of.bound:.1e}")
     return error
 
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, dict]:
     jobs = []
     try:
         for section in options.sections:
-            cases, name = _cases_of(section, options), "matrix" if section == SEED else "sections"
+            cases, name = cases_of(section, options), "matrix" if section == SEED else "sections"
             if name not in documents:
                 documents[name] = new_document(options, device)
             document, given = documents[name], None if section == SEED else section
@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> dict[str, dict]:
     return documents
 
 
-def _cases_of(section: str, options: argparse.Namespace) -> list:
+def cases_of(section: str, options: argparse.Namespace) -> list:
+    """The cases of a section that a command line chooses."""
     small = options.sizes == "small"
     if section == SEED:
         rows = select_rows(load_rows(), options.rows, options.dtypes or list(DTYPES))
@@ -100,11 +101,9 @@ def has_failed(documents: dict[str, dict]) -> bool:
     return any(cell["column"] == OURS for document in documents.values() for cell in document["empty_cells"])
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with its defaults for this machine."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.performance_matrix", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+def make_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The flags of a program that measures cases of the matrix."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument(
         "--sections",
         type=_names(SECTIONS),
@@ -146,6 +145,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-picture", action="store_true", help="draw nothing")
     parser.add_argument("--commit", help="commit to record where there is no git repository")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flexdecode-results"), help="output directory")
+    return parser
+
+
+def parse(arguments: list[str] | None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The command line, with its defaults for this machine.
+
+    Args:
+        arguments: Its words; None for those of this process.
+        parser: What `make_parser` made; None for that of this program.
+    """
+    parser = parser or make_parser("python -m benchmarks.performance_matrix", __doc__.split("\n")[0])
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device == "cuda"

@@ -88,7 +88,7 @@ def test_the_limit_is_timed_in_the_same_turns(monkeypatch):
 
 def test_a_result_that_is_wrong_while_it_is_timed_is_taken_out(quick, monkeypatch):
     monkeypatch.setattr(
-        measure._Ready, "result", lambda self, kind: torch.zeros(2, 4, 1, 16) if kind == "cold" else None
+        measure.Ready, "result", lambda self, kind: torch.zeros(2, 4, 1, 16) if kind == "cold" else None
     )
     monkeypatch.setattr(measure, "_num_sets", lambda *args: 1)
     case = Case("case", (20, 20), 4, 2, 16, dtype="float32")
