@@ -48,7 +48,7 @@ Constants = namedtuple(
     "Constants",
     "GROUP_SIZE ONE_TOKEN HEAD_DIM V_HEAD_DIM BLOCK_M BLOCK_N BLOCK_D BLOCK_R BLOCK_DV PAGE_SIZE SHARED PAIRED "
     "NUM_LIVE NUM_FULL SPLIT BALANCED BLOCK_B MANY UNIT_OUT KEY_PRODUCT VALUE_PRODUCT PRECISION PDL PREFETCH RAGGED "
-    "STARTED SHIFTED",
+    "STARTED SHIFTED SUMS_LATE",
 )
 # Query rows: the address of the first one, and strides in elements.
 Queries = namedtuple("Queries", "start stride_b stride_h stride_m stride_d")
@@ -90,9 +90,10 @@ Runs = namedtuple("Runs", "num_full num_partial ranges")
 Visit = namedtuple("Visit", "runs spans page_table first last")
 # A block of keys: its first key, and the pages on which the keys lie.
 Block = namedtuple("Block", "start_n pages")
-# The online softmax of a tile: largest score and sum of weights of each row, and the result so far. `acc` is a tuple:
-# the parts of BLOCK_DV columns, or the even and the odd columns if the cache is loaded in pairs. It is in units of
-# `v_unit`: the largest weight of a row so far if each value has its own scale, else 1.
+# The online softmax of a tile: largest score and sum of weights of each row, and the result so far. If SUMS_LATE, `l_i`
+# is [BLOCK_M, BLOCK_N], a sum for each place in a block. `acc` is a tuple: the parts of BLOCK_DV columns, or the even
+# and the odd columns if the cache is loaded in pairs. It is in units of `v_unit`: the largest weight of a row so far if
+# each value has its own scale, else 1.
 State = namedtuple("State", "m_i l_i v_unit acc")
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -620,6 +621,34 @@ def as_type(x, NAME: tl.constexpr):
 
 
 @triton.jit
+def leading_bits(x):
+    """The part of float32 numbers that TF32 holds: their 11 leading bits."""
+    return (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """`acc` (None: zeros) plus the product of two matrices, float32.
+
+    tf32x3 cuts float32 numbers into their leading bits and the rest, and adds the three larger ones of the four
+    products, which the tensor cores compute in TF32. Triton's own tf32x3 rounds where this cuts off, which takes five
+    instructions per number in place of two. The rest of an infinite number is NaN, and does not count.
+    """
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+        a_leading = leading_bits(a)
+        b_leading = leading_bits(b)
+        added = tl.dot(a_leading, b_leading, input_precision="tf32")
+        rest = tl.dot(a - a_leading, b_leading, input_precision="tf32")
+        rest = tl.dot(a_leading, b - b_leading, rest, input_precision="tf32")
+        added = tl.where(tl.abs(added) < float("inf"), added + rest, added)
+        if acc is not None:
+            added = acc + added
+        return added
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.constexpr):
     """The products of all query rows and keys of a block, float32 [BLOCK_M, BLOCK_N], and the keys as loaded."""
     PER_WORD: tl.constexpr = 1 if C.PAIRED is None else 2
@@ -630,11 +659,11 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
         score = tl.dot(q_rest, tl.trans(k_odd), score)
     else:
         k = as_type(k, C.KEY_PRODUCT)
-        score = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+        score = product(q, tl.trans(k), None, C.PRECISION)
     if C.BLOCK_R > 0:
         k_rest = load_kv(keys, block, spans, C.BLOCK_D, C.HEAD_DIM, C.BLOCK_R, CHECKED, C)
         k_rest = as_type(k_rest, C.KEY_PRODUCT)
-        score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=C.PRECISION)
+        score = product(q_rest, tl.trans(k_rest), score, C.PRECISION)
     return score, k
 
 
@@ -672,7 +701,10 @@ def attend_block(
     # The difference is scaled, not the scores: these may be as large as float32 holds.
     p = tl.exp2((score - m_safe[:, None]) * LOG2E)
     alpha = tl.exp2((state.m_i - m_safe) * LOG2E)
-    l_i = state.l_i * alpha + tl.sum(p, 1)
+    if C.SUMS_LATE:
+        l_i = state.l_i * alpha[:, None] + p
+    else:
+        l_i = state.l_i * alpha + tl.sum(p, 1)
     v_unit = state.v_unit
     if len(values.scales) == 4:
         # Weights may be rounded to float16, whose range is small: a row keeps them relative to its largest one so far.
@@ -695,13 +727,13 @@ def add_values(acc, alpha, p, k, values, block, spans, CHECKED: tl.constexpr, C:
         v_even, v_odd = unpack(v, C.PAIRED)
         added = (tl.dot(p, v_even, acc[0] * alpha[:, None]), tl.dot(p, v_odd, acc[1] * alpha[:, None]))
     elif C.SHARED:
-        added = (acc[0] * alpha[:, None] + tl.dot(p, k, input_precision=C.PRECISION),)
+        added = (acc[0] * alpha[:, None] + product(p, k, None, C.PRECISION),)
     else:
         added = ()
         for part in tl.static_range(len(acc)):
             v = load_kv(values, block, spans, part * C.BLOCK_DV, C.V_HEAD_DIM, C.BLOCK_DV, CHECKED, C)
             rescaled = acc[part] * alpha[:, None]
-            added = added + (rescaled + tl.dot(p, as_type(v, C.VALUE_PRODUCT), input_precision=C.PRECISION),)  # noqa: RUF005
+            added = added + (rescaled + product(p, as_type(v, C.VALUE_PRODUCT), None, C.PRECISION),)  # noqa: RUF005
     return added
 
 
@@ -952,6 +984,23 @@ def load_query(row, queries, C: tl.constexpr):
 
 
 @triton.jit
+def state_without_keys(values, C: tl.constexpr):
+    """The online softmax of a tile before the first block."""
+    m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([C.BLOCK_M, C.BLOCK_N] if C.SUMS_LATE else [C.BLOCK_M], tl.float32)
+    v_unit = 1.0
+    if len(values.scales) == 4:
+        v_unit = tl.zeros_like(m_i)
+    if C.PAIRED is not None:
+        acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32), tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32))
+    else:
+        acc = ()
+        for _ in tl.static_range((C.V_HEAD_DIM + C.BLOCK_DV - 1) // C.BLOCK_DV):
+            acc = acc + (tl.zeros([C.BLOCK_M, C.BLOCK_DV], tl.float32),)  # noqa: RUF005
+    return State(m_i, l_i, v_unit, acc)
+
+
+@triton.jit
 def attend_run(item, keys, values, call, C: tl.constexpr):
     """Attends an item to its share of KV blocks, and writes the result."""
     lanes = tl.arange(0, C.BLOCK_M)
@@ -978,18 +1027,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     first, last = share_of(item, runs, C)
     visit = Visit(runs, spans, call.page_table, first, last)
 
-    m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([C.BLOCK_M], tl.float32)
-    v_unit = 1.0
-    if len(values.scales) == 4:
-        v_unit = tl.zeros_like(l_i)
-    if C.PAIRED is not None:
-        acc = (tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32), tl.zeros([C.BLOCK_M, C.BLOCK_DV // 2], tl.float32))
-    else:
-        acc = ()
-        for _ in tl.static_range((C.V_HEAD_DIM + C.BLOCK_DV - 1) // C.BLOCK_DV):
-            acc = acc + (tl.zeros([C.BLOCK_M, C.BLOCK_DV], tl.float32),)  # noqa: RUF005
-    state = State(m_i, l_i, v_unit, acc)
+    state = state_without_keys(values, C)
     if C.NUM_FULL > 0:
         end = tl.minimum(last, runs.num_full)
         state = attend_blocks(state, q, q_rest, keys, values, scale, first, end, visit, tile, call.captures, False, C)
@@ -998,6 +1036,9 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
     if first < last:
         state = attend_blocks(state, q, q_rest, keys, values, scale, first, last, visit, tile, call.captures, True, C)
 
+    l_i = state.l_i
+    if C.SUMS_LATE:
+        l_i = tl.sum(l_i, 1)
     parts = state.acc
     if C.PAIRED is not None:
         parts = (tl.reshape(tl.join(parts[0], parts[1]), [C.BLOCK_M, C.BLOCK_DV]),)
@@ -1007,7 +1048,7 @@ def attend_run(item, keys, values, call, C: tl.constexpr):
         factor = item_scale(values.scales, item.b, item.kv_head)
     for part in tl.static_range(len(parts)):
         offs_dv = part * C.BLOCK_DV + tl.arange(0, C.BLOCK_DV)
-        store_run(parts[part] * factor, state.m_i, state.l_i, rows, offs_dv, part == 0, item, call, C)
+        store_run(parts[part] * factor, state.m_i, l_i, rows, offs_dv, part == 0, item, call, C)
 
 
 @triton.jit
@@ -1050,7 +1091,7 @@ def decode_split(
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, PAGE_SIZE: tl.constexpr, SHARED: tl.constexpr, PAIRED: tl.constexpr,
     NUM_LIVE: tl.constexpr, NUM_FULL: tl.constexpr, SPLIT: tl.constexpr, BALANCED: tl.constexpr, MANY: tl.constexpr,
     UNIT_OUT: tl.constexpr, KEY_PRODUCT: tl.constexpr, VALUE_PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr, SUMS_LATE: tl.constexpr,
 ):  # fmt: skip
     """First pass. Grid: (tiles * num_kv_heads, num_splits), or the one of balanced.py if BALANCED.
 
@@ -1069,9 +1110,10 @@ def decode_split(
     NUM_LIVE and NUM_FULL count the intervals that kv_bounds uses. The mask is evaluated in every block that is not
     proven full. SHARED: a value is the first columns of its key. PAIRED is the dtype of a quantised cache if its
     columns are loaded two by two, as int16. UNIT_OUT: stride_od is 1. PREFETCH: neither mask nor length nor table
-    decides where a share begins, so its first block is asked for before the wait. KEY_PRODUCT and VALUE_PRODUCT are
-    the dtypes in which the query meets keys, and the weights meet values. If V_HEAD_DIM is more than BLOCK_DV, the
-    columns of values are computed in parts of BLOCK_DV.
+    decides where a share begins, so its first block is asked for before the wait. SUMS_LATE: weights are summed over
+    the keys of a block at the end only, so that the warps need not meet for that in each step. KEY_PRODUCT and
+    VALUE_PRODUCT are the dtypes in which the query meets keys, and the weights meet values. If V_HEAD_DIM is more than
+    BLOCK_DV, the columns of values are computed in parts of BLOCK_DV.
 
     An item is a tile of query rows of one KV head of one sequence. balanced.py says what item_parts, max_weight,
     BLOCK_B and MANY are.
@@ -1080,6 +1122,7 @@ def decode_split(
         GROUP_SIZE, ONE_TOKEN, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_DV, PAGE_SIZE, SHARED,
         PAIRED, NUM_LIVE, NUM_FULL, SPLIT, BALANCED, BLOCK_B, MANY, UNIT_OUT, KEY_PRODUCT, VALUE_PRODUCT, PRECISION,
         PDL, PREFETCH, q_lens is not None or cu_seqlens_q is not None, kv_starts is not None, kv_offset is not None,
+        SUMS_LATE,
     )  # fmt: skip
     queries = Queries(query, stride_qb, stride_qh, stride_qm, stride_qd)
     keys = Cache(key, None, key_descriptor, key_steps, stride_kn, stride_kd, key_scales)

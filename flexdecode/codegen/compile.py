@@ -12,6 +12,7 @@ import torch
 
 from ..call.device import RESERVED_SHARED, DeviceFacts
 from ..call.signature import UNIT
+from ..call.tiles import Tiles
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8, HALF
@@ -20,6 +21,7 @@ from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, Ke
 from .lower import CaptureLayout, number_dtypes
 
 ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
+MOST_SUMS = 2048  # weights of a tile that are summed late: 16 of each thread
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 
@@ -48,8 +50,22 @@ def combine_block_dv(spec: KernelSpec) -> int:
 
 
 def _precision(dtypes: tuple[torch.dtype, torch.dtype], facts: DeviceFacts) -> str:
-    """How the two products are computed: for float32 as three TF32 products each, if the tensor cores have TF32."""
-    return "tf32x3" if torch.float32 in dtypes and facts.backend == "cuda" else "ieee"
+    """How the two products are computed: for float32 as three TF32 products each, if the tensor cores have TF32.
+
+    The interpreter takes the same way, though its products are exact.
+    """
+    return "tf32x3" if torch.float32 in dtypes and facts.backend != "hip" else "ieee"
+
+
+def _sums_late(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+    """Whether a program sums weights over keys at the end only.
+
+    That takes a register for every weight of a tile, so it is for kernels of which one or two programs run on a
+    multiprocessor. These may use all registers, but float32 products leave few.
+    """
+    is_float32 = torch.float32 in dtypes
+    most = MOST_SUMS // 2 if is_float32 else MOST_SUMS
+    return tiles.block_m * tiles.block_n <= most and (tiles.per_sm in (1, 2) or is_float32)
 
 
 def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
@@ -86,6 +102,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "VALUE_PRODUCT": TYPE_NAMES[with_values],
         "PRECISION": _precision((with_keys, with_values), facts),
         "PREFETCH": facts.has_pdl and spec.prefetches,
+        "SUMS_LATE": _sums_late(tiles, (with_keys, with_values)),
     }
 
 

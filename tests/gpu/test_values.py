@@ -9,6 +9,7 @@ from support import assert_close_to_reference, make_inputs
 import flexdecode
 from flexdecode import DecodeOptions, flex_decode, mods
 from flexdecode.frontend.ops import DTYPES, FLOAT8
+from flexdecode.reference import reference_decode
 
 pytestmark = pytest.mark.gpu
 
@@ -69,6 +70,25 @@ def test_nan_and_infinity_of_a_mod_reach_their_rows_only(num_splits):
 
     out, _ = check(inputs, score_mod, lambda b, h, q_idx, kv_idx: kv_idx > 0, DecodeOptions(num_splits=num_splits))
     assert out.isnan().any(-1).sum() == 2 * (1 + 2 + 2)
+
+
+@SPLITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 200])
+def test_infinite_keys_and_values(head_dim, dtype, num_splits):
+    """A score of -inf hides its key, +inf has no softmax, and an infinite value reaches its column only."""
+    query, key, value = make_inputs(1, 4, 2, 1, 300, head_dim, dtype=dtype, device="cuda")
+    query[..., 3], query[:, ::2, :, 3] = -1.3, 1.3  # not numbers that TF32 holds
+    key[0, 0, 5, 3], key[0, 0, 290, 3] = -torch.inf, 0.0
+    value[0, 1, 7, 2], value[0, 1, 270, 4] = torch.inf, -torch.inf
+    options = DecodeOptions(backend="triton", num_splits=num_splits)
+    out, lse = flex_decode(query, key, value, return_lse=True, options=options)
+    expected, expected_lse = reference_decode(query, key, value, return_lse=True)
+    assert expected[0, 0].isfinite().all() and expected[0, 1].isnan().all()
+    assert expected[0, 2:].isinf().any() and not expected[0, 2:].isnan().any()
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.cpu().double(), expected.cpu(), rtol=close, atol=close, equal_nan=True)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse.cpu(), rtol=close, atol=close, equal_nan=True)
 
 
 @SPLITS

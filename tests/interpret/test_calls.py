@@ -9,6 +9,7 @@ from interpret.decoding import check_decode, decode
 from support import make_inputs
 
 from flexdecode import DecodeOptions, FlexDecodeError, flex_decode, mods
+from flexdecode.reference import reference_decode
 
 B, HQ, HKV, Q, N, D = 2, 4, 2, 2, 37, 16
 SPLITS = pytest.mark.parametrize("num_splits", [1, 3])
@@ -116,6 +117,22 @@ def test_what_lies_past_the_length_is_not_seen(dtype, poison, num_splits):
         key[b, :, length:] = poison
         value[b, :, length:] = poison
     check_decode(query, key, value, mods.softcap(3.0), mods.causal(), num_splits=num_splits, kv_lens=kv_lens)
+
+
+@SPLITS
+@pytest.mark.parametrize("head_dim", [16, 40])  # a key in one load and in two
+def test_infinite_keys_and_values(head_dim, num_splits):
+    """A score of -inf hides its key, +inf has no softmax, and an infinite value reaches its column only."""
+    query, key, value = make_inputs(1, 4, 2, 1, N, head_dim)
+    query[..., 3], query[:, ::2, :, 3] = -1.3, 1.3  # not numbers that TF32 holds
+    key[0, 0, 5, 3], key[0, 0, 9, 3] = -torch.inf, 0.0
+    value[0, 1, 7, 2], value[0, 1, 20, 4] = torch.inf, -torch.inf
+    out, lse = decode(query, key, value, num_splits=num_splits)
+    expected, expected_lse = reference_decode(query, key, value, return_lse=True)
+    assert expected[0, 0].isfinite().all() and expected[0, 1].isnan().all()
+    assert expected[0, 2:].isinf().any() and not expected[0, 2:].isnan().any()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @SPLITS
