@@ -210,6 +210,8 @@ class Scheduler:
         balanced = self._is_balanced(part, sizes, total_bytes)
         alone = latent or block_m > SMALL_ROWS  # then one program fills a multiprocessor
         per_sm = 1 if alone else 2
+        of = self.signature, self.facts, options
+        copied = loads is Loads.DESCRIPTORS and is_copied(*of, self.is_bounded or is_prompt)
         if balanced:
             num_splits = options.num_splits or max(1, min(per_sm * num_sms, busy_items * longest))
         elif options.batch_invariant:
@@ -217,8 +219,6 @@ class Scheduler:
             num_splits = 1 if row_range[0] > 0 else max(1, num_sms // max(num_kv_heads * tiles_of_one, 1))
             num_splits, per_sm = options.num_splits or num_splits, 1
         else:
-            of, special = (self.signature, self.facts, options), self.is_bounded or is_prompt
-            copied = loads is Loads.DESCRIPTORS and is_copied(*of, special)
             fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
             work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied)
@@ -231,7 +231,7 @@ class Scheduler:
         block_b = _at_least(batch, (32, 256, 1024)) if balanced else 0
         is_short = not balanced and max_kv_len < SHORT_SHARE * num_splits
         split, many = num_splits > 1 or balanced, balanced and batch > 256
-        use = Use(block_m, is_prompt, per_sm, is_short, split, balanced, block_b, many)
+        use = Use(block_m, is_prompt, copied, per_sm, is_short, split, balanced, block_b, many)
         tiles = self.tiles.get((loads, use)) or self._find_tiles(loads, use)
         return Schedule(tiles, num_items, num_splits, block_s, row_range)
 

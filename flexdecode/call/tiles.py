@@ -11,7 +11,7 @@ import torch
 from ..memos import hashed_once
 from ..triton_api import has_gluon
 from .columns import FLOAT32_COLUMNS, find_columns, is_narrow, is_paired
-from .copies import copy_pipeline, is_copied
+from .copies import copy_pipeline
 from .device import DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
@@ -107,6 +107,7 @@ class Use(NamedTuple):
     Attributes:
         block_m: query rows of a tile.
         is_prompt: whether many rows of a sequence read the same keys, so that products take longer than loads.
+        copied: whether the copy engine loads the caches, if they have descriptors; see `is_copied`.
         per_sm: programs that are to run on a multiprocessor at once.
         is_short: whether a program attends to few keys.
         split, balanced, block_b, many: as in `Tiles`.
@@ -114,6 +115,7 @@ class Use(NamedTuple):
 
     block_m: int
     is_prompt: bool
+    copied: bool
     per_sm: int
     is_short: bool
     split: bool
@@ -135,8 +137,8 @@ def find_tiles(
         use: what the tiles are for.
         is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
     """
-    block_m, is_prompt, per_sm, is_short, _, balanced, _, _ = use
-    copied = loads is Loads.DESCRIPTORS and is_copied(signature, facts, options, is_bounded or is_prompt)
+    block_m, is_prompt, copied, per_sm, is_short, _, balanced, _, _ = use
+    copied = copied and loads is Loads.DESCRIPTORS
     crowded = per_sm > 1
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
