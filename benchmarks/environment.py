@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "git_commit"]
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
@@ -18,7 +18,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
     described["flexdecode"] = _version("flexdecode")
     described["python"] = platform.python_version()
     described["system"] = f"{platform.system()} {platform.machine()}"
-    described["commit"] = _git_commit()
+    described["commit"] = git_commit(pathlib.Path(__file__).resolve().parents[1])
     return described
 
 
@@ -55,8 +55,9 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _git_commit() -> str:
-    here = ["git", "-C", str(pathlib.Path(__file__).resolve().parents[1])]
+def git_commit(folder: pathlib.Path) -> str:
+    """The commit of a checkout, and whether there are changes; "unknown" without a git repository."""
+    here = ["git", "-C", str(folder)]
     commit = _output([*here, "rev-parse", "--short=12", "HEAD"])
     if not commit:
         return "unknown"

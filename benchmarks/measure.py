@@ -12,7 +12,8 @@ from .columns import COLUMNS, Unsupported
 from .mod_cases import ModCase, make_mod
 from .timing import COLD_BYTES, Replay, settle, time_cpu, time_in_turn
 
-__all__ = ["EmptyCell", "Ready", "Result", "SetUp", "WrongResult", "get_ready", "measure", "set_up"]
+__all__ = ["EmptyCell", "Ready", "Result", "SetUp", "WrongResult"]
+__all__ += ["check_timed", "get_ready", "measure", "reason_of", "set_up"]
 
 MAX_INPUT_BYTES = 16_000_000_000  # of all input sets of one case; windows read little of what is allocated
 LIMIT = "limit"  # the name of the read-only stream among what is timed in turn
@@ -166,7 +167,9 @@ def measure(
             ready[column] = get_ready(column, of, kinds, device)
         except Exception as failure:  # one cell must never end the run: the reason is kept and printed
             for kind in kinds:
-                yield EmptyCell(case.label, case.mod, kind, column, _reason(failure), isinstance(failure, WrongResult))
+                yield EmptyCell(
+                    case.label, case.mod, kind, column, reason_of(failure), isinstance(failure, WrongResult)
+                )
         if device.type == "cuda":
             torch.cuda.empty_cache()
     results = [_time(of, ready, kind, meter) for kind in kinds]
@@ -196,13 +199,22 @@ def _time(of: SetUp, ready: dict[str, Ready], kind: str, meter) -> Result:
     return result
 
 
+def check_timed(of: SetUp, ready: Ready, kind: str) -> None:
+    """Checks what a column computed while it was timed.
+
+    Raises:
+        WrongResult: It is wrong.
+    """
+    output = ready.result(kind)
+    if output is not None:
+        _check(output, of, " in a CUDA graph")
+
+
 def _check_timed(of: SetUp, column: str, ready: Ready, results: list[Result]) -> Iterator[EmptyCell]:
     """Checks what a column computed while it was timed; a wrong one is taken out of the results of all inputs."""
     try:
         for result in results:
-            output = ready.result(result.inputs)
-            if output is not None:
-                _check(output, of, " in a CUDA graph")
+            check_timed(of, ready, result.inputs)
     except WrongResult as error:
         for result in results:  # what is wrong with one kind of input is not to be trusted with the other
             result.times_us.pop(column)
@@ -233,7 +245,7 @@ def _num_sets(case: Case, live_bytes: int, kinds: list[str], device: torch.devic
     return min(-(-COLD_BYTES // live_bytes), affordable)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line that says why a cell is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, Unsupported | WrongResult):

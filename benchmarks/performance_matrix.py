@@ -102,7 +102,7 @@ def has_failed(documents: dict[str, dict]) -> bool:
 
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The flags of a program that measures cases of the matrix."""
+    """The flags that choose cases of the matrix, and how they are measured."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument(
         "--sections",
@@ -124,6 +124,15 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
         "--rows", help='a number ("6"), a range ("6:12") or a regular expression on the full-size label'
     )
     parser.add_argument("--sizes", choices=("full", "small"), help="default: full on a GPU, small on a CPU")
+    parser.add_argument("--window", type=int, default=1024, help="keys that sliding_window sees (default: 1024)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--commit", help="commit to record where there is no git repository")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flexdecode-results"), help="output directory")
+    return parser
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = make_parser("python -m benchmarks.performance_matrix", __doc__.split("\n")[0])
     parser.add_argument(
         "--columns",
         type=_names(COLUMNS),
@@ -140,11 +149,7 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
         default=["float16", "bfloat16"],
         help="dtypes that FlexAttention is run with (default: fp16,bf16; it takes about a minute for a row in fp32)",
     )
-    parser.add_argument("--window", type=int, default=1024, help="keys that sliding_window sees (default: 1024)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--no-picture", action="store_true", help="draw nothing")
-    parser.add_argument("--commit", help="commit to record where there is no git repository")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flexdecode-results"), help="output directory")
     return parser
 
 
@@ -155,8 +160,8 @@ def parse(arguments: list[str] | None, parser: argparse.ArgumentParser | None = 
         arguments: Its words; None for those of this process.
         parser: What `make_parser` made; None for that of this program.
     """
-    parser = parser or make_parser("python -m benchmarks.performance_matrix", __doc__.split("\n")[0])
-    options = parser.parse_args(arguments)
+    parser = parser or _own_parser()
+    options = parser.parse_intermixed_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
