@@ -622,19 +622,25 @@ def as_type(x, NAME: tl.constexpr):
 
 @triton.jit
 def leading_bits(x):
-    """The part of float32 numbers that TF32 holds: their 11 leading bits."""
-    return (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+    """Float32 numbers rounded to what TF32 holds: 11 leading bits.
+
+    What these lack is computed as a difference, which is NaN if `x` is. So it does not matter that a NaN of all bits
+    becomes 0 here.
+    """
+    return ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """`acc` (None: zeros) plus the product of two matrices, float32.
 
-    tf32x3 cuts float32 numbers into their leading bits and the rest, and adds the three larger ones of the four
-    products, which the tensor cores compute in TF32. Triton's own tf32x3 rounds where this cuts off, which takes five
-    instructions per number in place of two. The rest of an infinite number is NaN, and does not count.
+    PRECISION "split" cuts float32 numbers into their leading bits and the rest, and adds the three larger ones of the
+    four products, which the tensor cores compute in TF32. The leading bits are rounded: if they were cut off, all rests
+    would have the sign of their number, and what is left out would have a sign, too. The rest of an infinite number is
+    NaN, and does not count. Triton's own tf32x3 does the same with five instructions per number in place of three, but
+    with one accumulator in place of two.
     """
-    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+    if PRECISION == "split":
         a_leading = leading_bits(a)
         b_leading = leading_bits(b)
         added = tl.dot(a_leading, b_leading, input_precision="tf32")

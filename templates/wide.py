@@ -7,7 +7,7 @@ the multiprocessor. The columns of values are always computed in parts of BLOCK_
 
 import triton
 import triton.language as tl
-from decode import as_type, in_spans, product, row_offsets
+from decode import as_type, in_spans, row_offsets
 
 
 @triton.jit
@@ -29,5 +29,5 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
             exists = exists & in_spans(block.start_n + tl.arange(0, C.BLOCK_N), spans)[:, None]
         k = tl.load(rows + offs_d * keys.stride_d, mask=exists, other=0.0)
         part, k = as_type(part, C.KEY_PRODUCT), as_type(k, C.KEY_PRODUCT)
-        score = product(part, tl.trans(k), score, C.PRECISION)
+        score = tl.dot(part, tl.trans(k), score, input_precision=C.PRECISION)
     return score, score

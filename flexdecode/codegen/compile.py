@@ -12,7 +12,7 @@ import torch
 
 from ..call.device import RESERVED_SHARED, DeviceFacts
 from ..call.signature import UNIT
-from ..call.tiles import Tiles
+from ..call.tiles import Loads, Tiles
 from ..errors import CompileError, SharedMemoryError, TritonVersionError
 from ..frontend.graph import Graph
 from ..frontend.ops import FLOAT8, HALF
@@ -21,7 +21,7 @@ from .arguments import ARGUMENTS, SECOND_ARGUMENTS, TYPE_NAMES, CaptureTypes, Ke
 from .lower import CaptureLayout, number_dtypes
 
 ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
-MOST_SUMS = 2048  # weights of a tile that are summed late: 16 of each thread
+MOST_SUMS = 16  # weights of a thread that are summed late
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 
@@ -49,12 +49,15 @@ def combine_block_dv(spec: KernelSpec) -> int:
     return min(spec.tiles.block_dv, max(32, COMBINE_TILE // spec.block_s))
 
 
-def _precision(dtypes: tuple[torch.dtype, torch.dtype], facts: DeviceFacts) -> str:
+def _precision(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype], facts: DeviceFacts) -> str:
     """How the two products are computed: for float32 as three TF32 products each, if the tensor cores have TF32.
 
-    The interpreter takes the same way, though its products are exact.
+    The interpreter takes the same way, though its products are exact. Where other numbers or many columns fill the
+    registers, Triton's own way needs fewer of them.
     """
-    return "tf32x3" if torch.float32 in dtypes and facts.backend != "hip" else "ieee"
+    if torch.float32 not in dtypes or facts.backend == "hip":
+        return "ieee"
+    return "split" if dtypes == (torch.float32, torch.float32) and tiles.loads is not Loads.WIDE else "tf32x3"
 
 
 def _sums_late(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
@@ -65,7 +68,8 @@ def _sums_late(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
     """
     is_float32 = torch.float32 in dtypes
     most = MOST_SUMS // 2 if is_float32 else MOST_SUMS
-    return tiles.block_m * tiles.block_n <= most and (tiles.per_sm in (1, 2) or is_float32)
+    sums = tiles.block_m * tiles.block_n // (32 * tiles.num_warps)
+    return sums <= most and (tiles.per_sm in (1, 2) or (is_float32 and tiles.descriptors))
 
 
 def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, 
         "NUM_FULL": spec.num_full,
         "KEY_PRODUCT": TYPE_NAMES[with_keys],
         "VALUE_PRODUCT": TYPE_NAMES[with_values],
-        "PRECISION": _precision((with_keys, with_values), facts),
+        "PRECISION": _precision(tiles, (with_keys, with_values), facts),
         "PREFETCH": facts.has_pdl and spec.prefetches,
         "SUMS_LATE": _sums_late(tiles, (with_keys, with_values)),
     }
