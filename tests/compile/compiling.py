@@ -30,8 +30,8 @@ DEVICES = {
     "gfx942": DeviceFacts("hip", "gfx942", num_sms=304, shared_memory=64 * 1024),
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# ptxas of Triton 3.8 spills 80 bytes of a thread more than those of 3.6 and 3.9, which spill 16 of the same kernels. That
-# of 3.6 spills 48 bytes more than that of 3.9 of a kernel for sm_100.
+# ptxas of Triton 3.8 spills 80 bytes of a thread more than those of 3.6 and 3.9, which spill 16 of the same kernels.
+# For sm_100, that of 3.6 spills 48 bytes more than that of 3.9.
 SPILLED_MORE = {(3, 6): 48, (3, 8): 80}.get(triton_version(), 0)
 FULL = os.environ.get("FLEXDECODE_FULL") == "1"  # the whole cross product in place of a covering part of it
 
