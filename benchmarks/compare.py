@@ -179,8 +179,10 @@ def _started(folders: dict[str, pathlib.Path], arguments: list[str]) -> Iterator
                 checkout.process.communicate()
 
 
-def compare(checkouts: list[Checkout], cases: list[Case], options: argparse.Namespace, document: dict) -> None:
-    """Times all cases with all checkouts, into a document.
+def compare(
+    checkouts: list[Checkout], cases: list[Case], options: argparse.Namespace, document: dict, path: pathlib.Path
+) -> None:
+    """Times all cases with all checkouts, into a document that is saved after each case.
 
     Args:
         checkouts: What is timed.
@@ -189,6 +191,7 @@ def compare(checkouts: list[Checkout], cases: list[Case], options: argparse.Name
         document: Gets `results`: for each case and kind of input its `label`, `mod`, `dtype` and `inputs`, the lower
             median of two in microseconds for each checkout (`us`), and why others have none (`failures`). Cases that
             were not begun in `options.minutes` are in `left_out`.
+        path: The JSON file.
     """
     until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     with progress_bar(len(cases) * len(options.inputs)) as step:
@@ -202,7 +205,12 @@ def compare(checkouts: list[Checkout], cases: list[Case], options: argparse.Name
                 us, failures = _time(checkouts, index, kind)
                 found = {"label": case.label, "mod": case.mod, "dtype": case.dtype, "inputs": kind}
                 document["results"].append(found | {"us": us, "failures": failures})
-                step(name, "")
+                _save(document, path)
+                step(name, ", ".join(f"{checkout} {time:.2f} us" for checkout, time in us.items()))
+
+
+def _save(document: dict, path: pathlib.Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _time(checkouts: list[Checkout], index: int, kind: str) -> tuple[dict[str, float], dict[str, str]]:
@@ -283,12 +291,11 @@ def main(arguments: list[str] | None = None) -> int:
         "results": [],
         "left_out": [],
     }
-    try:
-        with _started(folders, arguments) as checkouts:
-            compare(checkouts, cases, options, document)
-    finally:  # an interrupted run keeps what it has
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "compare.json").write_text(json.dumps(document, indent=1) + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "compare.json"
+    with _started(folders, arguments) as checkouts:
+        compare(checkouts, cases, options, document, path)
+    _save(document, path)  # with what was left out
     print(f"\n{table(document)}\n\n{summary(document)}\n{environment['hardware']}")
     return int(any(found["failures"] for found in document["results"]))
 

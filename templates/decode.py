@@ -634,13 +634,13 @@ def leading_bits(x):
 def product(a, b, acc, PRECISION: tl.constexpr):
     """`acc` (None: zeros) plus the product of two matrices, float32.
 
-    PRECISION "split" cuts float32 numbers into their leading bits and the rest, and adds the three larger ones of the
-    four products, which the tensor cores compute in TF32. The leading bits are rounded: if they were cut off, all rests
-    would have the sign of their number, and what is left out would have a sign, too. The rest of an infinite number is
-    NaN, and does not count. Triton's own tf32x3 does the same with five instructions per number in place of three, but
-    with one accumulator in place of two.
+    PRECISION "tf32_parts" cuts float32 numbers into their leading bits and the rest, and adds the three larger ones of
+    the four products, which the tensor cores compute in TF32. The leading bits are rounded: if they were cut off, all
+    rests would have the sign of their number, and what is left out would have a sign, too. The rest of an infinite
+    number is NaN, and does not count. Triton's own tf32x3 does the same with five instructions per number in place of
+    three, but with one accumulator in place of two.
     """
-    if PRECISION == "split":
+    if PRECISION == "tf32_parts":
         a_leading = leading_bits(a)
         b_leading = leading_bits(b)
         added = tl.dot(a_leading, b_leading, input_precision="tf32")

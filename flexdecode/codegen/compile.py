@@ -57,7 +57,7 @@ def _precision(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype], facts: Dev
     """
     if torch.float32 not in dtypes or facts.backend == "hip":
         return "ieee"
-    return "split" if dtypes == (torch.float32, torch.float32) and tiles.loads is not Loads.WIDE else "tf32x3"
+    return "tf32_parts" if dtypes == (torch.float32, torch.float32) and tiles.loads is not Loads.WIDE else "tf32x3"
 
 
 def _sums_late(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:

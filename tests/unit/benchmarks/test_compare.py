@@ -10,25 +10,25 @@ from benchmarks import compare
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 SMALL = ["--sizes", "small", "--device", "cpu"]
 ONE_CASE = ["--sections", "shapes", "--rows", "33 x 1999", *SMALL]
+RIGHT = """
+import torch
+calls = []
+def flex_decode(query, key, value, *others):
+    calls.append(0)
+    check(query)
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+"""
 BROKEN = {
     "refuses": ("def flex_decode(query, *others): raise ValueError('no such luck')", "ValueError: no such luck"),
     "is wrong": ("def flex_decode(query, *others): return query * 0", "wrong result: relative error"),
-    "fails later": (
-        "calls = []\ndef flex_decode(query, key, value, *others):\n"
-        " calls.append(0)\n if len(calls) > 1: raise ValueError('too often')\n"
-        " import torch; G = query.shape[1] // key.shape[1]; k, v = (x.repeat_interleave(G, 1) for x in (key, value))\n"
-        " return torch.nn.functional.scaled_dot_product_attention(query, k, v)",
-        "ValueError: too often",
-    ),
+    "fails later": (f"{RIGHT}\ndef check(query): assert len(calls) == 1, 'too often'", "AssertionError: too often"),
 }
 
 
 def run(tmp_path, *arguments):
-    try:
-        status = compare.main([*arguments, "--commit", "4711", "--out", str(tmp_path / "out")])
-    finally:
-        document = json.loads((tmp_path / "out" / "compare.json").read_text())
-    return status, document
+    status = compare.main([*arguments, "--commit", "4711", "--out", str(tmp_path / "out")])
+    return status, json.loads((tmp_path / "out" / "compare.json").read_text())
 
 
 def broken(tmp_path, text):
@@ -80,6 +80,16 @@ def test_a_broken_checkout(what, tmp_path, capsys):
 def test_a_checkout_that_ends(text, tmp_path):
     with pytest.raises(SystemExit, match="the process of broken has ended with status"):
         run(tmp_path, broken(tmp_path, text), f"good={ROOT}", *ONE_CASE)
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+    """A checkout ends at the second case, the first one of a single sequence."""
+    text = f"{RIGHT}\nimport os\nmods = None\ndef check(query):\n    if len(query) == 1: os._exit(3)"
+    cases = ["--sections", "shapes", "--rows", "33 x 1999|^1 x 131072", *SMALL]
+    with pytest.raises(SystemExit, match="the process of broken has ended with status 3"):
+        run(tmp_path, f"good={ROOT}", broken(tmp_path, text), *cases)
+    document = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [found["label"] for found in document["results"]] == ["33 x 1999, 32/8, D=64, scaled down"]
 
 
 HERE, NOW = f"before={ROOT}", f"now={ROOT}"
