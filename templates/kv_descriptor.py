@@ -36,8 +36,9 @@ def load_kv(
     The copy engine reads whole blocks. The last block of a sequence may have few live rows, so the rows of a block that
     is CHECKED are loaded through pointers, and dead ones are not read.
 
-    A tile may have more than WIDTH columns. These would be those of the next row or of another head, which may be dead,
-    or they would lie past the end of the cache. Such columns of values become no part of a result. Those of keys do.
+    A tile may have more than WIDTH columns. Past the last column of its matrix the copy engine gives zeros. Columns of
+    the next row or of another head, which may be dead, become no part of a result if they are of values. Those of keys
+    do.
     """
     offs_d = tl.arange(0, COLUMNS)
     if CHECKED:

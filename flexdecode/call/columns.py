@@ -28,7 +28,7 @@ class Columns(NamedTuple):
     Attributes:
         block_d, block_r, block_dv, shared: as in `Tiles`.
         kv_bytes: bytes of one key and its value in memory.
-        tile_bytes: the same, where numbers are converted for the products.
+        tile_bytes: the same in a tile, where numbers are converted for the products and columns padded.
         wide: whether columns are computed in parts.
     """
 
@@ -54,9 +54,9 @@ def find_columns(signature: Signature, facts: DeviceFacts) -> Columns:
     columns = block_d + block_r, 0 if shared else block_dv
     stored = signature.key_dtype, signature.value_dtype
     tiled = [x if x in QUANTISED else y for x, y in zip(stored, signature.product_dtypes, strict=True)]
-    kv_bytes, tile_bytes = (
-        sum(n * dtype.itemsize for n, dtype in zip(columns, of, strict=True)) for of in (stored, tiled)
-    )
+    widths = signature.head_dim, 0 if shared else signature.v_head_dim
+    kv_bytes = sum(n * dtype.itemsize for n, dtype in zip(widths, stored, strict=True))
+    tile_bytes = sum(n * dtype.itemsize for n, dtype in zip(columns, tiled, strict=True))
     is_float32 = torch.float32 in signature.product_dtypes
     wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
     if is_float32:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .columns import find_columns, is_narrow, is_paired
@@ -9,14 +11,39 @@ from .device import RESERVED_SHARED, DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
 
-# What the copy engine loads in a step, and what is on its way while a step is computed, by programs per multiprocessor.
-STEP_BYTES = {1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}
+# What is on its way while a step is computed, by programs per multiprocessor.
 BYTES_AHEAD = {1: 128 << 10, 2: 64 << 10, 3: 64 << 10, 4: 32 << 10}
 MOST_STAGES = 5  # of those that were measured
 
 
+class Steps(NamedTuple):
+    """What a step of a program takes.
+
+    Attributes:
+        bytes_by: what the copy engine loads in a step, by programs per multiprocessor; it has all numbers of them that
+            the registers allow.
+        fewest_keys: of a step.
+        query_parts: in how many parts the query lies in shared memory. Its weights take two bytes each for each part.
+    """
+
+    bytes_by: dict[int, int]
+    fewest_keys: int
+    query_parts: int
+
+
+HALF_STEPS = Steps({1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}, 1, 1)
+# A step of float32 numbers takes long, so shorter ones end sooner. Each of four warps has the eight keys that a product
+# takes.
+FLOAT32_STEPS = Steps({1: 64 << 10, 2: 32 << 10, 3: 32 << 10}, 32, 2)
+
+
+def steps_of(signature: Signature) -> Steps:
+    """What the steps of a call take that `is_copied` is true of."""
+    return FLOAT32_STEPS if torch.float32 in signature.product_dtypes else HALF_STEPS
+
+
 def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, is_special: bool) -> bool:
-    """Whether keys and values that have descriptors are many 16-bit numbers, beside which products take little time.
+    """Whether keys and values that have descriptors are many numbers that are multiplied as they are.
 
     Args:
         signature: of the call.
@@ -30,31 +57,31 @@ def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, 
         and not columns.wide
         and not is_narrow(signature)
         and not is_paired(signature, facts, options)
-        and torch.float32 not in signature.product_dtypes
+        and len({dtype == torch.float32 for dtype in signature.product_dtypes}) == 1
         and 256 <= columns.tile_bytes <= 2048
     )
 
 
 def most_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, block_m: int) -> int:
     """How many programs of kernels that `is_copied` is true of can run on a multiprocessor at once."""
-    tile_bytes = find_columns(signature, facts).tile_bytes
+    tile_bytes, steps = find_columns(signature, facts).tile_bytes, steps_of(signature)
     fitting = [
         per_sm
-        for per_sm in STEP_BYTES
-        if _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes), 2, tile_bytes)
+        for per_sm in steps.bytes_by
+        if _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes, steps), 2, tile_bytes, steps)
         <= _share(per_sm, facts)
     ]
     return max(fitting, default=1)
 
 
-def _copied_keys(per_sm: int, kv_bytes: int) -> int:
+def _copied_keys(per_sm: int, kv_bytes: int, steps: Steps) -> int:
     """The keys of a step, a power of two."""
-    return 1 << ((STEP_BYTES[per_sm] // kv_bytes).bit_length() - 1)
+    return max(steps.fewest_keys, 1 << ((steps.bytes_by[per_sm] // kv_bytes).bit_length() - 1))
 
 
-def _copies_bytes(block_m: int, block_n: int, stages: int, kv_bytes: int) -> int:
+def _copies_bytes(block_m: int, block_n: int, stages: int, kv_bytes: int, steps: Steps) -> int:
     """The shared memory of a program, as seen in compiled kernels: keys and values, the query and its weights."""
-    return block_n * kv_bytes * (stages - 1) + block_m * (kv_bytes // 2 + 2 * block_n)
+    return block_n * kv_bytes * (stages - 1) + block_m * steps.query_parts * (kv_bytes // 2 + 2 * block_n)
 
 
 def _share(per_sm: int, facts: DeviceFacts) -> int:
@@ -63,7 +90,7 @@ def _share(per_sm: int, facts: DeviceFacts) -> int:
 
 
 def copy_pipeline(
-    block_m: int, per_sm: int, kv_bytes: int, block_n: int | None, most_keys: int, facts: DeviceFacts
+    block_m: int, per_sm: int, kv_bytes: int, steps: Steps, block_n: int | None, most_keys: int, facts: DeviceFacts
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth for caches that the copy engine loads. The programs share the shared memory.
 
@@ -71,13 +98,14 @@ def copy_pipeline(
         block_m: rows of a tile.
         per_sm: programs that are to run on a multiprocessor at once.
         kv_bytes: bytes of one key and its value.
+        steps: of the kernel.
         block_n: keys per step, if the caller chose them.
         most_keys: a limit for them otherwise, a power of two.
         facts: of the device.
     """
     if block_n is None:
-        block_n = min(_copied_keys(per_sm, kv_bytes), most_keys)
+        block_n = min(_copied_keys(per_sm, kv_bytes, steps), most_keys)
     stages = min(max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes)), MOST_STAGES)
-    while stages > 2 and _copies_bytes(block_m, block_n, stages, kv_bytes) > _share(per_sm, facts):
+    while stages > 2 and _copies_bytes(block_m, block_n, stages, kv_bytes, steps) > _share(per_sm, facts):
         stages -= 1
     return block_n, stages

@@ -51,14 +51,21 @@ def as_matrix(tensor: torch.Tensor, strides: tuple[int, ...]) -> Matrix | None:
 def as_matrices(
     key: torch.Tensor, value: torch.Tensor, key_strides: tuple[int, ...], value_strides: tuple[int, ...]
 ) -> tuple[Matrix, Matrix] | None:
-    """Both caches as matrices, or None if one has no such form; the strides as in `as_matrix`."""
-    shape, other_shape = key.shape, value.shape
-    if shape[3] & (shape[3] - 1) or other_shape[3] & (other_shape[3] - 1):  # one box holds a row
-        return None
+    """Both caches as matrices that a box of one head can be read from; else None. The strides are as in `as_matrix`.
+
+    The number of columns of a box is a power of two. Past the last column of a matrix the copy engine gives zeros. So
+    where a head has fewer columns than its box, it must be alone in its rows: a key has no columns of another head.
+    """
     one = as_matrix(key, key_strides)
-    alike = key_strides == value_strides and shape == other_shape and key.dtype == value.dtype
+    alike = key_strides == value_strides and key.shape == value.shape and key.dtype == value.dtype
     other = one if alike and value.data_ptr() % 16 == 0 else as_matrix(value, value_strides)
-    return None if one is None or other is None else (one, other)
+    if one is None or other is None:
+        return None
+    fits = all(
+        width & (width - 1) == 0 or matrix.columns == width
+        for width, matrix in ((key.shape[3], one), (value.shape[3], other))
+    )
+    return (one, other) if fits else None
 
 
 class _Address:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from ..analysis.proven import ProvenMods
 from .columns import find_columns, is_paired, next_power_of_2
 from .copies import is_copied, most_copied
@@ -11,13 +13,13 @@ from .descriptor import Matrix, as_matrices, as_matrix
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
 from .signature import Signature, all_strides, in_pairs
-from .splits import Work, divide
+from .splits import FLOAT32_SPEEDS, HALF_SPEEDS, Work, divide
 from .tiles import LARGE_ROWS, SMALL_ROWS, Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
-SHORT_SHARE = 1024  # keys of a program
+SHORT_SHARE, LONG_SHARE = 1024, 4096  # keys of a program
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 FEW_ROWS = 128  # where no sequence of packed queries can have more rows, one launch computes all of them
@@ -106,20 +108,23 @@ class Scheduler:
         self.signature, self.facts, self.options = signature, facts, options
         self.is_bounded = proven.bounds.is_bounded
         self.packed, self.group, self.format = signature.packed, signature.group_size, signature.format
-        self.kv_bytes = find_columns(signature, facts).kv_bytes
+        columns = find_columns(signature, facts)
+        self.kv_bytes = columns.kv_bytes
         self.large_rows = most_rows(signature, facts, self.is_bounded)
         self.paired = is_paired(signature, facts, options)
         # A score_mod that reads captured tensors for every key waits for them. A second program on each multiprocessor
         # works meanwhile.
         self.waits = proven.fetches and not self.is_bounded
+        self.speeds = FLOAT32_SPEEDS if torch.float32 in signature.product_dtypes else HALF_SPEEDS
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))
         # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids
         # this. With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
         described = facts.has_descriptors and self.format.has_matrices
         described = described and not (options.batch_invariant or proven.block_lists)
         self.has_latents = described and has_latent_kernel(signature, facts, options)
-        # In blocks where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain.
-        self.has_matrices = described and proven.num_full > 0
+        # In blocks where the mask is evaluated, zeroing the dead rows of V costs more than descriptors gain. One box
+        # holds the columns of a key.
+        self.has_matrices = described and proven.num_full > 0 and columns.block_r == 0
         self.tiles: dict[tuple[Loads, Use], Tiles] = {}
 
     def choose(self, inputs: Inputs, sizes: Sizes, allow_latents: bool = True) -> list[PlannedLaunch]:
@@ -221,7 +226,7 @@ class Scheduler:
         else:
             fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
-            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied)
+            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied, self.speeds)
             num_splits, per_sm = divide(work, fit, options.num_splits)
             if num_splits > 1 and not options.num_splits:
                 most = most_splits(num_items, block_m, self.signature.v_head_dim)
@@ -230,8 +235,10 @@ class Scheduler:
         block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
         block_b = _at_least(batch, (32, 256, 1024)) if balanced else 0
         is_short = not balanced and max_kv_len < SHORT_SHARE * num_splits
+        is_long = not balanced and max_kv_len > LONG_SHARE * num_splits
         split, many = num_splits > 1 or balanced, balanced and batch > 256
-        use = Use(block_m, is_prompt, copied, per_sm, is_short, split, balanced, block_b, many)
+        one_wave = balanced or num_items * num_splits <= per_sm * num_sms
+        use = Use(block_m, is_prompt, copied, per_sm, is_short, is_long, split, balanced, block_b, many, one_wave)
         tiles = self.tiles.get((loads, use)) or self._find_tiles(loads, use)
         return Schedule(tiles, num_items, num_splits, block_s, row_range)
 

@@ -12,16 +12,47 @@ from .device import BYTES_PER_US
 
 MAX_SPLITS = 1024
 MAX_WAVES = 4
-# By programs per multiprocessor: the share of the bandwidth that a full wave reaches; microseconds to start and to end
-# the programs of a wave; and what a last wave that is not full costs, over its bytes. Others end later than it begins,
-# and leave it the bandwidth.
-REACHED = {1: 0.985, 2: 0.985, 3: 0.97, 4: 0.92}
-WAVE_US = {1: 1.3, 2: 1.9, 3: 2.5, 4: 1.8}
-UNFILLED = {1: 0.55, 2: 0.2, 3: 0.2, 4: 0.2}
-# What a multiprocessor can read, over an equal share of the bandwidth: with one program, with more.
-ALONE, TOGETHER = 1.15, 1.05
-COMBINE_US = 1.0
 LAST = 0.2  # where lengths differ, so much of the time of a longest item is spent in waiting for it, with others gone
+
+
+class Speeds(NamedTuple):
+    """What the model knows about kernels, most of it by programs per multiprocessor.
+
+    Attributes:
+        reached: the share of the bandwidth that a full wave reaches.
+        wave_us: microseconds to start and to end the programs of a wave.
+        unfilled: what a last wave that is not full costs, over its bytes. Other programs end later than it begins, and
+            leave it the bandwidth.
+        alone, together: what a multiprocessor can read with one program and with more, over an equal share of the
+            bandwidth.
+        combine_us: what merging costs.
+    """
+
+    reached: dict[int, float]
+    wave_us: dict[int, float]
+    unfilled: dict[int, float]
+    alone: float
+    together: float
+    combine_us: float
+
+
+HALF_SPEEDS = Speeds(
+    reached={1: 0.985, 2: 0.985, 3: 0.97, 4: 0.92},
+    wave_us={1: 1.3, 2: 1.9, 3: 2.5, 4: 1.8},
+    unfilled={1: 0.55, 2: 0.2, 3: 0.2, 4: 0.2},
+    alone=1.15,
+    together=1.05,
+    combine_us=1.0,
+)
+# A product of float32 numbers is three products, so a program alone is slower than the memory.
+FLOAT32_SPEEDS = Speeds(
+    reached={1: 0.805, 2: 0.913, 3: 0.905},
+    wave_us={1: 4.3, 2: 5.0, 3: 7.4},
+    unfilled={1: 0.88, 2: 0.66, 3: 0.3},
+    alone=0.86,
+    together=1.0,
+    combine_us=1.9,
+)
 
 
 class Work(NamedTuple):
@@ -35,6 +66,7 @@ class Work(NamedTuple):
         waits: whether programs wait for memory in every step, so that a multiprocessor needs two of them.
         lengths_differ: whether sequences may be shorter than the longest one.
         long_waves: whether several waves of fewer programs than a multiprocessor can have are worth trying.
+        speeds: of the kernel.
     """
 
     num_items: int
@@ -44,6 +76,7 @@ class Work(NamedTuple):
     waits: bool = False
     lengths_differ: bool = False
     long_waves: bool = False
+    speeds: Speeds = HALF_SPEEDS
 
 
 class Division(NamedTuple):
@@ -65,20 +98,21 @@ def microseconds(work: Work, division: Division) -> float:
     one ends.
     """
     splits, per_sm = division
+    speeds = work.speeds
     programs, places = work.num_items * splits, per_sm * work.num_sms
     waves = -(-programs // places)
     time = work.total_bytes / BYTES_PER_US
     if waves > 1:
-        time *= (1 + UNFILLED[per_sm] * (waves * places / programs - 1)) / REACHED[per_sm]
+        time *= (1 + speeds.unfilled[per_sm] * (waves * places / programs - 1)) / speeds.reached[per_sm]
         if work.lengths_differ:  # programs on one multiprocessor share what it can read
             time += LAST * per_sm * work.num_sms * work.total_bytes / programs / BYTES_PER_US
     elif work.waits:
-        time /= REACHED[per_sm] * programs / max(places, 2 * work.num_sms)
+        time /= speeds.reached[per_sm] * programs / max(places, 2 * work.num_sms)
     else:
         most = -(-programs // work.num_sms)  # on one multiprocessor
         evenly = programs / (most * work.num_sms)
-        time /= min(REACHED[per_sm], (ALONE if per_sm == 1 else TOGETHER) * evenly)
-    return time + WAVE_US[per_sm] * waves + (COMBINE_US if splits > 1 else 0.0)
+        time /= min(speeds.reached[per_sm], (speeds.alone if per_sm == 1 else speeds.together) * evenly)
+    return time + speeds.wave_us[per_sm] * waves + (speeds.combine_us if splits > 1 else 0.0)
 
 
 def divide(work: Work, fit: int, num_splits: int | None = None) -> Division:

@@ -11,7 +11,7 @@ import torch
 from ..memos import hashed_once
 from ..triton_api import has_gluon
 from .columns import FLOAT32_COLUMNS, find_columns, is_narrow, is_paired
-from .copies import copy_pipeline
+from .copies import copy_pipeline, steps_of
 from .device import DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
@@ -43,7 +43,7 @@ class Tiles:
     its value. `paired`: the columns of a quantised cache are loaded two by two. `balanced`: all work is divided into
     equal runs. This needs the number of blocks of every sequence. The kernel counts them for all sequences at once, or,
     if `many`, for `block_b` sequences per step. `per_sm` programs run on a multiprocessor at once, or as many as fit if
-    it is 0.
+    it is 0. The kernels for wide heads and for latents have no such limit.
     """
 
     block_m: int
@@ -109,8 +109,9 @@ class Use(NamedTuple):
         is_prompt: whether many rows of a sequence read the same keys, so that products take longer than loads.
         copied: whether the copy engine loads the caches, if they have descriptors; see `is_copied`.
         per_sm: programs that are to run on a multiprocessor at once.
-        is_short: whether a program attends to few keys.
+        is_short, is_long: whether a program attends to few keys, or to many.
         split, balanced, block_b, many: as in `Tiles`.
+        one_wave: whether all programs of a launch run at once.
     """
 
     block_m: int
@@ -118,10 +119,12 @@ class Use(NamedTuple):
     copied: bool
     per_sm: int
     is_short: bool
+    is_long: bool
     split: bool
     balanced: bool
     block_b: int
     many: bool
+    one_wave: bool
 
 
 def find_tiles(
@@ -137,15 +140,16 @@ def find_tiles(
         use: what the tiles are for.
         is_bounded: whether few keys of a long cache may be live. Smaller blocks divide few keys better.
     """
-    block_m, is_prompt, copied, per_sm, is_short, _, balanced, _, _ = use
-    copied = copied and loads is Loads.DESCRIPTORS
-    crowded = per_sm > 1
+    block_m, is_prompt, per_sm = use.block_m, use.is_prompt, use.per_sm
+    copied = use.copied and loads is Loads.DESCRIPTORS
+    paired = is_paired(signature, facts, options)
+    # Measured on an H200: with many keys of a quantised cache, long steps are faster than little shared memory.
+    crowded = per_sm > 1 and not (paired and use.is_long and loads is Loads.DESCRIPTORS)
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
-    # Measured on an H200: a crowded float32 kernel gains more from little shared memory.
-    loads = Loads.POINTERS if is_float32 and crowded else loads
-    paired = is_paired(signature, facts, options)
+    # Measured on an H200: another crowded float32 kernel gains more from little shared memory.
+    loads = Loads.POINTERS if is_float32 and crowded and not copied else loads
     num_warps = 8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4
     if wide:
         # Triton pipelines the loop over the columns of a key. Without this loop it would keep whole values.
@@ -157,13 +161,15 @@ def find_tiles(
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     elif copied:
         # More scores would spill registers. Few keys are better divided into more steps.
-        most = 256 if block_m <= 16 and not is_short else 128
-        if signature.page_size >= 128:  # a copy does not cross pages; smaller pages are loaded through pointers
+        steps, most = steps_of(signature), 256 if block_m <= 16 and not use.is_short else 128
+        if is_float32 and block_m > 16:
+            most = min(64, steps.bytes_by[2] // tile_bytes)
+        if signature.page_size >= 64:  # a copy does not cross pages; smaller pages are loaded through pointers
             most = min(most, signature.page_size)
-        block_n, num_stages = copy_pipeline(block_m, per_sm, tile_bytes, options.block_n, most, facts)
+        block_n, num_stages = copy_pipeline(block_m, per_sm, tile_bytes, steps, options.block_n, most, facts)
     else:
         block_n, num_stages = _pipeline(
-            block_m, tile_bytes, is_float32, crowded, balanced, loads is not Loads.POINTERS, paired, facts
+            block_m, tile_bytes, is_float32, crowded, use.balanced, loads is not Loads.POINTERS, paired, facts
         )
         block_n = min(block_n, 64) if is_bounded else block_n
         # More keys would spill registers.
@@ -188,10 +194,10 @@ def find_tiles(
         loads=loads,
         shared=shared,
         paired=paired,
-        balanced=balanced,
+        balanced=use.balanced,
         block_b=use.block_b,
         many=use.many,
-        per_sm=per_sm if copied else 0,
+        per_sm=per_sm if copied or (use.one_wave and not (wide or latent)) else 0,
     )
 
 

@@ -69,7 +69,8 @@ def _sums_late(tiles: Tiles, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
     is_float32 = torch.float32 in dtypes
     most = MOST_SUMS // 2 if is_float32 else MOST_SUMS
     sums = tiles.block_m * tiles.block_n // (32 * tiles.num_warps)
-    return sums <= most and (tiles.per_sm in (1, 2) or (is_float32 and tiles.descriptors))
+    described = tiles.loads is Loads.DESCRIPTORS and not tiles.paired
+    return described and sums <= most and (tiles.per_sm in (1, 2) or is_float32)
 
 
 def constants(spec: KernelSpec, facts: DeviceFacts, combine: bool) -> dict[str, Any]:

@@ -115,10 +115,11 @@ def test_float8_e4m3_where_there_is_none(device):
 
 
 def test_pages_that_hold_whole_blocks_are_copied_by_descriptors():
-    found = call("sm_90", page_size=128, B=1)
-    assert found.spec.tiles.descriptors
-    assert "cp.async.bulk.tensor.2d" in assembly(found.split)
-    assert not call("sm_90", page_size=64, B=1).spec.tiles.descriptors
+    for page_size in (64, 128):
+        found = call("sm_90", page_size=page_size, B=1)
+        assert found.spec.tiles.descriptors
+        assert "cp.async.bulk.tensor.2d" in assembly(found.split)
+    assert not call("sm_90", page_size=32, B=1).spec.tiles.descriptors
 
 
 @pytest.mark.parametrize("block_n", [16, 256])

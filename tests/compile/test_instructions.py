@@ -36,7 +36,7 @@ def test_programmatic_dependent_launch_where_the_device_has_it(device):
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_no_memory_is_touched_before_the_wait(descriptors):
     """An earlier kernel may still be writing what this one reads, or reading what it writes."""
-    layout = meta_inputs(*SPLIT_SHAPE) if descriptors else meta_inputs(*SPLIT_SHAPE[:5], 96)
+    layout = meta_inputs(*SPLIT_SHAPE) if descriptors else meta_inputs(*SPLIT_SHAPE[:5], 96, layout="bnhd")
     slopes = torch.empty(16, device="meta")
     call = compile_call("sm_90", layout, mods.alibi(slopes), kv_lens=meta_lengths(1), q_offset=meta_lengths(1))
     assert call.spec.tiles.descriptors == descriptors

@@ -15,7 +15,7 @@ from flexdecode.call.signature import kernel_strides
 from flexdecode.codegen import kernels
 
 B, HQ, HKV, Q, N, D = 3, 4, 2, 2, 37, 16
-DTYPE = torch.float16  # the schedule may prefer pointers for float32
+DTYPE = torch.float16
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,28 @@ def test_caches(cache, kv_lens, launches):
     assert len(launches) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("columns", "v_columns"), [(24, 40), (80, 16), (32, 24)])
+def test_heads_with_fewer_columns_than_a_box(columns, v_columns, dtype, launches):
+    """They are alone in their rows, and past the last column of a matrix the copy engine gives zeros."""
+    query, key, value = make_inputs(B, HQ, HKV, Q, 150, columns, v_columns, dtype=dtype)
+    kv_lens = torch.tensor([150, 0, 130])
+    for b, length in enumerate(kv_lens):
+        key[b, :, length:] = torch.nan
+        value[b, :, length:] = torch.nan
+    check_decode(query, key, value, position_score, num_splits=2, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 17), (8, 32), (16, 40)])
+def test_columns_of_a_larger_cache(first, last, launches):
+    """The other columns are in no matrix, so it does not matter what they hold."""
+    query, key, value = make_inputs(B, HQ, HKV, Q, N, last - first, dtype=DTYPE)
+    key, value = (x.new_full((*x.shape[:3], 64), torch.nan)[..., first:last].copy_(x) for x in (key, value))
+    check_decode(query, key, value, position_score, num_splits=2)
+    assert len(launches) == 1
+
+
 def test_key_and_value_interleaved_in_one_tensor(launches):
     query, key, value = make_inputs(B, HQ, HKV, Q, N, D, dtype=DTYPE)
     cache = torch.stack([key, value], dim=2)
@@ -124,7 +146,7 @@ def test_nan_in_the_same_row_of_another_head_is_not_seen(launches):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory by mprotect")
-@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (24, 32)])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (24, 32), (4, 24)])
 def test_nothing_past_the_last_column_of_a_cache_is_read(rows, columns, launches):
     """The tile of values has more columns than a row, and past the last row lies memory that kills the process."""
     query, key, value = (fenced(x, "cpu") for x in make_inputs(1, rows, 1, 1, N, columns, dtype=DTYPE))
@@ -133,7 +155,11 @@ def test_nothing_past_the_last_column_of_a_cache_is_read(rows, columns, launches
 
 
 UNFIT = {
-    "odd head dim": lambda key, value: (key[..., :17], value),
+    "odd head dim": lambda key, value: (key[..., :17].contiguous(), value),
+    "fewer columns than a box, beside other heads": lambda key, value: (
+        key[..., :24].transpose(1, 2).contiguous().transpose(1, 2),
+        value,
+    ),
     "odd address": lambda key, value: (key.flatten()[1:].as_strided(key.shape, key.stride()), value),
     "odd pitch": lambda key, value: (key, value.new_empty(*value.shape[:3], 33)[..., :32].copy_(value)),
     "strided columns": lambda key, value: (key, value.mT.contiguous().mT),

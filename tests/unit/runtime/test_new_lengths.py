@@ -432,10 +432,11 @@ FIT = st.sampled_from([1, 2, 3, 4])
 @settings(max_examples=500)
 @given(
     st.integers(0, 3000), st.integers(0, 2000), st.integers(0, 10**10), st.sampled_from([1, 4, 7, 108, 132, 148, 304]),
-    FIT, st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    FIT, st.tuples(st.booleans(), st.booleans(), st.booleans()), st.booleans(),
 )  # fmt: skip
-def test_the_best_division_is_found_without_trying_all(items, blocks, total_bytes, num_sms, fit, kind):
-    work = splits.Work(items, blocks, total_bytes, num_sms, *kind)
+def test_the_best_division_is_found_without_trying_all(items, blocks, total_bytes, num_sms, fit, kind, is_float32):
+    speeds, fit = (splits.FLOAT32_SPEEDS, min(fit, 3)) if is_float32 else (splits.HALF_SPEEDS, fit)
+    work = splits.Work(items, blocks, total_bytes, num_sms, *kind, speeds)
     found = splits.divide(work, fit)
     assert 1 <= found.num_splits <= max(1, min(blocks, splits.MAX_SPLITS))
     assert 1 <= found.per_sm <= fit
@@ -483,3 +484,21 @@ def test_long_sequences_of_different_lengths_have_a_multiprocessor_for_themselve
 def test_the_fastest_measured_division_is_chosen(items, keys, size, fastest):
     work = splits.Work(items, -(-keys // 64), items * keys * size, 132, long_waves=True)
     assert splits.divide(work, 4) == fastest
+
+
+# The same for float32.
+MEASURED_FLOAT32 = [
+    (128, 512, 1024, (1, 1)),  # 128 programs 21.5 us, 256 programs 23.3
+    (256, 256, 1024, (1, 2)),  # two programs on each multiprocessor 21.4 us, one 26.5
+    (32, 4096, 1024, (8, 2)),  # 128 programs 39.0 us, 256 programs 37.6, 384 programs 40.1
+    (40, 12345, 1024, (6, 2)),  # 120 programs 142.2 us, 240 programs 125.4
+    (384, 2048, 512, (1, 3)),  # one program on each multiprocessor 120.4 us, two 125.8, three 104.4
+    (64, 8192, 512, (4, 2)),  # 128 programs 79.7 us, 256 programs 68.0, 384 programs 73.4
+    (80, 5000, 512, (3, 2)),  # 80 programs 97.9 us, 240 programs 57.4
+]
+
+
+@pytest.mark.parametrize(("items", "keys", "size", "fastest"), MEASURED_FLOAT32)
+def test_the_fastest_measured_division_of_float32_is_chosen(items, keys, size, fastest):
+    work = splits.Work(items, -(-keys // 64), items * keys * size, 132, long_waves=True, speeds=splits.FLOAT32_SPEEDS)
+    assert splits.divide(work, 3) == fastest
