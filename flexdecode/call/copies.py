@@ -14,14 +14,15 @@ from .signature import Signature
 # What is on its way while a step is computed, by programs per multiprocessor.
 BYTES_AHEAD = {1: 128 << 10, 2: 64 << 10, 3: 64 << 10, 4: 32 << 10}
 MOST_STAGES = 5  # of those that were measured
+LEAST_PAGE = 64  # tokens: a copy does not cross pages, and shorter steps take longer than loads through pointers
 
 
 class Steps(NamedTuple):
     """What a step of a program takes.
 
     Attributes:
-        bytes_by: what the copy engine loads in a step, by programs per multiprocessor; it has all numbers of them that
-            the registers allow.
+        bytes_by: what the copy engine loads in a step, by the number of programs on a multiprocessor. There are never
+            more than that.
         fewest_keys: of a step.
         query_parts: in how many parts the query lies in shared memory. Its weights take two bytes each for each part.
     """
@@ -52,36 +53,46 @@ def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, 
         is_special: whether few keys are live, or many rows read the same keys.
     """
     columns = find_columns(signature, facts)
+    with_keys, with_values = (dtype == torch.float32 for dtype in signature.product_dtypes)
     return (
         not is_special
         and not columns.wide
         and not is_narrow(signature)
         and not is_paired(signature, facts, options)
-        and len({dtype == torch.float32 for dtype in signature.product_dtypes}) == 1
+        and with_keys == with_values
         and 256 <= columns.tile_bytes <= 2048
+        and signature.page_size % (options.block_n or LEAST_PAGE) == 0
     )
+
+
+def copied_bytes(signature: Signature, facts: DeviceFacts, block_m: int) -> int:
+    """The bytes of a key and its value in a tile with so many rows, which has at least twice as many columns."""
+    columns = find_columns(signature, facts)
+    more = max(0, 2 * block_m - columns.block_dv) if block_m < 64 else 0
+    return columns.tile_bytes + more * signature.product_dtypes[0 if columns.shared else 1].itemsize
 
 
 def most_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, block_m: int) -> int:
     """How many programs of kernels that `is_copied` is true of can run on a multiprocessor at once."""
-    tile_bytes, steps = find_columns(signature, facts).tile_bytes, steps_of(signature)
+    tile_bytes, steps = copied_bytes(signature, facts, block_m), steps_of(signature)
     fitting = [
         per_sm
         for per_sm in steps.bytes_by
-        if _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes, steps), 2, tile_bytes, steps)
+        if (per_sm < 3 or block_m <= 16 or steps is HALF_STEPS)  # the registers of float32 hold no third program
+        and _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes, steps), 2, tile_bytes, steps)
         <= _share(per_sm, facts)
     ]
     return max(fitting, default=1)
 
 
-def _copied_keys(per_sm: int, kv_bytes: int, steps: Steps) -> int:
+def _copied_keys(per_sm: int, tile_bytes: int, steps: Steps) -> int:
     """The keys of a step, a power of two."""
-    return max(steps.fewest_keys, 1 << ((steps.bytes_by[per_sm] // kv_bytes).bit_length() - 1))
+    return max(steps.fewest_keys, 1 << ((steps.bytes_by[per_sm] // tile_bytes).bit_length() - 1))
 
 
-def _copies_bytes(block_m: int, block_n: int, stages: int, kv_bytes: int, steps: Steps) -> int:
+def _copies_bytes(block_m: int, block_n: int, stages: int, tile_bytes: int, steps: Steps) -> int:
     """The shared memory of a program, as seen in compiled kernels: keys and values, the query and its weights."""
-    return block_n * kv_bytes * (stages - 1) + block_m * steps.query_parts * (kv_bytes // 2 + 2 * block_n)
+    return block_n * tile_bytes * (stages - 1) + block_m * steps.query_parts * (tile_bytes // 2 + 2 * block_n)
 
 
 def _share(per_sm: int, facts: DeviceFacts) -> int:
@@ -90,22 +101,22 @@ def _share(per_sm: int, facts: DeviceFacts) -> int:
 
 
 def copy_pipeline(
-    block_m: int, per_sm: int, kv_bytes: int, steps: Steps, block_n: int | None, most_keys: int, facts: DeviceFacts
+    block_m: int, per_sm: int, tile_bytes: int, steps: Steps, block_n: int | None, most_keys: int, facts: DeviceFacts
 ) -> tuple[int, int]:
     """Keys per step and pipeline depth for caches that the copy engine loads. The programs share the shared memory.
 
     Args:
         block_m: rows of a tile.
         per_sm: programs that are to run on a multiprocessor at once.
-        kv_bytes: bytes of one key and its value.
+        tile_bytes: of one key and its value.
         steps: of the kernel.
         block_n: keys per step, if the caller chose them.
         most_keys: a limit for them otherwise, a power of two.
         facts: of the device.
     """
     if block_n is None:
-        block_n = min(_copied_keys(per_sm, kv_bytes, steps), most_keys)
-    stages = min(max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * kv_bytes)), MOST_STAGES)
-    while stages > 2 and _copies_bytes(block_m, block_n, stages, kv_bytes, steps) > _share(per_sm, facts):
+        block_n = min(_copied_keys(per_sm, tile_bytes, steps), most_keys)
+    stages = min(max(2, 1 + BYTES_AHEAD[per_sm] // (block_n * tile_bytes)), MOST_STAGES)
+    while stages > 2 and _copies_bytes(block_m, block_n, stages, tile_bytes, steps) > _share(per_sm, facts):
         stages -= 1
     return block_n, stages

@@ -115,7 +115,9 @@ class Scheduler:
         # A score_mod that reads captured tensors for every key waits for them. A second program on each multiprocessor
         # works meanwhile.
         self.waits = proven.fetches and not self.is_bounded
-        self.speeds = FLOAT32_SPEEDS if torch.float32 in signature.product_dtypes else HALF_SPEEDS
+        self.copied_speeds = FLOAT32_SPEEDS if torch.float32 in signature.product_dtypes else HALF_SPEEDS
+        # Measured on an H200: of kernels that are not copied, these gain if no other programs come beside theirs.
+        self.keeps_away = (self.is_bounded or self.paired) and facts.backend == "cuda" and not options.batch_invariant
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))
         # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids
         # this. With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
@@ -226,7 +228,8 @@ class Scheduler:
         else:
             fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
-            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied, self.speeds)
+            speeds = self.copied_speeds if copied else HALF_SPEEDS
+            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied, speeds)
             num_splits, per_sm = divide(work, fit, options.num_splits)
             if num_splits > 1 and not options.num_splits:
                 most = most_splits(num_items, block_m, self.signature.v_head_dim)
@@ -235,10 +238,11 @@ class Scheduler:
         block_s = (4 if latent else 32) if balanced else _at_least(num_splits, (4, 32, 128))
         block_b = _at_least(batch, (32, 256, 1024)) if balanced else 0
         is_short = not balanced and max_kv_len < SHORT_SHARE * num_splits
-        is_long = not balanced and max_kv_len > LONG_SHARE * num_splits
+        is_long = not balanced and max_kv_len > LONG_SHARE * num_splits and self.signature.page_size % 256 == 0
         split, many = num_splits > 1 or balanced, balanced and batch > 256
-        one_wave = balanced or num_items * num_splits <= per_sm * num_sms
-        use = Use(block_m, is_prompt, copied, per_sm, is_short, is_long, split, balanced, block_b, many, one_wave)
+        programs = num_splits if balanced else num_items * num_splits
+        limited = self.keeps_away and (per_sm - 1) * num_sms < programs <= per_sm * num_sms
+        use = Use(block_m, is_prompt, copied, per_sm, is_short, is_long, split, balanced, block_b, many, limited)
         tiles = self.tiles.get((loads, use)) or self._find_tiles(loads, use)
         return Schedule(tiles, num_items, num_splits, block_s, row_range)
 

@@ -11,12 +11,13 @@ import torch
 from ..memos import hashed_once
 from ..triton_api import has_gluon
 from .columns import FLOAT32_COLUMNS, find_columns, is_narrow, is_paired
-from .copies import copy_pipeline, steps_of
+from .copies import copied_bytes, copy_pipeline, steps_of
 from .device import DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
 
 SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
+FLOAT32_ROWS_COLUMNS = 128  # of a key and its value: for more, 64 float32 keys and more than 16 rows spill registers
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -43,7 +44,7 @@ class Tiles:
     its value. `paired`: the columns of a quantised cache are loaded two by two. `balanced`: all work is divided into
     equal runs. This needs the number of blocks of every sequence. The kernel counts them for all sequences at once, or,
     if `many`, for `block_b` sequences per step. `per_sm` programs run on a multiprocessor at once, or as many as fit if
-    it is 0. The kernels for wide heads and for latents have no such limit.
+    it is 0.
     """
 
     block_m: int
@@ -111,7 +112,7 @@ class Use(NamedTuple):
         per_sm: programs that are to run on a multiprocessor at once.
         is_short, is_long: whether a program attends to few keys, or to many.
         split, balanced, block_b, many: as in `Tiles`.
-        one_wave: whether all programs of a launch run at once.
+        limited: whether no more than `per_sm` programs may be on a multiprocessor, also where caches are not copied.
     """
 
     block_m: int
@@ -124,7 +125,7 @@ class Use(NamedTuple):
     balanced: bool
     block_b: int
     many: bool
-    one_wave: bool
+    limited: bool
 
 
 def find_tiles(
@@ -148,7 +149,7 @@ def find_tiles(
     is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
-    # Measured on an H200: another crowded float32 kernel gains more from little shared memory.
+    # Measured on an H200: a crowded float32 kernel that is not copied gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded and not copied else loads
     num_warps = 8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4
     if wide:
@@ -161,12 +162,13 @@ def find_tiles(
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     elif copied:
         # More scores would spill registers. Few keys are better divided into more steps.
-        steps, most = steps_of(signature), 256 if block_m <= 16 and not use.is_short else 128
+        most = 256 if block_m <= 16 and not (is_float32 or use.is_short) else 128
         if is_float32 and block_m > 16:
-            most = min(64, steps.bytes_by[2] // tile_bytes)
-        if signature.page_size >= 64:  # a copy does not cross pages; smaller pages are loaded through pointers
-            most = min(most, signature.page_size)
-        block_n, num_stages = copy_pipeline(block_m, per_sm, tile_bytes, steps, options.block_n, most, facts)
+            most = 64 if columns.loaded <= FLOAT32_ROWS_COLUMNS else 32
+        if signature.page_size:  # a copy does not cross pages
+            most = min(most, signature.page_size & -signature.page_size)
+        of_tile = copied_bytes(signature, facts, block_m), steps_of(signature)
+        block_n, num_stages = copy_pipeline(block_m, per_sm, *of_tile, options.block_n, most, facts)
     else:
         block_n, num_stages = _pipeline(
             block_m, tile_bytes, is_float32, crowded, use.balanced, loads is not Loads.POINTERS, paired, facts
@@ -197,7 +199,7 @@ def find_tiles(
         balanced=use.balanced,
         block_b=use.block_b,
         many=use.many,
-        per_sm=per_sm if copied or (use.one_wave and not (wide or latent)) else 0,
+        per_sm=per_sm if copied or (use.limited and not (wide or latent)) else 0,
     )
 
 

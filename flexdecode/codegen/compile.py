@@ -22,6 +22,7 @@ from .lower import CaptureLayout, number_dtypes
 
 ROWS = {row.name: row for row in (*ARGUMENTS, *SECOND_ARGUMENTS)}
 MOST_SUMS = 16  # weights of a thread that are summed late
+REGISTERS = 65536  # of a multiprocessor
 COMBINE_TILE = 4096  # partial values that one warp of the combine pass holds
 
 
@@ -151,6 +152,9 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
     }
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
+        if not combine and spec.tiles.per_sm > 2 and torch.float32 in spec.signature.product_dtypes:
+            # Triton 3.9 would take a few more. Kernels of 16-bit numbers need fewer, and with a limit ptxas takes it.
+            options["maxnreg"] = REGISTERS // (32 * spec.tiles.num_warps * spec.tiles.per_sm) // 8 * 8
     try:
         gluon = spec.tiles.latent and not combine
         compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon)

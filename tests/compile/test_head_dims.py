@@ -8,6 +8,7 @@ from compile.compiling import DEVICES, FULL, SPILLED_MORE, assembly, compile_cal
 from compile.test_caches import BALANCED, E4M3, E5M2, INT8, call, lengths
 
 from flexdecode import mods
+from flexdecode.call.device import RESERVED_SHARED
 from flexdecode.call.tiles import Loads
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -100,6 +101,32 @@ def test_few_value_columns_that_are_copied(D, Dv, Q):
     assert found.spec.tiles.descriptors and found.spec.tiles.block_dv >= 2 * found.spec.tiles.block_m
     registers, spilled = resources(found.split)
     assert registers <= 208 and spilled <= SPILLED_MORE
+
+
+@pytest.mark.parametrize("device", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(("D", "Hq"), [(64, 8), (64, 32), (24, 32), (128, 32), (64, 256), (24, 256), (128, 256)])
+def test_the_programs_of_float32_fit_into_a_multiprocessor(D, Hq, device):
+    """So many sequences that three programs share one, as far as 65,536 registers and the shared memory allow."""
+    found = compile_call(device, meta_inputs(44, Hq, 8, 1, 5000, D, dtype=SINGLE))
+    per_sm, shared = found.spec.tiles.per_sm, DEVICES[device].shared_memory
+    registers, spilled = resources(found.split)
+    assert per_sm == (3 if Hq <= 128 else 2) and spilled <= 32 + SPILLED_MORE
+    assert per_sm * 32 * found.spec.tiles.num_warps * (registers + -registers % 8) <= 65536
+    assert per_sm * (found.split.metadata.shared + RESERVED_SHARED) <= shared + RESERVED_SHARED
+
+
+@pytest.mark.parametrize("D", [24, 32])
+def test_float32_of_few_columns_does_not_spill(D):
+    """In steps of 256 keys it spilled 168 to 256 bytes."""
+    found = compile_call("sm_90", meta_inputs(16, 64, 8, 1, 2048, D, dtype=SINGLE))
+    assert found.spec.tiles.per_sm == 1 and resources(found.split)[1] <= SPILLED_MORE
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(64, 128), (32, 128), (16, 128), (40, 128), (80, 32)])
+def test_keys_and_values_of_other_widths_in_float32(D, Dv):
+    """Their bytes are no power of two, but the keys of a step are."""
+    query, key, value = meta_inputs(128, 32, 1, 1, 512, D, Dv, dtype=SINGLE)
+    assert compile_call("sm_90", (query, key, value)).spec.tiles.block_m == 32
 
 
 def pairs():

@@ -1,12 +1,14 @@
 """KV loads through tensor descriptors, which the interpreter has too: where a head lies, and what is read past it."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
-from interpret.decoding import check_decode
+from cache_cases import Pages
+from interpret.decoding import check_decode, decode
 from memory_cases import fenced
-from support import make_inputs
+from support import assert_close_to_reference, make_inputs
 
 import flexdecode
 from flexdecode.call.descriptor import as_matrices
@@ -33,11 +35,12 @@ def launches(monkeypatch):
 
         def launch(grid, stream, arguments):
             query, key, value, _, _, *rest = arguments
+            owners = partial(spec.signature.format.owners, query.shape[0])
             descriptors = [
                 TensorDescriptor(cache, [matrix.rows, matrix.columns], [matrix.pitch, 1], [spec.tiles.block_n, width])
                 for cache, matrix, width in zip(
                     (key, value),
-                    as_matrices(key, value, *(kernel_strides(cache, query.shape[0]) for cache in (key, value))),
+                    as_matrices(key, value, *(kernel_strides(cache, owners(cache)) for cache in (key, value))),
                     (spec.tiles.block_d, spec.tiles.block_dv),
                     strict=True,
                 )
@@ -94,6 +97,21 @@ def test_heads_with_fewer_columns_than_a_box(columns, v_columns, dtype, launches
         key[b, :, length:] = torch.nan
         value[b, :, length:] = torch.nan
     check_decode(query, key, value, position_score, num_splits=2, kv_lens=kv_lens)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [32, 24])
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_pages(page_size, columns, dtype, launches):
+    """Free pages and the rest of the last page hold NaN, and the table names no page past the end."""
+    query, key, value = make_inputs(B, HQ, HKV, Q, 300, columns, dtype=dtype)
+    lengths = [300, 0, 141]
+    pages = Pages(lengths, page_size, dead=(-1,))
+    key_pages, value_pages = (pages.place(x) for x in (key, value))
+    kv_lens = torch.tensor(lengths)
+    found = decode(query, key_pages, value_pages, position_score, num_splits=2, kv_lens=kv_lens, page_table=pages.table)
+    assert_close_to_reference(*found, query, key, value, position_score, kv_lens=kv_lens)
     assert len(launches) == 1
 
 
