@@ -161,6 +161,7 @@ class Explanation:
             ("", "9 warps in three groups, for latents" if tiles.latent else warps),
             ("KV loads", loads),
             ("programs", programs),
+            *([("", f"at most {tiles.per_sm} of them on a multiprocessor at once")] if tiles.per_sm else []),
             ("kernels", "decode_split, then decode_combine" if tiles.split else "decode_split"),
         ]
         if self.autotune:

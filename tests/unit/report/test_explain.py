@@ -248,6 +248,9 @@ def test_kernels_and_programs():
     assert "decode_split, then decode_combine" in str(split)
     assert "decode_combine" not in str(whole)
     assert "by tensor descriptors" in str(whole)
+    assert "\n            at most 1 of them on a multiprocessor at once\n" in str(whole)
+    many = explain(*meta_inputs(B=65, Hkv=8, N=8192), mask_mod=mods.sliding_window(10), device="H200")
+    assert "on a multiprocessor at once" not in str(many)
     assert "by pointers" in str(report(mods.document(torch.zeros(2, 4096, dtype=torch.int32))))
     assert "(sequence, KV head, row tile)" in str(explain(*meta_inputs(Q=64), device="H200"))
 
