@@ -10,6 +10,7 @@ from .device import DeviceFacts
 from .inputs import QUANTISED, DecodeOptions
 from .signature import Signature
 
+SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
 # Larger heads are computed in parts of so many columns of keys, in a loop, and so many columns of values.
 WHOLE_HEAD_DIM, WHOLE_V_HEAD_DIM = 576, 512
 WIDE_BLOCK_D, WIDE_BLOCK_DV = 128, 256
@@ -76,6 +77,15 @@ def _head_dim_blocks(head_dim: int) -> tuple[int, int]:
     if whole <= 128 or rest > whole // 4:
         return whole, 0
     return whole // 2, max(16, next_power_of_2(rest))
+
+
+def least_columns(block_m: int, paired: bool = False) -> int:
+    """The fewest columns of values in a tile with so many rows.
+
+    Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too few for
+    that, and each warp would hold a whole tile of keys.
+    """
+    return 2 * block_m * (2 if paired else 1) if block_m < SMALL_ROWS else 0
 
 
 def is_narrow(signature: Signature) -> bool:

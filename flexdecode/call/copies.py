@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .columns import find_columns, is_narrow, is_paired
+from .columns import find_columns, is_narrow, is_paired, least_columns
 from .device import RESERVED_SHARED, DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
@@ -18,33 +18,42 @@ LEAST_PAGE = 64  # tokens: a copy does not cross pages, and shorter steps take l
 
 
 class Steps(NamedTuple):
-    """What a step of a program takes.
+    """What the steps of a program take, as far as registers and shared memory allow it.
 
     Attributes:
         bytes_by: what the copy engine loads in a step, by the number of programs on a multiprocessor. There are never
             more than that.
-        fewest_keys: of a step.
+        fewest_keys, most_keys: of a step, powers of two.
         query_parts: in how many parts the query lies in shared memory. Its weights take two bytes each for each part.
     """
 
     bytes_by: dict[int, int]
     fewest_keys: int
+    most_keys: int
     query_parts: int
 
 
-HALF_STEPS = Steps({1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}, 1, 1)
+HALF_STEPS = Steps({1: 64 << 10, 2: 64 << 10, 3: 32 << 10, 4: 32 << 10}, 1, 256, 1)
 # A step of float32 numbers takes long, so shorter ones end sooner. Each of four warps has the eight keys that a product
 # takes.
-FLOAT32_STEPS = Steps({1: 64 << 10, 2: 32 << 10, 3: 32 << 10}, 32, 2)
+FLOAT32_STEPS = Steps({1: 64 << 10, 2: 32 << 10, 3: 32 << 10}, 32, 128, 2)
+# With more than 16 rows, more scores would spill registers.
+HALF_STEPS_OF_ROWS = HALF_STEPS._replace(most_keys=128)
+FLOAT32_STEPS_OF_ROWS = Steps({1: 32 << 10, 2: 32 << 10}, 32, 64, 2)
 
 
-def steps_of(signature: Signature) -> Steps:
-    """What the steps of a call take that `is_copied` is true of."""
-    return FLOAT32_STEPS if torch.float32 in signature.product_dtypes else HALF_STEPS
+def steps_of(signature: Signature, facts: DeviceFacts, block_m: int) -> Steps:
+    """What the steps of a call with tiles of so many rows take, if `is_copied` is true of it."""
+    if torch.float32 not in signature.product_dtypes:
+        return HALF_STEPS if block_m <= 16 else HALF_STEPS_OF_ROWS
+    if block_m <= 16:
+        return FLOAT32_STEPS
+    is_wide = find_columns(signature, facts).loaded > 128
+    return FLOAT32_STEPS_OF_ROWS._replace(most_keys=32) if is_wide else FLOAT32_STEPS_OF_ROWS
 
 
 def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, is_special: bool) -> bool:
-    """Whether keys and values that have descriptors are many numbers that are multiplied as they are.
+    """Whether the copy engine loads many numbers in a step, if keys and values have descriptors.
 
     Args:
         signature: of the call.
@@ -66,20 +75,19 @@ def is_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, 
 
 
 def copied_bytes(signature: Signature, facts: DeviceFacts, block_m: int) -> int:
-    """The bytes of a key and its value in a tile with so many rows, which has at least twice as many columns."""
+    """The bytes of a key and its value in a tile with so many rows."""
     columns = find_columns(signature, facts)
-    more = max(0, 2 * block_m - columns.block_dv) if block_m < 64 else 0
+    more = max(0, least_columns(block_m) - columns.block_dv)
     return columns.tile_bytes + more * signature.product_dtypes[0 if columns.shared else 1].itemsize
 
 
 def most_copied(signature: Signature, facts: DeviceFacts, options: DecodeOptions, block_m: int) -> int:
     """How many programs of kernels that `is_copied` is true of can run on a multiprocessor at once."""
-    tile_bytes, steps = copied_bytes(signature, facts, block_m), steps_of(signature)
+    tile_bytes, steps = copied_bytes(signature, facts, block_m), steps_of(signature, facts, block_m)
     fitting = [
         per_sm
         for per_sm in steps.bytes_by
-        if (per_sm < 3 or block_m <= 16 or steps is HALF_STEPS)  # the registers of float32 hold no third program
-        and _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes, steps), 2, tile_bytes, steps)
+        if _copies_bytes(block_m, options.block_n or _copied_keys(per_sm, tile_bytes, steps), 2, tile_bytes, steps)
         <= _share(per_sm, facts)
     ]
     return max(fitting, default=1)

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 
 from ..analysis.proven import ProvenMods
-from .columns import find_columns, is_paired, next_power_of_2
+from .columns import LARGE_ROWS, SMALL_ROWS, find_columns, is_paired, next_power_of_2
 from .copies import is_copied, most_copied
 from .descriptor import Matrix, as_matrices, as_matrix
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
 from .signature import Signature, all_strides, in_pairs
 from .splits import FLOAT32_SPEEDS, HALF_SPEEDS, Work, divide
-from .tiles import LARGE_ROWS, SMALL_ROWS, Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
+from .tiles import Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20

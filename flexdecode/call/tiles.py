@@ -10,14 +10,12 @@ import torch
 
 from ..memos import hashed_once
 from ..triton_api import has_gluon
-from .columns import FLOAT32_COLUMNS, find_columns, is_narrow, is_paired
+from .columns import FLOAT32_COLUMNS, LARGE_ROWS, SMALL_ROWS, find_columns, is_narrow, is_paired, least_columns
 from .copies import copied_bytes, copy_pipeline, steps_of
 from .device import DeviceFacts
 from .inputs import DecodeOptions
 from .signature import Signature
 
-SMALL_ROWS, LARGE_ROWS = 64, 128  # query rows of a tile: the most for few tokens, and those for a prompt
-FLOAT32_ROWS_COLUMNS = 128  # of a key and its value: for more, 64 float32 keys and more than 16 rows spill registers
 LATENT_BLOCK = 64  # keys per step of the kernel for latents: two such blocks and the query fill the shared memory
 
 
@@ -161,13 +159,11 @@ def find_tiles(
     elif is_prompt and block_m >= SMALL_ROWS:
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     elif copied:
-        # More scores would spill registers. Few keys are better divided into more steps.
-        most = 256 if block_m <= 16 and not (is_float32 or use.is_short) else 128
-        if is_float32 and block_m > 16:
-            most = 64 if columns.loaded <= FLOAT32_ROWS_COLUMNS else 32
+        steps = steps_of(signature, facts, block_m)
+        most = min(steps.most_keys, 128) if use.is_short else steps.most_keys  # few keys are better divided
         if signature.page_size:  # a copy does not cross pages
             most = min(most, signature.page_size & -signature.page_size)
-        of_tile = copied_bytes(signature, facts, block_m), steps_of(signature)
+        of_tile = copied_bytes(signature, facts, block_m), steps
         block_n, num_stages = copy_pipeline(block_m, per_sm, *of_tile, options.block_n, most, facts)
     else:
         block_n, num_stages = _pipeline(
@@ -179,10 +175,8 @@ def find_tiles(
             block_n = min(block_n, 32)
         elif is_narrow(signature):
             block_n = min(block_n, 64)
-    if block_m < SMALL_ROWS and not (wide or latent):
-        # Triton lets the four warps share the rows of a product that has no more columns than rows. Rows are too few
-        # for that, and each warp would hold a whole tile of keys.
-        block_dv = max(block_dv, 2 * block_m * (2 if paired else 1))
+    if not (wide or latent):
+        block_dv = max(block_dv, least_columns(block_m, paired))
         block_d = max(block_d, block_dv) if shared else block_d
     return Tiles(
         block_m,
