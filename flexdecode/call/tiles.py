@@ -149,6 +149,7 @@ def find_tiles(
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
     # Measured on an H200: a crowded float32 kernel that is not copied gains more from little shared memory.
     loads = Loads.POINTERS if is_float32 and crowded and not copied else loads
+    steps = steps_of(signature, facts, block_m)
     num_warps = 8 if (block_m > SMALL_ROWS or block_m * block_dv >= 64 * 256) and not latent else 4
     if wide:
         # Triton pipelines the loop over the columns of a key. Without this loop it would keep whole values.
@@ -159,7 +160,6 @@ def find_tiles(
     elif is_prompt and block_m >= SMALL_ROWS:
         block_n, num_stages = _prompt_pipeline(block_m, signature, tile_bytes, facts)
     elif copied:
-        steps = steps_of(signature, facts, block_m)
         most = min(steps.most_keys, 128) if use.is_short else steps.most_keys  # few keys are better divided
         if signature.page_size:  # a copy does not cross pages
             most = min(most, signature.page_size & -signature.page_size)
@@ -171,6 +171,8 @@ def find_tiles(
         )
         block_n = min(block_n, 64) if is_bounded else block_n
         # More keys would spill registers.
+        if is_float32 and block_m > 16:
+            block_n = min(block_n, steps.most_keys)
         if is_float32 and (is_narrow(signature) or columns.loaded > FLOAT32_COLUMNS):
             block_n = min(block_n, 32)
         elif is_narrow(signature):

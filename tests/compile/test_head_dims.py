@@ -125,6 +125,15 @@ def test_float32_of_few_columns_does_not_spill(D):
     assert found.spec.tiles.per_sm == 1 and resources(found.split)[1] <= SPILLED_MORE
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("D", [64, 80, 128])
+def test_8_bit_caches_of_float32_queries_with_many_rows(D, layout):
+    """Their bytes would allow steps of 128 keys, which spilled up to 14 KB where they are loaded through pointers."""
+    query, *cache = meta_inputs(64, 32, 1, 1, 4096, D, dtype=SINGLE, layout=layout)
+    found = compile_call("sm_90", (query, *(x.to(INT8) for x in cache)), k_scale=1.0, v_scale=1.0)
+    assert found.spec.tiles.block_m == 32 and resources(found.split)[1] <= SPILLED_LARGE
+
+
 @pytest.mark.parametrize(("D", "Dv"), [(64, 128), (32, 128), (16, 128), (40, 128), (80, 32)])
 def test_keys_and_values_of_other_widths_in_float32(D, Dv):
     """Their bytes are no power of two, but the keys of a step are."""
