@@ -14,16 +14,15 @@ memory. Each latent is loaded once and used three times, by groups of warps that
 A block has three parts: the columns of the left half, the columns of the right half, and the rest, which only the
 scores need. Each part has one place for even steps and one for odd steps. These are the barriers:
 
-- full (for each part and place): the copy has arrived. The left half waits for it. The right half waits for `scaled`,
+- full (for each part and place): the copy has arrived. The left half waits for it. The right half waits for `ready`,
   which comes later.
-- empty (for each part and place): the last reader is done. The copying warp waits for it. The last reader is the left
-  half for its own part, the right half for the two others.
-- scaled: the left half has computed the scores and written `factors`, by which the results so far are multiplied.
-- ready: the left half has written the weights. At the end of a run it has written the largest scores (into `factors`)
-  and the sums of weights.
+- empty (for each part and place): the last reader is done. The copying warp waits for it. The left half tells it about
+  its own part, the right half about the two others.
+- ready: the left half has written the weights and `factors`, by which the results so far are multiplied. At the end of
+  a run it has written the largest scores (into `factors`) and the sums of weights.
 - taken: the right half has used the factors and the weights, so the next step may overwrite them.
 
-The last three barriers are passed once per step, the others once in two steps. A wait names the parity of that count.
+The last two barriers are passed once per step, the others once in two steps. A wait names the parity of that count.
 """
 
 import types
@@ -89,9 +88,9 @@ LATENTS = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # The shared memory and the barriers of a program. `queries` [BLOCK_M, columns] and `latents` [2, BLOCK_N, columns] are
 # tuples of parts, `weights` is [BLOCK_M, BLOCK_N], `factors` and `sums` are float32 [BLOCK_M].
-Memory = namedtuple("Memory", "queries latents weights factors sums full empty scaled ready taken")
-# How scores and halves of the result are spread over four warps.
-Layouts = namedtuple("Layouts", "SCORES OUTPUT")
+Memory = namedtuple("Memory", "queries latents weights factors sums full empty ready taken")
+# How scores, halves of the result, and weights in registers are spread over four warps.
+Layouts = namedtuple("Layouts", "SCORES OUTPUT WEIGHTS")
 
 
 @gluon.jit
@@ -145,6 +144,9 @@ def _attend_block(
 ):
     """One step of the online softmax, and the left half of its result.
 
+    Between the scores and the product with the weights nothing is multiplied, so only what this product needs stands
+    there. It takes the weights from registers. What the right half needs, and the sums, come while it runs.
+
     All products are complete when it returns. If one were still running, ptxas would serialise all products in kernels
     whose mods have certain loads.
     """
@@ -184,19 +186,19 @@ def _attend_block(
     # A row without a live key keeps -inf; it must not meet -inf - -inf.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = gl.exp2((m_i - m_safe) * unit)
-    mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
-    memory.factors.store(alpha)
-    mbarrier.arrive(memory.scaled, count=1)
     p = gl.exp2((score - m_safe[:, None]) * unit)
-    l_i = l_i * alpha + gl.sum(p, 1)
-    memory.weights.store(p.to(memory.weights.dtype))
-    fence_async_shared()
-    mbarrier.arrive(memory.ready, count=1)
+    weights = p.to(memory.weights.dtype)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
     if CHECKED:
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
             _clear_rows(left, start_n, visit.spans)
-    acc = warpgroup_mma(memory.weights, left, acc, is_async=True)
+    acc = warpgroup_mma(gl.convert_layout(weights, L.WEIGHTS), left, acc, is_async=True)
+    mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
+    memory.factors.store(alpha)
+    memory.weights.store(weights)
+    fence_async_shared()
+    mbarrier.arrive(memory.ready, count=1)
+    l_i = l_i * alpha + gl.sum(p, 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(memory.empty[0].index(place), count=1)
     return acc, m_new, l_i
@@ -232,14 +234,13 @@ def _attend_right(memory, visit, item, call, C: gl.constexpr, L: gl.constexpr):
     acc = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, L.OUTPUT)
     for i in range(visit.first, visit.last):
         spot = (i - visit.first) % 2
-        mbarrier.wait(memory.scaled, spot)
-        mbarrier.arrive(memory.empty[2].index(spot), count=1)  # only the scores use the rest, and they are computed
-        acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
         values = latents.index(spot)
         start_n = _find_block(visit, i, C) * C.BLOCK_N
+        mbarrier.wait(memory.ready, spot)
+        mbarrier.arrive(memory.empty[2].index(spot), count=1)  # only the scores used the rest
+        acc = acc * factors.load(gl.SliceLayout(1, L.OUTPUT))[:, None]
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
             _clear_rows(values, start_n, visit.spans)
-        mbarrier.wait(memory.ready, spot)
         acc = warpgroup_mma(memory.weights, values, acc)
         mbarrier.arrive(memory.empty[1].index(spot), count=1)
         mbarrier.arrive(memory.taken, count=1)
@@ -288,7 +289,6 @@ def _end_barriers(memory):
             mbarrier.invalidate(memory.full[part].index(i))
         for i in gl.static_range(2):
             mbarrier.invalidate(memory.empty[part].index(i))
-    mbarrier.invalidate(memory.scaled)
     mbarrier.invalidate(memory.ready)
     mbarrier.invalidate(memory.taken)
 
@@ -320,10 +320,8 @@ def _share_memory(queries, C: gl.constexpr):
     sums = gl.allocate_shared_memory(gl.float32, [C.BLOCK_M], NUMBERS)
     full = _barriers(2), _barriers(2), _barriers(2)
     empty = _barriers(2), _barriers(2), _barriers(2)
-    handed = _barriers(3)
-    return Memory(
-        queries, latents, weights, factors, sums, full, empty, handed.index(0), handed.index(1), handed.index(2)
-    )  # fmt: skip
+    handed = _barriers(2)
+    return Memory(queries, latents, weights, factors, sums, full, empty, handed.index(0), handed.index(1))
 
 
 @gluon.jit
@@ -332,7 +330,7 @@ def attend_run(item, keys, values, call, C: gl.constexpr):
     HALF: gl.constexpr = C.BLOCK_DV // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    L: gl.constexpr = Layouts(SCORES, OUTPUT)
+    L: gl.constexpr = Layouts(SCORES, OUTPUT, gl.DotOperandLayout(0, OUTPUT, 2))
     if C.PDL and not (C.BALANCED or C.RAGGED):
         gdc_launch_dependents()
         gdc_wait()
