@@ -40,6 +40,12 @@ class Bounds:
         return all(hi is not None and (lo is not None or _is_fixed(hi)) for lo, hi in self._walked)
 
     @cached_property
+    def differ(self) -> bool:
+        """Whether sequences may have other bounds, although they are as long and have as many query tokens."""
+        nodes = [node for bound in nodes_of(self._walked) for node in topological(bound)]
+        return any((node.op, node.attr) == ("index", "b") for node in nodes)
+
+    @cached_property
     def num_live(self) -> int:
         """The number of intervals that a kernel walks over."""
         return max(1, len(self._walked))

@@ -19,6 +19,7 @@ from .tiles import Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH = 8192
+MEAN_SHARE = 0.5  # of the longest item, where a mask gives sequences different keys: an estimate
 SHORT_SHARE, LONG_SHARE = 1024, 4096  # keys of a program
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
@@ -119,6 +120,8 @@ class Scheduler:
         # Measured on an H200: of kernels that are not copied, these gain if no other programs come beside theirs.
         self.keeps_away = (self.is_bounded or self.paired) and facts.backend == "cuda" and not options.batch_invariant
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))
+        self.bounds_differ = self.is_bounded and proven.bounds.differ
+        self.items_differ = self.lengths_differ or self.bounds_differ
         # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids
         # this. With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
         described = facts.has_descriptors and self.format.has_matrices
@@ -229,7 +232,8 @@ class Scheduler:
             fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
             speeds = self.copied_speeds if copied else HALF_SPEEDS
-            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.lengths_differ, copied, speeds)
+            share = MEAN_SHARE if self.bounds_differ else 1.0
+            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.items_differ, share, copied, speeds)
             num_splits, per_sm = divide(work, fit, options.num_splits)
             if num_splits > 1 and not options.num_splits:
                 most = most_splits(num_items, block_m, self.signature.v_head_dim)
@@ -263,15 +267,14 @@ class Scheduler:
         options = self.options
         if part.row_range[0] > 0:
             return False
-        if options.schedule is not None or options.num_splits is not None or options.batch_invariant or self.is_bounded:
+        if options.schedule is not None or options.num_splits is not None or options.batch_invariant:
             return options.schedule == "balanced"
-        return (
-            self.lengths_differ
-            and sizes.batch > 1
-            and total_bytes >= BALANCED_BYTES
-            and sizes.max_kv_len >= BALANCED_LENGTH
-            and 8 * part.busy_tiles <= self.facts.num_sms * sizes.batch
-        )
+        if sizes.batch == 1 or total_bytes < BALANCED_BYTES or sizes.max_kv_len < BALANCED_LENGTH:
+            return False
+        if self.is_bounded:  # a worker needs a long share, because few keys of an item may be live
+            items = part.busy_tiles * sizes.num_kv_heads
+            return self.bounds_differ and items * BALANCED_LENGTH <= self.facts.num_sms * sizes.max_kv_len
+        return self.lengths_differ and 8 * part.busy_tiles <= self.facts.num_sms * sizes.batch
 
 
 def most_splits(num_items: int, block_m: int, v_head_dim: int) -> int:

@@ -12,7 +12,7 @@ from .device import BYTES_PER_US
 
 MAX_SPLITS = 1024
 MAX_WAVES = 4
-LAST = 0.2  # where lengths differ, so much of the time of a longest item is spent in waiting for it, with others gone
+LAST = 0.2  # where items differ, so much of the time of a longest item is spent in waiting for it, with others gone
 
 
 class Speeds(NamedTuple):
@@ -64,7 +64,8 @@ class Work(NamedTuple):
         total_bytes: of all keys and values that are read.
         num_sms: multiprocessors of the device.
         waits: whether programs wait for memory in every step, so that a multiprocessor needs two of them.
-        lengths_differ: whether sequences may be shorter than the longest one.
+        items_differ: whether items may have fewer keys than the longest one.
+        mean_share: what an item has on average of the bytes of the longest one. Others may take its place in a later wave.
         long_waves: whether several waves of fewer programs than a multiprocessor can have are worth trying.
         speeds: of the kernel.
     """
@@ -74,7 +75,8 @@ class Work(NamedTuple):
     total_bytes: int
     num_sms: int
     waits: bool = False
-    lengths_differ: bool = False
+    items_differ: bool = False
+    mean_share: float = 1.0
     long_waves: bool = False
     speeds: Speeds = HALF_SPEEDS
 
@@ -103,8 +105,9 @@ def microseconds(work: Work, division: Division) -> float:
     waves = -(-programs // places)
     time = work.total_bytes / BYTES_PER_US
     if waves > 1:
+        time *= work.mean_share
         time *= (1 + speeds.unfilled[per_sm] * (waves * places / programs - 1)) / speeds.reached[per_sm]
-        if work.lengths_differ:  # programs on one multiprocessor share what it can read
+        if work.items_differ:  # programs on one multiprocessor share what it can read
             time += LAST * per_sm * work.num_sms * work.total_bytes / programs / BYTES_PER_US
     elif work.waits:
         time /= speeds.reached[per_sm] * programs / max(places, 2 * work.num_sms)

@@ -54,6 +54,19 @@ def test_a_mask_that_is_open_on_a_side_is_not_bounded():
     assert bounds_of(window, mods.sliding_window(9)).is_bounded and not bounds_of(window).is_bounded
 
 
+def test_bounds_differ_if_the_sequence_decides_them():
+    def padded(b, h, q_idx, kv_idx):
+        return (kv_idx < lens[b]) & (q_idx >= kv_idx)
+
+    def by_head(b, h, q_idx, kv_idx):
+        return q_idx - kv_idx < widths[h]
+
+    lens, widths = torch.tensor([5, 7]), torch.tensor([16, 64])
+    assert bounds_of(mask_mod=mods.document_offsets(lens)).differ and bounds_of(mask_mod=padded).differ
+    for mask_mod in (None, mods.sliding_window(9), mods.streaming(4, 9), mods.causal(), by_head):
+        assert not bounds_of(mask_mod=mask_mod).differ
+
+
 def test_a_score_alone_has_all_its_intervals():
     bounds = bounds_of(ends)
     assert len(bounds.score_live) == bounds.num_live == 2

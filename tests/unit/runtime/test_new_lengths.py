@@ -476,7 +476,7 @@ def test_long_sequences_of_different_lengths_have_a_multiprocessor_for_themselve
     """Measured on an H200: 128 sequences of 200 to 8000 tokens, one program 526.7 us, two 554.8; of 64 to 1024 tokens,
     256 sequences, one program 155.0 us, two 135.6."""
     for items, keys, fastest in ((1024, 8000, (1, 1)), (2048, 1024, (1, 2))):
-        work = splits.Work(items, keys // 64, items * keys * 512, 132, lengths_differ=True, long_waves=True)
+        work = splits.Work(items, keys // 64, items * keys * 512, 132, items_differ=True, long_waves=True)
         assert splits.divide(work, 2) == fastest
 
 
