@@ -139,13 +139,20 @@ def _clear_rows(tile, start_n, spans):
 
 
 @gluon.jit
+def _sums_of_lanes(p):
+    """Sums of the weights of each row over the keys that one lane holds [BLOCK_M, 4]."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _attend_block(
     acc, m_i, l_i, i, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr, L: gl.constexpr
 ):
     """One step of the online softmax, and the left half of its result.
 
-    Between the scores and the product with the weights nothing is multiplied, so only what this product needs stands
-    there. It takes the weights from registers. What the right half needs, and the sums, come while it runs.
+    Between the scores and the product with the weights the tensor cores have no work. So only what that product needs
+    stands there, and the stores for the right half, for which nothing waits. The product takes the weights from
+    registers. The sums come while it runs.
 
     All products are complete when it returns. If one were still running, ptxas would serialise all products in kernels
     whose mods have certain loads.
@@ -189,16 +196,16 @@ def _attend_block(
     p = gl.exp2((score - m_safe[:, None]) * unit)
     weights = p.to(memory.weights.dtype)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
+    mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
+    memory.factors.store(alpha)
+    memory.weights.store(weights)
     if CHECKED:
         if not inside_a_span(start_n, visit.spans, C.BLOCK_N):
             _clear_rows(left, start_n, visit.spans)
     acc = warpgroup_mma(gl.convert_layout(weights, L.WEIGHTS), left, acc, is_async=True)
-    mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
-    memory.factors.store(alpha)
-    memory.weights.store(weights)
     fence_async_shared()
     mbarrier.arrive(memory.ready, count=1)
-    l_i = l_i * alpha + gl.sum(p, 1)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _sums_of_lanes(p)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(memory.empty[0].index(place), count=1)
     return acc, m_new, l_i
@@ -208,7 +215,7 @@ def _attend_block(
 def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.constexpr):
     """Computes scores, weights and the left half of the result of a run, and the sums that the right half needs."""
     m_i = gl.full([C.BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, L.SCORES))
-    l_i = gl.full([C.BLOCK_M], 0.0, gl.float32, gl.SliceLayout(1, L.SCORES))
+    l_i = _sums_of_lanes(gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES))
     acc = gl.full([C.BLOCK_M, memory.latents[0].shape[2]], 0.0, gl.float32, L.OUTPUT)
     first_partial = visit.first
     if C.NUM_FULL > 0:
@@ -217,6 +224,7 @@ def _attend_left(memory, visit, scale, tile, captures, C: gl.constexpr, L: gl.co
             acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, False, C, L)
     for i in range(first_partial, visit.last):
         acc, m_i, l_i = _attend_block(acc, m_i, l_i, i, memory, visit, scale, tile, captures, True, C, L)
+    l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, L.SCORES))
     if not HAS_SCORE_MOD:
         m_i = gl.where(m_i == float("-inf"), m_i, m_i * scale)
     mbarrier.wait(memory.taken, (visit.last - visit.first + 1) % 2)

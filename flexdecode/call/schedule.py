@@ -25,7 +25,7 @@ ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
 FEW_ROWS = 128  # where no sequence of packed queries can have more rows, one launch computes all of them
 MAX_WORKSPACE = 48 << 20  # bytes of partial results that a default schedule may need for one launch
-LATENT_ROWS = 32  # with more query rows per KV head, the kernel for latents is faster than the general one
+LATENT_ROWS = 16  # with more query rows per KV head, the kernel for latents is faster than the general one
 
 
 class Part(NamedTuple):
@@ -179,7 +179,7 @@ class Scheduler:
         if not self.packed:
             rows = group * tokens
             is_prompt = rows > LARGE_ROWS
-            block_m = min(max(16, next_power_of_2(rows)), large if is_prompt else most)
+            block_m = SMALL_ROWS if latent else min(max(16, next_power_of_2(rows)), large if is_prompt else most)
             num_tiles = batch * -(-rows // block_m)
             return (Part(block_m, num_tiles, num_tiles, (0, ALL_ROWS), is_prompt),)
         longest = likely = tokens if hint is None else min(tokens, hint)
