@@ -8,7 +8,7 @@ import torch
 
 from ..analysis.proven import ProvenMods
 from .columns import LARGE_ROWS, SMALL_ROWS, find_columns, is_paired, next_power_of_2
-from .copies import is_copied, most_copied
+from .copies import LEAST_PAGE, is_copied, most_copied
 from .descriptor import Matrix, as_matrices, as_matrix
 from .device import DeviceFacts
 from .inputs import DecodeOptions, Inputs, Sizes
@@ -18,7 +18,7 @@ from .tiles import Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 
 # For smaller caches, finding the balanced shares takes longer than the time that they save.
 BALANCED_BYTES = 64 << 20
-BALANCED_LENGTH = 8192
+BALANCED_LENGTH, BALANCED_PAGES = 8192, 6144  # tokens; in pages that are too small for the copy engine
 MEAN_SHARE = 0.5  # of the longest item, where a mask gives sequences different keys: an estimate
 SHORT_SHARE, LONG_SHARE = 1024, 4096  # keys of a program
 ALL_ROWS = (1 << 31) - 1
@@ -269,7 +269,8 @@ class Scheduler:
             return False
         if options.schedule is not None or options.num_splits is not None or options.batch_invariant:
             return options.schedule == "balanced"
-        if sizes.batch == 1 or total_bytes < BALANCED_BYTES or sizes.max_kv_len < BALANCED_LENGTH:
+        shortest = BALANCED_PAGES if self.signature.page_size % LEAST_PAGE and not self.is_bounded else BALANCED_LENGTH
+        if sizes.batch == 1 or total_bytes < BALANCED_BYTES or sizes.max_kv_len < shortest:
             return False
         if self.is_bounded:  # a worker needs a long share, because few keys of an item may be live
             items = part.busy_tiles * sizes.num_kv_heads
