@@ -65,8 +65,8 @@ class Work(NamedTuple):
         num_sms: multiprocessors of the device.
         waits: whether programs wait for memory in every step, so that a multiprocessor needs two of them.
         items_differ: whether items may have fewer keys than the longest one.
-        mean_share: what an item has on average of the bytes of the longest one. A program that ends early makes room for
-            one of a later wave.
+        mean_share: what an item has on average of the bytes of the longest one. A program that ends early makes room
+            for one of a later wave.
         long_waves: whether several waves of fewer programs than a multiprocessor can have are worth trying.
         speeds: of the kernel.
     """
