@@ -106,12 +106,22 @@ def triton_folder() -> str:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
+    """Imports a generated module from its file (Triton reads the source of a kernel from there).
+
+    To identify a kernel, Triton would walk over each of its functions, and it would not see records. The module imports
+    nothing else than Triton, so the text of the file identifies all that is in it.
+    """
+    from triton.runtime.jit import JITFunction
+
     spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    text = hashlib.sha256(path.read_bytes()).hexdigest()
     return module
+    for name, function in vars(module).items():
+        if isinstance(function, JITFunction) and function.__globals__ is vars(module):
+            function.hash = hashlib.sha256(f"{name} {text}".encode()).hexdigest()
 
 
 @functools.cache
