@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -106,11 +107,21 @@ def triton_folder() -> str:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Imports a generated module from its file (Triton reads the source of a kernel from there)."""
+    """Imports a generated module from its file (Triton reads the source of a kernel from there).
+
+    To identify a kernel, Triton would walk over each of its functions, and it would not see records. The module imports
+    nothing else than Triton, so the text of the file identifies all that is in it.
+    """
+    from triton.runtime.jit import JITFunction
+
     spec = importlib.util.spec_from_file_location(f"flexdecode_generated_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    text = hashlib.sha256(path.read_bytes()).hexdigest()
     spec.loader.exec_module(module)
+    for name, function in vars(module).items():
+        if isinstance(function, JITFunction) and function.__globals__ is vars(module):
+            function.hash = hashlib.sha256(f"{name} {text}".encode()).hexdigest()
     return module
 
 
@@ -195,6 +206,14 @@ def compiler_text(target: tuple[str, int | str, int]) -> str | None:
     return f"{_installed()}\n{variables}\n{given}\n{options}\n{chosen}"
 
 
+def ask_for_version(target: tuple[str, int | str, int]) -> None:
+    """Asks the assembler of a target for its version, in another process. Triton remembers the answer."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    make_backend(GPUTarget(*target)).hash()
+
+
 def compile_ahead(
     function: Any,
     types: dict[str, Any],
@@ -203,6 +222,7 @@ def compile_ahead(
     target: tuple[str, int | str, int],
     options: dict[str, Any],
     gluon: bool = False,
+    when_read: Callable[[float], None] = lambda _: None,
 ) -> Any:
     """Compiles a kernel from declared types; no GPU is needed.
 
@@ -214,6 +234,8 @@ def compile_ahead(
         target: backend, architecture and threads per warp.
         options: of Triton's compiler.
         gluon: whether the kernel's functions are Gluon.
+        when_read: called when Triton has read the source, with the seconds that it took. That is most of the work in
+            Python. What is left, other threads hardly notice.
 
     Returns:
         Triton's compiled kernel.
@@ -235,6 +257,15 @@ def compile_ahead(
         source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
     else:
         source = ASTSource(function, types, known, attributes)
+    read = source.make_ir
+
+    def make_ir(*arguments: Any, **keywords: Any) -> Any:
+        begin = time.perf_counter()
+        module = read(*arguments, **keywords)
+        when_read(time.perf_counter() - begin)
+        return module
+
+    source.make_ir = make_ir
     _identify_quickly()
     _here.compiles = True
     try:

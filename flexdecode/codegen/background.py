@@ -10,26 +10,38 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Task(threading.Thread, Generic[T]):
-    """A function that has been started in a thread. The end of the process waits for it."""
+class Task(Generic[T]):
+    """A function that runs once: in a thread of its own if that has begun, else where its result is asked for."""
 
     def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(name="flexdecode")
         self._function = function
+        self._lock = threading.Lock()
+        self._is_started = self._is_done = False
         self._value: T | None = None
         self._error: BaseException | None = None
-        self.start()
 
-    def run(self) -> None:
-        """Calls the function."""
-        try:
-            self._value = self._function()
-        except BaseException as error:
-            self._error = error
+    def start(self, delay: float = 0.0) -> Task[T]:
+        """Begins in a thread, after `delay` seconds. The end of the process waits for it."""
+        if not self._is_started:
+            self._is_started = True
+            thread = threading.Timer(delay, self.finish) if delay else threading.Thread(target=self.finish)
+            thread.name = "flexdecode"
+            thread.start()
+        return self
+
+    def finish(self) -> None:
+        """Waits for the function, or calls it if no thread has begun."""
+        with self._lock:
+            if not self._is_done:
+                try:
+                    self._value = self._function()
+                except BaseException as error:
+                    self._error = error
+                self._is_done = True
 
     def result(self) -> T:
         """Waits for the function, and returns what it returned or raises what it raised."""
-        self.join()
+        self.finish()
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]  # it has returned

@@ -21,7 +21,7 @@ from ..ahead.helper import build_launcher, import_launcher, system
 from ..ahead.loaded import HelperLaunch
 from ..call.device import DeviceFacts
 from ..errors import CompileError, KernelFolderError
-from ..triton_api import compiler_text
+from ..triton_api import ask_for_version, compiler_text
 from . import store
 from .background import Task
 from .identity import target_of
@@ -80,7 +80,7 @@ def keep_binary(identity: str | None, binary: Binary) -> None:
 
 @functools.cache
 def _helper() -> Task[Path]:
-    return Task(_helper_file)
+    return Task(_helper_file).start()
 
 
 def _helper_file() -> Path:
@@ -89,9 +89,21 @@ def _helper_file() -> Path:
     return store.find("helpers", identity) or store.keep_anywhere("helpers", identity, build_launcher())
 
 
-def start_helper() -> None:
-    """Begins to look for the C helper or to build it. That needs another process, so it costs the caller no time."""
+@functools.cache
+def _asked(target: tuple[str, int | str, int]) -> Task[None]:
+    return Task(lambda: ask_for_version(target)).start()
+
+
+def start_tools(facts: DeviceFacts) -> Task[None]:
+    """Begins to look for the C helper or to build it, and to ask the assembler for its version.
+
+    That happens in other processes, so it costs the caller no time.
+
+    Returns:
+        The question for the version. If Triton compiles before it is answered, Triton asks as well.
+    """
     _helper()
+    return _asked((*target_of(facts), 32))
 
 
 # These stay, as in folders: a CUDA graph may hold any of them, and nothing unloads machine code that was loaded.

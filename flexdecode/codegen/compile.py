@@ -5,6 +5,7 @@ Kernels are compiled ahead of time from declared types. So no value specialises 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -129,8 +130,21 @@ def attributes(spec: KernelSpec, types: dict[str, Any]) -> dict[tuple[int, ...],
     return found
 
 
-def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combine: bool) -> Any:
+def compile_pass(
+    module: ModuleType,
+    spec: KernelSpec,
+    facts: DeviceFacts,
+    combine: bool,
+    when_read: Callable[[float], None] = lambda _: None,
+) -> Any:
     """Compiles one kernel of a generated module for a device.
+
+    Args:
+        module: has it.
+        spec: what it is compiled from.
+        facts: about the device.
+        combine: whether it is the second pass.
+        when_read: as for `compile_ahead`.
 
     Returns:
         Triton's compiled kernel.
@@ -157,7 +171,7 @@ def compile_pass(module: ModuleType, spec: KernelSpec, facts: DeviceFacts, combi
             options["maxnreg"] = REGISTERS // (32 * spec.tiles.num_warps * spec.tiles.per_sm) // 8 * 8
     try:
         gluon = spec.tiles.latent and not combine
-        compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon)
+        compiled = compile_ahead(function, types, known, attributes(spec, types), target, options, gluon, when_read)
     except TritonVersionError:
         raise
     except Exception as error:  # Triton raises many kinds; each means that this text did not compile

@@ -24,7 +24,7 @@ from ..triton_api import Launch, load_module, standalone_kernel
 from . import store
 from .arguments import PLACES, KernelSpec
 from .background import Task, uncollected
-from .binaries import Binary, binary_identity, find_binary, keep_binary, launch_of, start_helper
+from .binaries import Binary, binary_identity, find_binary, keep_binary, launch_of, start_tools
 from .compile import argument_types, attributes, combine_block_dv, compile_pass, constants
 from .identity import COMBINE, SPLIT, identity_of, signature_text, target_of
 from .lower import lower, lower_bounds
@@ -114,11 +114,12 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
         return found
     from .entries import entry_of  # where kernels are found, it is not needed
 
-    start_helper()
+    version = start_tools(facts)
     try:
         with uncollected:  # it would look at all modules of PyTorch and Triton several times
             module = second_module() if proven is None else first_module(proven, spec)[0]
-            compiled = compile_pass(module, spec, facts, kernel == COMBINE)
+            version.finish()
+            compiled = compile_pass(module, spec, facts, kernel == COMBINE, _start_waiting)
     except SharedMemoryError as error:
         keep_binary(identity, Binary(Entry(kernel, "", refusal=(type(error).__name__, str(error))), b""))
         raise
@@ -133,7 +134,7 @@ def _machine_code(kernel: str, spec: KernelSpec, facts: DeviceFacts, proven: Pro
 # These memos have no limit: a CUDA graph may launch any kernel, and Triton unloads a kernel that is collected.
 _kernels: dict[tuple, Kernel] = {}
 _combines: dict[tuple, Combine] = {}
-_started: dict[tuple, Task[Binary | None]] = {}  # kernels that are being compiled, by the same keys
+_started: dict[tuple, Task[Binary | None]] = {}  # kernels that are being compiled, or will be, by the same keys
 
 
 def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Kernel:
@@ -145,7 +146,7 @@ def find_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> Ker
     key = (spec, facts, proven.text)
     task = _started.pop(key, None)
     if task is not None:
-        task.join()  # without the lock, which the task may need
+        task.finish()  # without the lock, which the task may need
     with lock:
         if key not in _kernels:
             launch = _find_loaded(SPLIT, spec, facts, proven)
@@ -193,24 +194,43 @@ def find_combine(spec: KernelSpec, facts: DeviceFacts) -> Combine:
 
 def start_kernel(spec: KernelSpec, facts: DeviceFacts, proven: ProvenMods) -> None:
     """Begins to compile a first pass in another thread, if it may be compiled. `find_kernel` waits for it."""
-    _start(_kernels, (spec, facts, proven.text), spec, facts, lambda: _machine_code(SPLIT, spec, facts, proven))
+    key = spec, facts, proven.text
+    task = _new_task(_kernels, key, spec, facts, lambda: _machine_code(SPLIT, spec, facts, proven))
+    if task is not None:
+        task.start()
 
 
 def start_combine(spec: KernelSpec, facts: DeviceFacts) -> None:
-    """Begins to compile a second pass in another thread, if it may be compiled. `find_combine` waits for it."""
+    """Lets a second pass be compiled in another thread, if it may be compiled. `find_combine` waits for it.
+
+    The thread begins when Triton has read a first pass (`_start_waiting`). If none has to be compiled, `find_combine`
+    finds or compiles the second pass itself.
+    """
     key = spec.signature.device, _combine_key(spec, facts)
-    _start(_combines, key, spec, facts, lambda: _machine_code(COMBINE, spec, facts, None))
+    _new_task(_combines, key, spec, facts, lambda: _machine_code(COMBINE, spec, facts, None))
 
 
-def _start(
+def _start_waiting(seconds: float) -> None:
+    """Starts the tasks that have no thread, when Triton has read a kernel, which took some seconds.
+
+    Two threads in Python take turns, so a second pass would keep the first one waiting, and it needs much less time.
+    Triton needs Python again and again until LLVM begins. This takes about as long as to read, so the tasks wait.
+    """
+    for task in list(_started.values()):
+        task.start(delay=seconds)
+
+
+def _new_task(
     known: dict[tuple, Any], key: tuple, spec: KernelSpec, facts: DeviceFacts, code: Callable[[], Binary | None]
-) -> None:
-    """Begins to compile a kernel, unless it is `known` or may not be compiled."""
+) -> Task[Binary | None] | None:
+    """A new task that compiles a kernel; None if the kernel is `known`, has a task or may not be compiled."""
     if _gpu(spec, facts) is None or is_forbidden() or loaded.any_folder():
-        return
+        return None
     with lock:
-        if key not in known and key not in _started:
-            _started[key] = Task(code)
+        if key in known or key in _started:
+            return None
+        task = _started[key] = Task(code)
+        return task
 
 
 def _combine_names() -> list[str]:

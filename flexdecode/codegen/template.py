@@ -48,6 +48,12 @@ def read_template(name: str) -> str:
 
 
 @functools.cache
+def _tree(name: str) -> ast.Module:
+    """A template file, parsed."""
+    return ast.parse(read_template(name))
+
+
+@functools.cache
 def sources_digest() -> str:
     """Hash of all template files and of this package. After an edit of one of them, modules are generated again.
 
@@ -90,9 +96,6 @@ def generate(hooks: list[Hooks], replacements: Sequence[str] = ()) -> str:
     if any("score_mod" in hook.bodies for hook in hooks):
         flag = lines.index(next(line for line in lines if line.startswith("HAS_SCORE_MOD")))
         edits.append((flag, flag + 1, "HAS_SCORE_MOD = tl.constexpr(True)\n"))
-    # The digest is part of the kernel's text, and so part of its key in Triton's own store.
-    first = template["decode_split"].body[1].lineno - 1
-    edits.append((first, first, f"    # records {_digest(('decode.py', *replacements))}\n"))
     for start, end, text in sorted(edits, reverse=True):
         lines[start:end] = [text]
     return "".join(lines)
@@ -104,7 +107,7 @@ def _imports(name: str) -> dict[str, int]:
 
     Imports from `decode.py` are left out, because the generated module already contains its text.
     """
-    nodes = [n for n in ast.parse(read_template(name)).body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))]
+    nodes = [n for n in _tree(name).body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))]
     return {ast.unparse(n): n.end_lineno or 0 for n in nodes if getattr(n, "module", None) != "decode"}
 
 
@@ -117,7 +120,7 @@ _Definition = ast.FunctionDef | ast.Assign
 @functools.cache
 def _definitions(name: str) -> list[_Definition]:
     """The functions and records of a template file."""
-    return [node for node in ast.parse(read_template(name)).body if isinstance(node, _Definition)]
+    return [node for node in _tree(name).body if isinstance(node, _Definition)]
 
 
 @functools.cache
@@ -179,27 +182,19 @@ def _exchange(template: dict[str, ast.FunctionDef], files: Sequence[str]) -> tup
 
 
 @functools.cache
-def _digest(files: tuple[str, ...]) -> str:
-    """Hash of the records and plain functions of some files. Triton leaves these out of the key of a kernel."""
-    nodes = [(file, node) for file in files for node in _definitions(file)]
-    texts = [_source(file, node) for file, node in nodes if not getattr(node, "decorator_list", ())]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
-@functools.cache
 def standalone(name: str) -> str:
     """The module of a template file that no mod changes, with what it imports of `decode.py`.
 
     Raises:
         ValueError: it imports something else of that file.
     """
-    tree = ast.parse(read_template(name))
+    tree = _tree(name)
     wanted = {a.name for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "decode" for a in n.names}
     imports = "from collections import namedtuple\n\nimport triton\nimport triton.language as tl"
     texts = [f'"""{ast.get_docstring(tree)}"""', imports]
     functions = _called(wanted, ["decode.py"]).rstrip()
     used = {n.id for n in ast.walk(ast.parse(functions)) if isinstance(n, ast.Name)} | wanted
-    for node in ast.parse(read_template("decode.py")).body:
+    for node in _tree("decode.py").body:
         if isinstance(node, ast.If):  # imports that not every Triton has
             texts.append(ast.unparse(node))
             wanted -= {a.name for n in node.body if isinstance(n, ast.ImportFrom) for a in n.names}
@@ -212,12 +207,7 @@ def standalone(name: str) -> str:
         raise ValueError(f"{name} imports {sorted(wanted - _functions('decode.py').keys())}, which cannot be copied")
     texts.append(functions)
     texts += [_source(name, node) for node in _definitions(name)]
-    kernel = list(_functions(name).values())[-1]
-    # As in `generate`, the digest of the records is part of the kernel's text.
-    start, _ = _lines_of(kernel)
-    lines = texts[-1].splitlines(keepends=True)
-    lines.insert(kernel.body[1].lineno - 1 - start, f"    # records {_digest(('decode.py', name))}\n")
-    return "\n\n".join([*texts[:-1], "".join(lines)])
+    return "\n\n".join(texts)
 
 
 def elementwise_functions(called: Iterable[str]) -> str:
@@ -227,6 +217,8 @@ def elementwise_functions(called: Iterable[str]) -> str:
 
 def _called(called: Iterable[str], files_of: Sequence[str]) -> str:
     """The functions of some files that are called, and those that these call."""
+    if not called:
+        return ""
     files = {name: file for file in files_of for name in _functions(file)}
     wanted: set[str] = set()
     pending = [name for name in called if name in files]

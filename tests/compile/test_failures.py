@@ -80,9 +80,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(fresh_caches, monkeypatch, 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("tl.exp2((state.m_i - m_safe) * LOG2E)", "tl.exp2((state.m_i - no_such_name) * LOG2E)"),
-        ("tl.exp2((state.m_i - m_safe) * LOG2E)", "tl.no_such_function(state.m_i)"),
-        ("tl.exp2((state.m_i - m_safe) * LOG2E)", "tl.dot(state.m_i, state.m_i)"),
+        ("exp2((state.m_i - m_safe) * LOG2E, C)", "exp2((state.m_i - no_such_name) * LOG2E, C)"),
+        ("exp2((state.m_i - m_safe) * LOG2E, C)", "tl.no_such_function(state.m_i)"),
+        ("exp2((state.m_i - m_safe) * LOG2E, C)", "tl.dot(state.m_i, state.m_i)"),
     ],
 )
 def test_text_that_does_not_compile_names_its_file(old, new, fresh_caches, tmp_path):

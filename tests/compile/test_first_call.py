@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 import triton
-from compile.compiling import compile_call, meta_inputs
+from compile.compiling import DEVICES, compile_call, meta_inputs
+from triton._C.libtriton import llvm
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
 
 from benchmarks import first_call
 from flexdecode import mods, triton_api
-from flexdecode.triton_api import compiler_text
+from flexdecode.codegen.compile import compile_pass
+from flexdecode.triton_api import compiler_text, load_module
 
 TARGET = "cuda", 90, 32
 
@@ -51,6 +55,53 @@ def test_triton_hashes_its_files_for_other_kernels_only(monkeypatch):
     assert not hashed
     assert cache.triton_key() == "the hash" and hashed == [1]
     triton_api._identify_quickly.cache_clear()
+
+
+def test_triton_reads_the_functions_of_a_kernel_once(monkeypatch):
+    """To find a kernel in its own store, Triton would walk over all of them."""
+    read = []
+    parse = JITFunction.parse
+    monkeypatch.setattr(JITFunction, "parse", lambda self: read.append(self.__name__) or parse(self))
+    compile_call("sm_90", meta_inputs(2, 8, 2, 1, 4096, 48), mods.softcap(7.0))
+    assert read.count("decode_split") == read.count("decode_combine") == 1
+
+
+def test_the_text_of_a_module_identifies_its_functions(tmp_path):
+    """Also its records, which are no functions."""
+    call = compile_call("sm_90", meta_inputs(2, 8, 2, 1, 4096, 48))
+    edited = tmp_path / "edited.py"
+    text = call.path.read_text()
+    assert "full_start full_end" in text
+    edited.write_text(text.replace("full_start full_end", "full_end full_start"))
+    modules = [load_module(path) for path in (call.path, call.path, edited)]
+    first, again, other = (compile_pass(x, call.spec, DEVICES["sm_90"], combine=False).hash for x in modules)
+    assert first == again != other
+    functions = [x for x in vars(modules[0]).values() if isinstance(x, JITFunction)]
+    assert len({x.cache_key for x in functions}) == len(functions) > 50
+
+
+def test_a_kernel_is_said_to_be_read_before_it_is_compiled(monkeypatch):
+    happened = []
+    make_ttir = CUDABackend.__dict__["make_ttir"].__func__
+    monkeypatch.setattr(CUDABackend, "make_ttir", staticmethod(lambda *a: happened.append("TTIR") or make_ttir(*a)))
+    call = compile_call("sm_90", meta_inputs(2, 8, 2, 1, 4096, 48))
+    happened.clear()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        compile_pass(load_module(call.path), call.spec, DEVICES["sm_90"], combine=False, when_read=happened.append)
+    seconds, *others = happened
+    assert 0 < seconds < 60 and others == ["TTIR"]
+
+
+def test_llvm_reads_no_library_for_a_first_pass(monkeypatch):
+    linked = []
+    link = llvm.link_extern_libs
+    monkeypatch.setattr(llvm, "link_extern_libs", lambda *arguments: linked.append(1) or link(*arguments))
+    call = compile_call("sm_90", meta_inputs(2, 8, 2, 1, 4096, 48))
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        split = compile_pass(load_module(call.path), call.spec, DEVICES["sm_90"], combine=False)
+    assert call.combine is not None and not linked and "ex2.approx.ftz.f32" in split.asm["ptx"]
 
 
 def test_an_edited_triton_is_another_one(monkeypatch, tmp_path):

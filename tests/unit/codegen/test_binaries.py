@@ -39,11 +39,13 @@ def store(monkeypatch, tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     """Calls are compiled for an H200 that is not there. Gives what is compiled and launched, as it happens."""
-    happened = SimpleNamespace(compiled=[], launched=[], threads=[], refuse=None, wait=0.0, text="compiler")
+    happened = SimpleNamespace(compiled=[], launched=[], threads=[], refuse=None, read=True, wait=0.0, text="compiler")
 
-    def compile_pass(module, spec, facts, combine):
+    def compile_pass(module, spec, facts, combine, when_read):
         happened.compiled.append(COMBINE if combine else SPLIT)
         happened.threads.append(threading.current_thread())
+        if happened.read:
+            when_read(0.0)
         time.sleep(happened.wait)
         if happened.refuse is not None and not combine:
             raise happened.refuse
@@ -62,7 +64,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(kernels, "compile_pass", compile_pass)
     monkeypatch.setattr(kernels, "load_module", lambda path: names)
     monkeypatch.setattr(kernels, "launch_of", launch_of)
-    monkeypatch.setattr(kernels, "start_helper", lambda: None)
+    monkeypatch.setattr(kernels, "start_tools", lambda facts: Task(lambda: None))
     monkeypatch.setattr(entries, "entry_of", entry_of)
     monkeypatch.setattr(binaries, "compiler_text", lambda target: happened.text)
     return happened
@@ -243,11 +245,30 @@ def test_a_task_gives_what_its_function_gives_or_raises():
     def fail():
         raise ValueError("wrong")
 
-    assert Task(lambda: 5).result() == 5
-    task = Task(fail)
+    for start in (True, False):
+        task = Task(lambda: 5), Task(fail)
+        if start:
+            assert [each.start() for each in task] == [*task]
+        assert task[0].result() == 5
+        for _ in range(2):
+            with pytest.raises(ValueError, match="wrong"):
+                task[1].result()
+
+
+@pytest.mark.parametrize("delay", [None, 0.0, 0.01, 0.2])
+def test_a_task_runs_once(delay):
+    """Where its result is asked for, if no thread has begun by then."""
+    ran = []
+    task = Task(lambda: ran.append(threading.current_thread()))
+    if delay is not None:
+        for _ in range(2):
+            task.start(delay)
+        time.sleep(0.1)
     for _ in range(2):
-        with pytest.raises(ValueError, match="wrong"):
-            task.result()
+        task.result()
+    time.sleep(0.2)
+    (thread,) = ran
+    assert (thread is threading.current_thread()) == (delay in (None, 0.2))
 
 
 def test_both_passes_are_compiled_at_once(gpu):
@@ -255,6 +276,18 @@ def test_both_passes_are_compiled_at_once(gpu):
     warm()
     assert sorted(gpu.compiled) == [COMBINE, SPLIT] and len(set(gpu.threads)) == 2
     assert gpu.threads[gpu.compiled.index(SPLIT)] is threading.current_thread()
+    assert [kernel for kernel, *_ in gpu.launched] == [SPLIT, COMBINE] and not kernels._started
+
+
+@pytest.mark.parametrize("refuse", [None, CompileError("no")])
+def test_a_second_pass_waits_until_the_first_one_is_read(gpu, refuse):
+    """If Triton finds the first pass in its own store, or cannot read it, the second pass needs no thread."""
+    gpu.read, gpu.refuse = False, refuse
+    with contextlib.nullcontext() if refuse is None else pytest.raises(CompileError, match="no"):
+        warm()
+    gpu.refuse = None
+    warm()
+    assert gpu.compiled[-1] == COMBINE and set(gpu.threads) == {threading.current_thread()}
     assert [kernel for kernel, *_ in gpu.launched] == [SPLIT, COMBINE] and not kernels._started
 
 

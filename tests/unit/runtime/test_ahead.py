@@ -91,7 +91,7 @@ def gpu():
     """The tensors of the CPU count as those of an H200; the kernels that calls ask for are listed."""
     asked = []
 
-    def compile_pass(module, spec, facts, combine):
+    def compile_pass(module, spec, facts, combine, when_read=None):
         asked.append((COMBINE if combine else SPLIT, spec))
         return SimpleNamespace(run=None)
 
