@@ -257,11 +257,11 @@ def compile_ahead(
         source: Any = GluonASTSource(jit(function.fn), types, known, attributes)
     else:
         source = ASTSource(function, types, known, attributes)
-    read = source.make_ir
+    read = type(source).make_ir
 
     def make_ir(*arguments: Any, **keywords: Any) -> Any:
         begin = time.perf_counter()
-        module = read(*arguments, **keywords)
+        module = read(source, *arguments, **keywords)
         when_read(time.perf_counter() - begin)
         return module
 

@@ -677,7 +677,7 @@ def scores_of(q, q_rest, keys, block, spans, CHECKED: tl.constexpr, C: tl.conste
 def exp2(x, C: tl.constexpr):
     """2 to the power of `x`, float32, by one instruction.
 
-    For NVIDIA, tl.exp2 becomes the same instruction, but by a function of a library that LLVM has to read first.
+    For these GPUs, tl.exp2 becomes the same instruction, but by a function of a library that LLVM has to read first.
     """
     if C.PDL:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

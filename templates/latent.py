@@ -145,6 +145,27 @@ def _sums_of_lanes(p):
 
 
 @gluon.jit
+def _scores_of(memory, place, phase, C: gl.constexpr, L: gl.constexpr):
+    """The products of the query and the latents of a block, part by part as they arrive."""
+    queries, latents, full = memory.queries, memory.latents, memory.full
+    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
+    score = gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES)
+    mbarrier.wait(full[2].index(place), phase)
+    score = warpgroup_mma(queries[2], rest.permute((1, 0)), score, use_acc=False, is_async=True)
+    mbarrier.wait(full[0].index(place), phase)
+    score = warpgroup_mma(queries[0], left.permute((1, 0)), score, is_async=True)
+    mbarrier.wait(full[1].index(place), phase)
+    score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
+    return warpgroup_mma_wait(0, deps=[score])
+
+
+@gluon.jit
+def _add_weights(l_i, alpha, p):
+    """Adds weights to sums of `_sums_of_lanes`, which are multiplied by the factors of their rows before."""
+    return l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _sums_of_lanes(p)
+
+
+@gluon.jit
 def _attend_block(
     acc, m_i, l_i, i, memory, visit, scale, tile, captures, CHECKED: gl.constexpr, C: gl.constexpr, L: gl.constexpr
 ):
@@ -152,12 +173,11 @@ def _attend_block(
 
     Between the scores and the product with the weights the tensor cores have no work. So only what that product needs
     stands there, and the stores for the right half, for which nothing waits. The product takes the weights from
-    registers. The sums come while it runs.
+    registers. In full blocks the sums come while it runs.
 
     All products are complete when it returns. If one were still running, ptxas would serialise all products in kernels
     whose mods have certain loads.
     """
-    queries, latents, full = memory.queries, memory.latents, memory.full
     b, h, q_idx = tile.b, tile.h, tile.q_idx
     step = i - visit.first
     place = step % 2
@@ -172,16 +192,8 @@ def _attend_block(
     if CHECKED:
         live = mask_mod(live, b, h, q_idx, kv_idx, tile.mask_row, captures.mask)
     fetched = score_fetch(live, b, h, q_idx, kv_idx, tile.score_row, captures.score)
-    left, right, rest = latents[0].index(place), latents[1].index(place), latents[2].index(place)
-    phase = step // 2 % 2
-    score = gl.full([C.BLOCK_M, C.BLOCK_N], 0.0, gl.float32, L.SCORES)
-    mbarrier.wait(full[2].index(place), phase)
-    score = warpgroup_mma(queries[2], rest.permute((1, 0)), score, use_acc=False, is_async=True)
-    mbarrier.wait(full[0].index(place), phase)
-    score = warpgroup_mma(queries[0], left.permute((1, 0)), score, is_async=True)
-    mbarrier.wait(full[1].index(place), phase)
-    score = warpgroup_mma(queries[1], right.permute((1, 0)), score, is_async=True)
-    score = warpgroup_mma_wait(0, deps=[score])
+    left = memory.latents[0].index(place)
+    score = _scores_of(memory, place, step // 2 % 2, C, L)
     # Without a score_mod the scores stay unscaled, and `unit` contains the scale. This saves one operation per score.
     unit = gl.maximum(scale * LOG2E, 1e-37)  # scale may be 0, and 0 times -inf is NaN
     if HAS_SCORE_MOD:
@@ -195,6 +207,8 @@ def _attend_block(
     alpha = gl.exp2((m_i - m_safe) * unit)
     p = gl.exp2((score - m_safe[:, None]) * unit)
     weights = p.to(memory.weights.dtype)
+    if CHECKED:  # later, `p` would be spilled
+        l_i = _add_weights(l_i, alpha, p)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, L.OUTPUT))[:, None]
     mbarrier.wait(memory.taken, (step + 1) % 2)  # the other half has used the weights of the last step
     memory.factors.store(alpha)
@@ -205,7 +219,8 @@ def _attend_block(
     acc = warpgroup_mma(gl.convert_layout(weights, L.WEIGHTS), left, acc, is_async=True)
     fence_async_shared()
     mbarrier.arrive(memory.ready, count=1)
-    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + _sums_of_lanes(p)
+    if not CHECKED:
+        l_i = _add_weights(l_i, alpha, p)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(memory.empty[0].index(place), count=1)
     return acc, m_new, l_i

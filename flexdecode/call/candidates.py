@@ -99,7 +99,7 @@ class Space:
         self.facts: DeviceFacts = scheduler.facts
         self.items = max(scheduler.busy_items(sizes), 1)
         self.v_head_dim = scheduler.signature.v_head_dim
-        self.may_balance = scheduler.items_differ and sizes.batch > 1
+        self.may_balance = (scheduler.lengths_differ or scheduler.bounds_differ) and sizes.batch > 1
 
     def divisions(self, at: Choice, schedule: Schedule) -> list[Choice]:
         """Other numbers of programs, and the other way to divide the work.

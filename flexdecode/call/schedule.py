@@ -20,6 +20,7 @@ from .tiles import Loads, Tiles, Use, find_tiles, has_latent_kernel, most_rows
 BALANCED_BYTES = 64 << 20
 BALANCED_LENGTH, BALANCED_PAGES = 8192, 6144  # tokens; in pages that are too small for the copy engine
 MEAN_SHARE = 0.5  # of the longest item, where a mask gives sequences different keys: an estimate
+LEAST_BLOCKS = 4  # of 64 keys, that a program has there
 SHORT_SHARE, LONG_SHARE = 1024, 4096  # keys of a program
 ALL_ROWS = (1 << 31) - 1
 FEW_TOKENS = 8  # where sequences differ, those with up to so many tokens get small tiles, as far as these have the rows
@@ -121,7 +122,6 @@ class Scheduler:
         self.keeps_away = (self.is_bounded or self.paired) and facts.backend == "cuda" and not options.batch_invariant
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))
         self.bounds_differ = self.is_bounded and proven.bounds.differ
-        self.items_differ = self.lengths_differ or self.bounds_differ
         # The batch may decide whether there are matrices, and so it would decide the tiles. `batch_invariant` forbids
         # this. With lists, all blocks may be partial, and partial blocks gain nothing from descriptors.
         described = facts.has_descriptors and self.format.has_matrices
@@ -232,8 +232,10 @@ class Scheduler:
             fit = 1 if alone else most_copied(*of, block_m) if copied else 2
             waits = self.waits and not alone
             speeds = self.copied_speeds if copied else HALF_SPEEDS
-            share = MEAN_SHARE if self.bounds_differ else 1.0
-            work = Work(busy_items, longest, total_bytes, num_sms, waits, self.items_differ, share, copied, speeds)
+            share, differ = 1.0, self.lengths_differ
+            if self.bounds_differ and batch > 1:
+                share, differ, longest = MEAN_SHARE, True, -(-longest // LEAST_BLOCKS)
+            work = Work(busy_items, longest, total_bytes, num_sms, waits, differ, share, copied, speeds)
             num_splits, per_sm = divide(work, fit, options.num_splits)
             if num_splits > 1 and not options.num_splits:
                 most = most_splits(num_items, block_m, self.signature.v_head_dim)
@@ -272,10 +274,12 @@ class Scheduler:
         shortest = BALANCED_PAGES if self.signature.page_size % LEAST_PAGE and not self.is_bounded else BALANCED_LENGTH
         if sizes.batch == 1 or total_bytes < BALANCED_BYTES or sizes.max_kv_len < shortest:
             return False
+        if 8 * part.busy_tiles > self.facts.num_sms * sizes.batch:
+            return False
         if self.is_bounded:  # a worker needs a long share, because few keys of an item may be live
             items = part.busy_tiles * sizes.num_kv_heads
             return self.bounds_differ and items * BALANCED_LENGTH <= self.facts.num_sms * sizes.max_kv_len
-        return self.lengths_differ and 8 * part.busy_tiles <= self.facts.num_sms * sizes.batch
+        return self.lengths_differ
 
 
 def most_splits(num_items: int, block_m: int, v_head_dim: int) -> int:

@@ -18,7 +18,7 @@ class Task(Generic[T]):
         self._lock = threading.Lock()
         self._is_started = self._is_done = False
         self._value: T | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def start(self, delay: float = 0.0) -> Task[T]:
         """Begins in a thread, after `delay` seconds. The end of the process waits for it."""
@@ -35,7 +35,7 @@ class Task(Generic[T]):
             if not self._is_done:
                 try:
                     self._value = self._function()
-                except BaseException as error:
+                except Exception as error:  # what stops the process is for the thread that runs the function
                     self._error = error
                 self._is_done = True
 

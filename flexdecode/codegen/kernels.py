@@ -216,8 +216,9 @@ def _start_waiting(seconds: float) -> None:
     Two threads in Python take turns, so a second pass would keep the first one waiting, and it needs much less time.
     Triton needs Python again and again until LLVM begins. This takes about as long as to read, so the tasks wait.
     """
-    for task in list(_started.values()):
-        task.start(delay=seconds)
+    if not is_forbidden():
+        for task in list(_started.values()):
+            task.start(delay=seconds)
 
 
 def _new_task(

@@ -136,3 +136,32 @@ def test_another_kernel_takes_over_where_this_one_does_not_compile(monkeypatch):
         found = compile_call("sm_90", tensors, aux=NO_AUX)
     assert not found.spec.tiles.latent and found.spec.tiles.num_warps == 8
     assert not compile_call("sm_90", latents(B=9)[0], aux=NO_AUX).spec.tiles.latent
+
+
+def spills_of_loops(found):
+    """For each loop over blocks, full ones first: how often registers go to memory or come back in the left half."""
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", machine_code(found.split), re.MULTILINE)
+    starts = [i for i, text in enumerate(code) if "HGMMA.64x64x16" in text and "!UPT" in text]
+    ends = [i for i, text in enumerate(code) if "HGMMA.64x256x16" in text and "gsb0" in text]
+    loops = [(start, min(end for end in ends if end > start)) for start in starts]
+    return [sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in code[start:end]) for start, end in loops]
+
+
+@pytest.mark.parametrize("Hq", [17, 32, 128])
+def test_the_loop_over_full_blocks_spills_nothing(Hq):
+    tensors, _ = latents(Hq=Hq)
+    found = compile_call("sm_90", tensors)
+    assert found.spec.tiles.latent and found.spec.tiles.block_m == 64
+    assert spills_of_loops(found)[0] == 0
+
+
+def test_a_loop_over_partial_blocks_does_not_spill_weights():
+    """Where no block is full, as with documents that a table names for each key, it is the loop that counts."""
+    documents = torch.empty(8, 8192, dtype=torch.int32, device="meta")
+
+    def same_document(b, h, q_idx, kv_idx):
+        return documents[b, kv_idx] == documents[b, q_idx]
+
+    tensors, _ = latents()
+    (spilled,) = spills_of_loops(compile_call("sm_90", tensors, None, same_document, options=SPLITS))
+    assert spilled <= 16  # weights in memory are 32 of them, twice

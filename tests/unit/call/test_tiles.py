@@ -21,7 +21,7 @@ H200, _ = KNOWN_DEVICES["H200"]
 
 def scheduled(
     B, N, Hkv, D, Dv=None, *, rows=4, page_size=0, dtype=torch.bfloat16, stored=None, device=H200, mask_mod=None,
-    lens=False, **options,
+    lens=False, tokens=1, **options,
 ):  # fmt: skip
     """The schedule of a call on an H200 or another device."""
 
@@ -30,7 +30,7 @@ def scheduled(
         return torch.empty(shape, dtype=stored or dtype, device="meta")
 
     table = torch.empty(B, N // page_size, dtype=torch.int32, device="meta") if page_size else None
-    query = torch.empty(B, rows * Hkv, 1, D, dtype=dtype, device="meta")
+    query = torch.empty(B, rows * Hkv, tokens, D, dtype=dtype, device="meta")
     scales = {"k_scale": 1.0, "v_scale": 1.0} if stored else {}
     inputs = Inputs(
         query,
@@ -152,6 +152,18 @@ def test_documents_of_different_lengths_take_turns(B, N, splits):
     window = scheduled(B, N, 8, 128, mask_mod=WINDOW)
     assert not window.tiles.balanced and window.num_splits <= chosen.num_splits
     assert not scheduled(B, N, 8, 128, mask_mod=DOCUMENTS, schedule="split").tiles.balanced
+
+
+def test_documents_of_one_sequence_or_with_many_rows_are_divided_as_usual():
+    """One sequence has one range. A prompt has enough tiles, and those of older tokens have fewer keys."""
+    for N, rows in ((8192, 4), (32768, 4), (131072, 4), (131072, 16)):
+        assert scheduled(1, N, 8, 128, rows=rows, mask_mod=DOCUMENTS) == scheduled(
+            1, N, 8, 128, rows=rows, mask_mod=mods.sliding_window(N)
+        )
+    for B, tokens in ((2, 512), (8, 512), (2, 2048)):
+        assert not scheduled(B, 32768, 1, 128, rows=8, tokens=tokens, mask_mod=DOCUMENTS).tiles.balanced
+    for B, N in ((2, 4096), (8, 1024), (4, 2048)):  # shares of less than 256 keys were not measured
+        assert N // scheduled(B, N, 8, 128, mask_mod=DOCUMENTS).num_splits >= 200
 
 
 @pytest.mark.parametrize(("page_size", "shortest"), [(0, 8192), (64, 8192), (16, 6144), (1, 6144), (48, 6144)])
