@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from .device import DeviceFacts
 from .inputs import QUANTISED, DecodeOptions
 from .signature import Signature
@@ -58,7 +56,7 @@ def find_columns(signature: Signature, facts: DeviceFacts) -> Columns:
     widths = signature.head_dim, 0 if shared else signature.v_head_dim
     kv_bytes = sum(n * dtype.itemsize for n, dtype in zip(widths, stored, strict=True))
     tile_bytes = sum(n * dtype.itemsize for n, dtype in zip(columns, tiled, strict=True))
-    is_float32 = torch.float32 in signature.product_dtypes
+    is_float32 = signature.is_float32
     wide = signature.head_dim > WHOLE_HEAD_DIM or signature.v_head_dim > WHOLE_V_HEAD_DIM
     if is_float32:
         wide = max(signature.head_dim, signature.v_head_dim) > FLOAT32_HEAD_DIM

@@ -44,7 +44,7 @@ FLOAT32_STEPS_OF_ROWS = Steps({1: 32 << 10, 2: 32 << 10}, 32, 64, 2)
 
 def steps_of(signature: Signature, facts: DeviceFacts, block_m: int) -> Steps:
     """What the steps of a call with tiles of so many rows take, if `is_copied` is true of it."""
-    if torch.float32 not in signature.product_dtypes:
+    if not signature.is_float32:
         return HALF_STEPS if block_m <= 16 else HALF_STEPS_OF_ROWS
     if block_m <= 16:
         return FLOAT32_STEPS

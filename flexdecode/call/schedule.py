@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from ..analysis.proven import ProvenMods
 from .columns import LARGE_ROWS, SMALL_ROWS, find_columns, is_paired, next_power_of_2
 from .copies import LEAST_PAGE, is_copied, most_copied
@@ -117,7 +115,7 @@ class Scheduler:
         # A score_mod that reads captured tensors for every key waits for them. A second program on each multiprocessor
         # works meanwhile.
         self.waits = proven.fetches and not self.is_bounded
-        self.copied_speeds = FLOAT32_SPEEDS if torch.float32 in signature.product_dtypes else HALF_SPEEDS
+        self.copied_speeds = FLOAT32_SPEEDS if signature.is_float32 else HALF_SPEEDS
         # Measured on an H200: of kernels that are not copied, these gain if no other programs come beside theirs.
         self.keeps_away = (self.is_bounded or self.paired) and facts.backend == "cuda" and not options.batch_invariant
         self.lengths_differ = any(signature.kind(x) is not None for x in ("kv_lens", "kv_starts", "cu_seqlens_k"))

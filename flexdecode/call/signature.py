@@ -90,6 +90,11 @@ class Signature:
         """The types in which a kernel multiplies the query by keys, and the weights by values."""
         return product_dtype(self.dtype, self.key_dtype), product_dtype(self.dtype, self.value_dtype)
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether a kernel multiplies float32 numbers, which takes several products."""
+        return torch.float32 in self.product_dtypes
+
 
 def product_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> torch.dtype:
     """The type of products with a cache: the promoted type, or that of the query if the cache is quantised."""

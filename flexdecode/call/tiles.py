@@ -95,7 +95,7 @@ def most_rows(signature: Signature, facts: DeviceFacts, small: bool) -> int:
     columns = find_columns(signature, facts)
     if columns.wide:
         return 16
-    if torch.float32 in signature.product_dtypes:
+    if signature.is_float32:
         return 32 if columns.loaded <= FLOAT32_COLUMNS else 16
     return LARGE_ROWS if columns.block_dv <= 128 and not small and not is_narrow(signature) else SMALL_ROWS
 
@@ -144,7 +144,7 @@ def find_tiles(
     paired = is_paired(signature, facts, options)
     # Measured on an H200: with many keys of a quantised cache, long steps are faster than little shared memory.
     crowded = per_sm > 1 and not (paired and use.is_long and loads is Loads.DESCRIPTORS)
-    is_float32, latent = torch.float32 in signature.product_dtypes, loads is Loads.LATENTS
+    is_float32, latent = signature.is_float32, loads is Loads.LATENTS
     columns = find_columns(signature, facts)
     block_d, block_r, block_dv, shared, _, tile_bytes, wide = columns
     # Measured on an H200: a crowded float32 kernel that is not copied gains more from little shared memory.

@@ -166,7 +166,7 @@ def compile_pass(
     }
     if facts.backend == "cuda":
         options["launch_pdl"] = facts.has_pdl
-        if not combine and spec.tiles.per_sm > 2 and torch.float32 in spec.signature.product_dtypes:
+        if not combine and spec.tiles.per_sm > 2 and spec.signature.is_float32:
             # Triton 3.9 would take a few more. Kernels of 16-bit numbers need fewer, and with a limit ptxas takes it.
             options["maxnreg"] = REGISTERS // (32 * spec.tiles.num_warps * spec.tiles.per_sm) // 8 * 8
     try:
