@@ -105,7 +105,8 @@ def test_lines_that_are_asked_for_lie_in_the_tensors(columns, width, monkeypatch
 
     def load(path, load=kernels.load_module):
         module = load(path)
-        vars(module).update(prefetch=prefetch, gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
+        on_gpus = {"prefetch": prefetch, "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None}
+        vars(module).update(on_gpus, exp2=lambda x, C: module.tl.exp2(x))
         return module
 
     clear_cache()
